@@ -1,0 +1,79 @@
+"""Which backend runs an operator: `backend=None` picks by device, a named backend is used or refused with the reason.
+
+A backend is a module of the operator's folder (`cpu`, `triton`, `cuda`) next to the plain `reference`. It is listed in
+`IMPLEMENTATIONS` once it exists, and says itself, through `unavailable_reason(device)`, whether it can run here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+
+import torch
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+ENVIRONMENT_VARIABLE = "COMP_KERNELS_BACKEND"
+
+# operator -> backend -> module with `unavailable_reason(device: torch.device) -> str | None` (None = it can run)
+IMPLEMENTATIONS: dict[str, dict[str, str]] = {
+    "rope_attention": {},
+    "sinkhorn": {},
+    "alignment_loss": {},
+}
+
+# Order of preference per device type; the first that can run is taken, the reference always can.
+PREFERENCE = {
+    "cpu": ("cpu", "reference"),
+    "cuda": ("triton", "cuda", "reference"),
+}
+
+
+def implementation(op: str, backend: str):
+    """The module that implements `op` on `backend`; imported on first use, so that `import comp_kernels` stays light."""
+    return importlib.import_module(IMPLEMENTATIONS[op][backend])
+
+
+def unavailable_reason(op: str, backend: str, device: torch.device) -> str | None:
+    """Why `backend` cannot run `op` on `device`, in words for the user; None when it can."""
+    if backend == "reference":
+        return None
+    if backend not in IMPLEMENTATIONS[op]:
+        return f"{op} has no {backend} implementation"
+    return implementation(op, backend).unavailable_reason(device)
+
+
+def available_backends(op: str, device: torch.device | str = "cpu") -> list[str]:
+    """Backends that can run `op` ("rope_attention", "sinkhorn" or "alignment_loss") on `device`, preferred first."""
+    if op not in IMPLEMENTATIONS:
+        raise ValueError(f"op must be one of {sorted(IMPLEMENTATIONS)}, got {op!r}")
+    device = torch.device(device)
+    preferred = PREFERENCE.get(device.type, ("triton", "reference"))
+    ordered = preferred + tuple(name for name in BACKENDS if name not in preferred)
+    return [name for name in ordered if unavailable_reason(op, name, device) is None]
+
+
+def choose_backend(
+    op: str, backend: str | None, device: torch.device, declines: Callable[[str], str | None] | None = None
+) -> str:
+    """The backend to use for one call of `op`.
+
+    backend:  the user's choice; None takes the environment variable COMP_KERNELS_BACKEND, else the device's preference.
+    declines: for one backend name, why it cannot serve *this* call (a dtype, a head size), or None.
+
+    An automatic choice skips backends that decline. A named one is used or refused: never silently replaced.
+    """
+    named_by = "backend"
+    if backend is None:
+        backend, named_by = os.environ.get(ENVIRONMENT_VARIABLE) or None, ENVIRONMENT_VARIABLE
+    if backend in (None, "auto"):
+        for name in PREFERENCE.get(device.type, ("triton", "reference")):
+            if unavailable_reason(op, name, device) is None and (declines is None or declines(name) is None):
+                return name
+        return "reference"
+    if backend not in BACKENDS:
+        raise ValueError(f"{named_by} must be one of {BACKENDS} or 'auto', got {backend!r}")
+    reason = unavailable_reason(op, backend, device) or (declines and declines(backend))
+    if reason:
+        raise RuntimeError(f"{named_by}={backend!r} cannot run {op} on {device}: {reason}")
+    return backend

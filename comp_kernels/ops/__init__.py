@@ -1,0 +1,1 @@
+"""The operators, one folder each: public function, definition, implementations, maths."""

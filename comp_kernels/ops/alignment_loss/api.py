@@ -1,0 +1,95 @@
+"""The public alignment_loss: argument checks, defaults, choice of backend."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..._backends import choose_backend
+from ..._checks import check_float, check_positive, check_same, check_tensor
+from . import reference
+
+
+def alignment_loss(
+    vision: Tensor,
+    text: Tensor,
+    prototypes: Tensor,
+    *,
+    prior: Tensor | None = None,
+    mode: str = "sinkhorn",
+    epsilon: float = 0.005,
+    temperature: float = 0.005,
+    num_iters: int = 3,
+    prior_temperature: float = 0.05,
+    valid: Tensor | None = None,
+    normalize: bool = True,
+    group: dist.ProcessGroup | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """CoMP's Alignment Loss (arXiv 2503.18931v2, Eqs. 7 to 10): the pooled visual feature must predict, over the word
+    embeddings of a language model, the distribution that the pooled text feature produces.
+
+        c_v, c_t = cosines of vision and text with every prototype (plain products when normalize is False)
+        p_t      = target from c_t, by `mode`                     p_v = softmax(c_v / temperature)
+        loss     = mean over valid rows of - sum_k p_t[k] log p_v[k]
+
+    Args:
+        vision:  [n, D] pooled visual features; the only argument that receives a gradient.
+        text:  [n, D] pooled text features.
+        prototypes:  [V, D] word embeddings.
+        prior:  [V] word counts of the corpus (integers or floats, zeros allowed; each counts as at least 1). None: uniform.
+        mode:  how the target is made, w = max(prior, 1) / sum max(prior, 1):
+            "sinkhorn"  transport plan of c_t / epsilon, rows sum to 1, columns to n w over the whole group (num_iters iterations)
+            "literal"   softmax(c_t / epsilon + log w), the paper's Eq. 9 as printed
+            "released"  softmax(c_t / epsilon + num_iters * (max(prior, 1) / sum prior) / prior_temperature), what the authors'
+                        code computes in closed form
+            "softmax"   softmax(c_t / epsilon)
+        epsilon, temperature, prior_temperature:  temperatures of text scores, vision scores and prior ("released" only).
+        valid:  [n] bool, rows that count. No valid row: the loss is 0 and still attached to the graph.
+        normalize:  L2-normalise the rows of vision, text and prototypes in float32.
+        group:  a process group; the n rows are this process's share. The value is then the mean over all rows of the group,
+            the same everywhere; gradients are those of the local rows, to be *summed* over the processes.
+        backend:  "reference", "cpu", "triton" or None (by device).
+
+    Returns:
+        A float32 scalar (float64 for float64 features).
+
+    Raises:
+        ValueError: shapes, dtypes, devices or a mode that do not fit. RuntimeError: a named backend cannot run this call.
+    """
+    for name, x, shape in (("vision", vision, "[n, D]"), ("text", text, "[n, D]"), ("prototypes", prototypes, "[V, D]")):
+        check_tensor(name, x, shape, dim=2)
+        check_float(name, x)
+        check_same(name, x, "vision", vision, dtype=False)
+    if vision.shape != text.shape:
+        raise ValueError(f"text must have the shape of vision {tuple(vision.shape)}, got {tuple(text.shape)}")
+    if prototypes.shape[1] != vision.shape[1]:
+        raise ValueError(f"prototypes must be [V, {vision.shape[1]}] to match vision, got {tuple(prototypes.shape)}")
+    if prior is not None and prior.shape != prototypes.shape[:1]:
+        raise ValueError(f"prior must have one count per prototype, ({prototypes.shape[0]},), got {tuple(prior.shape)}")
+    if prior is not None:
+        check_same("prior", prior, "vision", vision, dtype=False)
+    if valid is not None:
+        if valid.shape != vision.shape[:1] or valid.dtype != torch.bool:
+            raise ValueError(f"valid must be bool ({vision.shape[0]},), got {valid.dtype} {tuple(valid.shape)}")
+        check_same("valid", valid, "vision", vision, dtype=False)
+    if mode not in reference.MODES:
+        raise ValueError(f"mode must be one of {reference.MODES}, got {mode!r}")
+    for name, value in (("epsilon", epsilon), ("temperature", temperature), ("prior_temperature", prior_temperature)):
+        check_positive(name, value)
+    choose_backend("alignment_loss", backend, vision.device)
+    return reference.alignment_loss(
+        vision,
+        text,
+        prototypes,
+        prior=prior,
+        mode=mode,
+        epsilon=epsilon,
+        temperature=temperature,
+        num_iters=num_iters,
+        prior_temperature=prior_temperature,
+        valid=valid,
+        normalize=normalize,
+        group=group,
+    )

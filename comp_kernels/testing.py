@@ -1,0 +1,313 @@
+"""Cases, hostile inputs and error budgets for the operators, shared by tests and benchmarks (and of use to your own backend)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .ops.rope_attention import reference, rope_attention
+from .ops.rope_attention.tables import axial_freqs, rope_tables
+
+
+def assert_within_budget(name: str, actual: Tensor, exact: Tensor, peer: Tensor, factor: float = 2.0) -> None:
+    """The error of `actual` is at most `factor` times the error of `peer`, a plain PyTorch version in the working dtype.
+
+    exact: the reference in float64. One rounding of the largest value is added to the peer's error, so that a peer that
+    happens to be exact does not make the budget zero. Infinities must sit at the same places.
+    """
+    actual64, peer64 = actual.detach().double(), peer.detach().double()
+    finite = exact.isfinite()
+    assert torch.equal(actual64[~finite], exact[~finite]), f"{name}: infinities differ from the reference"
+    assert actual64[finite].isfinite().all(), f"{name}: {int((~actual64[finite].isfinite()).sum())} non-finite values"
+    if not finite.any():
+        return
+    rounding = torch.finfo(peer.dtype).eps * exact[finite].abs().max()
+    budget = factor * ((peer64 - exact)[finite].abs().max() + rounding)
+    error = (actual64 - exact)[finite].abs().max()
+    assert error <= budget, f"{name}: max error {error:.3e} exceeds the budget {budget:.3e}"
+
+
+# --- rotary layouts of the vision transformers in use ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RotaryLayout:
+    """How one family of models arranges its rotary embedding; `tables(positions, heads, head_dim)` makes cos and sin."""
+
+    name: str
+    rotary_dim: Callable[[int], int]  # head_dim -> rotary_dim
+    pair_stride: Callable[[int], int]  # rotary_dim -> pair stride
+    tables: Callable[[Tensor, int, int], tuple[Tensor, Tensor]]  # positions [T, 3] (t, row, col), heads, rotary_dim
+
+
+def _axial(layout: str, base: float = 10000.0):
+    def tables(positions: Tensor, heads: int, rotary_dim: int) -> tuple[Tensor, Tensor]:
+        return rope_tables(positions[:, 1:], axial_freqs(rotary_dim, base, layout))
+
+    return tables
+
+
+def _half_width(positions: Tensor, heads: int, rotary_dim: int) -> tuple[Tensor, Tensor]:
+    return rope_tables(positions[:, 1:], axial_freqs(rotary_dim)[:, : rotary_dim // 2])
+
+
+def _alternating(positions: Tensor, heads: int, rotary_dim: int) -> tuple[Tensor, Tensor]:
+    """Kimi-VL, Pixtral: pair j turns with the column (even j) or the row (odd j); tiled for both halves."""
+    freqs = torch.pow(10000.0, -torch.arange(rotary_dim // 2) / (rotary_dim // 2))
+    even = (torch.arange(rotary_dim // 2) % 2 == 0).float()
+    return rope_tables(positions[:, 1:], torch.stack((freqs * (1 - even), freqs * even)).repeat(1, 2))
+
+
+def _per_head(positions: Tensor, heads: int, rotary_dim: int) -> tuple[Tensor, Tensor]:
+    """RoPE-Mixed (timm): one direction per head and frequency, half width."""
+    generator = torch.Generator().manual_seed(7)
+    freqs = torch.randn(heads, 2, rotary_dim // 2, generator=generator)
+    return rope_tables(positions[:, 1:].float() * 0.3, freqs)
+
+
+def _three_axes(positions: Tensor, heads: int, rotary_dim: int) -> tuple[Tensor, Tensor]:
+    """V-JEPA 2: the angles are tiled *inside* interleaved pairs, so the two channels of a pair turn by different angles.
+    Not a rotation; only the true transpose gives right gradients."""
+    pairs = rotary_dim // 2
+    freqs = torch.pow(10000.0, -torch.arange(pairs) / pairs)
+    axis = torch.arange(pairs) * 3 // pairs
+    table = torch.zeros(3, pairs).scatter_(0, axis[None], freqs[None])
+    return rope_tables(positions, torch.cat((table, table), dim=1))
+
+
+LAYOUTS = {
+    layout.name: layout
+    for layout in (
+        RotaryLayout("half_hwhw", lambda d: d // 4 * 4, lambda r: r // 2, _axial("hwhw")),  # Qwen-VL, GLM-4V, CoMP C-RoPE
+        RotaryLayout("half_hwhw_halfwidth", lambda d: d // 4 * 4, lambda r: r // 2, _half_width),
+        RotaryLayout("half_whwh", lambda d: d // 4 * 4, lambda r: r // 2, _axial("whwh")),  # Step-3.7
+        RotaryLayout("half_alternating", lambda d: d // 2 * 2, lambda r: r // 2, _alternating),  # Kimi-VL, Pixtral
+        RotaryLayout("quarter_hhww", lambda d: d // 4 * 4, lambda r: r // 4, _axial("hhww", 100.0)),  # Gemma 4
+        RotaryLayout("interleaved", lambda d: d // 4 * 4, lambda r: 1, _axial("interleaved")),  # Llama 4, SAM 3, EVA-02
+        RotaryLayout("partial", lambda d: d // 2, lambda r: r // 2, _alternating),  # MiniMax-M3-VL: the tail passes through
+        RotaryLayout("per_head_interleaved", lambda d: d // 2 * 2, lambda r: 1, _per_head),  # timm RoPE-Mixed
+        RotaryLayout("not_orthogonal", lambda d: d // 6 * 6 or 2, lambda r: 1, _three_axes),  # V-JEPA 2
+    )
+}
+
+
+# --- packed inputs ---------------------------------------------------------------------------------------------------------
+
+# patches per image; lengths are hostile on purpose
+PACKED = {
+    "one_token": [1],
+    "one_image": [65],
+    "awkward": [1, 0, 63, 65, 127],
+    "windows": [16] * 9,
+    "empty": [],
+    "only_empty": [0, 0],
+}
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """One call of rope_attention, described by sizes; `make` builds its tensors."""
+
+    name: str
+    lengths: list[int]
+    heads: int = 2
+    head_dim: int = 16
+    kv_heads: int | None = None  # default: heads
+    layout: str | None = "half_hwhw"  # key of LAYOUTS; None = no rotation
+    lengths_k: list[int] | None = None  # cross attention; tables for the keys are then separate
+    slack: int = 0  # rows beyond cu_seqlens[-1], filled with NaN
+    packed_qkv: bool = False  # q, k, v are strided views of one tensor
+    magnitude: float = 1.0  # q and k are multiplied by this: 1e2 gives logits of about 1e4
+    scale: float | None = None
+    seed: int = 0
+
+
+@dataclass
+class AttentionInputs:
+    """Tensors of one case: positional arguments, keyword arguments, and the cotangents for its gradients."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    cos: Tensor | None
+    sin: Tensor | None
+    cu_seqlens: Tensor
+    kwargs: dict = field(default_factory=dict)
+    grad_out: Tensor | None = None
+    grad_lse: Tensor | None = None
+
+    def leaves(self) -> dict[str, Tensor]:
+        """The tensors that can receive gradients, by name."""
+        named = dict(q=self.q, k=self.k, v=self.v, cos=self.cos, sin=self.sin)
+        named.update({name: self.kwargs.get(name) for name in ("cos_k", "sin_k")})
+        return {name: x for name, x in named.items() if x is not None}
+
+
+def cumulative(lengths: list[int], dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(dtype)
+
+
+def grid_positions(lengths: list[int]) -> Tensor:
+    """(t, row, column) of every token, rows of seven patches: [sum lengths, 3]."""
+    index = torch.cat([torch.arange(n) for n in lengths]) if lengths else torch.arange(0)
+    return torch.stack((index * 0, index // 7, index % 7), dim=1)
+
+
+def make_attention_inputs(
+    case: AttentionCase, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> AttentionInputs:
+    """Random tensors of `case`, drawn in float64 on the CPU and rounded to `dtype`, so every dtype sees the same numbers."""
+    generator = torch.Generator().manual_seed(case.seed)
+    kv_heads = case.kv_heads or case.heads
+    lengths_k = case.lengths if case.lengths_k is None else case.lengths_k
+    tokens, tokens_k = sum(case.lengths) + case.slack, sum(lengths_k) + case.slack
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    q = normal(tokens, case.heads, case.head_dim) * case.magnitude
+    k = normal(tokens_k, kv_heads, case.head_dim) * case.magnitude
+    v = normal(tokens_k, kv_heads, case.head_dim)
+    grad_out, grad_lse = normal(*q.shape), normal(case.heads, tokens)
+    if case.slack:
+        for x, lengths in ((q, case.lengths), (k, lengths_k), (v, lengths_k), (grad_out, case.lengths)):
+            x[sum(lengths) :] = torch.nan
+        grad_lse[:, sum(case.lengths) :] = torch.nan
+    q, k, v, grad_out = (x.to(dtype) for x in (q, k, v, grad_out))
+    if case.packed_qkv:  # [T, heads of q, k and v, D] in one allocation, as a fused projection leaves them
+        q, k, v = torch.cat((q, k, v), dim=1).split((case.heads, kv_heads, kv_heads), dim=1)
+
+    table_dtype = torch.promote_types(dtype, torch.float32)
+    cos = sin = None
+    kwargs: dict = {}
+    if case.layout is not None:
+        layout = LAYOUTS[case.layout]
+        rotary_dim = layout.rotary_dim(case.head_dim)
+
+        def tables(lengths: list[int], heads: int) -> tuple[Tensor, Tensor]:
+            pair = layout.tables(grid_positions(lengths), heads, rotary_dim)
+            slack = pair[0].new_full((case.slack, *pair[0].shape[1:]), torch.nan)
+            cos, sin = (torch.cat((table, slack)).to(table_dtype).to(device) for table in pair)
+            return cos, sin
+
+        kwargs.update(rotary_dim=rotary_dim, pair_stride=layout.pair_stride(rotary_dim))
+        cos, sin = tables(case.lengths, case.heads)
+        if case.lengths_k is not None or (cos.dim() == 3 and kv_heads != case.heads):
+            kwargs["cos_k"], kwargs["sin_k"] = tables(lengths_k, kv_heads)
+    if case.lengths_k is not None:
+        kwargs["cu_seqlens_k"] = cumulative(lengths_k).to(device)
+    if case.scale is not None:
+        kwargs["scale"] = case.scale
+    return AttentionInputs(
+        *(x.to(device) for x in (q, k, v)),
+        cos,
+        sin,
+        cumulative(case.lengths).to(device),
+        kwargs,
+        grad_out.to(device),
+        grad_lse.to(torch.promote_types(dtype, torch.float32)).to(device),
+    )
+
+
+ATTENTION_CASES = [
+    *(AttentionCase(name, lengths) for name, lengths in PACKED.items()),
+    *(AttentionCase(f"layout_{name}", [1, 33, 0, 20], layout=name, head_dim=24) for name in LAYOUTS),
+    *(AttentionCase(f"dim_{d}", [40, 65], head_dim=d) for d in (32, 64, 72, 80, 88, 96, 128, 256)),
+    AttentionCase("dim_2", [5, 9], head_dim=2, layout=None),
+    AttentionCase("dim_10", [5, 19], head_dim=10),
+    AttentionCase("no_rope", [30, 71], layout=None),
+    AttentionCase("gqa", [30, 71], heads=6, kv_heads=2),
+    AttentionCase("gqa_per_head", [30, 17], heads=4, kv_heads=2, layout="per_head_interleaved"),
+    AttentionCase("cross", [30, 0, 17, 4], lengths_k=[12, 5, 0, 70]),
+    AttentionCase("slack_of_nan", [30, 17], slack=13),
+    AttentionCase("slack_of_nan_cross", [30, 17], lengths_k=[9, 31], slack=5),
+    AttentionCase("views_of_qkv", [30, 65], packed_qkv=True, heads=4),
+    AttentionCase("logits_of_1e4", [40, 9], magnitude=50.0),
+    AttentionCase("scale_one", [40, 9], scale=1.0),
+]
+ATTENTION_CASES = {case.name: case for case in ATTENTION_CASES}
+
+
+def plain_rope_attention(q, k, v, cos=None, sin=None, cu_seqlens=None, **kwargs) -> tuple[Tensor, Tensor]:
+    """What one would write by hand in the working dtype: rotate in float32 and round back, then matmul, softmax, matmul.
+
+    The peer that sets the error budget of the kernels. Returns (out, lse).
+    """
+    compute = torch.promote_types(q.dtype, torch.float32)
+    rotary_dim, pair_stride = kwargs.get("rotary_dim"), kwargs.get("pair_stride")
+    scale = kwargs.get("scale") or q.shape[-1] ** -0.5
+    bounds = cu_seqlens.tolist()
+    bounds_k = kwargs.get("cu_seqlens_k", cu_seqlens).tolist()
+    out = torch.zeros_like(q)
+    lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=compute)
+    cos_k, sin_k = kwargs.get("cos_k", cos), kwargs.get("sin_k", sin)
+    for i0, i1, j0, j1 in zip(bounds, bounds[1:], bounds_k, bounds_k[1:]):
+        if i0 == i1 or j0 == j1:
+            continue
+        q_i, k_j, v_j = q[i0:i1], k[j0:j1], v[j0:j1]
+        if cos is not None:
+            q_i = reference.rotate(q_i.to(compute), cos[i0:i1], sin[i0:i1], rotary_dim, pair_stride).to(q.dtype)
+            k_j = reference.rotate(k_j.to(compute), cos_k[j0:j1], sin_k[j0:j1], rotary_dim, pair_stride).to(q.dtype)
+        group = q.shape[1] // k.shape[1]
+        k_j, v_j = k_j.repeat_interleave(group, 1), v_j.repeat_interleave(group, 1)
+        scores = (q_i.transpose(0, 1) @ k_j.permute(1, 2, 0)).to(compute) * scale  # [H, i, j]
+        probabilities = scores.softmax(-1).to(q.dtype)
+        out = out.index_copy(0, torch.arange(i0, i1, device=q.device), (probabilities @ v_j.transpose(0, 1)).transpose(0, 1))
+        lse = lse.index_copy(1, torch.arange(i0, i1, device=q.device), scores.logsumexp(-1))
+    return out, lse
+
+
+def attention_with_gradients(
+    inputs: AttentionInputs, function: Callable, dtype: torch.dtype | None = None, *, lse_gradient: bool = True
+) -> dict[str, Tensor]:
+    """Run `function(q, k, v, cos, sin, cu_seqlens, **kwargs) -> (out, lse)` and its backward.
+
+    dtype: convert the floating inputs first (float64 for the truth). Returns out, lse and the gradient of every leaf, by name.
+    """
+
+    def leaf(x: Tensor | None) -> Tensor | None:
+        if x is None:
+            return None
+        return (x.detach() if dtype is None else x.detach().to(dtype)).requires_grad_()
+
+    def cast(x: Tensor) -> Tensor:
+        return x if dtype is None else x.to(dtype)
+
+    kwargs = {name: leaf(x) if name in ("cos_k", "sin_k") else x for name, x in inputs.kwargs.items()}
+    leaves = [leaf(x) for x in (inputs.q, inputs.k, inputs.v, inputs.cos, inputs.sin)]
+    out, lse = function(*leaves, inputs.cu_seqlens, **kwargs)
+    names = ("q", "k", "v", "cos", "sin", "cos_k", "sin_k")
+    named = {n: x for n, x in zip(names, [*leaves, kwargs.get("cos_k"), kwargs.get("sin_k")]) if x is not None}
+    outputs, cotangents = [out], [cast(inputs.grad_out)]
+    if lse_gradient:
+        # The rows without keys have lse = -inf, a constant: they take part with cotangent zero.
+        outputs.append(torch.where(lse.isfinite(), lse, 0.0))
+        cotangents.append(torch.where(lse.isfinite(), cast(inputs.grad_lse).to(lse.dtype), 0.0))
+    pairs = [(y, dy) for y, dy in zip(outputs, cotangents) if y.requires_grad]  # lse of nothing hangs on nothing
+    gradients = torch.autograd.grad([y for y, _ in pairs], list(named.values()), [dy for _, dy in pairs], allow_unused=True)
+    result = {"out": out.detach(), "lse": lse.detach()}
+    for (name, x), gradient in zip(named.items(), gradients):
+        result[f"d{name}"] = torch.zeros_like(x) if gradient is None else gradient
+    return result
+
+
+def check_rope_attention(
+    case: AttentionCase, dtype: torch.dtype, backend: str, device: str | torch.device = "cpu", factor: float = 2.0
+) -> None:
+    """Assert that `backend` computes out, lse and all gradients of `case` within the error budget of `dtype`."""
+    inputs = make_attention_inputs(case, dtype, device)
+
+    def kernel(*args, **kwargs):
+        return rope_attention(*args, return_lse=True, backend=backend, **kwargs)
+
+    def definition(*args, **kwargs):
+        return reference.rope_attention(*args, return_lse=True, **kwargs)
+
+    actual = attention_with_gradients(inputs, kernel)
+    exact = attention_with_gradients(inputs, definition, torch.float64)
+    peer = attention_with_gradients(inputs, plain_rope_attention)
+    for name, value in exact.items():
+        assert_within_budget(f"{case.name} {name}", actual[name], value, peer[name], factor)
