@@ -1,4 +1,4 @@
-"""Cases, hostile inputs and error budgets for the operators, shared by tests and benchmarks (and of use to your own backend)."""
+"""Cases, hostile inputs and error budgets for the operators, shared by tests and benchmarks; of use to your own backend too."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def rope_tables(positions: Tensor, freqs: Tensor) -> tuple[Tensor, Tensor]:
     positions: [T, A], integer or float, A position axes (row and column of a patch, say).
     freqs:     [A, R] for all heads, or [H, A, R] with one set per head.
     Returns (cos, sin), each [T, R] or [T, H, R], float32 (float64 when freqs is float64). Differentiable in freqs (learnable
-    frequencies, as in RoPE-Mixed). The product is a sum over A written out in full precision: autocast and TF32 do not touch it.
+    frequencies, as in RoPE-Mixed). The sum over A is written out: autocast and TF32 do not touch it.
     """
     if positions.dim() != 2:
         raise ValueError(f"positions must be [T, A], got shape {tuple(positions.shape)}")

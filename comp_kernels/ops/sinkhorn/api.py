@@ -34,7 +34,7 @@ def sinkhorn(
         row_marginals:  [n] or [..., n], not negative, zeros allowed (a masked row). Default: ones.
         col_marginals:  [K] or [..., K], not negative, zeros allowed. Default: n / K each. Must have the sum of row_marginals.
         tol:  stop early once the column marginals' L1 error is at most tol times their sum, in every batch item.
-        group:  a process group; the n rows are then this process's share of a global batch, and K sums run over all of it.
+        group:  a process group; the n rows are then this process's share of a batch, and column sums run over all of it.
         backend:  "reference", "cpu", "triton", "cuda" or None (by device).
         return_potentials:  also return u [..., n] and v [..., K].
 
