@@ -40,7 +40,7 @@ def alignment_loss(
         prototypes:  [V, D] word embeddings.
         prior:  [V] word counts of the corpus (integers or floats, zeros allowed; each counts as at least 1). None: uniform.
         mode:  how the target is made, w = max(prior, 1) / sum max(prior, 1):
-            "sinkhorn"  transport plan of c_t / epsilon: rows sum to 1, columns to n w over the whole group, num_iters iterations
+            "sinkhorn"  transport plan of c_t / epsilon: rows sum to 1, columns to n w over the group, num_iters iterations
             "literal"   softmax(c_t / epsilon + log w), the paper's Eq. 9 as printed
             "released"  softmax(c_t / epsilon + num_iters * (max(prior, 1) / sum prior) / prior_temperature), what the authors'
                         code computes in closed form

@@ -77,7 +77,8 @@ def check_marginals(
         check_same(name, marginal, "scores", scores, dtype=False)
         if tuple(marginal.shape) not in ((length,), (*batch, length)):
             raise ValueError(
-                f"{name} must be {(length,)} or {(*batch, length)} for scores {tuple(scores.shape)}, got {tuple(marginal.shape)}"
+                f"{name} must be {(length,)} or {(*batch, length)} for scores {tuple(scores.shape)}, "
+                f"got {tuple(marginal.shape)}"
             )
         if marginal.device.type == "cpu" and not bool((marginal >= 0).all()):
             raise ValueError(f"{name} must not be negative or NaN, got a minimum of {marginal.min().item()}")
