@@ -1,0 +1,72 @@
+"""What the data gives to the model: one sample as read, one sample as token ids and patches, one padded and packed batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+LazyImage = str | Image.Image | Callable[[], Image.Image]
+"""A file name, a picture, or a function that makes one when it is needed."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Message:
+    role: str
+    """"system", "user" or "assistant"."""
+    text: str
+    """Text without image markers."""
+    images: list[LazyImage] = field(default_factory=list)
+    """Images of this turn; they stand in front of its text."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Sample:
+    """One conversation about zero or more images; nothing is read from disk before it is needed."""
+
+    name: str
+    """How reports call this sample: file and index, or an id."""
+    messages: list[Message]
+    answers: list[str] = field(default_factory=list)
+    """Accepted answers to the last question, for evaluation; empty: the text of the last assistant turn."""
+    question_type: str = "all"
+    """Evaluation reports one row per type."""
+    metric: str | None = None
+    """Name of a function of `comp.eval.metrics`; None: the metric of the configuration."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Batch:
+    """Samples of one forward pass: text padded on the right, patches of all images packed without padding."""
+
+    input_ids: Tensor  # [B, L] int64, right padded
+    attention_mask: Tensor  # [B, L] bool, False on padding
+    labels: Tensor  # [B, L] int64, -100 = not learned; not shifted, the model shifts
+    pixel_values: Tensor  # [N, C*P*P] float32, patches of all images in merge-block order
+    grid_thw: Tensor  # [M, 3] int64, (frames, rows, columns) of patches of each image
+    image_sample: Tensor  # [M] int64, row of input_ids the image belongs to, non-decreasing
+    answer_ids: Tensor  # [B, La] int64, right padded: text of the alignment loss
+    answer_mask: Tensor  # [B, La] bool
+    names: list[str] = field(default_factory=list)  # B sample names, for messages
+
+    def to(self, device: torch.device | str) -> Batch:
+        moved = {
+            f.name: getattr(self, f.name).to(device, non_blocking=True)
+            for f in dataclasses.fields(self)
+            if isinstance(getattr(self, f.name), Tensor)
+        }
+        return dataclasses.replace(self, **moved)
+
+    def num_learned_tokens(self) -> int:
+        """Tokens with a next-token loss: labels after the first position."""
+        return int((self.labels[:, 1:] != -100).sum())
+
+    def num_aligned_rows(self) -> int:
+        """Samples that enter the alignment loss: at least one image and a non-empty answer."""
+        has_image = torch.zeros(len(self.input_ids), dtype=torch.bool)
+        has_image[self.image_sample.cpu()] = True
+        return int((has_image & self.answer_mask.cpu().any(1)).sum())
