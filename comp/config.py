@@ -1,7 +1,7 @@
 """The configuration of a run: plain dataclasses that validate themselves.
 
-A recipe (`comp.recipes`) is a function that returns a whole `Config`; a stage is data. `comp.config_io` reads, writes and changes
-configurations by field names.
+A recipe (`comp.recipes`) is a function that returns a whole `Config`; a stage is data. `comp.config_io` reads, writes and
+changes configurations by field names.
 """
 
 from __future__ import annotations
