@@ -1,0 +1,68 @@
+"""Launches of Triton kernels, in one place: on the device, in the interpreter, or wherever `launches_go_to` sends them.
+
+Nothing here imports triton before a kernel is launched, so that `import comp_kernels` stays light.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+
+import torch
+
+_redirection: tuple[str, Callable] | None = None  # (architecture, launcher)
+
+
+def unavailable_reason(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on tensors of `device`, in words for the user; None when they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    if device.type == "cpu" and _redirection is None and os.environ.get("TRITON_INTERPRET") != "1":
+        return (
+            "Triton runs on GPUs; CPU tensors only in its slow interpreter (set TRITON_INTERPRET=1 before triton is imported)"
+        )
+    if device.type not in ("cpu", "cuda"):
+        return f"the Triton kernels were written for CUDA and ROCm devices, not for {device.type}"
+    return None
+
+
+def architecture(device: torch.device) -> str:
+    """What the kernels are compiled for: "sm_80", "sm_90", "gfx942", .. or "interpreter"."""
+    if _redirection is not None:
+        return _redirection[0]
+    if device.type == "cpu":
+        return "interpreter"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def launch(kernel, grid: tuple[int, ...], *args, num_warps: int = 4, num_stages: int = 2, **constexprs) -> None:
+    """Launch `kernel` on the device of its first tensor argument; an empty grid launches nothing."""
+    if 0 in grid:
+        return
+    if _redirection is not None:
+        _redirection[1](kernel, grid, *args, num_warps=num_warps, num_stages=num_stages, **constexprs)
+        return
+    device = next(x.device for x in args if isinstance(x, torch.Tensor))
+    on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with on_device:
+        kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constexprs)
+
+
+@contextlib.contextmanager
+def launches_go_to(launcher: Callable, architecture: str) -> Iterator[None]:
+    """Within the context, every launch calls launcher(kernel, grid, *args, num_warps=, num_stages=, **constexprs) instead.
+
+    For tests and reports: a launcher may record the launches or run the compiled code on an emulator. `architecture` is
+    what the launch configurations are chosen for.
+    """
+    global _redirection
+    before, _redirection = _redirection, (architecture, launcher)
+    try:
+        yield
+    finally:
+        _redirection = before

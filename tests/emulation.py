@@ -1,0 +1,92 @@
+"""Running compiled GPU code without a GPU: finds ptx_emulator, and keeps a process in which Triton compiles.
+
+Triton decides when it is imported whether kernels are interpreted or compiled, once for the whole process. The suite itself
+runs with the interpreter (see conftest.py); what must be compiled goes through `run_compiled`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+
+def emulator_folder() -> str | None:
+    """The folder to put on sys.path for `import ptx_emulator`, "" when that works already, None when it is not there."""
+    if importlib.util.find_spec("ptx_emulator"):
+        return ""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "ptx_emulator"
+    for folder in (os.environ.get("PTX_EMULATOR_PATH"), beside):
+        if folder and (Path(folder) / "ptx_emulator" / "__init__.py").exists():
+            return str(folder)
+    return None
+
+
+def emulator_missing() -> str | None:
+    """Why compiled kernels cannot be executed here, for a skip; None when they can."""
+    if emulator_folder() is None:
+        return (
+            "ptx_emulator not found (installed, $PTX_EMULATOR_PATH, or ../shared/ptx_emulator): compiled kernels not executed"
+        )
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        return "ptx_emulator needs g++"
+    return None
+
+
+needs_emulator = pytest.mark.skipif(emulator_missing() is not None, reason=emulator_missing() or "")
+
+
+def import_emulator():
+    """The ptx_emulator module."""
+    folder = emulator_folder()
+    if folder and folder not in sys.path:
+        sys.path.insert(0, folder)
+    import ptx_emulator
+
+    return ptx_emulator
+
+
+def _prepare_process() -> None:
+    os.environ.pop("TRITON_INTERPRET", None)
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@cache
+def _process() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=_prepare_process)
+
+
+def run_compiled(function: Callable, *args, **kwargs):
+    """function(*args, **kwargs) in a process where Triton compiles; `function` is defined at the top of a test module.
+
+    Results and failed assertions come back as if it had run here. The process is kept for the next call.
+    """
+    return _process().submit(function, *args, **kwargs).result()
+
+
+def emulating_launcher(reports: list | None = None, target: int = 80, **launch_options) -> Callable:
+    """A launcher for `comp_kernels._triton.launches_go_to` that runs each kernel's PTX for sm_{target} on the emulator.
+
+    reports: receives (kernel name, report) of every launch. launch_options: seed, quantum, checks (see ptx_emulator).
+    """
+    emulator = import_emulator()
+
+    def launcher(kernel, grid, *args, num_warps, num_stages, **constexprs):
+        report = emulator.triton_launch(
+            kernel, grid, *args, target=target, num_warps=num_warps, num_stages=num_stages, launch=launch_options, **constexprs
+        )
+        if reports is not None:
+            reports.append((kernel.__name__, report))
+
+    return launcher
