@@ -1,0 +1,355 @@
+"""VisionEncoder: one vision transformer for SigLIP, SigLIP 2, DINOv2, AIMv2 and CLIP weights, at native resolution.
+
+Images of any size are packed without padding; attention runs within each frame through `comp_kernels.rope_attention`.
+
+Shape suffixes:
+    N  patches of all images            T  tokens of all frames: patches, and prefix tokens where kept
+    D  width                            H  heads       K  head size       R  rotary channel pairs, K / 2
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from comp_kernels import rope_attention
+
+from ..data.images import check_grid, prepare_image, to_raster
+from .adapter import Adapter
+from .positions import Grids, in_token_order, patch_positions, resample_table, rotary_tables, sincos_table
+from .vit_config import POS_MODES, ViTConfig
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS = {"gelu": F.gelu, "gelu_pytorch_tanh": gelu_tanh, "quick_gelu": quick_gelu, "silu": F.silu}
+
+
+def make_norm(config: ViTConfig) -> nn.Module:
+    return {"layer": nn.LayerNorm, "rms": nn.RMSNorm}[config.norm](config.width, eps=config.norm_eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.qkv_bias)
+        self.proj = nn.Linear(config.width, config.width, bias=config.proj_bias)
+
+    def forward(self, x_TD: Tensor, cos_TR: Tensor | None, sin_TR: Tensor | None, cu_seqlens: Tensor, backend) -> Tensor:
+        # q, k and v stay views of one projection: the kernel takes any strides
+        q_THK, k_THK, v_THK = self.qkv(x_TD).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
+        out_THK = rope_attention(q_THK, k_THK, v_THK, cos_TR, sin_TR, cu_seqlens, backend=backend)
+        return self.proj(out_THK.flatten(1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[config.activation]
+        self.fc1 = nn.Linear(config.width, config.mlp_width, bias=config.mlp_bias)
+        self.fc2 = nn.Linear(config.mlp_width, config.width, bias=config.mlp_bias)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(x_TD)))
+
+
+class GatedMLP(nn.Module):
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[config.activation]
+        self.gate_up = nn.Linear(config.width, 2 * config.mlp_width, bias=config.mlp_bias)
+        self.down = nn.Linear(config.mlp_width, config.width, bias=config.mlp_bias)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        gate, up = self.gate_up(x_TD).chunk(2, dim=-1)
+        return self.down(self.activation(gate) * up)
+
+
+class Block(nn.Module):
+    """x + scale1 * attention(norm1 x), then x + scale2 * mlp(norm2 x); the scales are DINOv2's LayerScale."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.norm1 = make_norm(config)
+        self.attn = Attention(config)
+        self.norm2 = make_norm(config)
+        self.mlp = (GatedMLP if config.gated_mlp else MLP)(config)
+        self.scale1, self.scale2 = (nn.Parameter(torch.ones(config.width)) if config.layer_scale else None for _ in range(2))
+
+    def forward(self, x_TD: Tensor, cos_TR: Tensor | None, sin_TR: Tensor | None, cu_seqlens: Tensor, backend) -> Tensor:
+        attended_TD = self.attn(self.norm1(x_TD), cos_TR, sin_TR, cu_seqlens, backend)
+        x_TD = x_TD + (attended_TD if self.scale1 is None else attended_TD * self.scale1)
+        mixed_TD = self.mlp(self.norm2(x_TD))
+        return x_TD + (mixed_TD if self.scale2 is None else mixed_TD * self.scale2)
+
+
+class VisionEncoder(nn.Module):
+    """A packed vision transformer with CoMP's C-RoPE: interpolated position table plus 2D rotary embedding.
+
+    Build it with `from_pretrained`, or from a ViTConfig for random weights.
+
+    Attributes that may change at any time, between stages say:
+        pos_mode:  "abs", "rope" or "abs+rope". "rope" leaves the position table unused (it then gets no gradient).
+        gradient_checkpointing:  recompute the blocks in the backward pass instead of keeping their activations.
+        backend:  of rope_attention; None chooses by device.
+        adapter:  the 2x2 merge MLP (comp.model.Adapter) where the checkpoint has one, else None. `forward` does not apply it.
+    """
+
+    def __init__(self, config: ViTConfig, adapter: Adapter | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        self.backend: str | None = None
+        self._frozen_tables: tuple[object, dict] = (None, {})
+
+        self.patch_embed = nn.Linear(config.patch_dim, config.width, bias=config.patch_bias)
+        self.embed_norm = make_norm(config) if config.embed_norm else None
+        if config.sincos_table:
+            self.pos_embed = None
+        else:
+            self.pos_embed = nn.Parameter(torch.empty(config.grid_size, config.grid_size, config.width))
+        # CLS with its table entry added, then registers
+        self.prefix_tokens = nn.Parameter(torch.empty(config.prefix_tokens, config.width)) if config.prefix_tokens else None
+        self.pre_norm = make_norm(config) if config.pre_norm else None
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = make_norm(config) if config.final_norm else None
+        self.adapter = adapter
+        self.reset_parameters()
+
+    def reset_parameters(self, std: float = 0.02) -> None:
+        """Random weights: truncated normal of `std` for matrices, tables and tokens, zero biases. The adapter has its own."""
+        for name, parameter in self.named_parameters():
+            if name.startswith("adapter."):
+                continue
+            if name in ("pos_embed", "prefix_tokens") or (parameter.dim() == 2 and name.endswith("weight")):
+                nn.init.trunc_normal_(parameter, std=std)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    @property
+    def pos_mode(self) -> str:
+        return self.config.pos_mode
+
+    @pos_mode.setter
+    def pos_mode(self, mode: str) -> None:
+        if mode not in POS_MODES:
+            raise ValueError(f"pos_mode must be one of {POS_MODES}, got {mode!r}")
+        self.config.pos_mode = mode
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike,
+        *,
+        pos_mode: str | None = None,
+        abs_pos_order: str | None = None,
+        abs_pos_interp: str | None = None,
+        align_corners: bool | None = None,
+        antialias: bool | None = None,
+        rope_dtype: str | None = None,
+        keep_prefix_tokens: bool | None = None,
+        final_norm: bool | None = None,
+        merge_size: int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> VisionEncoder:
+        """Load a tower in Hugging Face layout (SigLIP, SigLIP 2, DINOv2, AIMv2, CLIP) or a CoMP checkpoint.
+
+        path:  a directory with config.json and weights (.safetensors, sharded or not, or pytorch_model.bin), or a hub id.
+        The choices are fields of comp.model.ViTConfig. None takes the stored choice of a directory that `save_pretrained`
+        wrote, else what the weights were trained with: "abs" for plain towers; for released CoMP checkpoints (`use_rope` in
+        the configuration or `merger.*` among the weights) "abs+rope" and, with a warning, abs_pos_order "raster_legacy".
+        dtype:  of the parameters, default that of the file.
+
+        Raises ValueError naming every missing and every unexpected weight; heads that CoMP drops on purpose (pooling heads,
+        text towers, and the like: comp.model.weights.DROPPED) are neither.
+        """
+        from .weights import load_encoder
+
+        choices = dict(
+            pos_mode=pos_mode,
+            abs_pos_order=abs_pos_order,
+            abs_pos_interp=abs_pos_interp,
+            align_corners=align_corners,
+            antialias=antialias,
+            rope_dtype=rope_dtype,
+            keep_prefix_tokens=keep_prefix_tokens,
+            final_norm=final_norm,
+            merge_size=merge_size,
+        )
+        return load_encoder(cls, path, choices, dtype)
+
+    def save_pretrained(self, path: str | os.PathLike) -> None:
+        """Write config.json and model.safetensors in the tower's Hugging Face layout, the choices of CoMP under "comp" and
+        the adapter as `merger.*`; `from_pretrained` gives the same encoder back."""
+        from .weights import save_encoder
+
+        save_encoder(self, path)
+
+    def forward(
+        self, pixel_values: Tensor, grid_thw: Tensor, return_layers: Sequence[int] | None = None
+    ) -> Tensor | tuple[Tensor, dict[int, Tensor]]:
+        """Features of packed images.
+
+        pixel_values:   [N, C * P * P] patches of all images in merge-block order (comp.data.images.patchify).
+        grid_thw:       [M, 3] integers, frames, rows and columns of patches of each image; sides multiples of merge_size.
+                        Every frame attends to itself only.
+        return_layers:  also return the outputs of these blocks, before the final norm (0-based, negative from the end).
+        Returns features [N, D] in merge-block order; comp.data.images.to_raster gives maps. With return_layers:
+        (features, {layer: [N, D]}).
+        """
+        grids = self._check_input(pixel_values, grid_thw)
+        device = pixel_values.device
+        num_prefix = self.config.prefix_tokens
+
+        x_ND = self.patch_embed(pixel_values.to(self.patch_embed.weight.dtype))
+        if self.embed_norm is not None:
+            x_ND = self.embed_norm(x_ND)
+        if "abs" in self.pos_mode:
+            x_ND = x_ND + self._position_table(grids, device).to(x_ND.dtype)
+
+        frame_lengths = [h * w for t, h, w in grids for _ in range(t)]
+        positions = patch_positions(grids, self.config.merge_size) if "rope" in self.pos_mode else None
+        x_TD, patch_rows = x_ND, None
+        if num_prefix:
+            rows = prefix_rows(frame_lengths, num_prefix)
+            x_TD = torch.cat((x_ND, self.prefix_tokens.to(x_ND.dtype)))[rows.to(device)]
+            patch_rows = (rows < len(x_ND)).nonzero().squeeze(1).to(device)
+            if positions is not None:  # position (0, 0) is angle 0: prefix tokens are not rotated
+                positions = torch.cat((positions, positions.new_zeros(num_prefix, 2)))[rows]
+        bounds = torch.tensor([0, *frame_lengths]).add_(num_prefix).cumsum(0) - num_prefix
+        cu_seqlens = bounds.to(device, torch.int32)
+        cos_TR, sin_TR = (None, None) if positions is None else self._rotary_tables(positions.to(device))
+
+        if self.pre_norm is not None:
+            x_TD = self.pre_norm(x_TD)
+        wanted = {layer % len(self.blocks): layer for layer in return_layers or ()}
+        taps = {}
+        for index, block in enumerate(self.blocks):
+            arguments = (x_TD, cos_TR, sin_TR, cu_seqlens, self.backend)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x_TD = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                x_TD = block(*arguments)
+            if index in wanted:
+                taps[wanted[index]] = x_TD if patch_rows is None else x_TD[patch_rows]
+        if patch_rows is not None:
+            x_TD = x_TD[patch_rows]
+        features_ND = x_TD if self.norm is None else self.norm(x_TD)
+        return features_ND if return_layers is None else (features_ND, taps)
+
+    def encode(
+        self,
+        images: Image.Image | Sequence[Image.Image],
+        *,
+        min_tokens: int = 4,
+        max_tokens: int = 3000,
+        size: tuple[int, int] | None = None,
+    ) -> list[Tensor]:
+        """Feature maps [h, w, D] in raster order, one per image, at native resolution; no gradients.
+
+        min_tokens, max_tokens:  bounds on h * w / merge_size^2; images outside are scaled, keeping the aspect ratio.
+        size:  (height, width) in pixels for a fixed resolution instead.
+        """
+        images = [images] if isinstance(images, Image.Image) else images
+        if not images:
+            return []
+        prepared = [self.prepare(image, min_tokens=min_tokens, max_tokens=max_tokens, size=size) for image in images]
+        pixel_values = torch.cat([patches for patches, _ in prepared]).to(self.patch_embed.weight.device)
+        grid_thw = torch.tensor([grid for _, grid in prepared])
+        with torch.no_grad():
+            features = self(pixel_values, grid_thw)
+        return [one.squeeze(0) for one in to_raster(features, grid_thw, self.config.merge_size)]
+
+    def prepare(self, image: Image.Image, **limits) -> tuple[Tensor, tuple[int, int, int]]:
+        """Patches and grid of one image with this tower's patch size and pixel statistics (comp.data.images.prepare_image)."""
+        config = self.config
+        return prepare_image(
+            image,
+            patch_size=config.patch_size,
+            merge_size=config.merge_size,
+            mean=config.image_mean,
+            std=config.image_std,
+            **limits,
+        )
+
+    def _check_input(self, pixel_values: Tensor, grid_thw: Tensor) -> Grids:
+        if pixel_values.dim() != 2 or pixel_values.shape[1] != self.config.patch_dim:
+            raise ValueError(f"pixel_values must be [N, {self.config.patch_dim}], got {tuple(pixel_values.shape)}")
+        if grid_thw.dim() != 2 or grid_thw.shape[1] != 3 or grid_thw.is_floating_point():
+            raise ValueError(f"grid_thw must be integers [M, 3], got {grid_thw.dtype} {tuple(grid_thw.shape)}")
+        grids = [tuple(grid) for grid in grid_thw.tolist()]  # the one read from the device
+        for t, h, w in grids:
+            check_grid(h, w, self.config.merge_size)
+            if t < 1:
+                raise ValueError(f"grid_thw must have at least one frame per image, got {(t, h, w)}")
+        described = sum(t * h * w for t, h, w in grids)
+        if described != pixel_values.shape[0]:
+            raise ValueError(f"pixel_values has {pixel_values.shape[0]} patches but grid_thw describes {described}: {grids}")
+        return grids
+
+    def _position_table(self, grids: Grids, device: torch.device) -> Tensor:
+        """Table entries of all patches, [N, D] float32; each distinct grid is resampled once."""
+        tables = self._table_cache()
+        for size in {(h, w) for _, h, w in grids}:
+            if size not in tables:
+                table = self._table_for(*size, device)
+                tables[size] = in_token_order(table, self.config.abs_pos_order, self.config.merge_size)
+        rows = torch.cat([tables[h, w] for t, h, w in grids for _ in range(t)])
+        while len(tables) > 16:  # keep the most recent grids of a frozen table
+            tables.pop(next(iter(tables)))
+        return rows
+
+    def _table_for(self, height: int, width: int, device: torch.device) -> Tensor:
+        config = self.config
+        if self.pos_embed is None:
+            return sincos_table(height, width, config.width, device)
+        return resample_table(
+            self.pos_embed,
+            height,
+            width,
+            mode=config.abs_pos_interp,
+            align_corners=config.align_corners,
+            antialias=config.antialias,
+        )
+
+    def _table_cache(self) -> dict[tuple[int, int], Tensor]:
+        """Resampled tables that may outlive this forward pass: only those of a frozen table, until it changes."""
+        table = self.pos_embed
+        if table is None or table.requires_grad or table.is_inference():
+            return {}
+        config = self.config
+        choices = (config.abs_pos_order, config.abs_pos_interp, config.align_corners, config.antialias)
+        state = (table.data_ptr(), table._version, table.device, table.dtype, *choices)
+        if self._frozen_tables[0] != state:
+            self._frozen_tables = (state, {})
+        return self._frozen_tables[1]
+
+    def _rotary_tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        config = self.config
+        return rotary_tables(positions, config.head_dim, base=config.rope_base, dtype=config.rope_dtype)
+
+
+def prefix_rows(frame_lengths: Sequence[int], num_prefix: int) -> Tensor:
+    """Row numbers that put prefix tokens in front of every frame, [T] int64.
+
+    They index [patches of all frames; prefix tokens]: for frames of 2 and 1 patches and one prefix token, [3, 0, 1, 3, 2].
+    """
+    total = sum(frame_lengths)
+    prefix = torch.arange(total, total + num_prefix)
+    parts = []
+    for patches in torch.arange(total).split(list(frame_lengths)):
+        parts += [prefix, patches]
+    return torch.cat(parts)

@@ -1,0 +1,316 @@
+"""Weights on disk <-> VisionEncoder: names of every tower family, strict both ways, and CoMP's own checkpoints.
+
+Each of our parameters is made of one or several tensors of the file (q, k and v become one matrix). Three also change form:
+the patch convolution becomes a matrix, the position table a [G, G, D] grid, CLS and registers one [prefix, D] matrix.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .adapter import Adapter
+from .vision_encoder import VisionEncoder
+from .vit_config import ViTConfig
+
+# Fields of ViTConfig that config.json keeps under "comp": everything its Hugging Face part does not say.
+CHOICES = (
+    "merge_size",
+    "pos_mode",
+    "abs_pos_order",
+    "abs_pos_interp",
+    "align_corners",
+    "antialias",
+    "rope_base",
+    "rope_dtype",
+    "keep_prefix_tokens",
+    "final_norm",
+    "image_mean",
+    "image_std",
+)
+
+
+@dataclass(frozen=True)
+class Names:
+    """Names of one family on disk; `{i}` is the block number. Ours are the keys of `fixed` and `block`, without the suffix."""
+
+    table: str
+    fixed: dict[str, str]
+    block: dict[str, tuple[str, ...] | str]
+    cls_token: str | None = None
+    registers: str | None = None
+
+    def sources(self, ours: str) -> list[str]:
+        """The names on disk that our parameter (weight or bias of a module, or a scale) is concatenated from."""
+        match = re.fullmatch(r"blocks\.(\d+)\.(.+)", ours)
+        table, key = (self.block, match[2]) if match else (self.fixed, ours)
+        module, _, suffix = key.rpartition(".")
+        theirs, suffix = (table[key], "") if key in table else (table[module], f".{suffix}")
+        theirs = (theirs,) if isinstance(theirs, str) else theirs
+        return [name.format(i=match[1] if match else "") + suffix for name in theirs]
+
+
+CLIP_BLOCK = {
+    "norm1": "encoder.layers.{i}.layer_norm1",
+    "attn.qkv": tuple(f"encoder.layers.{{i}}.self_attn.{x}_proj" for x in "qkv"),
+    "attn.proj": "encoder.layers.{i}.self_attn.out_proj",
+    "norm2": "encoder.layers.{i}.layer_norm2",
+    "mlp.fc1": "encoder.layers.{i}.mlp.fc1",
+    "mlp.fc2": "encoder.layers.{i}.mlp.fc2",
+}
+ADAPTER = {"adapter.norm": "merger.ln_q", "adapter.fc1": "merger.mlp.0", "adapter.fc2": "merger.mlp.2"}
+SIGLIP = Names(
+    table="embeddings.position_embedding.weight",
+    fixed={"patch_embed": "embeddings.patch_embedding", "norm": "post_layernorm", **ADAPTER},
+    block=CLIP_BLOCK,
+)
+CLIP = Names(
+    table=SIGLIP.table,
+    fixed={**SIGLIP.fixed, "pre_norm": "pre_layrnorm"},  # the library's spelling
+    block=CLIP_BLOCK,
+    cls_token="embeddings.class_embedding",
+)
+DINOV2 = Names(
+    table="embeddings.position_embeddings",
+    fixed={"patch_embed": "embeddings.patch_embeddings.projection", "norm": "layernorm", **ADAPTER},
+    block={
+        "norm1": "encoder.layer.{i}.norm1",
+        "attn.qkv": tuple(f"encoder.layer.{{i}}.attention.attention.{x}" for x in ("query", "key", "value")),
+        "attn.proj": "encoder.layer.{i}.attention.output.dense",
+        "scale1": "encoder.layer.{i}.layer_scale1.lambda1",
+        "norm2": "encoder.layer.{i}.norm2",
+        "mlp.fc1": "encoder.layer.{i}.mlp.fc1",
+        "mlp.fc2": "encoder.layer.{i}.mlp.fc2",
+        "mlp.gate_up": "encoder.layer.{i}.mlp.weights_in",
+        "mlp.down": "encoder.layer.{i}.mlp.weights_out",
+        "scale2": "encoder.layer.{i}.layer_scale2.lambda1",
+    },
+    cls_token="embeddings.cls_token",
+    registers="embeddings.register_tokens",
+)
+AIMV2 = Names(
+    table=SIGLIP.table,
+    fixed={"patch_embed": "embeddings.patch_embed", "embed_norm": "embeddings.rms_norm", "norm": "rms_norm", **ADAPTER},
+    block={
+        "norm1": "encoder.layers.{i}.rms_norm1",
+        "attn.qkv": tuple(f"encoder.layers.{{i}}.attention.{x}_proj" for x in "qkv"),
+        "attn.proj": "encoder.layers.{i}.attention.out_proj",
+        "norm2": "encoder.layers.{i}.rms_norm2",
+        "mlp.gate_up": ("encoder.layers.{i}.ffn.gate_proj", "encoder.layers.{i}.ffn.up_proj"),
+        "mlp.down": "encoder.layers.{i}.ffn.down_proj",
+    },
+)
+FAMILIES = {"siglip": SIGLIP, "siglip2": SIGLIP, "clip": CLIP, "dinov2": DINOV2, "aimv2": AIMV2}
+
+# What a file may hold beside the tower, left out on purpose. Patterns for names after the tower's prefix is taken off.
+DROPPED = (
+    r"head\..*",  # attention-pooling heads of SigLIP and AIMv2
+    r"post_layernorm\..*",  # norm of the pooled output (SigLIP, CLIP); kept with final_norm=True
+    r"embeddings\.(mask_token|cls_token|class_embedding|register_tokens)",  # prefix tokens: keep_prefix_tokens=True
+    r"embeddings\.position_ids",  # an index buffer of older files
+    r"(text_model|visual_projection|text_projection|classifier)\..*",  # the rest of a two-tower model or classifier
+    r"logit_(scale|bias)",
+)
+PREFIXES = ("vision_model.", "dinov2.", "dinov2_with_registers.")  # of the tower inside a larger model
+
+
+@dataclass
+class Checkpoint:
+    """config.json and the tensors of a directory; tensors are read one by one, and which ones is remembered."""
+
+    config: dict[str, Any]
+    files: dict[str, Any]
+    read: set[str] = field(default_factory=set)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike) -> Checkpoint:
+        directory = Path(path)
+        if not directory.is_dir():
+            from huggingface_hub import snapshot_download
+
+            directory = Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "pytorch_model*.bin"]))
+        if not (directory / "config.json").is_file():
+            raise ValueError(f"path must hold a config.json, {directory} has {sorted(os.listdir(directory))}")
+        config = json.loads((directory / "config.json").read_text())
+        names = sorted(directory.glob("*.safetensors"))
+        if names:
+            opened = [safe_open(name, framework="pt") for name in names]
+            return cls(config, {key: file for file in opened for key in file.keys()})
+        names = sorted(directory.glob("pytorch_model*.bin"))
+        if not names:
+            raise ValueError(f"path must hold .safetensors or pytorch_model.bin weights, {directory} has neither")
+        tensors = {}
+        for name in names:
+            tensors.update(torch.load(name, map_location="cpu", weights_only=True))
+        return cls(config, tensors)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.files
+
+    def get(self, name: str) -> Tensor:
+        self.read.add(name)
+        held = self.files[name]
+        return held if isinstance(held, Tensor) else held.get_tensor(name)
+
+    @property
+    def tower_prefix(self) -> str:
+        return next((prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in self.files)), "")
+
+    @property
+    def is_released_comp(self) -> bool:
+        """A checkpoint of the released CoMP code: it has a flag `use_rope` or an adapter, and not our "comp" section."""
+        settings = {**self.config, **(self.config.get("vision_config") or {})}
+        return "comp" not in settings and ("use_rope" in settings or any(name.startswith("merger.") for name in self.files))
+
+
+def load_encoder(
+    cls: type[VisionEncoder], path: str | os.PathLike, choices: dict[str, Any], dtype: torch.dtype | None
+) -> VisionEncoder:
+    """The work of VisionEncoder.from_pretrained."""
+    checkpoint = Checkpoint.open(path)
+    config = ViTConfig.from_hugging_face(checkpoint.config, **with_stored_choices(checkpoint, choices, path))
+    tensors = read_tensors(checkpoint, config, path)
+    with torch.device("meta"):  # no random initialisation of what is overwritten anyway
+        adapter = None
+        if "adapter.fc2.weight" in tensors:
+            adapter = Adapter(config.width, tensors["adapter.fc2.weight"].shape[0], merge_size=config.merge_size)
+        encoder = cls(config, adapter)
+    if dtype is not None:
+        tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    encoder.load_state_dict(tensors, assign=True)
+    return encoder.requires_grad_(True).eval()
+
+
+def with_stored_choices(checkpoint: Checkpoint, choices: dict[str, Any], path: str | os.PathLike) -> dict[str, Any]:
+    """The caller's choices, completed by those in the checkpoint and, for released CoMP checkpoints, by what they need."""
+    given = {name: value for name, value in choices.items() if value is not None}
+    if not checkpoint.is_released_comp:
+        return {**checkpoint.config.get("comp", {}), **given}
+    settings = {**checkpoint.config, **(checkpoint.config.get("vision_config") or {})}
+    needed = {
+        "pos_mode": "abs+rope" if settings.get("use_rope", True) else "abs",
+        "abs_pos_order": "raster_legacy",
+        "merge_size": settings.get("spatial_merge_size") or 2,
+    }
+    if "abs_pos_order" not in given:
+        warnings.warn(
+            f"{path} is a checkpoint of the released CoMP code, which added the position table in raster order to patches in "
+            'merge-block order: using abs_pos_order="raster_legacy". Pass abs_pos_order to choose, or save_pretrained to '
+            "store the choice.",
+            stacklevel=4,
+        )
+    return {**needed, **given}
+
+
+def read_tensors(checkpoint: Checkpoint, config: ViTConfig, path: str | os.PathLike) -> dict[str, Tensor]:
+    """Our parameters from the file's; raises ValueError that lists what is missing, what is unexpected, what does not fit."""
+    names, prefix = FAMILIES[config.family], checkpoint.tower_prefix
+    missing, tensors = [], {}
+
+    def fetch(name: str) -> Tensor | None:
+        name = name if name.startswith("merger.") else prefix + name
+        if name in checkpoint:
+            return checkpoint.get(name)
+        missing.append(name)
+        return None
+
+    has_adapter = any(name.startswith("merger.") for name in checkpoint.files)
+    for ours, shape in expected_shapes(config, has_adapter).items():
+        if ours == "pos_embed":
+            parts = [fetch(names.table)]
+        elif ours == "prefix_tokens":
+            parts = [fetch(names.cls_token), *([fetch(names.registers)] if config.num_prefix_tokens > 1 else [])]
+            parts.append(fetch(names.table))
+        else:
+            parts = [fetch(name) for name in names.sources(ours)]
+        if any(part is None for part in parts):
+            continue
+        tensors[ours] = to_ours(ours, parts, config)
+        if shape is not None and tensors[ours].shape != shape:
+            raise ValueError(
+                f"{path}: {ours} must be {tuple(shape)} by config.json, the file has {[tuple(part.shape) for part in parts]}"
+            )
+
+    unexpected = [name for name in checkpoint.files if name not in checkpoint.read and not is_dropped(name, prefix)]
+    if missing or unexpected:
+        raise ValueError(
+            f"{path}: the weights do not fit a {config.family} tower. Missing: {sorted(missing) or 'none'}. "
+            f"Unexpected: {sorted(unexpected) or 'none'}"
+        )
+    return tensors
+
+
+def expected_shapes(config: ViTConfig, with_adapter: bool) -> dict[str, torch.Size | None]:
+    """Names and shapes of the encoder's parameters; None where the file decides (the adapter's width)."""
+    with torch.device("meta"):
+        adapter = Adapter(config.width, 1, merge_size=config.merge_size) if with_adapter else None
+        parameters = VisionEncoder(config, adapter).state_dict()
+    return {name: None if name.startswith("adapter.fc2") else tensor.shape for name, tensor in parameters.items()}
+
+
+def is_dropped(name: str, prefix: str) -> bool:
+    return any(re.fullmatch(pattern, candidate) for pattern in DROPPED for candidate in {name, name.removeprefix(prefix)})
+
+
+def to_ours(ours: str, parts: list[Tensor], config: ViTConfig) -> Tensor:
+    """One of our parameters from the tensors it is made of."""
+    if ours == "patch_embed.weight":
+        weight = parts[0]
+        if config.family == "siglip2":  # a Linear over patches that were flattened as (row, column, channel)
+            weight = weight.unflatten(1, (config.patch_size, config.patch_size, config.num_channels)).permute(0, 3, 1, 2)
+        return weight.flatten(1).contiguous()
+    if ours == "pos_embed":
+        table = parts[0].view(-1, config.width)
+        side = config.grid_size
+        return table[len(table) - side * side :].reshape(-1, side, config.width).clone()
+    if ours == "prefix_tokens":
+        *tokens, table = (part.view(-1, config.width) for part in parts)
+        tokens = torch.cat(tokens)
+        tokens[0] += table[0]
+        return tokens
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def to_theirs(encoder: VisionEncoder) -> dict[str, Tensor]:
+    """The encoder's parameters under the family's names: the inverse of reading, with CLS's table entry as zeros."""
+    config, names = encoder.config, FAMILIES[encoder.config.family]
+    state = {name: tensor.detach() for name, tensor in encoder.state_dict().items()}
+    theirs = {}
+    if "prefix_tokens" in state:
+        tokens = state.pop("prefix_tokens")
+        cls_shape = (1, 1, config.width) if config.family == "dinov2" else (config.width,)
+        theirs[names.cls_token] = tokens[0].view(cls_shape)
+        if names.registers and len(tokens) > 1:
+            theirs[names.registers] = tokens[1:].unsqueeze(0)
+    if "pos_embed" in state:
+        table = state.pop("pos_embed").flatten(0, 1)
+        if names.cls_token:
+            table = torch.cat((table.new_zeros(1, config.width), table))
+        theirs[names.table] = table.unsqueeze(0) if config.family == "dinov2" else table
+    for ours, tensor in state.items():
+        if ours == "patch_embed.weight":
+            weight = tensor.unflatten(1, (config.num_channels, config.patch_size, config.patch_size))
+            tensor = weight.permute(0, 2, 3, 1).flatten(1) if config.family == "siglip2" else weight
+        sources = names.sources(ours)
+        theirs.update(zip(sources, tensor.chunk(len(sources))))
+    return {name: tensor.cpu().contiguous() for name, tensor in theirs.items()}
+
+
+def save_encoder(encoder: VisionEncoder, path: str | os.PathLike) -> None:
+    """The work of VisionEncoder.save_pretrained."""
+    directory = Path(path)
+    directory.mkdir(parents=True, exist_ok=True)
+    stored = {name: getattr(encoder.config, name) for name in CHOICES}
+    config = {**encoder.config.hugging_face, "comp": stored}
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_file(to_theirs(encoder), directory / "model.safetensors", metadata={"format": "pt"})
