@@ -1,3 +1,145 @@
-from setuptools import setup
+"""Builds the compiled libraries next to the Python package; the rest of the metadata is in pyproject.toml.
 
-setup()
+    pip install -e .                 builds everything there is a compiler for
+    python setup.py build_native     rebuilds the libraries in place after a change of csrc, nothing else
+
+csrc is plain C++17 and CUDA behind a C ABI and includes no torch header, so the build needs a C++ compiler and nothing more,
+and one library serves every PyTorch and every Python. Files of csrc/cpu are compiled once; files of csrc/cpu/kernels once per
+instruction set (the choice is made at run time). A missing compiler or a failing build does not fail the installation: a
+warning says what is missing, `python -m comp_kernels.info` repeats it, and the reference backend serves.
+
+Environment: CXX (default c++ or g++), CXXFLAGS (appended), MAX_JOBS (compiler processes, default all cores).
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Command, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build import build
+
+ROOT = Path(__file__).parent.resolve()
+CSRC = ROOT / "csrc"
+
+CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-fno-math-errno", "-fno-trapping-math"]
+CXX_FLAGS += ["-ffp-contract=fast", f"-I{CSRC / 'include'}"]
+X86_FLAGS = {
+    "baseline": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c", "-mtune=haswell"],
+    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512 -mtune=icelake-server".split(),
+}
+
+
+class MissingCompiler(Exception):
+    """A library cannot be built here; the message says what is missing."""
+
+
+def instruction_sets() -> dict[str, list[str]]:
+    """Compiler flags by instruction set; other machines than x86-64 have one set, the architecture's own (NEON)."""
+    return X86_FLAGS if platform.machine().lower() in ("x86_64", "amd64") else {"baseline": []}
+
+
+def newer(target: Path, sources: list[Path]) -> bool:
+    return target.exists() and all(target.stat().st_mtime > source.stat().st_mtime for source in sources)
+
+
+def run_all(commands: list[list[str]]) -> None:
+    """Run compiler commands side by side; the first failure is raised with the compiler's words."""
+
+    def run(command: list[str]) -> None:
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode != 0:
+            raise RuntimeError(f"{shlex.join(command)}\n{result.stdout}{result.stderr}")
+        if result.stderr:
+            print(result.stderr, file=sys.stderr)
+
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+        list(pool.map(run, commands))
+
+
+def build_cpu(lib: Path, objects: Path) -> None:
+    """csrc/cpu -> libcomp_kernels_cpu.so; objects that are newer than their sources are kept."""
+    compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("c++") or shutil.which("g++") or ""]
+    if not shutil.which(compiler[0]):
+        raise MissingCompiler("no C++ compiler found: install g++ or clang++, or set CXX")
+    headers = sorted(CSRC.glob("include/**/*.h")) + sorted(CSRC.glob("cpu/**/*.h")) + [Path(__file__)]
+    jobs: list[tuple[Path, Path, list[str]]] = [(source, objects / f"{source.stem}.o", []) for source in CSRC.glob("cpu/*.cpp")]
+    for isa, flags in instruction_sets().items():
+        flags = [*flags, f"-DCOMP_KERNELS_ISA={isa}"]
+        jobs += [(source, objects / f"{source.stem}.{isa}.o", flags) for source in CSRC.glob("cpu/kernels/*.cpp")]
+    extra = shlex.split(os.environ.get("CXXFLAGS", ""))
+    run_all(
+        [
+            [*compiler, *CXX_FLAGS, *flags, *extra, "-c", str(source), "-o", str(target)]
+            for source, target, flags in jobs
+            if not newer(target, [source, *headers])
+        ]
+    )
+    run_all(
+        [[*compiler, "-shared", *extra, *(str(target) for _, target, _ in jobs), "-o", str(lib / "libcomp_kernels_cpu.so")]]
+    )
+
+
+LIBRARIES = {"cpu": build_cpu}
+
+
+class BuildNative(Command):
+    """Build the libraries of LIBRARIES into comp_kernels/lib, in place or under build_lib for a wheel."""
+
+    description = "compile csrc into comp_kernels/lib"
+    user_options = []  # noqa: RUF012 (setuptools reads it from the class)
+    editable_mode = False
+
+    def initialize_options(self) -> None:
+        self.build_lib = None
+
+    def finalize_options(self) -> None:
+        in_place = self.editable_mode or "build_native" in sys.argv
+        self.build_lib = str(ROOT) if in_place else self.get_finalized_command("build").build_lib
+
+    def run(self) -> None:
+        lib = Path(self.build_lib) / "comp_kernels" / "lib"
+        lib.mkdir(parents=True, exist_ok=True)
+        for name, build_library in LIBRARIES.items():
+            objects = ROOT / "build" / f"native-{name}-{platform.machine()}"
+            objects.mkdir(parents=True, exist_ok=True)
+            reason = lib / f"{name}.missing"  # read by comp_kernels._native to explain itself
+            reason.unlink(missing_ok=True)
+            try:
+                build_library(lib, objects)
+            except (MissingCompiler, RuntimeError, OSError) as error:
+                reason.write_text(str(error))
+                self.warn(f"the {name} library was not built: {error}")
+
+    def get_outputs(self) -> list[str]:
+        return [str(path) for path in (Path(self.build_lib) / "comp_kernels" / "lib").glob("*")]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+    def get_source_files(self) -> list[str]:
+        return [str(path.relative_to(ROOT)) for path in CSRC.rglob("*") if path.suffix in (".h", ".cpp", ".cu", ".cuh")]
+
+
+class PlatformWheel(bdist_wheel):
+    """A wheel for this platform that fits every Python 3: the libraries know nothing of Python."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.root_is_pure = False
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+build.sub_commands.append(("build_native", None))
+
+setup(cmdclass={"build_native": BuildNative, "bdist_wheel": PlatformWheel})

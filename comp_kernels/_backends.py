@@ -17,10 +17,14 @@ ENVIRONMENT_VARIABLE = "COMP_KERNELS_BACKEND"
 
 # operator -> backend -> module with `unavailable_reason(device: torch.device) -> str | None` (None = it can run)
 IMPLEMENTATIONS: dict[str, dict[str, str]] = {
-    "rope_attention": {},
+    "rope_attention": {
+        "cpu": "comp_kernels.ops.rope_attention.cpu",
+    },
     "sinkhorn": {},
     "alignment_loss": {},
 }
+
+_loaded: dict = {}  # module path -> module
 
 # Order of preference per device type; the first that can run is taken, the reference always can.
 PREFERENCE = {
@@ -31,9 +35,14 @@ PREFERENCE = {
 
 def implementation(op: str, backend: str):
     """The module that implements `op` on `backend`; imported on first use, so that `import comp_kernels` stays light."""
-    return importlib.import_module(IMPLEMENTATIONS[op][backend])
+    path = IMPLEMENTATIONS[op][backend]
+    if path not in _loaded:
+        _loaded[path] = importlib.import_module(path)
+    return _loaded[path]
 
 
+# torch.compile takes the answer as a constant; asking also loads the module, which tracing itself could not do.
+@torch.compiler.assume_constant_result
 def unavailable_reason(op: str, backend: str, device: torch.device) -> str | None:
     """Why `backend` cannot run `op` on `device`, in words for the user; None when it can."""
     if backend == "reference":

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..._backends import choose_backend
+from ..._backends import choose_backend, implementation
 from ..._checks import check_float, check_same, check_tensor
 from . import reference
+from .registration import attention
 
 
 def rope_attention(
@@ -63,26 +64,61 @@ def rope_attention(
         RuntimeError: a named backend cannot run this call; the message says why.
     """
     del max_seqlen, max_seqlen_k, deterministic  # hints: see above
+    q, k, v = autocast(q, k, v)
     rotary_dim, pair_stride = check_arguments(
         q, k, v, cos, sin, cu_seqlens, rotary_dim, pair_stride, cos_k, sin_k, cu_seqlens_k
     )
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    choose_backend("rope_attention", backend, q.device)
-    return reference.rope_attention(
-        q,
-        k,
-        v,
-        cos,
-        sin,
-        cu_seqlens,
-        rotary_dim=rotary_dim,
-        pair_stride=pair_stride,
-        cos_k=cos_k,
-        sin_k=sin_k,
-        cu_seqlens_k=cu_seqlens_k,
-        scale=scale,
-        return_lse=return_lse,
+    if cos is not None and cos_k is None:
+        cos_k, sin_k = cos, sin
+
+    def declines(name: str) -> str | None:
+        if name == "reference":
+            return None
+        module = implementation("rope_attention", name)
+        return module.declines(q, k, v, cos, sin, cos_k, sin_k, rotary_dim=rotary_dim, pair_stride=pair_stride)
+
+    backend = choose_backend("rope_attention", backend, q.device, declines)
+    if backend == "reference":
+        return reference.rope_attention(
+            q,
+            k,
+            v,
+            cos,
+            sin,
+            cu_seqlens,
+            rotary_dim=rotary_dim,
+            pair_stride=pair_stride,
+            cos_k=cos_k,
+            sin_k=sin_k,
+            cu_seqlens_k=cu_seqlens_k,
+            scale=scale,
+            return_lse=return_lse,
+        )
+    cu_seqlens_k = normalised_bounds(cu_seqlens if cu_seqlens_k is None else cu_seqlens_k, k)
+    cu_seqlens = normalised_bounds(cu_seqlens, q)
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    table_dtype = torch.promote_types(q.dtype, torch.float32)
+    cos, sin, cos_k, sin_k = (
+        None if table is None else table.to(table_dtype).contiguous() for table in (cos, sin, cos_k, sin_k)
     )
+    out, lse = attention(q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, rotary_dim, pair_stride, scale, backend)
+    return (out, lse) if return_lse else out
+
+
+def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Under autocast, q, k, v in its dtype, as for torch's own attention; the tables keep theirs. float64 is left alone."""
+    if not torch.is_autocast_enabled(q.device.type):
+        return q, k, v
+    dtype = torch.get_autocast_dtype(q.device.type)
+    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
+
+
+def normalised_bounds(cu_seqlens: Tensor | None, x: Tensor) -> Tensor:
+    """cu_seqlens as contiguous int32; [0, number of tokens of x] for None."""
+    if cu_seqlens is None:
+        return torch.arange(2, dtype=torch.int32, device=x.device) * x.shape[0]
+    return cu_seqlens.to(torch.int32).contiguous()
 
 
 def check_arguments(q, k, v, cos, sin, cu_seqlens, rotary_dim, pair_stride, cos_k, sin_k, cu_seqlens_k) -> tuple[int, int]:

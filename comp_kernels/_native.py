@@ -1,0 +1,91 @@
+"""Loads the compiled libraries (C ABI, see csrc) and says plainly what is missing when one cannot be used.
+
+The libraries know nothing of torch: tensors cross as pointers, sizes and strides in a params struct. Threads are torch's own,
+through the C symbols of libtorch_cpu, so `torch.set_num_threads` governs the kernels and two pools never compete.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+LIB = Path(__file__).parent / "lib"
+
+# dtype codes of csrc/include
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+class Unavailable(Exception):
+    """A compiled library cannot be used; the message says why and what to do."""
+
+
+def load(name: str) -> ctypes.CDLL:
+    """Open comp_kernels/lib/libcomp_kernels_{name}.so; raises Unavailable with a remedy."""
+    path = LIB / f"libcomp_kernels_{name}.so"
+    rebuild = "reinstall comp-kernels or run `python setup.py build_native` in its source tree"
+    if not path.exists():
+        reason = LIB / f"{name}.missing"
+        why = reason.read_text() if reason.exists() else f"{path} does not exist"
+        raise Unavailable(f"the compiled {name} library is missing ({why}); {rebuild}")
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise Unavailable(f"the compiled {name} library does not load ({error}); {rebuild}") from error
+
+
+@functools.cache
+def _cpu() -> ctypes.CDLL | Unavailable:
+    try:
+        library = load("cpu")
+    except Unavailable as error:
+        warnings.warn(f"comp_kernels: {error}. The slow reference backend is used on the CPU.", stacklevel=2)
+        return error
+    library.comp_kernels_cpu_isa.restype = ctypes.c_char_p
+    library.comp_kernels_cpu_set_threads.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    library.comp_kernels_cpu_set_threads.restype = None
+    library.comp_kernels_cpu_set_threads(*torch_thread_pool())
+    return library
+
+
+def cpu() -> ctypes.CDLL:
+    """The CPU library, with torch's thread pool handed to it; raises Unavailable."""
+    library = _cpu()
+    if isinstance(library, Unavailable):
+        raise library
+    return library
+
+
+def cpu_unavailable_reason() -> str | None:
+    """Why the CPU library cannot be used here, or None. The first call warns when it is missing."""
+    library = _cpu()
+    return str(library) if isinstance(library, Unavailable) else None
+
+
+def torch_thread_pool() -> tuple[int | None, int | None]:
+    """Addresses of torch_parallel_for and torch_get_num_threads in libtorch_cpu; (None, None) where it does not export them."""
+    suffix = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
+    try:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / f"libtorch_cpu{suffix}"))
+        functions = (library.torch_parallel_for, library.torch_get_num_threads)
+    except (OSError, AttributeError):
+        return None, None
+    return tuple(ctypes.cast(function, ctypes.c_void_p).value for function in functions)
+
+
+def pointer(x: Tensor | None) -> int | None:
+    """Address of the first element; None (a null pointer) for None."""
+    return None if x is None else x.data_ptr()
+
+
+def call(function: Callable, params: ctypes.Structure) -> None:
+    """Call `function(&params)`, which returns null or a message; raises RuntimeError with the message."""
+    message = function(ctypes.byref(params))
+    if message is not None:
+        raise RuntimeError(message.decode())

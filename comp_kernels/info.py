@@ -1,0 +1,61 @@
+"""What is built, what will be used here, and why: `python -m comp_kernels.info`."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+
+import torch
+
+from . import __version__, _native
+from ._backends import BACKENDS, ENVIRONMENT_VARIABLE, IMPLEMENTATIONS, available_backends, unavailable_reason
+
+
+def cpu_library() -> list[str]:
+    """Lines about the compiled CPU library."""
+    try:
+        library = _native.cpu()
+    except _native.Unavailable as error:
+        return [f"not usable: {error}"]
+    pool = "torch's" if None not in _native.torch_thread_pool() else "none (this torch does not export its pool): one thread"
+    return [
+        f"{_native.LIB / 'libcomp_kernels_cpu.so'}",
+        f"instruction set: {library.comp_kernels_cpu_isa().decode()}",
+        f"thread pool: {pool}, {torch.get_num_threads()} threads",
+    ]
+
+
+def devices() -> list[torch.device]:
+    return [torch.device("cpu")] + [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+
+
+def describe_operator(op: str, device: torch.device) -> list[str]:
+    """Which backend `op` takes on `device` when none is named, and why not the others."""
+    usable = available_backends(op, device)
+    lines = [f"{op}: {usable[0]}" + (f" (also {', '.join(usable[1:])})" if len(usable) > 1 else "")]
+    for name in BACKENDS:
+        reason = unavailable_reason(op, name, device)
+        if reason is not None:
+            lines.append(f"    not {name}: {reason}")
+    return lines
+
+
+def report() -> str:
+    """The whole report as text."""
+    lines = [
+        f"comp_kernels {__version__}, torch {torch.__version__}, Python {sys.version.split()[0]}, {platform.machine()}",
+        f"{ENVIRONMENT_VARIABLE}: {os.environ.get(ENVIRONMENT_VARIABLE) or 'not set'}",
+        "",
+        "compiled CPU library",
+        *(f"  {line}" for line in cpu_library()),
+    ]
+    for device in devices():
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+        lines += ["", f"{device} ({name})"]
+        lines += [f"  {line}" for op in IMPLEMENTATIONS for line in describe_operator(op, device)]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(report())

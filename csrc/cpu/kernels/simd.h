@@ -1,0 +1,125 @@
+// Short vectors for the kernels, in the compiler's own vector types: one source for SSE2, NEON, AVX2 and AVX-512.
+//
+// `Vec<T>` holds kLanes<T> elements of float or double; + - * / and comparisons work lane by lane, and a product followed by
+// a sum is contracted to one fused multiply-add where the instruction set has it (-ffp-contract=fast).
+// Everything lives in a namespace named after the instruction set, and is inlined: no symbol of one set can be taken for
+// another's when the objects are linked together.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#ifndef COMP_KERNELS_ISA
+#define COMP_KERNELS_ISA baseline
+#endif
+
+#ifndef COMP_KERNELS_VECTOR_BYTES
+#if defined(__AVX512F__)
+#define COMP_KERNELS_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define COMP_KERNELS_VECTOR_BYTES 32
+#else
+#define COMP_KERNELS_VECTOR_BYTES 16
+#endif
+#endif
+
+#define CK_INLINE inline __attribute__((always_inline))
+
+namespace comp_kernels::COMP_KERNELS_ISA {
+
+constexpr int kVectorBytes = COMP_KERNELS_VECTOR_BYTES;
+template <typename T>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
+
+// Integer of the same width, for bit patterns and comparison masks.
+template <typename T>
+using BitsOf = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+
+template <typename T>
+struct VectorTypes {
+  typedef T Full __attribute__((vector_size(kVectorBytes)));
+  typedef T Unaligned __attribute__((vector_size(kVectorBytes), aligned(alignof(T)), may_alias));
+};
+template <typename T>
+using Vec = typename VectorTypes<T>::Full;
+
+template <typename T>
+CK_INLINE Vec<T> load(const T* p) {
+  return *reinterpret_cast<const typename VectorTypes<T>::Unaligned*>(p);
+}
+
+template <typename T>
+CK_INLINE void store(T* p, Vec<T> x) {
+  *reinterpret_cast<typename VectorTypes<T>::Unaligned*>(p) = x;
+}
+
+template <typename T>
+CK_INLINE Vec<T> broadcast(T x) {
+  return x - Vec<T>{};  // not "+": x + 0 is not x for -0, and the compiler would have to add
+}
+
+// The larger of each pair; b where either is NaN.
+template <typename T>
+CK_INLINE Vec<T> max(Vec<T> a, Vec<T> b) {
+  return a > b ? a : b;
+}
+
+template <typename T>
+CK_INLINE T reduce_max(Vec<T> x) {
+  T result = x[0];
+  for (int i = 1; i < kLanes<T>; ++i) result = x[i] > result ? x[i] : result;
+  return result;
+}
+
+template <typename T>
+CK_INLINE T reduce_sum(Vec<T> x) {
+  T result = x[0];
+  for (int i = 1; i < kLanes<T>; ++i) result += x[i];
+  return result;
+}
+
+// 2^x for x <= 0 (any x below the overflow threshold works): relative error below 1e-7 in float, 1e-15 in double. Exactly 0 below
+// the range of normal numbers, -inf included; NaN stays NaN.
+CK_INLINE Vec<float> exp2(Vec<float> x) {
+  typedef BitsOf<float> Bits __attribute__((vector_size(kVectorBytes)));
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+  x = max<float>(broadcast(-127.0f), x);
+  const Vec<float> shifted = x + kRound;
+  const Vec<float> f = x - (shifted - kRound);  // in [-1/2, 1/2]
+  // Minimax polynomial of 2^f on [-1/2, 1/2].
+  Vec<float> y = broadcast(1.5403530e-4f);
+  y = y * f + 1.3333558e-3f;
+  y = y * f + 9.6181291e-3f;
+  y = y * f + 5.5504109e-2f;
+  y = y * f + 2.4022651e-1f;
+  y = y * f + 6.9314718e-1f;
+  y = y * f + 1.0f;
+  return (Vec<float>)((Bits)y + ((Bits)shifted << 23));
+}
+
+CK_INLINE Vec<double> exp2(Vec<double> x) {
+  typedef BitsOf<double> Bits __attribute__((vector_size(kVectorBytes)));
+  constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
+  x = max<double>(broadcast(-1023.0), x);
+  const Vec<double> shifted = x + kRound;
+  const Vec<double> f = (x - (shifted - kRound)) * 0.693147180559945309417;  // e^f, |f| <= ln(2) / 2
+  // Taylor series: the first omitted term is below 2^-55.
+  Vec<double> y = broadcast(1.0 / 6227020800.0);
+  y = y * f + 1.0 / 479001600.0;
+  y = y * f + 1.0 / 39916800.0;
+  y = y * f + 1.0 / 3628800.0;
+  y = y * f + 1.0 / 362880.0;
+  y = y * f + 1.0 / 40320.0;
+  y = y * f + 1.0 / 5040.0;
+  y = y * f + 1.0 / 720.0;
+  y = y * f + 1.0 / 120.0;
+  y = y * f + 1.0 / 24.0;
+  y = y * f + 1.0 / 6.0;
+  y = y * f + 0.5;
+  y = y * f + 1.0;
+  y = y * f + 1.0;
+  return (Vec<double>)((Bits)y + ((Bits)shifted << 52));
+}
+
+}  // namespace comp_kernels::COMP_KERNELS_ISA
