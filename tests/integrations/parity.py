@@ -1,0 +1,81 @@
+"""Outputs and parameter gradients of a patched model against the unpatched one, within the error budget of the dtype."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from comp_kernels.testing import assert_within_budget
+
+
+@dataclass
+class Tower:
+    """A small random model and one batch for it; `pick` takes from its output what a user of the model would use."""
+
+    model: nn.Module
+    inputs: dict
+    pick: Callable = lambda output: output.last_hidden_state
+    patched_modules: int = 2
+
+
+def with_parameters_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy with parameters in `dtype`; buffers (frequencies, complex tables) stay as the model made them."""
+    model = copy.deepcopy(model)
+    for p in model.parameters():
+        p.data = p.data.to(dtype)
+    return model
+
+
+def widen(x, dtype: torch.dtype):
+    return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def outputs_and_gradients(tower: Tower, model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The picked output and the gradient of every parameter, for a fixed random cotangent."""
+    output = tower.pick(model(**{name: widen(x, dtype) for name, x in tower.inputs.items()}))
+    cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(output.dtype)
+    output.backward(cotangent)
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"output": output.detach(), **gradients}
+
+
+def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Weights large enough that attention is far from uniform and every parameter matters, drawn alike for all models."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        noise = torch.randn(p.shape, generator=generator)
+        with torch.no_grad():
+            if p.dim() > 1:
+                p.copy_(noise * (2.0 if "q_" in name or "k_" in name or "qkv" in name else 1.0) * p.shape[1:].numel() ** -0.5)
+            elif name.endswith("weight"):
+                p.copy_(1 + 0.1 * noise)
+            else:
+                p.copy_(0.1 * noise)
+    return model
+
+
+def check_parity(tower: Tower, patch: Callable, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patched against unpatched in `dtype`; both measured against the unpatched model in float64."""
+    randomize(tower.model)
+    model = with_parameters_in(tower.model, dtype).eval()
+    rounded = with_parameters_in(model, torch.float64)  # the same numbers, so that only arithmetic differs
+    peer = outputs_and_gradients(tower, copy.deepcopy(model), dtype)
+    assert len(patch(model)) == tower.patched_modules
+    actual = outputs_and_gradients(tower, model, dtype)
+    with monkeypatch.context() as lifted:
+        lifted.setattr(Tensor, "float", Tensor.double)  # models rotate in float32 whatever their dtype: not in the truth
+        inputs = {name: widen(widen(x, dtype), torch.float64) for name, x in tower.inputs.items()}
+        exact = outputs_and_gradients(Tower(tower.model, inputs, tower.pick), rounded, torch.float64)
+    assert actual.keys() == peer.keys() == exact.keys()
+    gradients = [g for name, g in exact.items() if name != "output"]
+    largest = max(g.abs().max() for g in gradients).reshape(1)
+    for name, value in exact.items():
+        tensors = [x.double().flatten() for x in (actual[name], value, peer[name])]
+        if name != "output":
+            # Some gradients are zero in exact arithmetic (a bias of keys): the largest gradient of all sets their rounding.
+            tensors = [torch.cat((x, largest)) for x in tensors]
+        actual_value, exact_value, peer_value = tensors
+        assert_within_budget(name, actual_value, exact_value, peer_value.to(dtype))

@@ -1,0 +1,281 @@
+"""patch_transformers on a small random tower of every family: same outputs, same gradients, clear refusals."""
+
+import copy
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from parity import check_parity, randomize
+from transformers_towers import BLOCKS, SIZE, TOWERS
+
+from comp_kernels.integrations import UnsupportedCall, patch_transformers, register_attention, unpatch
+from comp_kernels.integrations.transformers import FAMILIES
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", TOWERS)
+def test_outputs_and_gradients(name, dtype, monkeypatch):
+    check_parity(TOWERS[name](), patch_transformers, dtype, monkeypatch)
+
+
+def forward_source(class_name: str) -> str:
+    module, name = class_name.split(".")
+    module = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
+    return " ".join(inspect.getsource(getattr(module, name).forward).split())
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.classes[0])
+def test_classes_of_a_family_compute_the_same(family):
+    """A class of the table without a tower of its own has, word for word, the forward of one that is tested above."""
+    tested = {type(m).__name__ for build in TOWERS.values() for m in build().model.modules()}
+    sources = {name: forward_source(name) for name in family.classes}
+    known = {source for name, source in sources.items() if name.split(".")[1] in tested}
+    assert known, f"no class of {family.classes} is tested"
+    for name, source in sources.items():
+        assert source in known, f"{name} differs from the tested classes of its family"
+
+
+def run(tower) -> torch.Tensor:
+    return tower.pick(tower.model(**tower.inputs))
+
+
+def tower_in_eval(name: str):
+    tower = TOWERS[name]()
+    randomize(tower.model).eval()
+    return tower
+
+
+def test_unpatch_restores_the_original_forward():
+    tower = tower_in_eval("qwen2_vl")
+    before = run(tower)
+    names = patch_transformers(tower.model)
+    assert names == ["blocks.0.attn", "blocks.1.attn"]
+    assert tower.model.blocks[0].attn.forward.__func__ is not type(tower.model.blocks[0].attn).forward
+    assert unpatch(tower.model) == names
+    assert torch.equal(run(tower), before)
+    assert "forward" not in vars(tower.model.blocks[0].attn) and unpatch(tower.model) == []
+
+
+def test_unpatch_keeps_a_forward_that_another_library_had_set():
+    tower = tower_in_eval("siglip")
+    attention = tower.model.get_submodule(patch_transformers(tower.model)[0])
+    unpatch(tower.model)
+    calls = []
+    original = attention.forward
+    attention.forward = lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs)
+    patch_transformers(tower.model)
+    run(tower)
+    assert calls == []
+    unpatch(tower.model)
+    run(tower)
+    assert calls == [1]
+
+
+def test_patching_twice_is_patching_once():
+    tower = tower_in_eval("dinov2")
+    assert patch_transformers(tower.model) == patch_transformers(tower.model, backend="reference")
+    unpatch(tower.model)
+    assert not any("forward" in vars(module) for module in tower.model.modules())
+
+
+def test_weights_stay_and_a_deep_copy_runs_on_its_own():
+    tower = tower_in_eval("dinov3")
+    keys = list(tower.model.state_dict())
+    patch_transformers(tower.model)
+    assert list(tower.model.state_dict()) == keys
+    before = run(tower)
+    teacher = copy.deepcopy(tower.model)
+    with torch.no_grad():
+        for p in teacher.parameters():
+            p.zero_()
+    assert torch.equal(run(tower), before)
+    assert not torch.equal(teacher(**tower.inputs).last_hidden_state, before)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["siglip2", "gemma4", "pixtral"])
+def test_masks_of_both_kinds_are_understood(name, attention):
+    """Eager attention gets additive masks, SDPA bool ones; both must give what the unpatched model gives."""
+    tower = tower_in_eval(name)
+    tower.model.set_attn_implementation(attention)
+    before = run(tower)
+    patch_transformers(tower.model)
+    torch.testing.assert_close(run(tower), before, rtol=1e-4, atol=1e-4)
+
+
+def test_padding_is_really_masked():
+    tower = tower_in_eval("siglip2")
+    patch_transformers(tower.model)
+    before = run(tower)
+    padding = tower.inputs["pixel_attention_mask"] == 0
+    tower.inputs["pixel_values"] = tower.inputs["pixel_values"].masked_fill(padding[..., None], 100.0)
+    assert torch.equal(run(tower), before)
+
+
+def test_gradient_checkpointing_and_autocast():
+    tower = tower_in_eval("qwen2_5_vl")
+    patch_transformers(tower.model)
+    run(tower).sum().backward()
+    expected = {name: p.grad.clone() for name, p in tower.model.named_parameters() if p.grad is not None}
+    tower.model.zero_grad()
+    tower.model.train()
+    tower.model.activation_checkpointing_enable()
+    run(tower).sum().backward()
+    for name, p in tower.model.named_parameters():
+        if p.grad is not None:
+            assert torch.equal(p.grad, expected[name]), name
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        run(tower).float().sum().backward()
+    gemma = tower_in_eval("gemma4")  # its norms leave q and k in float32 under autocast
+    patch_transformers(gemma.model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert run(gemma).isfinite().all()
+
+
+def siglip_with_dropout(**kwargs):
+    tower = TOWERS["siglip"]()
+    for module in tower.model.modules():
+        if hasattr(module, "dropout") and hasattr(module, "q_proj"):
+            module.dropout = 0.1
+    patch_transformers(tower.model, **kwargs)
+    return tower
+
+
+def test_dropout_in_training_is_refused_or_left_to_the_original():
+    tower = siglip_with_dropout()
+    tower.model.train()
+    with pytest.raises(UnsupportedCall, match=r"dropout 0\.1"):
+        run(tower)
+    tower.model.eval()
+    run(tower)
+    tower = siglip_with_dropout(on_unsupported="original")
+    tower.model.train()
+    torch.manual_seed(1)
+    dropped = run(tower)
+    unpatch(tower.model)
+    torch.manual_seed(1)
+    assert torch.equal(run(tower), dropped)
+
+
+def test_attention_weights_are_refused_or_left_to_the_original():
+    tower = tower_in_eval("siglip")
+    patch_transformers(tower.model)
+    with pytest.raises(UnsupportedCall, match="output_attentions"):
+        tower.model(**tower.inputs, output_attentions=True)
+    assert len(tower.model(**tower.inputs, output_hidden_states=True).hidden_states) == 3
+    tower.model.set_attn_implementation("eager")
+    patch_transformers(tower.model, on_unsupported="original")
+    assert len(tower.model(**tower.inputs, output_attentions=True).attentions) == 2
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(1, 1, 16, 16).tril().bool(), "block structure"),  # causal
+        (torch.linspace(-1, 0, 256).view(1, 1, 16, 16), "bias"),
+        (torch.ones(2, 2, 16, 16).bool(), r"must be \[B, S\]"),  # one mask per head
+        (torch.ones(1, 1, 16, 15).bool(), "S = 16"),
+    ],
+)
+def test_masks_that_are_not_blocks_are_refused(mask, message):
+    tower = tower_in_eval("siglip")
+    attention = tower.model.get_submodule(patch_transformers(tower.model)[0])
+    with pytest.raises(UnsupportedCall, match=message):
+        attention(torch.randn(2, 16, 64), attention_mask=mask)
+
+
+def test_a_mask_changed_in_place_is_read_again():
+    tower = tower_in_eval("siglip")
+    attention = tower.model.get_submodule(patch_transformers(tower.model)[0])
+    x, mask = torch.randn(1, 16, 64), torch.ones(1, 16, dtype=torch.bool)
+    before = attention(x, attention_mask=mask)[0]
+    mask[:, 8:] = False
+    assert not torch.allclose(attention(x, attention_mask=mask)[0], before)
+
+
+def test_a_query_without_keys_gets_zeros():
+    tower = tower_in_eval("siglip")
+    attention = tower.model.get_submodule(patch_transformers(tower.model)[0])
+    mask = torch.block_diag(torch.ones(10, 10), torch.zeros(6, 6)).bool()[None, None]
+    out = attention(torch.randn(1, 16, 64), attention_mask=mask)[0]
+    torch.testing.assert_close(out[0, 10:], attention.out_proj.bias.expand(6, -1))
+
+
+@pytest.mark.parametrize("name", ["siglip", "dinov3", "qwen2_vl"])
+def test_under_torch_compile(name):
+    tower = tower_in_eval(name)
+    patch_transformers(tower.model)
+    before = run(tower)
+    torch.testing.assert_close(
+        tower.pick(torch.compile(tower.model, backend="eager")(**tower.inputs)), before, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_text_towers_are_left_alone():
+    text = dict(hidden_size=64, intermediate_size=96, **BLOCKS, vocab_size=50)
+    config = transformers.CLIPConfig(text_config=text, vision_config=dict(**SIZE, **BLOCKS, image_size=16))
+    model = transformers.CLIPModel(config).eval()
+    inputs = dict(input_ids=torch.arange(6)[None], pixel_values=torch.randn(1, 3, 16, 16))
+    before = model(**inputs)
+    names = patch_transformers(model)
+    assert len(names) == 2 and all(name.startswith("vision_model.") for name in names)
+    torch.testing.assert_close(model(**inputs).logits_per_image, before.logits_per_image)
+
+
+def test_an_unknown_model_is_refused_with_what_is_known():
+    class MyAttention(torch.nn.Linear):
+        pass
+
+    with pytest.raises(ValueError, match=re.escape("MyAttention")) as error:
+        patch_transformers(torch.nn.Sequential(MyAttention(2, 2)))
+    assert "qwen2_5_vl.Qwen2_5_VLVisionAttention" in str(error.value) and "docs/usage.md" in str(error.value)
+    with pytest.raises(ValueError, match="on_unsupported"):
+        patch_transformers(torch.nn.Linear(1, 1), on_unsupported="ignore")
+    with pytest.raises(ValueError, match="model must be"):
+        patch_transformers("siglip")
+
+
+def test_a_class_that_is_arranged_differently_is_refused_when_patching():
+    tower = tower_in_eval("siglip")
+    attention = next(m for m in tower.model.modules() if hasattr(m, "out_proj") and hasattr(m, "q_proj"))
+    attention.to_out = attention._modules.pop("out_proj")
+    with pytest.raises(ValueError, match="out_proj"):
+        patch_transformers(tower.model)
+    assert not any("forward" in vars(module) for module in tower.model.modules())
+
+
+def test_a_named_backend_reaches_the_operator():
+    tower = tower_in_eval("clip")
+    patch_transformers(tower.model, backend="no such backend")
+    with pytest.raises(ValueError, match="no such backend"):
+        run(tower)
+
+
+@pytest.mark.parametrize("name", ["siglip2", "clip", "dinov3", "qwen2_5_vl"])
+def test_attention_function_by_name(name):
+    register_attention("comp_kernels")
+    tower = tower_in_eval(name)
+    before = run(tower)
+    tower.model.set_attn_implementation("comp_kernels")
+    torch.testing.assert_close(run(tower), before, rtol=1e-4, atol=1e-4)
+
+
+def test_attention_function_refuses_causal_models():
+    register_attention("comp_kernels")
+    config = transformers.Qwen2Config(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, vocab_size=20
+    )
+    model = transformers.Qwen2ForCausalLM(config)
+    model.set_attn_implementation("comp_kernels")
+    with pytest.raises(UnsupportedCall, match="bidirectional"):
+        model(input_ids=torch.arange(5)[None])
+
+
+def test_importing_the_integrations_imports_neither_library():
+    code = "import sys, comp_kernels.integrations; sys.exit(any(m in sys.modules for m in ('transformers', 'timm')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
