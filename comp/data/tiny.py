@@ -1,0 +1,102 @@
+"""The data of the default recipe: handwriting and bar charts with questions in words, made from a seed and an index.
+
+A page is composed when it is asked for; the same (split, seed, index) gives the same page on every machine. Training
+samples are conversations of several questions about one page; held-out samples ask one question, every kind equally often.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from .batch import Message, Sample
+from .charts import bar_chart
+from .digits import form, number_strip
+from .scenes import Question, Scene
+
+SCENES: tuple[Callable[[np.random.Generator, str], Scene], ...] = (number_strip, form, bar_chart)
+SCENE_SHARES = (0.5, 0.25, 0.25)
+KINDS = {  # kind of question: (the page it needs, the metric of its answers)
+    "number": (number_strip, "exact_match"),
+    "position": (number_strip, "exact_match"),
+    "count": (number_strip, "exact_match"),
+    "largest": (number_strip, "exact_match"),
+    "smallest": (number_strip, "exact_match"),
+    "sum": (number_strip, "exact_match"),
+    "row": (form, "exact_match"),
+    "boxes": (form, "exact_match"),
+    "largest box": (form, "exact_match"),
+    "bar value": (bar_chart, "relaxed_accuracy"),
+    "bars": (bar_chart, "exact_match"),
+    "highest": (bar_chart, "exact_match"),
+    "lowest": (bar_chart, "exact_match"),
+}
+MAX_TURNS = 4
+
+
+class TinyPages(Sequence):
+    """`size` samples of a split ("train" or "heldout")."""
+
+    def __init__(self, split: str, size: int, seed: int = 0):
+        if split not in ("train", "heldout"):
+            raise ValueError(f'split must be "train" or "heldout", got {split!r}')
+        self.split, self.size, self.seed = split, size, seed
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < self.size:
+            raise IndexError(f"index must be in [0, {self.size}), got {index}")
+        rng = np.random.default_rng([self.seed, self.split == "heldout", index])
+        if self.split == "train":
+            scene = random_scene(rng, self.split)
+            questions = [scene.questions[i] for i in rng.permutation(len(scene.questions))[:MAX_TURNS]]
+            return _sample(f"tiny/{self.split}/{index}", scene, questions)
+        kind = list(KINDS)[index % len(KINDS)]
+        scene, question = _scene_with(rng, self.split, kind)
+        return _sample(f"tiny/{self.split}/{index}", scene, [question])
+
+
+def random_scene(rng: np.random.Generator, split: str) -> Scene:
+    """A page of a random sort."""
+    return SCENES[rng.choice(len(SCENES), p=SCENE_SHARES)](rng, split)
+
+
+def _scene_with(rng: np.random.Generator, split: str, kind: str) -> tuple[Scene, Question]:
+    """A page of which this kind of question can be asked, and the question."""
+    make_scene, _ = KINDS[kind]
+    while True:
+        scene = make_scene(rng, split)
+        for question in scene.questions:
+            if question.kind == kind:
+                return scene, question
+
+
+def _sample(name: str, scene: Scene, questions: list[Question]) -> Sample:
+    messages = []
+    for question in questions:
+        messages += [Message(role="user", text=question.text), Message(role="assistant", text=question.answer)]
+    messages[0].images.append(scene.image)
+    last = questions[-1]
+    return Sample(name=name, messages=messages, answers=[last.answer], question_type=last.kind, metric=KINDS[last.kind][1])
+
+
+def blind_answers(train: TinyPages, kinds: Sequence[str], seed: int = 0) -> dict[str, list[str]]:
+    """Answers that need no page, one per entry of `kinds`, from the training answers of that kind.
+
+    Returns:
+        {"most frequent": the most frequent answer, "random": an answer drawn from all answers that occur, equally likely}
+    """
+    seen: dict[str, Counter] = {kind: Counter() for kind in KINDS}
+    for index in range(len(train)):
+        rng = np.random.default_rng([train.seed, 0, index])
+        for question in random_scene(rng, "train").questions:
+            seen[question.kind][question.answer] += 1
+    rng = np.random.default_rng(seed)
+    return {
+        "most frequent": [seen[kind].most_common(1)[0][0] for kind in kinds],
+        "random": [sorted(seen[kind])[rng.integers(len(seen[kind]))] for kind in kinds],
+    }
