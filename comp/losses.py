@@ -37,7 +37,7 @@ def next_token_loss(
         # also reached without any learned position: the empty sum keeps the graph, on every rank the same one
         return summed(predictors, targets), len(targets)
     parts = [
-        checkpoint(summed, rows, wanted, use_reentrant=False)
+        checkpoint(summed, rows, wanted, use_reentrant=False, preserve_rng_state=False)
         for rows, wanted in zip(predictors.split(chunk), targets.split(chunk))
     ]
     return torch.stack(parts).sum(), len(targets)

@@ -144,20 +144,29 @@ class CoMP(nn.Module):
         Raises ValueError where placeholders and images do not match, with the counts.
         """
         token_grids = self.token_grids(batch)
+        text_BE = None if alignment is None else self.text_features(batch.answer_ids, batch.answer_mask)
         visual_VE = self.visual_tokens(batch)
         hidden_BLE = self.decode(batch, visual_VE, token_grids)
         lm_head = self.language_model.get_output_embeddings()
         loss_sum, num_tokens = next_token_loss(hidden_BLE, batch.labels, lm_head, lm_head.weight.shape[0])
         output = CoMPOutput(token_loss_sum=loss_sum, num_tokens=num_tokens, alignment_loss=None)
         if alignment is not None:
-            output.alignment_loss, output.num_aligned = self.align(batch, visual_VE, token_grids, alignment, group)
+            has_answer_B = batch.answer_mask.any(1)
+            aligned = self.align(visual_VE, token_grids, text_BE, has_answer_B, alignment, group)
+            output.alignment_loss, output.num_aligned = aligned
         return output
 
     def token_grids(self, batch: Batch) -> list[list[Grid]]:
         """Per sample, the grids (t, h, w) of its images counted in merged tokens; checked against the placeholders."""
         merge_size = self.encoder.config.merge_size
         grids: list[list[Grid]] = [[] for _ in batch.input_ids]
-        for (t, h, w), sample in zip(batch.grid_thw.tolist(), batch.image_sample.tolist()):
+        image_sample = batch.image_sample.tolist()
+        if len(image_sample) != len(batch.grid_thw) or image_sample != sorted(image_sample):
+            raise ValueError(
+                f"image_sample must give each of the {len(batch.grid_thw)} images of grid_thw its row of input_ids, "
+                f"never decreasing, got {image_sample}"
+            )
+        for (t, h, w), sample in zip(batch.grid_thw.tolist(), image_sample):
             grids[sample].append((t, h // merge_size, w // merge_size))
         placeholders = (batch.input_ids == self.image_token_id).sum(1).tolist()
         for sample, (found, images) in enumerate(zip(placeholders, grids)):
@@ -219,9 +228,10 @@ class CoMP(nn.Module):
 
     def align(
         self,
-        batch: Batch,
         visual_VE: Tensor,
         token_grids: list[list[Grid]],
+        text_BE: Tensor,
+        has_answer_B: Tensor,
         settings: AlignmentConfig,
         group: dist.ProcessGroup | None = None,
     ) -> tuple[Tensor, int]:
@@ -231,11 +241,10 @@ class CoMP(nn.Module):
         count; a group without any that count has loss 0.
         """
         lengths = [sum(t * h * w for t, h, w in images) for images in token_grids]
-        has_image = torch.tensor([length > 0 for length in lengths], device=visual_VE.device)
-        valid = has_image & batch.answer_mask.any(1)
+        valid_B = has_answer_B & torch.tensor([length > 0 for length in lengths], device=visual_VE.device)
         loss = alignment_loss(
             mean_by_segment(visual_VE, lengths),
-            self.text_features(batch.answer_ids, batch.answer_mask),
+            text_BE,
             self.prototypes(settings.prototype_source),
             prior=self.word_counts,
             mode=settings.mode,
@@ -243,10 +252,10 @@ class CoMP(nn.Module):
             temperature=settings.temperature,
             num_iters=settings.num_iters,
             prior_temperature=settings.prior_temperature,
-            valid=valid,
+            valid=valid_B,
             group=group,
         )
-        return loss, int(valid.sum())
+        return loss, int(valid_B.sum())
 
     @torch.no_grad()
     def text_features(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -278,6 +287,8 @@ class CoMP(nn.Module):
         decoder, lm_head = self.language_model.base_model, self.language_model.get_output_embeddings()
         mask, rows = batch.attention_mask, torch.arange(len(batch.input_ids), device=batch.input_ids.device)
         lengths = mask.sum(1)
+        if not bool((lengths > 0).all()):
+            raise ValueError(f"every row of input_ids must have a prompt, got lengths {lengths.tolist()}")
         token_grids = self.token_grids(batch)
         embeds_BLE, position_ids = self.embed(batch, self.visual_tokens(batch), token_grids)
         with self.multimodal_positions(position_ids):

@@ -240,7 +240,7 @@ class VisionEncoder(nn.Module):
         for index, block in enumerate(self.blocks):
             arguments = (x_TD, cos_TR, sin_TR, cu_seqlens, self.backend)
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x_TD = checkpoint(block, *arguments, use_reentrant=False)
+                x_TD = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 x_TD = block(*arguments)
             if index in wanted:
@@ -329,6 +329,7 @@ class VisionEncoder(nn.Module):
         """Resampled tables that may outlive this forward pass: only those of a frozen table, until it changes."""
         table = self.pos_embed
         if table is None or table.requires_grad or table.is_inference():
+            self._frozen_tables = (None, {})
             return {}
         config = self.config
         choices = (config.abs_pos_order, config.abs_pos_interp, config.align_corners, config.antialias)

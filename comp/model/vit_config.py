@@ -11,6 +11,7 @@ POS_MODES = ("abs", "rope", "abs+rope")
 ABS_POS_ORDERS = ("merge", "raster_legacy")
 ABS_POS_INTERPS = ("bicubic", "bilinear")
 ROPE_DTYPES = ("fp32", "bf16_legacy")
+ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "quick_gelu", "silu")
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP_STATISTICS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -22,7 +23,7 @@ class ViTConfig:
     """One vision transformer. The second half holds the choices of CoMP (arXiv 2503.18931), which can change between stages."""
 
     family: str
-    """"siglip", "siglip2" (NaFlex), "dinov2", "aimv2" or "clip": whose weight names and layout are used on disk."""
+    """"siglip", "siglip2" (NaFlex), "dinov2", "aimv2", "aimv2_original" or "clip": whose weight names are used on disk."""
     width: int
     num_layers: int
     num_heads: int
@@ -81,6 +82,7 @@ class ViTConfig:
             ("abs_pos_order", ABS_POS_ORDERS),
             ("abs_pos_interp", ABS_POS_INTERPS),
             ("rope_dtype", ROPE_DTYPES),
+            ("activation", ACTIVATIONS),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
@@ -89,6 +91,7 @@ class ViTConfig:
                 f"hidden_size must be a multiple of num_attention_heads, and the head size a multiple of 4 for 2D rotary "
                 f"embedding, got hidden_size {self.width} and {self.num_heads} heads"
             )
+        self.image_mean, self.image_std = tuple(self.image_mean), tuple(self.image_std)
         if self.merge_size < 1:
             raise ValueError(f"merge_size must be at least 1, got {self.merge_size}")
         if self.align_corners and self.antialias:
@@ -228,6 +231,12 @@ def read_aimv2(config: dict[str, Any]) -> dict[str, Any]:
     )
 
 
+def read_aimv2_original(config: dict[str, Any]) -> dict[str, Any]:
+    """Apple's own layout, model_type "aimv2" without a nested vision_config; use_bias rules projections and MLPs."""
+    bias = config.get("use_bias", False)
+    return dict(read_aimv2(config), family="aimv2_original", activation="silu", proj_bias=bias, mlp_bias=bias)
+
+
 READERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "siglip_vision_model": read_siglip,
     "siglip2_vision_model": read_siglip2,
@@ -235,4 +244,5 @@ READERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "dinov2": read_dinov2,
     "dinov2_with_registers": read_dinov2_with_registers,
     "aimv2_vision_model": read_aimv2,
+    "aimv2": read_aimv2_original,
 }

@@ -49,6 +49,8 @@ class Names:
     block: dict[str, tuple[str, ...] | str]
     cls_token: str | None = None
     registers: str | None = None
+    batched: bool = False
+    """The table and the tokens have a leading dimension of one."""
 
     def sources(self, ours: str) -> list[str]:
         """The names on disk that our parameter (weight or bias of a module, or a scale) is concatenated from."""
@@ -97,6 +99,7 @@ DINOV2 = Names(
     },
     cls_token="embeddings.cls_token",
     registers="embeddings.register_tokens",
+    batched=True,
 )
 AIMV2 = Names(
     table=SIGLIP.table,
@@ -110,7 +113,32 @@ AIMV2 = Names(
         "mlp.down": "encoder.layers.{i}.ffn.down_proj",
     },
 )
-FAMILIES = {"siglip": SIGLIP, "siglip2": SIGLIP, "clip": CLIP, "dinov2": DINOV2, "aimv2": AIMV2}
+AIMV2_ORIGINAL = Names(
+    table="preprocessor.pos_embed",
+    fixed={
+        "patch_embed": "preprocessor.patchifier.proj",
+        "embed_norm": "preprocessor.patchifier.norm",
+        "norm": "trunk.post_trunk_norm",
+        **ADAPTER,
+    },
+    block={
+        "norm1": "trunk.blocks.{i}.norm_1",
+        "attn.qkv": "trunk.blocks.{i}.attn.qkv",
+        "attn.proj": "trunk.blocks.{i}.attn.proj",
+        "norm2": "trunk.blocks.{i}.norm_2",
+        "mlp.gate_up": ("trunk.blocks.{i}.mlp.fc1", "trunk.blocks.{i}.mlp.fc3"),
+        "mlp.down": "trunk.blocks.{i}.mlp.fc2",
+    },
+    batched=True,
+)
+FAMILIES = {
+    "siglip": SIGLIP,
+    "siglip2": SIGLIP,
+    "clip": CLIP,
+    "dinov2": DINOV2,
+    "aimv2": AIMV2,
+    "aimv2_original": AIMV2_ORIGINAL,
+}
 
 # What a file may hold beside the tower, left out on purpose. Patterns for names after the tower's prefix is taken off.
 DROPPED = (
@@ -126,10 +154,13 @@ PREFIXES = ("vision_model.", "dinov2.", "dinov2_with_registers.")  # of the towe
 
 @dataclass
 class Checkpoint:
-    """config.json and the tensors of a directory; tensors are read one by one, and which ones is remembered."""
+    """What a directory holds; tensors are read one by one, and which ones is remembered."""
 
     config: dict[str, Any]
     files: dict[str, Any]
+    """Name of each tensor -> the tensor, or the open safetensors file that has it."""
+    statistics: dict[str, list[float]]
+    """image_mean and image_std, where there is a preprocessor_config.json."""
     read: set[str] = field(default_factory=set)
 
     @classmethod
@@ -142,17 +173,21 @@ class Checkpoint:
         if not (directory / "config.json").is_file():
             raise ValueError(f"path must hold a config.json, {directory} has {sorted(os.listdir(directory))}")
         config = json.loads((directory / "config.json").read_text())
+        statistics = {}
+        if (directory / "preprocessor_config.json").is_file():
+            settings = json.loads((directory / "preprocessor_config.json").read_text())
+            statistics = {key: settings[key] for key in ("image_mean", "image_std") if settings.get(key)}
         names = sorted(directory.glob("*.safetensors"))
         if names:
             opened = [safe_open(name, framework="pt") for name in names]
-            return cls(config, {key: file for file in opened for key in file.keys()})
+            return cls(config, {key: file for file in opened for key in file.keys()}, statistics)
         names = sorted(directory.glob("pytorch_model*.bin"))
         if not names:
             raise ValueError(f"path must hold .safetensors or pytorch_model.bin weights, {directory} has neither")
         tensors = {}
         for name in names:
             tensors.update(torch.load(name, map_location="cpu", weights_only=True))
-        return cls(config, tensors)
+        return cls(config, tensors, statistics)
 
     def __contains__(self, name: str) -> bool:
         return name in self.files
@@ -195,7 +230,7 @@ def with_stored_choices(checkpoint: Checkpoint, choices: dict[str, Any], path: s
     """The caller's choices, completed by those in the checkpoint and, for released CoMP checkpoints, by what they need."""
     given = {name: value for name, value in choices.items() if value is not None}
     if not checkpoint.is_released_comp:
-        return {**checkpoint.config.get("comp", {}), **given}
+        return {**checkpoint.statistics, **checkpoint.config.get("comp", {}), **given}
     settings = {**checkpoint.config, **(checkpoint.config.get("vision_config") or {})}
     needed = {
         "pos_mode": "abs+rope" if settings.get("use_rope", True) else "abs",
@@ -209,7 +244,7 @@ def with_stored_choices(checkpoint: Checkpoint, choices: dict[str, Any], path: s
             "store the choice.",
             stacklevel=4,
         )
-    return {**needed, **given}
+    return {**checkpoint.statistics, **needed, **given}
 
 
 def read_tensors(checkpoint: Checkpoint, config: ViTConfig, path: str | os.PathLike) -> dict[str, Tensor]:
@@ -235,7 +270,7 @@ def read_tensors(checkpoint: Checkpoint, config: ViTConfig, path: str | os.PathL
             parts = [fetch(name) for name in names.sources(ours)]
         if any(part is None for part in parts):
             continue
-        tensors[ours] = to_ours(ours, parts, config)
+        tensors[ours] = to_ours(ours, parts, config).clone()  # the file stays mapped: own the memory
         if shape is not None and tensors[ours].shape != shape:
             raise ValueError(
                 f"{path}: {ours} must be {tuple(shape)} by config.json, the file has {[tuple(part.shape) for part in parts]}"
@@ -268,11 +303,11 @@ def to_ours(ours: str, parts: list[Tensor], config: ViTConfig) -> Tensor:
         weight = parts[0]
         if config.family == "siglip2":  # a Linear over patches that were flattened as (row, column, channel)
             weight = weight.unflatten(1, (config.patch_size, config.patch_size, config.num_channels)).permute(0, 3, 1, 2)
-        return weight.flatten(1).contiguous()
+        return weight.flatten(1)
     if ours == "pos_embed":
         table = parts[0].view(-1, config.width)
         side = config.grid_size
-        return table[len(table) - side * side :].reshape(-1, side, config.width).clone()
+        return table[len(table) - side * side :].reshape(-1, side, config.width)
     if ours == "prefix_tokens":
         *tokens, table = (part.view(-1, config.width) for part in parts)
         tokens = torch.cat(tokens)
@@ -288,7 +323,7 @@ def to_theirs(encoder: VisionEncoder) -> dict[str, Tensor]:
     theirs = {}
     if "prefix_tokens" in state:
         tokens = state.pop("prefix_tokens")
-        cls_shape = (1, 1, config.width) if config.family == "dinov2" else (config.width,)
+        cls_shape = (1, 1, config.width) if names.batched else (config.width,)
         theirs[names.cls_token] = tokens[0].view(cls_shape)
         if names.registers and len(tokens) > 1:
             theirs[names.registers] = tokens[1:].unsqueeze(0)
@@ -296,7 +331,7 @@ def to_theirs(encoder: VisionEncoder) -> dict[str, Tensor]:
         table = state.pop("pos_embed").flatten(0, 1)
         if names.cls_token:
             table = torch.cat((table.new_zeros(1, config.width), table))
-        theirs[names.table] = table.unsqueeze(0) if config.family == "dinov2" else table
+        theirs[names.table] = table.unsqueeze(0) if names.batched else table
     for ours, tensor in state.items():
         if ours == "patch_embed.weight":
             weight = tensor.unflatten(1, (config.num_channels, config.patch_size, config.patch_size))
