@@ -81,11 +81,12 @@ class AlignmentConfig:
     prior_temperature: float = 0.05
     """Temperature of the word prior, mode "released" only; 0.05 in the released code."""
     prototype_source: str = "embed_tokens"
-    """"embed_tokens" (paper: word embeddings) or "lm_head" (released code); the same matrix when tied."""
+    """"embed_tokens" (paper: word embeddings), "lm_head" (released code; the same matrix when tied), or "frozen": the word
+    embeddings as they were when the run began."""
 
     def __post_init__(self) -> None:
         need_choice("alignment.mode", self.mode, ALIGNMENT_MODES)
-        need_choice("alignment.prototype_source", self.prototype_source, ("embed_tokens", "lm_head"))
+        need_choice("alignment.prototype_source", self.prototype_source, ("embed_tokens", "lm_head", "frozen"))
         need(self.weight >= 0, f"alignment.weight must be at least 0, got {self.weight}")
         need(self.num_iters >= 1, f"alignment.num_iters must be at least 1, got {self.num_iters}")
         for name in ("epsilon", "temperature", "prior_temperature"):
@@ -246,6 +247,9 @@ class EvalConfig:
     """Longest answer."""
     batch_size: int = 16
     """Questions answered at a time per process."""
+    baselines: bool = False
+    """Also score answers made without looking: a random and the most frequent training answer per question type. Reads all
+    answers of the last stage's data."""
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "batch_size"):
@@ -287,6 +291,8 @@ class Config:
     """Recompute activations in the backward pass instead of keeping them."""
     num_workers: int = 0
     """Processes per rank that read and resize images ahead of training."""
+    bad_samples: str = "skip"
+    """"skip": leave out samples that cannot be read, name and count them in the summary. "stop": end the run at the first."""
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
@@ -297,4 +303,5 @@ class Config:
         need_choice("device", self.device, ("auto", "cuda", "cpu"))
         need_choice("precision", self.precision, ("auto", "fp32", "bf16"))
         need_choice("parallel", self.parallel, ("auto", "fsdp", "replicate"))
+        need_choice("bad_samples", self.bad_samples, ("skip", "stop"))
         need(self.num_workers >= 0, f"num_workers must be at least 0, got {self.num_workers}")

@@ -12,6 +12,8 @@ import yaml
 
 from .config import Config, ConfigError, need
 
+_MISSING = object()
+
 
 def to_dict(config: Any) -> dict[str, Any]:
     """The configuration as plain dictionaries and lists, ready for JSON."""
@@ -21,6 +23,16 @@ def to_dict(config: Any) -> dict[str, Any]:
 def from_dict(values: dict[str, Any]) -> Config:
     """Inverse of `to_dict`; unknown fields, missing fields and wrong types raise ConfigError naming the field."""
     return _build(Config, values, "")
+
+
+def differences(a: Any, b: Any, where: str = "") -> list[str]:
+    """Dotted names of the fields in which two dictionary forms differ."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = sorted({*a, *b})
+        return [d for k in keys for d in differences(a.get(k, _MISSING), b.get(k, _MISSING), _dotted(where, k))]
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        return [d for i, (x, y) in enumerate(zip(a, b)) for d in differences(x, y, _dotted(where, i))]
+    return [] if a == b else [where]
 
 
 def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:

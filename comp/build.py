@@ -1,0 +1,86 @@
+"""From a configuration to its model and how it reads samples, and from the model back to directories on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers import AutoModelForCausalLM
+
+from .config import Config, StageConfig
+from .data.encode import ImageSettings, SampleEncoder
+from .data.template import ChatTemplate, load_tokenizer
+from .model import VisionEncoder
+from .model.comp import CoMP
+from .parallel import World, uses_fsdp
+
+
+def build_model(config: Config, *, dummy_image: bool = False) -> tuple[CoMP, ChatTemplate]:
+    """The pre-trained parts joined, in float32, and the chat template of the language model's tokenizer.
+
+    The word embeddings get exactly one row per entry of the tokenizer, as the authors' code does: the vocabulary prior and
+    the prototypes of the alignment loss then agree, and padding rows that some checkpoints carry take no mass.
+    """
+    template = ChatTemplate(load_tokenizer(config.language.tokenizer or config.language.path))
+    language_model = AutoModelForCausalLM.from_pretrained(config.language.path, dtype="float32")
+    if language_model.get_input_embeddings().num_embeddings != len(template.tokenizer):
+        language_model.resize_token_embeddings(len(template.tokenizer))
+    encoder = VisionEncoder.from_pretrained(
+        config.vision.path,
+        abs_pos_order=config.vision.abs_pos_order,
+        abs_pos_interp=config.vision.abs_pos_interp,
+    ).float()
+    model = CoMP(
+        encoder,
+        language_model,
+        image_token_id=template.image_id,
+        position_ids=config.language.position_ids,
+        dummy_image=dummy_image,
+    )
+    if config.activation_checkpointing:
+        encoder.gradient_checkpointing = True
+        language_model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model, template
+
+
+def set_position_mode(model: CoMP, config: Config, stage: StageConfig) -> None:
+    """Rotary embedding on or off in the vision tower, as the stage wants it."""
+    model.encoder.pos_mode = config.vision.pos_mode if stage.rope else "abs"
+
+
+def sample_encoder(model: CoMP, template: ChatTemplate, config: Config, stage: StageConfig) -> SampleEncoder:
+    """Turns samples into what the model eats, at the resolution of the stage."""
+    vision = model.encoder.config
+    resolution = stage.resolution
+    if resolution == "pretrain":
+        resolution = config.vision.pretrain_resolution or vision.grid_size * vision.patch_size
+    images = ImageSettings(
+        patch_size=vision.patch_size,
+        merge_size=vision.merge_size,
+        mean=tuple(vision.image_mean),
+        std=tuple(vision.image_std),
+        resolution=resolution,
+        min_visual_tokens=stage.min_visual_tokens,
+        max_visual_tokens=stage.max_visual_tokens,
+    )
+    return SampleEncoder(template, images, max_text_tokens=stage.max_text_tokens)
+
+
+def export_model(model: CoMP, template: ChatTemplate, config: Config, world: World, folder: Path) -> None:
+    """Write `folder`/vision (with the adapter) and `folder`/language (with the tokenizer) in Hugging Face layout.
+
+    All processes call it: a sharded model is gathered on the CPU of the first.
+    """
+    if uses_fsdp(config, world):
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_model_state_dict(model, options=options)
+        if not world.is_main:
+            return
+        pos_mode = model.encoder.pos_mode
+        model, _ = build_model(config)
+        model.load_state_dict(state)
+        model.encoder.pos_mode = pos_mode
+    if world.is_main:
+        model.encoder.save_pretrained(folder / "vision")
+        model.language_model.save_pretrained(folder / "language")
+        template.tokenizer.save_pretrained(folder / "language")

@@ -1,0 +1,173 @@
+"""Datasets: anything with a length whose items are `Sample`s; here the LLaVA JSON format, and datasets named by a callable.
+
+    {"id": "...", "image": "a.png" or ["a.png", "b.png"] or absent,
+     "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cat."}]}
+
+Optional fields for evaluation: "answers" (list of accepted answers), "question_type", "metric".
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import mmap
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from .batch import Message, Sample
+
+IMAGE_MARKER = "<image>"
+_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+class BadSampleError(ValueError):
+    """A sample that cannot be used; the message starts with its name. Training skips and counts it, or stops, by policy."""
+
+
+class Dataset(Protocol):
+    """What the trainer needs of a dataset. Items must not depend on anything but the index, so that runs repeat."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+
+def dataset_from_factory(factory: str, arguments: dict[str, Any]) -> Dataset:
+    """Call "package.module:callable" with `arguments`."""
+    module_name, _, attribute = factory.partition(":")
+    try:
+        function = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"data.factory {factory!r} cannot be imported: {error}") from error
+    return function(**arguments)
+
+
+class LlavaDataset:
+    """Samples of one LLaVA-format .json or .jsonl file. Records stay bytes until they are read, so workers share the memory."""
+
+    def __init__(self, path: str | Path, images: str | Path | None = None):
+        self.path = Path(path)
+        self.images = Path(images) if images is not None else self.path.parent
+        if not self.path.is_file():
+            raise FileNotFoundError(f"data.path {self.path} is not a file")
+        if self.path.suffix not in (".json", ".jsonl"):
+            raise ValueError(f"data.path must end in .json or .jsonl, got {self.path}")
+        self._records = _Records(self.path)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Sample:
+        place = f"{self.path.name}[{index}]"
+        try:
+            record = json.loads(self._records[index])
+        except ValueError as error:
+            raise BadSampleError(f"{place}: not valid JSON ({error})") from error
+        return sample_from_record(record, place, self.images)
+
+
+def sample_from_record(record: Any, place: str, images: Path) -> Sample:
+    """A `Sample` from one LLaVA record. Images stand in front of their turn; those without marker, of the first user turn."""
+    if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
+        raise BadSampleError(f'{place}: needs an object with a list "conversations", got {str(record)[:80]}')
+    name = f"{place} {record['id']}" if "id" in record else place
+    paths = record.get("image") or []
+    waiting = [str(images / p) for p in ([paths] if isinstance(paths, str) else paths)]
+    num_images = len(waiting)
+    messages = []
+    for turn in record["conversations"]:
+        role, text = _role_and_text(turn, name)
+        num_markers = text.count(IMAGE_MARKER)
+        if num_markers > len(waiting):
+            raise BadSampleError(f"{name}: more {IMAGE_MARKER} markers than its {num_images} images")
+        messages.append(Message(role=role, text=text.replace(IMAGE_MARKER, "").strip(), images=waiting[:num_markers]))
+        waiting = waiting[num_markers:]
+    _check_turns(messages, name)
+    first_user = next(m for m in messages if m.role == "user")
+    first_user.images = waiting + first_user.images
+    return Sample(
+        name=name,
+        messages=messages,
+        answers=record.get("answers", []),
+        question_type=record.get("question_type", "all"),
+        metric=record.get("metric"),
+    )
+
+
+def _role_and_text(turn: Any, name: str) -> tuple[str, str]:
+    if not isinstance(turn, dict) or not isinstance(turn.get("value"), str) or turn.get("from") not in _ROLES:
+        raise BadSampleError(f'{name}: a turn needs "from" ({", ".join(_ROLES)}) and a text "value", got {str(turn)[:80]}')
+    return _ROLES[turn["from"]], turn["value"]
+
+
+def _check_turns(messages: list[Message], name: str) -> None:
+    roles = [m.role for m in messages]
+    body = roles[1:] if roles[:1] == ["system"] else roles
+    if not body or body != ["user", "assistant"] * (len(body) // 2):
+        raise BadSampleError(f"{name}: turns must alternate user, assistant and end with the assistant, got {roles}")
+    if any(m.images for m in messages if m.role != "user"):
+        raise BadSampleError(f"{name}: {IMAGE_MARKER} is only allowed in user turns")
+    if not any(m.text for m in messages if m.role == "assistant"):
+        raise BadSampleError(f"{name}: every answer is empty")
+
+
+class _Records:
+    """JSON texts of the elements of a file: a memory map with line starts (.jsonl) or one block of bytes (.json)."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        if path.suffix == ".jsonl":
+            self._data, spans = _map_lines(path)
+        else:
+            self._data, spans = _read_list(path)
+        self._spans = np.array(spans, dtype=np.int64).reshape(-1, 2)  # [n, 2] begin and end of each record
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def __getitem__(self, index: int) -> bytes:
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self._path} has {len(self)} samples, asked for {index}")
+        begin, end = self._spans[index]
+        return self._data[begin:end]
+
+    def __getstate__(self) -> Path:
+        return self._path  # a memory map cannot be pickled: a spawned worker reads the file again
+
+    def __setstate__(self, path: Path) -> None:
+        self.__init__(path)
+
+
+def _map_lines(path: Path) -> tuple[mmap.mmap | bytes, list[tuple[int, int]]]:
+    if path.stat().st_size == 0:
+        return b"", []
+    with path.open("rb") as file:
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        spans, begin = [], 0
+        for line in file:
+            if line.strip():
+                spans.append((begin, begin + len(line)))
+            begin += len(line)
+    return data, spans
+
+
+def _read_list(path: Path) -> tuple[bytes, list[tuple[int, int]]]:
+    with path.open("rb") as file:
+        try:
+            records = json.load(file)
+        except ValueError as error:
+            raise ValueError(f"data.path {path} is not valid JSON: {error}") from error
+    if not isinstance(records, list):
+        raise ValueError(f"data.path {path} must hold a JSON list, got {type(records).__name__}")
+    return _join(json.dumps(record).encode() for record in records)
+
+
+def _join(texts: Iterable[bytes]) -> tuple[bytes, list[tuple[int, int]]]:
+    data, spans = bytearray(), []
+    for text in texts:
+        spans.append((len(data), len(data) + len(text)))
+        data += text
+    return bytes(data), spans

@@ -1,0 +1,152 @@
+"""A sample as read -> token ids and patches at the resolution of a stage. Unusable samples raise BadSampleError by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+from torch import Tensor
+
+from .batch import LazyImage, Message, Sample
+from .datasets import BadSampleError
+from .images import prepare_image
+from .packing import EncodedSample
+from .template import ChatTemplate
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class ImageSettings:
+    """How images become patches of one vision tower in one stage."""
+
+    patch_size: int
+    merge_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    resolution: int | None
+    """Side of square images in pixels; None: native size and aspect ratio."""
+    min_visual_tokens: int
+    max_visual_tokens: int
+    """Of one sample; its images share it evenly."""
+
+    def __post_init__(self) -> None:
+        if self.resolution is not None and self.tokens_at_resolution() > self.max_visual_tokens:
+            raise ValueError(
+                f"resolution {self.resolution} gives {self.tokens_at_resolution()} visual tokens per image, "
+                f"max_visual_tokens allows {self.max_visual_tokens}"
+            )
+
+    def tokens_at_resolution(self) -> int:
+        """Visual tokens of one square image; the side is rounded to patch_size * merge_size pixels."""
+        return max(1, round(self.resolution / (self.patch_size * self.merge_size))) ** 2
+
+
+class SampleEncoder:
+    """Encodes samples for training and, with `encode_prompt`, for generation."""
+
+    def __init__(self, template: ChatTemplate, images: ImageSettings, *, max_text_tokens: int):
+        self.template = template
+        self.images = images
+        self.max_text_tokens = max_text_tokens
+
+    @property
+    def patch_features(self) -> int:
+        """Values per patch, C * P * P."""
+        return 3 * self.images.patch_size**2
+
+    def encode(self, sample: Sample) -> EncodedSample:
+        patches, grids, counts = self._encode_images(sample, sample.messages)
+        ids, labels = self.template.encode(sample.messages, counts)
+        return self._checked(sample, ids, labels, self.template.encode_answers(sample.messages), patches, grids, counts)
+
+    def encode_prompt(self, sample: Sample) -> EncodedSample:
+        """The conversation up to the last answer, ready to be continued."""
+        messages = prompt_messages(sample)
+        patches, grids, counts = self._encode_images(sample, messages)
+        ids = self.template.encode_prompt(messages, counts)
+        return self._checked(sample, ids, [], [], patches, grids, counts)
+
+    def _checked(
+        self,
+        sample: Sample,
+        ids: list[int],
+        labels: list[int],
+        answer_ids: list[int],
+        patches: list[Tensor],
+        grids: list[tuple[int, int, int]],
+        counts: list[int],
+    ) -> EncodedSample:
+        if len(ids) > self.max_text_tokens:
+            raise BadSampleError(
+                f"{sample.name}: {len(ids)} tokens ({sum(counts)} of them visual) exceed max_text_tokens {self.max_text_tokens}"
+            )
+        return EncodedSample(
+            name=sample.name,
+            input_ids=ids,
+            labels=labels,
+            answer_ids=answer_ids,
+            patches=patches,
+            grids=grids,
+            num_visual_tokens=sum(counts),
+        )
+
+    def _encode_images(
+        self, sample: Sample, messages: Sequence[Message]
+    ) -> tuple[list[Tensor], list[tuple[int, int, int]], list[int]]:
+        """Patches, grid and visual tokens of every image, in order."""
+        lazy = [image for message in messages for image in message.images]
+        if not lazy:
+            return [], [], []
+        settings = self.images
+        share = settings.max_visual_tokens // len(lazy)
+        needed = 1 if settings.resolution is None else settings.tokens_at_resolution()
+        if share < needed:
+            raise BadSampleError(
+                f"{sample.name}: {len(lazy)} images of at least {needed} visual tokens exceed "
+                f"max_visual_tokens {settings.max_visual_tokens}"
+            )
+        patches, grids = [], []
+        for image in lazy:
+            pixels, grid = prepare_image(
+                load_image(image, sample.name),
+                patch_size=settings.patch_size,
+                merge_size=settings.merge_size,
+                mean=settings.mean,
+                std=settings.std,
+                min_tokens=min(settings.min_visual_tokens, share),
+                max_tokens=share,
+                size=None if settings.resolution is None else (settings.resolution, settings.resolution),
+            )
+            patches.append(pixels)
+            grids.append(grid)
+        return patches, grids, [t * h * w // settings.merge_size**2 for t, h, w in grids]
+
+
+def prompt_messages(sample: Sample) -> list[Message]:
+    """The turns before the last answer."""
+    messages = sample.messages
+    return messages[:-1] if messages and messages[-1].role == "assistant" else messages
+
+
+def reference_answers(sample: Sample) -> list[str]:
+    """The accepted answers of a sample for evaluation."""
+    if sample.answers:
+        return sample.answers
+    if not sample.messages or sample.messages[-1].role != "assistant":
+        raise BadSampleError(f"{sample.name}: no answers, and the last turn is not the assistant's")
+    return [sample.messages[-1].text]
+
+
+def load_image(image: LazyImage, name: str) -> Image.Image:
+    """Read or make a picture completely, so that damage shows here; `name` is for the message."""
+    try:
+        if callable(image):
+            return image()
+        if isinstance(image, str):
+            with Image.open(image) as opened:
+                opened.load()
+                return opened
+        return image
+    except Exception as error:  # decoders raise nearly anything on damaged files
+        where = image if isinstance(image, str) else "(made on demand)"
+        raise BadSampleError(f"{name}: image {where}: {type(error).__name__}: {error}") from error

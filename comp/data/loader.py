@@ -1,0 +1,103 @@
+"""Training data step by step: step s takes the next `batch_size` samples of the shuffled mixture, each rank a share of them.
+
+A step depends on nothing but its number, the seed and the ranks, so any step can be resumed, with any number of workers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import DataLoader
+
+from .batch import Batch
+from .datasets import BadSampleError, Dataset
+from .encode import SampleEncoder
+from .mixture import SampleOrder
+from .packing import EncodedSample, collate, pack
+
+
+@dataclass(kw_only=True, slots=True)
+class StepData:
+    """One rank's share of one optimiser step."""
+
+    step: int
+    batches: list[Batch]  # one per forward pass; may be empty
+    num_samples: int  # samples in `batches`
+    num_images: int
+    num_text_tokens: int  # without padding, visual tokens included
+    num_visual_tokens: int
+    skipped: list[str]  # one message per unusable sample, its name first
+
+
+class StepDataset(torch.utils.data.Dataset):
+    """Item s is the `StepData` of optimiser step s."""
+
+    def __init__(
+        self,
+        samples: Dataset,
+        encoder: SampleEncoder,
+        *,
+        batch_size: int,
+        epochs: float,
+        seed: int,
+        max_steps: int | None = None,
+        forward_visual_tokens: int | None = None,
+        forward_text_tokens: int | None = None,
+        skip_bad_samples: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        self.samples = samples
+        self.encoder = encoder
+        self.batch_size = batch_size
+        self.num_positions = max(1, round(epochs * len(samples)))
+        self.num_steps = min(math.ceil(self.num_positions / batch_size), max_steps or math.inf)
+        self.budgets = dict(visual_tokens=forward_visual_tokens, text_tokens=forward_text_tokens)
+        self.skip_bad_samples = skip_bad_samples
+        self.rank, self.world_size = rank, world_size
+        self.order = SampleOrder(len(samples), seed)
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def __getitem__(self, step: int) -> StepData:
+        encoded: list[EncodedSample] = []
+        skipped: list[str] = []
+        for position in self._positions(step):
+            try:
+                encoded.append(self.encoder.encode(self.samples[self.order[position]]))
+            except BadSampleError as error:
+                if not self.skip_bad_samples:
+                    raise
+                skipped.append(str(error))
+        groups = pack(encoded, **self.budgets)
+        pad_id, patch_features = self.encoder.template.pad_id, self.encoder.patch_features
+        return StepData(
+            step=step,
+            batches=[collate(group, pad_id=pad_id, patch_features=patch_features) for group in groups],
+            num_samples=len(encoded),
+            num_images=sum(len(s.grids) for s in encoded),
+            num_text_tokens=sum(len(s.input_ids) for s in encoded),
+            num_visual_tokens=sum(s.num_visual_tokens for s in encoded),
+            skipped=skipped,
+        )
+
+    def _positions(self, step: int) -> range:
+        """Places of this rank's samples in the shuffled stream; the last step may be smaller."""
+        begin = step * self.batch_size
+        return range(begin + self.rank, min(begin + self.batch_size, self.num_positions), self.world_size)
+
+
+def iterate_steps(dataset: StepDataset, *, start: int, num_workers: int) -> Iterator[StepData]:
+    """Steps start, start + 1, ... of `dataset`, prepared ahead by `num_workers` processes."""
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=range(start, len(dataset)),
+        num_workers=num_workers,
+        prefetch_factor=2 if num_workers else None,
+    )
+    return iter(loader)

@@ -1,0 +1,111 @@
+"""Mixtures: several sources sampled by strategy and joined, and the order in which training visits them.
+
+YAML mixtures use LLaVA's form; `json_path` and `images` are relative to the YAML file:
+
+    datasets:
+      - json_path: blip558k.json
+        sampling_strategy: all            # all, first:N, end:N, random:N; N a count or P%
+        images: /data/blip558k            # optional: the folder of json_path without it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from ..config import SourceConfig, parse_sampling
+from .batch import Sample
+from .datasets import Dataset, LlavaDataset, dataset_from_factory
+
+
+class Mixture:
+    """Several datasets, each restricted to chosen indices, as one dataset."""
+
+    def __init__(self, parts: Sequence[tuple[Dataset, np.ndarray]]):
+        self._parts = list(parts)
+        self._ends = np.cumsum([len(indices) for _, indices in self._parts])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"the mixture has {len(self)} samples, asked for {index}")
+        part = int(np.searchsorted(self._ends, index, side="right"))
+        dataset, indices = self._parts[part]
+        return dataset[int(indices[index - self._ends[part]])]
+
+
+def open_sources(sources: Sequence[SourceConfig], seed: int) -> Mixture:
+    """The mixture of `sources`; `seed` draws the samples of "random:N"."""
+    parts = []
+    for source in sources:
+        for dataset, sampling in _open_source(source):
+            rng = np.random.default_rng([seed, len(parts)])
+            parts.append((dataset, choose_indices(len(dataset), sampling, rng)))
+    mixture = Mixture(parts)
+    if len(mixture) == 0:
+        raise ValueError(f"no sample in {[source.path or source.factory for source in sources]}")
+    return mixture
+
+
+def choose_indices(size: int, sampling: str, rng: np.random.Generator) -> np.ndarray:
+    """Indices that a sampling strategy picks from `size` samples; a percentage rounds up, "random" draws without repetition."""
+    strategy, amount, is_percent = parse_sampling(sampling)
+    count = int(np.ceil(size * amount / 100)) if is_percent else int(amount)
+    if count > size:
+        raise ValueError(f"data.sampling {sampling!r} asks for {count} samples of a source that has {size}")
+    if strategy == "end":
+        return np.arange(size - count, size)
+    if strategy == "random":
+        return rng.permutation(size)[:count]
+    return np.arange(count)
+
+
+def _open_source(source: SourceConfig) -> Iterator[tuple[Dataset, str]]:
+    if source.factory is not None:
+        yield dataset_from_factory(source.factory, source.arguments), source.sampling
+    elif Path(source.path).suffix in (".yaml", ".yml"):
+        yield from _open_yaml(source)
+    else:
+        yield LlavaDataset(source.path, source.images), source.sampling
+
+
+def _open_yaml(source: SourceConfig) -> Iterator[tuple[Dataset, str]]:
+    path = Path(source.path)
+    if source.sampling != "all":
+        raise ValueError(f"data.sampling of {path} must be all: the entries of a YAML mixture carry their own strategies")
+    content = yaml.safe_load(path.read_text())
+    entries = content.get("datasets") if isinstance(content, dict) else None
+    if not isinstance(entries, list):
+        raise ValueError(f'{path} must hold a list "datasets"')
+    for number, entry in enumerate(entries):
+        unknown = set(entry) - {"json_path", "sampling_strategy", "images"}
+        if unknown or "json_path" not in entry:
+            raise ValueError(
+                f"{path}, datasets[{number}]: needs json_path, may have sampling_strategy and images; got {sorted(entry)}"
+            )
+        images = entry.get("images", source.images)
+        yield (
+            LlavaDataset(path.parent / entry["json_path"], None if images is None else path.parent / images),
+            entry.get("sampling_strategy", "all"),
+        )
+
+
+class SampleOrder:
+    """The endless order of samples: a permutation per epoch, computed from (seed, epoch), so any position can be resumed."""
+
+    def __init__(self, size: int, seed: int):
+        self.size = size
+        self.seed = seed
+        self._epoch, self._permutation = -1, np.empty(0, dtype=np.int64)
+
+    def __getitem__(self, position: int) -> int:
+        epoch, offset = divmod(position, self.size)
+        if epoch != self._epoch:
+            self._permutation = np.random.default_rng([self.seed, epoch]).permutation(self.size)
+            self._epoch = epoch
+        return int(self._permutation[offset])

@@ -1,0 +1,37 @@
+"""Word prior of the alignment loss: how often each vocabulary item occurs in the answers of the corpus."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+
+from ..parallel import World
+from .datasets import BadSampleError, Dataset
+from .template import ChatTemplate
+
+
+def count_words(samples: Dataset, template: ChatTemplate, vocabulary_size: int, world: World | None = None) -> Tensor:
+    """[vocabulary_size] int64 counts of token ids in all answers of `samples`, tokenised as in training, no template tokens.
+
+    The processes of `world` share the work. No image is read. Unreadable samples are left out, as they are in training.
+    """
+    rank, world_size = (0, 1) if world is None else (world.rank, world.size)
+    counts = torch.zeros(vocabulary_size, dtype=torch.int64)
+    for ids in _answers(samples, template, range(rank, len(samples), world_size)):
+        counts += torch.bincount(torch.tensor(ids, dtype=torch.int64), minlength=vocabulary_size)
+    return counts if world is None else torch.tensor(world.sum(counts.tolist()), dtype=torch.int64)
+
+
+def _answers(samples: Dataset, template: ChatTemplate, indices: range, chunk: int = 4096) -> Iterator[list[int]]:
+    """Token ids of the answers, joined over `chunk` samples to keep the number of count operations small."""
+    ids: list[int] = []
+    for done, index in enumerate(indices, start=1):
+        with suppress(BadSampleError):
+            ids += template.encode_answers(samples[index].messages)
+        if done % chunk == 0:
+            yield ids
+            ids = []
+    yield ids

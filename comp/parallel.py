@@ -1,0 +1,164 @@
+"""Processes and devices: one process group, the model sharded (FSDP2) or replicated over it, sums over the processes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from .config import Config
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class World:
+    """This process among its peers."""
+
+    rank: int
+    size: int
+    device: torch.device
+    group: dist.ProcessGroup | None  # None: a single process
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Element-wise sum over the processes, exact for integers below 2^53."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def max(self, values: Sequence[float]) -> list[float]:
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def _reduce(self, values: Sequence[float], op: dist.ReduceOp.RedOpType) -> list[float]:
+        if self.group is None:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, op=op, group=self.group)
+        return tensor.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """The (picklable) value of every process, in rank order, on every process."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def barrier(self) -> None:
+        if self.group is not None:
+            dist.barrier(group=self.group)
+
+
+def start_world(device: str = "auto") -> World:
+    """Join the processes that torchrun or Slurm started (RANK, WORLD_SIZE, LOCAL_RANK, ...); without those, be alone."""
+    use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    if use_cuda and not torch.cuda.is_available():
+        raise RuntimeError("device=cuda, but torch finds no GPU; use device=cpu or device=auto")
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(where)
+    if size > 1 and not dist.is_initialized():
+        # gloo beside nccl: checkpoints and gathered Python objects live on the CPU
+        dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo", device_id=where if use_cuda else None)
+    return World(rank=rank, size=size, device=where, group=dist.group.WORLD if size > 1 else None)
+
+
+def stop_world(world: World) -> None:
+    if world.group is not None:
+        dist.destroy_process_group()
+
+
+def uses_bf16(config: Config, world: World) -> bool:
+    return config.precision == "bf16" or (config.precision == "auto" and world.device.type == "cuda")
+
+
+def distribute(model: nn.Module, config: Config, world: World) -> nn.Module:
+    """Move the model to the device of this process and shard it, or make all copies equal to that of rank 0."""
+    if not uses_fsdp(config, world):
+        model.to(world.device)
+        if world.group is not None:
+            for tensor in (*model.parameters(), *model.buffers()):
+                dist.broadcast(tensor.detach(), src=0, group=world.group)
+        return model
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = bf16 if uses_bf16(config, world) else MixedPrecisionPolicy()
+    for block in transformer_blocks(model):
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    register_fsdp_forward_method(model, "generate")
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)  # sum over the processes: the loss is already divided by global counts
+    return model
+
+
+def transformer_blocks(model: nn.Module) -> list[nn.Module]:
+    """The layers of vision encoder and language model: the units that are gathered one at a time."""
+    return [*model.encoder.blocks, *model.language_model.base_model.layers]
+
+
+def uses_fsdp(config: Config, world: World) -> bool:
+    return world.size > 1 and (config.parallel == "fsdp" or (config.parallel == "auto" and world.device.type == "cuda"))
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
+    """Sum the gradients of replicated parameters over the processes, absent ones as zero; sharded ones are summed already.
+
+    The list is the same everywhere whatever a process computed, so a process without images cannot hold up the others.
+    """
+    parameters = [p for p in parameters if p.requires_grad]
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    if world.group is None:
+        return
+    for bucket in _buckets([p.grad for p in parameters if not isinstance(p, DTensor)]):
+        flat = torch.cat([g.flatten() for g in bucket])
+        dist.all_reduce(flat, group=world.group)
+        for gradient, summed in zip(bucket, flat.split([g.numel() for g in bucket])):
+            gradient.copy_(summed.view_as(gradient))
+
+
+def _buckets(tensors: Sequence[Tensor], max_elements: int = 16 * 2**20) -> Iterable[list[Tensor]]:
+    """Neighbouring tensors of one dtype in groups of about `max_elements`."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        full = sum(t.numel() for t in bucket) + tensor.numel() > max_elements
+        if bucket and (full or bucket[0].dtype != tensor.dtype):
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket
+
+
+def total_norm(gradients: Iterable[Tensor]) -> Tensor:
+    """Euclidean norm over all gradients, sharded or not: a float32 scalar, the same on every process."""
+    norm = torch.nn.utils.get_total_norm(list(gradients))
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Whole parameters on every process for a while, so that each may run the model as often as it likes (generation)."""
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in sharded:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in sharded:
+            module.reshard()
+            module.set_reshard_after_forward(module is not model, recurse=False)

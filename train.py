@@ -1,0 +1,59 @@
+"""Continual multimodal pre-training: `torchrun train.py [--recipe NAME] [field=value ...] [--resume]`, or `python train.py ...`.
+
+Writes runs/NAME/{config.json, metrics.jsonl, summary.json, checkpoints/, models/, predictions/, plots/*.png, tensorboard/}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from comp.config import Config, ConfigError
+from comp.config_io import apply_overrides
+from comp.recipes import RECIPES
+from comp.step import NonFiniteLossError
+from comp.summary import result_table
+from comp.trainer import StopRequested, Trainer
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a recipe; the exit code is 0 when it finished or was stopped with SIGTERM, 1 when the loss was not finite."""
+    options, config = read_command_line(arguments)
+    trainer = Trainer(config, resume=options.resume)
+    say = print if trainer.world.is_main else (lambda *_: None)
+    where = f"{trainer.folder}/checkpoints"
+    try:
+        summary = trainer.run()
+    except StopRequested:
+        say(f"stopped on SIGTERM after step {trainer.state.step}; the state is saved in {where}, continue with --resume")
+        return 0
+    except NonFiniteLossError as error:
+        say(f"stopped before step {trainer.state.step + 1}: {error}\nThe last good checkpoint is in {where}.", file=sys.stderr)
+        return 1
+    if trainer.world.is_main:
+        if summary["evaluations"]:
+            print("\nheld-out score (%)\n" + result_table(summary["evaluations"], summary["baselines"]))
+        skipped = summary["skipped"]
+        print(
+            f"\n{summary['steps']} steps, {summary['samples']} samples in {summary['seconds'] / 60:.1f} minutes; "
+            f"{skipped['samples']} unusable samples skipped. Results: {trainer.folder}"
+        )
+    return 0
+
+
+def read_command_line(arguments: list[str] | None) -> tuple[argparse.Namespace, Config]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--recipe", default="tiny", choices=sorted(RECIPES), help="a function of comp/recipes.py (default: tiny)"
+    )
+    parser.add_argument("--resume", action="store_true", help="continue the run of this name from its last checkpoint")
+    parser.add_argument("overrides", nargs="*", metavar="field=value", help="for example stages.2.optim.lr_vision=1e-4")
+    options = parser.parse_intermixed_args(arguments)
+    try:
+        return options, apply_overrides(RECIPES[options.recipe](), options.overrides)
+    except ConfigError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
