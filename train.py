@@ -1,4 +1,4 @@
-"""Continual multimodal pre-training: `torchrun train.py [--recipe NAME] [field=value ...] [--resume]`, or `python train.py ...`.
+"""Continual multimodal pre-training: `torchrun train.py [--recipe NAME] [field=value ...] [--resume]`, or with python alone.
 
 Writes runs/NAME/{config.json, metrics.jsonl, summary.json, checkpoints/, models/, predictions/, plots/*.png, tensorboard/}.
 """

@@ -35,6 +35,7 @@ def build_model(config: Config, *, dummy_image: bool = False) -> tuple[CoMP, Cha
         language_model,
         image_token_id=template.image_id,
         position_ids=config.language.position_ids,
+        adapter_init=config.vision.adapter_init,
         dummy_image=dummy_image,
     )
     if config.activation_checkpointing:

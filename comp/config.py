@@ -41,11 +41,14 @@ class VisionConfig:
     abs_pos_interp: str = "bicubic"
     """Resampling of the position table: "bicubic" (released code) or "bilinear" (paper)."""
     pretrain_resolution: int | None = None
-    """Side in pixels of the images the tower was pre-trained on; None reads image_size of its config.json."""
+    """Side in pixels of the images the tower was pre-trained on; None: what its position table covers."""
+    adapter_init: str = "lecun"
+    """Weights of a new adapter: "lecun" or "truncated" (`comp.model.Adapter`)."""
 
     def __post_init__(self) -> None:
         need_choice("vision.pos_mode", self.pos_mode, POS_MODES)
         need_choice("vision.abs_pos_order", self.abs_pos_order, (None, "merge", "raster_legacy"))
+        need_choice("vision.adapter_init", self.adapter_init, ("lecun", "truncated"))
         need_choice("vision.abs_pos_interp", self.abs_pos_interp, ("bicubic", "bilinear"))
 
 

@@ -213,7 +213,7 @@ class Trainer:
             plot_run(self.log.path, self.folder / "plots")
         self.progress.print(result_table(self.state.evaluations))
 
-    # --- beginning, end, and interruptions -------------------------------------------------------------------------------------
+    # --- beginning, end, and interruptions -----------------------------------------------------------------------------------
 
     def _open_stage(self, index: int) -> StepDataset:
         config, stage = self.config, self.config.stages[index]
