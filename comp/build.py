@@ -24,7 +24,7 @@ def build_model(config: Config, *, dummy_image: bool = False) -> tuple[CoMP, Cha
     template = ChatTemplate(load_tokenizer(config.language.tokenizer or config.language.path))
     language_model = AutoModelForCausalLM.from_pretrained(config.language.path, dtype="float32")
     if language_model.get_input_embeddings().num_embeddings != len(template.tokenizer):
-        language_model.resize_token_embeddings(len(template.tokenizer))
+        language_model.resize_token_embeddings(len(template.tokenizer), mean_resizing=False)
     encoder = VisionEncoder.from_pretrained(
         config.vision.path,
         abs_pos_order=config.vision.abs_pos_order,

@@ -63,7 +63,8 @@ def _truncate(path: Path, num_bytes: int) -> None:
     size = path.stat().st_size if path.exists() else 0
     if size < num_bytes:
         raise RuntimeError(f"{path} has {size} bytes, the checkpoint was made when it had {num_bytes}; it was changed since")
-    os.truncate(path, num_bytes)
+    if size:
+        os.truncate(path, num_bytes)
 
 
 def _scalars(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

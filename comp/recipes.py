@@ -21,7 +21,7 @@ from .config import (
     VisionConfig,
 )
 
-# --- the paper's models --------------------------------------------------------------------------------------------------------
+# --- the models of the paper ------------------------------------------------------------------------------------------------
 
 
 def paper(name: str, vision: VisionConfig, language: LanguageConfig) -> Config:
@@ -114,7 +114,7 @@ def dinov2_large_qwen2_5_0_5b() -> Config:
     """CoMP-MM-1B with DINOv2-L, Table 1."""
     return paper(
         "dinov2-large_qwen2.5-0.5b",
-        # 518 pixels: the tower's own; [S] pre-trains the adapter at 384. Table init: [S]
+        # 518 pixels: the tower's own; [S] pre-trains the adapter at 384. Adapter init: [S]
         VisionConfig(path="facebook/dinov2-large", pretrain_resolution=518, adapter_init="truncated"),
         LanguageConfig(path="Qwen/Qwen2.5-0.5B-Instruct"),
     )

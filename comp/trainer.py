@@ -211,7 +211,7 @@ class Trainer:
             write_predictions(self.folder / "predictions" / f"{label}.jsonl", predictions)
             self.log.write(record)
             plot_run(self.log.path, self.folder / "plots")
-        self.progress.print(result_table(self.state.evaluations))
+        self.progress.print("held-out score (%)\n" + result_table(self.state.evaluations))
 
     # --- beginning, end, and interruptions -----------------------------------------------------------------------------------
 

@@ -1,0 +1,153 @@
+"""A toy run for tests: small random SigLIP and Qwen2 models saved by transformers, and pictures made on demand."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
+
+from comp.config import (
+    AlignmentConfig,
+    CheckpointConfig,
+    Config,
+    EvalConfig,
+    LanguageConfig,
+    OptimConfig,
+    SourceConfig,
+    StageConfig,
+    VisionConfig,
+)
+from comp.data.batch import Message, Sample
+from comp.data.datasets import BadSampleError
+
+COLOURS = ("red", "green", "blue", "black", "white")
+QUESTIONS = {"colour": "What colour is it?", "shape": "Is it wide or tall?"}
+
+
+class ColouredRectangles:
+    """Sample i: a rectangle of some colour and size. Every fifth sample is text only, every seventh has two images."""
+
+    def __init__(self, size: int, first: int = 0, mixed: bool = True, broken: tuple[int, ...] = ()):
+        self.size, self.first, self.mixed, self.broken = size, first, mixed, broken
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Sample:
+        number = index + self.first
+        colour = COLOURS[number % len(COLOURS)]
+        width, height = 16 + 8 * (number % 4), 16 + 8 * (number // 4 % 3)
+        kind = "colour" if number % 2 else "shape"
+        answer = colour if kind == "colour" else ("wide" if width > height else "tall")
+        images = [lambda: Image.new("RGB", (width, height), colour)]
+        if index in self.broken:
+            images = ["/nowhere/broken.png"]
+        if self.mixed and number % 5 == 4:
+            images = []
+        elif self.mixed and number % 7 == 6:
+            images = images * 2
+        messages = [
+            Message(role="user", text=QUESTIONS[kind], images=images),
+            Message(role="assistant", text=answer),
+        ]
+        return Sample(name=f"rectangle {number}", messages=messages, question_type=kind, metric="exact_match")
+
+
+class OnlyBadSamples:
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> Sample:
+        raise BadSampleError(f"bad {index}: on purpose")
+
+
+def make_tokenizer(vocabulary: int = 300) -> PreTrainedTokenizerFast:
+    """A byte-level BPE in the manner of Qwen's, without the vision tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([*QUESTIONS.values(), *COLOURS, "wide", "tall", "system user assistant"], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+
+
+def save_toy_models(folder: Path) -> None:
+    """folder/vision: SigLIP of width 32, patch 4, 4 x 4 table. folder/language: Qwen2 of width 32 with its tokenizer."""
+    torch.manual_seed(0)
+    vision = SiglipVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4
+    )
+    SiglipVisionModel(vision).save_pretrained(folder / "vision")
+    tokenizer = make_tokenizer()
+    language = Qwen2Config(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    Qwen2ForCausalLM(language).save_pretrained(folder / "language")
+    tokenizer.save_pretrained(folder / "language")
+
+
+def toy_config(folder: Path, **changes) -> Config:
+    """All four stages on rectangles, two or three steps each."""
+    data = [SourceConfig(factory="toy:ColouredRectangles", arguments=dict(size=24))]
+    common = dict(
+        data=data, batch_size=8, max_visual_tokens=64, max_text_tokens=256, forward_visual_tokens=None, forward_text_tokens=None
+    )
+    align = AlignmentConfig(weight=0.05, epsilon=0.05, temperature=0.05)
+    optim = OptimConfig(lr_vision=1e-3, lr_adapter=1e-2, lr_language=1e-3)
+    stages = [
+        StageConfig(
+            name="I",
+            trainable=("adapter",),
+            rope=False,
+            resolution="pretrain",
+            optim=OptimConfig(lr_adapter=1e-2),
+            alignment=align,
+            **common,
+        ),
+        StageConfig(name="II-a", resolution=32, optim=optim, alignment=align, **common),
+        StageConfig(name="II-b", resolution=None, optim=optim, alignment=align, **common),
+        StageConfig(name="III", resolution=None, optim=optim, alignment=None, max_steps=2, **common),
+    ]
+    held_out = [SourceConfig(factory="toy:ColouredRectangles", arguments=dict(size=6, first=100, mixed=False))]
+    config = Config(
+        name="toy",
+        output_dir=str(folder / "runs"),
+        vision=VisionConfig(path=str(folder / "vision")),
+        language=LanguageConfig(path=str(folder / "language")),
+        stages=stages,
+        eval=EvalConfig(data=held_out, max_new_tokens=4, batch_size=4),
+        checkpoint=CheckpointConfig(every_steps=2, keep=1),
+        device="cpu",
+        tensorboard=False,
+    )
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return config
+
+
+if __name__ == "__main__":
+    from comp.config_io import apply_overrides
+    from comp.trainer import Trainer
+
+    folder = Path(sys.argv[1])
+    resume = "--resume" in sys.argv
+    Trainer(apply_overrides(toy_config(folder), [a for a in sys.argv[2:] if "=" in a]), resume=resume).run()
