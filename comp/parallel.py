@@ -96,7 +96,8 @@ def distribute(model: nn.Module, config: Config, world: World) -> nn.Module:
     for block in transformer_blocks(model):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
-    register_fsdp_forward_method(model, "generate")
+    for method in ("generate", "step_text"):
+        register_fsdp_forward_method(model, method)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # sum over the processes: the loss is already divided by global counts

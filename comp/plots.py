@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from .metrics import read_records
 
 Records = Sequence[dict[str, Any]]
-COLOURS = {"vision": "tab:blue", "adapter": "tab:orange", "language": "tab:green"}
+STYLES = {"vision": ("tab:blue", "-"), "adapter": ("tab:orange", "-"), "language": ("tab:green", "--")}
 
 
 def plot_run(metrics: Path, folder: Path) -> list[Path]:
@@ -101,10 +101,10 @@ def draw_gradient_norms(ax: Axes, train: Records) -> None:
 
 def _draw_parts(ax: Axes, train: Records, key: str) -> None:
     """One line per part of the model, on a log scale; gaps where a part is frozen."""
-    for part, colour in COLOURS.items():
+    for part, (colour, style) in STYLES.items():
         values = [r[key].get(part) or np.nan for r in train]
         if not np.all(np.isnan(values)):
-            ax.plot([r["step"] for r in train], values, color=colour, label=part, linewidth=1.2)
+            ax.plot([r["step"] for r in train], values, style, color=colour, label=part, linewidth=1.2)
     ax.set_yscale("log")
     ax.legend(loc="best", fontsize=9)
 

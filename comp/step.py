@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ class StepTotals:
     skipped: int
     stop: bool  # some process was asked to stop
     num_forwards: int  # the most forward passes any process needs; all run as many
-    aligned_rows: list[int]  # per forward pass, samples in the alignment loss
+    aligned_rows: int  # samples in the alignment loss
 
     @classmethod
     def gather(cls, data: StepData, world: World, *, stop: bool) -> StepTotals:
@@ -50,14 +50,13 @@ class StepTotals:
             data.num_text_tokens,
             data.num_visual_tokens,
             len(data.skipped),
+            sum(batch.num_aligned_rows() for batch in data.batches),
             int(stop),
         )
         *totals, stops = (int(value) for value in world.sum(counts))
         num_forwards = int(world.max([len(data.batches)])[0])
-        rows = [batch.num_aligned_rows() for batch in data.batches]
-        rows = world.sum(rows + [0] * (num_forwards - len(rows)))
-        names = ("tokens", "samples", "images", "text_tokens", "visual_tokens", "skipped")
-        return cls(**dict(zip(names, totals)), stop=stops > 0, num_forwards=num_forwards, aligned_rows=[int(r) for r in rows])
+        names = ("tokens", "samples", "images", "text_tokens", "visual_tokens", "skipped", "aligned_rows")
+        return cls(**dict(zip(names, totals)), stop=stops > 0, num_forwards=num_forwards)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -104,20 +103,29 @@ def accumulate_gradients(
     """Forward and backward over this process's batches; returns its share of the mean token loss, and the alignment loss."""
     if totals.tokens == 0:
         raise ValueError(f"no sample of this step can be learned from: {data.skipped[:3]}")
-    total_rows = sum(totals.aligned_rows)
+    autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=bf16)
+    batches = [batch.to(world.device) for batch in _padded(data.batches, totals.num_forwards, pad_id)]
+    step_text = None
+    if stage.alignment is not None:
+        with autocast:
+            step_text = model.step_text(batches)
     token_loss = torch.zeros((), dtype=torch.float64, device=world.device)
-    alignment = None if stage.alignment is None else torch.zeros((), dtype=torch.float64, device=world.device)
-    for batch, rows in zip(_padded(data.batches, totals.num_forwards, pad_id), totals.aligned_rows):
-        with torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
-            output = model(batch.to(world.device), alignment=stage.alignment, group=world.group)
+    alignment = torch.zeros_like(token_loss)
+    for batch in batches:
+        with autocast:
+            output = model(batch, alignment=stage.alignment, group=world.group, step_text=step_text)
         loss = output.token_loss_sum / totals.tokens
         token_loss += loss.detach()
-        if alignment is not None and total_rows:
-            share = output.alignment_loss * (rows / total_rows)
-            alignment += share.detach()
-            loss = loss + stage.alignment.weight * share
+        if step_text is not None:
+            alignment += output.alignment_loss.detach()
+            loss = loss + stage.alignment.weight * output.alignment_loss
+            step_text = replace(step_text, begin=step_text.begin + len(batch.input_ids))
         loss.backward()
-    return token_loss, alignment
+    if step_text is None:
+        return token_loss, None
+    # in each forward pass the rows of the others counted with a constant: see comp.model.StepText
+    constant = math.log(len(model.prototypes(stage.alignment.prototype_source))) if totals.aligned_rows else 0.0
+    return token_loss, alignment - (len(batches) - 1) * constant
 
 
 def _padded(batches: Sequence[Batch], num_forwards: int, pad_id: int) -> list[Batch]:

@@ -65,8 +65,11 @@ class Batch:
         """Tokens with a next-token loss: labels after the first position."""
         return int((self.labels[:, 1:] != -100).sum())
 
+    def aligned_rows(self) -> Tensor:
+        """[B] bool: samples that enter the alignment loss, those with an image and a non-empty answer."""
+        has_image = torch.zeros(len(self.input_ids), dtype=torch.bool, device=self.input_ids.device)
+        has_image[self.image_sample] = True
+        return has_image & self.answer_mask.any(1)
+
     def num_aligned_rows(self) -> int:
-        """Samples that enter the alignment loss: at least one image and a non-empty answer."""
-        has_image = torch.zeros(len(self.input_ids), dtype=torch.bool)
-        has_image[self.image_sample.cpu()] = True
-        return int((has_image & self.answer_mask.cpu().any(1)).sum())
+        return int(self.aligned_rows().sum())

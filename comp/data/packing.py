@@ -83,9 +83,9 @@ def empty_batch(*, pad_id: int, patch_features: int) -> Batch:
 
 
 def pad_right(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]:
-    """Lists of ids as [B, L] int64 with `value` after their ends, and the [B, L] bool mask of real entries."""
+    """Lists of ids as [B, L] int64 with `value` after their ends, and the [B, L] bool mask of real entries; L is at least 1."""
     lengths = torch.tensor([len(row) for row in rows])
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    mask = torch.arange(max(1, int(lengths.max()))) < lengths[:, None]
     out = torch.full(mask.shape, value, dtype=torch.int64)
     out[mask] = torch.tensor([i for row in rows for i in row], dtype=torch.int64)
     return out, mask

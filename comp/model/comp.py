@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from comp_kernels import alignment_loss
@@ -47,6 +48,22 @@ class CoMPOutput:
     the ranks. None where no alignment loss was asked for."""
     num_aligned: int = 0
     """Samples of this batch in the alignment loss: those with an image and an answer."""
+
+
+@dataclass
+class StepText:
+    """Text side of the alignment loss of all batches of an optimiser step, so that targets couple the samples of all.
+
+    Where there are several, the alignment loss of one batch has log(vocabulary) in place of each loss of the other batches'
+    rows: over M batches the sum of the values minus (M - 1) * log(vocabulary) is the loss of the step.
+    """
+
+    features: Tensor
+    """[n, E] pooled texts of all samples of this process."""
+    valid: Tensor
+    """[n] bool: samples with an image and an answer."""
+    begin: int = 0
+    """Row of `features` where the batch at hand begins."""
 
 
 class CoMP(nn.Module):
@@ -135,25 +152,31 @@ class CoMP(nn.Module):
         raise ValueError(f"prototype_source must be one of {PROTOTYPE_SOURCES}, got {source!r}")
 
     def forward(
-        self, batch: Batch, *, alignment: AlignmentConfig | None = None, group: dist.ProcessGroup | None = None
+        self,
+        batch: Batch,
+        *,
+        alignment: AlignmentConfig | None = None,
+        group: dist.ProcessGroup | None = None,
+        step_text: StepText | None = None,
     ) -> CoMPOutput:
         """Losses of a batch; every mix of text-only, one-image and several-image samples is legal, and no image at all.
 
         alignment:  also compute the alignment loss with these settings (comp.config.AlignmentConfig; its weight is not
                     applied here). All ranks of `group` must then call, each with its share of the global batch.
+        step_text:  where this batch is one of several of an optimiser step: the text side of all of them (StepText).
         Raises ValueError where placeholders and images do not match, with the counts.
         """
         token_grids = self.token_grids(batch)
-        text_BE = None if alignment is None else self.text_features(batch.answer_ids, batch.answer_mask)
+        if alignment is not None and step_text is None:
+            step_text = self.step_text([batch])
         visual_VE = self.visual_tokens(batch)
         hidden_BLE = self.decode(batch, visual_VE, token_grids)
         lm_head = self.language_model.get_output_embeddings()
         loss_sum, num_tokens = next_token_loss(hidden_BLE, batch.labels, lm_head, lm_head.weight.shape[0])
         output = CoMPOutput(token_loss_sum=loss_sum, num_tokens=num_tokens, alignment_loss=None)
         if alignment is not None:
-            has_answer_B = batch.answer_mask.any(1)
-            aligned = self.align(visual_VE, token_grids, text_BE, has_answer_B, alignment, group)
-            output.alignment_loss, output.num_aligned = aligned
+            output.alignment_loss = self.align(visual_VE, token_grids, step_text, alignment, group)
+            output.num_aligned = batch.num_aligned_rows()
         return output
 
     def token_grids(self, batch: Batch) -> list[list[Grid]]:
@@ -230,32 +253,38 @@ class CoMP(nn.Module):
         self,
         visual_VE: Tensor,
         token_grids: list[list[Grid]],
-        text_BE: Tensor,
-        has_answer_B: Tensor,
+        step_text: StepText,
         settings: AlignmentConfig,
         group: dist.ProcessGroup | None = None,
-    ) -> tuple[Tensor, int]:
-        """Alignment loss over the group, and the number of local samples in it.
+    ) -> Tensor:
+        """Alignment loss over the group, always in float32.
 
         Vision: mean over the visual tokens of all images of a sample. Samples without an image or without an answer do not
-        count; a group without any that count has loss 0.
+        count; a group without any that count has loss 0. The rows of other batches of the step have vision features zero,
+        hence constant losses: gradients of the batches add up to that of the step.
         """
         lengths = [sum(t * h * w for t, h, w in images) for images in token_grids]
-        valid_B = has_answer_B & torch.tensor([length > 0 for length in lengths], device=visual_VE.device)
-        loss = alignment_loss(
-            mean_by_segment(visual_VE, lengths),
-            text_BE,
-            self.prototypes(settings.prototype_source),
-            prior=self.word_counts,
-            mode=settings.mode,
-            epsilon=settings.epsilon,
-            temperature=settings.temperature,
-            num_iters=settings.num_iters,
-            prior_temperature=settings.prior_temperature,
-            valid=valid_B,
-            group=group,
-        )
-        return loss, int(valid_B.sum())
+        with torch.autocast(visual_VE.device.type, enabled=False):
+            before, after = step_text.begin, len(step_text.features) - step_text.begin - len(lengths)
+            vision = F.pad(mean_by_segment(visual_VE, lengths), (0, 0, before, after))
+            return alignment_loss(
+                vision,
+                step_text.features,
+                self.prototypes(settings.prototype_source),
+                prior=self.word_counts,
+                mode=settings.mode,
+                epsilon=settings.epsilon,
+                temperature=settings.temperature,
+                num_iters=settings.num_iters,
+                prior_temperature=settings.prior_temperature,
+                valid=step_text.valid,
+                group=group,
+            )
+
+    def step_text(self, batches: Sequence[Batch]) -> StepText:
+        """The text side of the alignment loss for batches that are learned from together."""
+        features = [self.text_features(b.answer_ids, b.answer_mask) for b in batches]
+        return StepText(features=torch.cat(features), valid=torch.cat([b.aligned_rows() for b in batches]))
 
     @torch.no_grad()
     def text_features(self, ids: Tensor, mask: Tensor) -> Tensor:
