@@ -1,0 +1,20 @@
+"""Toy pre-trained models, made once per test session."""
+
+import pytest
+from toy import save_toy_models
+
+
+@pytest.fixture(scope="session")
+def toy_models(tmp_path_factory):
+    """A folder with vision/ and language/ in Hugging Face layout."""
+    folder = tmp_path_factory.mktemp("toy")
+    save_toy_models(folder)
+    return folder
+
+
+@pytest.fixture
+def toy_folder(toy_models, tmp_path):
+    """A fresh folder that sees the toy models; runs go to its runs/."""
+    for name in ("vision", "language"):
+        (tmp_path / name).symlink_to(toy_models / name)
+    return tmp_path

@@ -1,0 +1,348 @@
+"""Data: LLaVA records, mixtures, order, encoding under limits, packing, collation, steps over ranks, unusable samples."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from toy import ColouredRectangles, make_tokenizer
+
+from comp.config import SourceConfig
+from comp.data.batch import Message, Sample
+from comp.data.datasets import BadSampleError, LlavaDataset
+from comp.data.encode import ImageSettings, SampleEncoder, reference_answers
+from comp.data.loader import StepDataset, iterate_steps
+from comp.data.mixture import SampleOrder, choose_indices, open_sources
+from comp.data.packing import EncodedSample, collate, empty_batch, pack, pad_right
+from comp.data.prior import count_words
+from comp.data.template import ChatTemplate, load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    make_tokenizer().save_pretrained(folder)
+    return ChatTemplate(load_tokenizer(str(folder)))
+
+
+def make_encoder(template, **changes):
+    settings = dict(
+        patch_size=4,
+        merge_size=2,
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+        resolution=None,
+        min_visual_tokens=1,
+        max_visual_tokens=16,
+    )
+    max_text_tokens = changes.pop("max_text_tokens", 256)
+    return SampleEncoder(template, ImageSettings(**(settings | changes)), max_text_tokens=max_text_tokens)
+
+
+def record(question, answer="red", **fields):
+    return {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}], **fields}
+
+
+def write_llava(folder, records, name="data.json"):
+    path = folder / name
+    if name.endswith("l"):
+        path.write_text("\n".join(json.dumps(r) for r in records) + "\n\n")
+    else:
+        path.write_text(json.dumps(records))
+    return path
+
+
+# --- LLaVA format ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
+def test_llava_records_become_samples(tmp_path, name):
+    path = write_llava(
+        tmp_path,
+        [
+            record("<image>\nWhat is it?", image="a.png", id="x7"),
+            record(
+                "Compare <image> with <image>", image=["a.png", "b.png"], answers=["red", "crimson"], question_type="colour"
+            ),
+            record("No picture here"),
+            record("A picture without marker", image="a.png"),
+        ],
+        name,
+    )
+    one, two, text, unmarked = (LlavaDataset(path)[i] for i in range(4))
+    assert one.name == f"{name}[0] x7" and one.messages[0].text == "What is it?"
+    assert one.messages[0].images == [str(tmp_path / "a.png")]
+    assert two.messages[0].images == [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
+    assert two.messages[0].text == "Compare  with" and two.question_type == "colour"
+    assert reference_answers(two) == ["red", "crimson"] and reference_answers(one) == ["red"]
+    assert text.messages[0].images == [] and unmarked.messages[0].images == [str(tmp_path / "a.png")]
+    assert len(LlavaDataset(path)) == 4
+
+
+def test_images_of_later_turns_stay_there(tmp_path):
+    turns = [
+        {"from": "human", "value": "<image> First"},
+        {"from": "gpt", "value": "a"},
+        {"from": "human", "value": "<image> Second"},
+        {"from": "gpt", "value": "b"},
+    ]
+    path = write_llava(tmp_path, [{"image": ["1.png", "2.png", "3.png"], "conversations": turns}])
+    messages = LlavaDataset(path, images="/pictures")[0].messages
+    assert messages[0].images == ["/pictures/3.png", "/pictures/1.png"], "the image without marker goes to the first turn"
+    assert messages[2].images == ["/pictures/2.png"]
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"image": "a.png"}, 'list "conversations"'),
+        (record("<image> <image>", image="a.png"), "more <image> markers than its 1 images"),
+        ({"conversations": [{"from": "human", "value": "q"}]}, "must alternate"),
+        ({"conversations": [{"from": "robot", "value": "q"}]}, 'a turn needs "from"'),
+        (record("q", answer=""), "every answer is empty"),
+        (record("q", answer="<image>", image="a.png"), "only allowed in user turns"),
+    ],
+)
+def test_unusable_records_are_named(tmp_path, bad, message):
+    path = write_llava(tmp_path, [record("fine"), bad])
+    with pytest.raises(BadSampleError) as caught:
+        LlavaDataset(path)[1]
+    assert str(caught.value).startswith("data.json[1]") and message in str(caught.value)
+
+
+def test_wrong_files_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="not a file"):
+        LlavaDataset(tmp_path / "none.json")
+    (tmp_path / "object.json").write_text("{}")
+    with pytest.raises(ValueError, match="must hold a JSON list"):
+        LlavaDataset(tmp_path / "object.json")
+
+
+# --- mixtures and order ---------------------------------------------------------------------------------------------------
+
+
+def test_sampling_strategies():
+    rng = np.random.default_rng(0)
+    assert choose_indices(5, "all", rng).tolist() == [0, 1, 2, 3, 4]
+    assert choose_indices(5, "first:2", rng).tolist() == [0, 1]
+    assert choose_indices(5, "end:2", rng).tolist() == [3, 4]
+    assert choose_indices(5, "end:0", rng).tolist() == []
+    assert choose_indices(5, "first:50%", rng).tolist() == [0, 1, 2], "a share rounds up"
+    drawn = choose_indices(1000, "random:30%", rng).tolist()
+    assert len(set(drawn)) == 300 and drawn != sorted(drawn) and max(drawn) > 900
+    with pytest.raises(ValueError, match="asks for 6 samples of a source that has 5"):
+        choose_indices(5, "first:6", rng)
+
+
+def test_yaml_mixture_joins_files(tmp_path):
+    write_llava(tmp_path, [record(f"a{i}", image="x.png") for i in range(4)], "a.json")
+    write_llava(tmp_path, [record(f"b{i}", image="x.png") for i in range(4)], "b.jsonl")
+    mixture = tmp_path / "mixture.yaml"
+    mixture.write_text(
+        "datasets:\n- {json_path: a.json, sampling_strategy: 'end:1'}\n"
+        "- {json_path: b.jsonl, sampling_strategy: 'first:50%', images: pictures}\n"
+    )
+    samples = open_sources(
+        [SourceConfig(path=str(mixture)), SourceConfig(factory="toy:ColouredRectangles", arguments={"size": 2})], 0
+    )
+    assert [samples[i].messages[0].text for i in range(3)] == ["a3", "b0", "b1"] and len(samples) == 5
+    assert samples[1].messages[0].images == [str(tmp_path / "pictures" / "x.png")]
+    assert samples[3].name == "rectangle 0"
+    with pytest.raises(IndexError):
+        samples[5]
+
+
+def test_mixture_mistakes_are_named(tmp_path):
+    (tmp_path / "m.yaml").write_text("datasets:\n- {json: a.json}\n")
+    with pytest.raises(ValueError, match=r"datasets\[0\]: needs json_path"):
+        open_sources([SourceConfig(path=str(tmp_path / "m.yaml"))], 0)
+    with pytest.raises(ValueError, match=r"cannot be imported"):
+        open_sources([SourceConfig(factory="toy:Missing")], 0)
+    with pytest.raises(ValueError, match="no sample"):
+        open_sources([SourceConfig(factory="toy:ColouredRectangles", arguments={"size": 0})], 0)
+
+
+def test_random_draw_follows_the_seed():
+    def names(seed):
+        source = SourceConfig(factory="toy:ColouredRectangles", arguments={"size": 50}, sampling="random:5")
+        samples = open_sources([source], seed)
+        return [samples[i].name for i in range(5)]
+
+    assert names(1) == names(1) != names(2)
+
+
+def test_every_epoch_visits_every_sample_in_a_new_order():
+    order = SampleOrder(10, seed=3)
+    first, second = ([order[i] for i in range(begin, begin + 10)] for begin in (0, 10))
+    assert sorted(first) == sorted(second) == list(range(10)) and first != second
+    assert SampleOrder(10, seed=3)[17] == second[7], "a position can be entered directly"
+
+
+# --- encoding -------------------------------------------------------------------------------------------------------------
+
+
+def picture_sample(*sizes, text="What?", answer="red"):
+    images = [Image.new("RGB", size, "red") for size in sizes]
+    return Sample(name="s", messages=[Message(role="user", text=text, images=images), Message(role="assistant", text=answer)])
+
+
+def test_placeholders_equal_merged_patches(template):
+    encoder = make_encoder(template)
+    encoded = encoder.encode(picture_sample((24, 16), (8, 8)))
+    assert encoded.grids == [(1, 4, 6), (1, 2, 2)]
+    assert [tuple(p.shape) for p in encoded.patches] == [(24, 48), (4, 48)]
+    assert encoded.input_ids.count(template.image_id) == encoded.num_visual_tokens == 7
+
+
+def test_fixed_resolution_gives_squares(template):
+    encoder = make_encoder(template, resolution=30)
+    assert encoder.encode(picture_sample((100, 10))).grids == [(1, 8, 8)], "30 pixels round to 32"
+    with pytest.raises(ValueError, match="resolution 64 gives 64 visual tokens per image, max_visual_tokens allows 16"):
+        make_encoder(template, resolution=64)
+
+
+def test_images_of_a_sample_share_its_visual_budget(template):
+    encoder = make_encoder(template)
+    encoded = encoder.encode(picture_sample((400, 400), (400, 400), (400, 400)))
+    assert encoded.num_visual_tokens <= 16 and len(encoded.grids) == 3
+    with pytest.raises(BadSampleError, match="s: 17 images of at least 1 visual tokens exceed max_visual_tokens 16"):
+        encoder.encode(picture_sample(*[(8, 8)] * 17))
+
+
+def test_long_samples_are_refused_not_cut(template):
+    with pytest.raises(BadSampleError, match=r"s: \d+ tokens \(1 of them visual\) exceed max_text_tokens 40"):
+        make_encoder(template, max_text_tokens=40).encode(picture_sample((8, 8), text="long " * 50))
+
+
+def test_damaged_images_are_named(template, tmp_path):
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:60])
+    (tmp_path / "text.png").write_text("no picture")
+    for name in ("cut.png", "text.png", "absent.png"):
+        sample = picture_sample((8, 8))
+        sample.messages[0].images = [str(tmp_path / name)]
+        with pytest.raises(BadSampleError, match=f"s: image .*{name}"):
+            make_encoder(template).encode(sample)
+
+
+# --- packing and collation ------------------------------------------------------------------------------------------------
+
+
+def encoded(name, text, visual=0, answer=1):
+    return EncodedSample(
+        name=name,
+        input_ids=[7] * text,
+        labels=[-100] * (text - 1) + [7],
+        answer_ids=[7] * answer,
+        patches=[torch.zeros(4 * visual, 48)] if visual else [],
+        grids=[(1, 2, 2 * visual)] if visual else [],
+        num_visual_tokens=visual,
+    )
+
+
+def test_packing_by_hand():
+    samples = [encoded("a", 4, 2), encoded("b", 10, 5), encoded("c", 9, 5), encoded("d", 3, 1)]
+    groups = pack(samples, visual_tokens=8, text_tokens=20)
+    # longest first: b (10 text, 5 visual); c would make 10 visual; a fits b (7 visual, 2 x 10 text); d goes to c
+    assert [[s.name for s in group] for group in groups] == [["b", "a"], ["c", "d"]]
+    assert [[s.name for s in g] for g in pack(samples)] == [["b", "c", "a", "d"]]
+
+
+def test_packing_keeps_budgets_and_samples():
+    rng = np.random.default_rng(0)
+    samples = [encoded(str(i), int(rng.integers(2, 40)), int(rng.integers(0, 12))) for i in range(200)]
+    groups = pack(samples, visual_tokens=32, text_tokens=128)
+    assert sorted(s.name for g in groups for s in g) == sorted(s.name for s in samples)
+    for group in groups:
+        assert sum(s.num_visual_tokens for s in group) <= 32
+        assert len(group) * max(len(s.input_ids) for s in group) <= 128
+    assert len(groups) < 80, "groups are filled, not one sample each"
+    with pytest.raises(ValueError, match="big: 0 visual and 200 text tokens exceed the budget"):
+        pack([encoded("big", 200)], text_tokens=128)
+
+
+def test_collation_by_hand():
+    batch = collate([encoded("a", 2, answer=2), encoded("b", 3, 2), encoded("c", 1, 1)], pad_id=0, patch_features=48)
+    assert batch.input_ids.tolist() == [[7, 7, 0], [7, 7, 7], [7, 0, 0]]
+    assert batch.attention_mask.tolist() == [[True, True, False], [True] * 3, [True, False, False]]
+    assert batch.labels.tolist() == [[-100, 7, -100], [-100, -100, 7], [7, -100, -100]]
+    assert batch.image_sample.tolist() == [1, 2] and batch.grid_thw.tolist() == [[1, 2, 4], [1, 2, 2]]
+    assert batch.pixel_values.shape == (12, 48)
+    assert batch.answer_ids.tolist() == [[7, 7], [7, 0], [7, 0]]
+    assert batch.num_learned_tokens() == 2, "the first position has no predecessor"
+    assert batch.aligned_rows().tolist() == [False, True, True] and batch.num_aligned_rows() == 2
+
+
+def test_batches_without_images_or_content():
+    text = collate([encoded("a", 2)], pad_id=0, patch_features=48)
+    assert text.pixel_values.shape == (0, 48) and text.grid_thw.shape == (0, 3) and text.num_aligned_rows() == 0
+    empty = empty_batch(pad_id=0, patch_features=48)
+    assert empty.num_learned_tokens() == 0 and empty.num_aligned_rows() == 0 and empty.answer_ids.shape == (1, 1)
+    assert pad_right([[], []], 0)[1].tolist() == [[False], [False]]
+
+
+# --- steps ----------------------------------------------------------------------------------------------------------------
+
+
+def steps(template, samples=None, **changes):
+    settings = dict(batch_size=6, epochs=2, seed=5) | changes
+    return StepDataset(samples or ColouredRectangles(20), make_encoder(template), **settings)
+
+
+def names(step_data):
+    return sorted(name for batch in step_data.batches for name in batch.names)
+
+
+def test_steps_cover_the_epochs(template):
+    dataset = steps(template)
+    assert len(dataset) == 7, "40 samples in steps of 6, the last one smaller"
+    seen = [name for s in range(7) for name in names(dataset[s])]
+    assert sorted(seen) == sorted([f"rectangle {i}" for i in range(20)] * 2)
+    assert len(steps(template, max_steps=3)) == 3
+    assert names(steps(template, seed=6)[0]) != names(dataset[0])
+
+
+def test_ranks_share_a_step(template):
+    whole = steps(template)[2]
+    shares = [steps(template, rank=r, world_size=4)[2] for r in range(4)]
+    assert sorted(n for share in shares for n in names(share)) == names(whole)
+    assert [s.num_samples for s in shares] == [2, 2, 1, 1]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_any_step_can_be_entered_with_any_number_of_workers(template, num_workers):
+    dataset = steps(template)
+    resumed = list(iterate_steps(dataset, start=4, num_workers=num_workers))
+    assert [data.step for data in resumed] == [4, 5, 6]
+    for data in resumed:
+        for batch, expected in zip(data.batches, dataset[data.step].batches):
+            assert torch.equal(batch.pixel_values, expected.pixel_values) and torch.equal(batch.input_ids, expected.input_ids)
+
+
+def test_bad_samples_are_skipped_by_name_or_stop(template):
+    samples = ColouredRectangles(6, mixed=False, broken=(2, 3))
+    data = steps(template, samples, epochs=1)[0]
+    assert data.num_samples == 4 and len(data.skipped) == 2
+    assert sorted(m.split(":")[0] for m in data.skipped) == ["rectangle 2", "rectangle 3"]
+    assert all("/nowhere/broken.png" in message for message in data.skipped)
+    with pytest.raises(BadSampleError, match="rectangle"):
+        steps(template, samples, skip_bad_samples=False)[0]
+
+
+def test_counts_of_a_step(template):
+    data = steps(template, forward_text_tokens=120)[0]
+    assert len(data.batches) > 1
+    assert data.num_images == sum(len(b.grid_thw) for b in data.batches)
+    assert data.num_text_tokens == sum(int(b.attention_mask.sum()) for b in data.batches)
+    assert data.num_visual_tokens == sum(int((b.input_ids == template.image_id).sum()) for b in data.batches)
+
+
+def test_word_counts_are_those_of_the_answers(template):
+    samples = ColouredRectangles(10, broken=(1,))
+    counts = count_words(samples, template, len(template.tokenizer))
+    expected = torch.zeros(len(template.tokenizer), dtype=torch.int64)
+    for i in range(10):
+        for token in template.encode_text(samples[i].messages[-1].text):
+            expected[token] += 1
+    assert torch.equal(counts, expected) and counts.sum() > 0
