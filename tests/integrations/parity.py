@@ -22,10 +22,11 @@ class Tower:
 
 
 def with_parameters_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy with parameters in `dtype`; buffers (frequencies, complex tables) stay as the model made them."""
+    """A copy with parameters and biases in `dtype`; other buffers (frequencies, complex tables) stay as the model made them."""
     model = copy.deepcopy(model)
-    for p in model.parameters():
-        p.data = p.data.to(dtype)
+    for name, p in (*model.named_parameters(), *model.named_buffers()):
+        if isinstance(p, nn.Parameter) or name.endswith("bias"):
+            p.data = p.data.to(dtype)
     return model
 
 
@@ -50,6 +51,8 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
         with torch.no_grad():
             if p.dim() > 1:
                 p.copy_(noise * (2.0 if "q_" in name or "k_" in name or "qkv" in name else 1.0) * p.shape[1:].numel() ** -0.5)
+            elif "q_norm" in name or "k_norm" in name:  # logits of a few units
+                p.copy_((1 + 0.1 * noise) * p.numel() ** -0.25)
             elif name.endswith("weight"):
                 p.copy_(1 + 0.1 * noise)
             else:
@@ -70,12 +73,14 @@ def check_parity(tower: Tower, patch: Callable, dtype: torch.dtype, monkeypatch:
         inputs = {name: widen(widen(x, dtype), torch.float64) for name, x in tower.inputs.items()}
         exact = outputs_and_gradients(Tower(tower.model, inputs, tower.pick), rounded, torch.float64)
     assert actual.keys() == peer.keys() == exact.keys()
-    gradients = [g for name, g in exact.items() if name != "output"]
-    largest = max(g.abs().max() for g in gradients).reshape(1)
-    for name, value in exact.items():
-        tensors = [x.double().flatten() for x in (actual[name], value, peer[name])]
-        if name != "output":
-            # Some gradients are zero in exact arithmetic (a bias of keys): the largest gradient of all sets their rounding.
-            tensors = [torch.cat((x, largest)) for x in tensors]
-        actual_value, exact_value, peer_value = tensors
-        assert_within_budget(name, actual_value, exact_value, peer_value.to(dtype))
+    assert_within_budget("output", *(x.pop("output") for x in (actual, exact, peer)))
+    # All gradients at once, each in units of its largest value, since one tensor alone may happen to have an exact peer. Some
+    # are zero in exact arithmetic (a bias of keys): these in units of the largest of all.
+    sizes = {name: float(gradient.abs().max()) for name, gradient in exact.items()}
+    largest = max(sizes.values())
+    units = {name: size if size > 1e-6 * largest else largest for name, size in sizes.items()}
+
+    def joined(gradients: dict[str, Tensor]) -> Tensor:
+        return torch.cat([gradients[name].double().flatten() / unit for name, unit in units.items()])
+
+    assert_within_budget("gradients", joined(actual), joined(exact), joined(peer).to(dtype))

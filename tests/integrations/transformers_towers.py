@@ -82,12 +82,12 @@ def dinov3() -> Tower:
 
 
 def gemma4() -> Tower:
-    """Two images, the second padded; grouped-query attention."""
+    """Two images, the first padded; grouped-query attention."""
     config = modeling_gemma4.Gemma4VisionConfig(
         **SIZE, **BLOCKS, num_key_value_heads=1, head_dim=32, position_embedding_size=16, pooling_kernel_size=2
     )
     positions = torch.full((2, 24, 2), -1)
-    for image, (rows, columns) in enumerate(((4, 6), (2, 4))):
+    for image, (rows, columns) in enumerate(((2, 4), (4, 6))):
         grid = torch.cartesian_prod(torch.arange(columns), torch.arange(rows))
         positions[image, : rows * columns] = grid
     inputs = {"pixel_values": randn(2, 24, 3 * 16).sigmoid(), "pixel_position_ids": positions}
