@@ -98,9 +98,6 @@ def distribute(model: nn.Module, config: Config, world: World) -> nn.Module:
     fully_shard(model, mesh=mesh, mp_policy=policy)
     for method in ("generate", "step_text"):
         register_fsdp_forward_method(model, method)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)  # sum over the processes: the loss is already divided by global counts
     return model
 
 
@@ -111,6 +108,12 @@ def transformer_blocks(model: nn.Module) -> list[nn.Module]:
 
 def uses_fsdp(config: Config, world: World) -> bool:
     return world.size > 1 and (config.parallel == "fsdp" or (config.parallel == "auto" and world.device.type == "cuda"))
+
+
+def loss_scale(model: nn.Module, world: World) -> int:
+    """What to multiply a loss with before `backward`, so that gradients end up summed over the processes: sharded ones are
+    averaged on the way."""
+    return world.size if isinstance(model, FSDPModule) else 1
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:

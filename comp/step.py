@@ -19,7 +19,7 @@ from .config import StageConfig
 from .data.batch import Batch
 from .data.loader import StepData
 from .data.packing import empty_batch
-from .parallel import World, sum_gradients, total_norm
+from .parallel import World, loss_scale, sum_gradients, total_norm
 
 
 class NonFiniteLossError(RuntimeError):
@@ -111,6 +111,7 @@ def accumulate_gradients(
             step_text = model.step_text(batches)
     token_loss = torch.zeros((), dtype=torch.float64, device=world.device)
     alignment = torch.zeros_like(token_loss)
+    scale = loss_scale(model, world)
     for batch in batches:
         with autocast:
             output = model(batch, alignment=stage.alignment, group=world.group, step_text=step_text)
@@ -120,7 +121,7 @@ def accumulate_gradients(
             alignment += output.alignment_loss.detach()
             loss = loss + stage.alignment.weight * output.alignment_loss
             step_text = replace(step_text, begin=step_text.begin + len(batch.input_ids))
-        loss.backward()
+        (loss * scale).backward()
     if step_text is None:
         return token_loss, None
     # in each forward pass the rows of the others counted with a constant: see comp.model.StepText

@@ -1,0 +1,227 @@
+"""Whole runs of a toy model: files, equality over processes, exact resume after kill -9 and SIGTERM, stops, skipped samples."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from toy import toy_config
+
+import comp.trainer
+from comp.config import ConfigError, SourceConfig
+from comp.config_io import apply_overrides
+from comp.metrics import TIMING, read_records
+from comp.step import NonFiniteLossError
+from comp.trainer import StopRequested, Trainer
+
+HERE = Path(__file__).parent
+REPOSITORY = HERE.parent.parent
+NUM_STEPS = 11  # of toy_config: 3 + 3 + 3 + 2
+
+
+def run(folder, *overrides, resume=False):
+    trainer = Trainer(apply_overrides(toy_config(folder), overrides), resume=resume)
+    return trainer.run()
+
+
+def start_process(folder, *arguments, rank=0, world_size=1, port=0):
+    """`toy.py` in a process of its own, one of `world_size`."""
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(HERE)]),
+        "OMP_NUM_THREADS": str(torch.get_num_threads() if world_size == 1 else 1),
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(rank),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    command = [sys.executable, str(HERE / "toy.py"), str(folder), *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def run_on_two(folder, *overrides):
+    port = random.SystemRandom().randint(20000, 40000)
+    processes = [start_process(folder, *overrides, rank=rank, world_size=2, port=port) for rank in range(2)]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+
+
+def records(folder, name="toy"):
+    """metrics.jsonl without timings."""
+    return [{k: v for k, v in r.items() if k not in TIMING} for r in read_records(folder / "runs" / name / "metrics.jsonl")]
+
+
+def weights(folder, name="toy", stage="III"):
+    parts = ("vision", "language")
+    return {
+        (part, key): value
+        for part in parts
+        for key, value in load_file(folder / "runs" / name / "models" / stage / part / "model.safetensors").items()
+    }
+
+
+@pytest.fixture(scope="module")
+def unbroken(toy_models):
+    """The run that all others are compared with, in runs/toy beside the toy models."""
+    summary = run(toy_models, "tensorboard=true")
+    return toy_models, summary
+
+
+def test_a_run_leaves_its_files(unbroken):
+    folder, summary = unbroken
+    out = folder / "runs" / "toy"
+    assert json.loads((out / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    assert summary["steps"] == NUM_STEPS and [s["steps"] for s in summary["stages"]] == [3, 3, 3, 2]
+    assert [e["label"] for e in summary["evaluations"]] == ["before", "I", "II-a", "II-b", "III"]
+    assert set(summary["evaluations"][-1]["scores"]) == {"colour", "shape", "overall"}
+    assert {p.name for p in (out / "plots").iterdir()} >= {
+        "losses.png",
+        "learning_rates.png",
+        "gradient_norms.png",
+        "scores.png",
+    }
+    assert len((out / "predictions" / "III.jsonl").read_text().splitlines()) == 6
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-00000011"], "the newest one is kept"
+    assert any((out / "tensorboard").iterdir())
+    frozen = summary["stages"][0]["parameters"]
+    assert frozen["vision"]["trainable"] == frozen["language"]["trainable"] == 0 and frozen["adapter"]["trainable"] > 0
+
+
+def test_stages_train_what_they_say(unbroken):
+    folder, _ = unbroken
+    one, two, three = (weights(folder, stage=s) for s in ("I", "II-a", "III"))
+    original = load_file(folder / "language" / "model.safetensors")
+    for (part, key), value in one.items():
+        if part == "language" and key in original and original[key].shape == value.shape:
+            assert torch.equal(value, original[key]), f"{key} is frozen in stage I"
+    for a, b in ((one, two), (two, three)):
+        assert all(not torch.equal(a[key], b[key]) for key in a), "every tensor moves from stage II on"
+    trained = [r for r in records(folder) if r["event"] == "train"]
+    assert [set(r["lr"]) for r in trained] == [{"adapter"}] * 3 + [{"vision", "adapter", "language"}] * 8
+    assert all(("alignment_loss" in r) == (r["stage"] != "III") for r in trained)
+
+
+@pytest.mark.parametrize("parallel", ["replicate", "fsdp"])
+def test_two_processes_equal_one(unbroken, parallel):
+    """Half the batch each, text-only and mixed shares, several forward passes per step; alignment mode "sinkhorn"."""
+    folder, _ = unbroken
+    run_on_two(folder, f"name={parallel}", f"parallel={parallel}", "stages.*.forward_text_tokens=256")
+    one = [r for r in records(folder) if r["event"] == "train"]
+    two = [r for r in records(folder, parallel) if r["event"] == "train"]
+    assert len(one) == len(two) == NUM_STEPS and max(r["forwards"] for r in two) > 1
+    for a, b in zip(one, two):
+        assert (a["tokens"], a["images"], a["samples"]) == (b["tokens"], b["images"], b["samples"])
+        for name in ("loss", "token_loss", "alignment_loss"):
+            if name in a:
+                assert abs(a[name] - b[name]) <= 1e-5, (a["step"], name)
+        for part, norm in a["grad_norm"].items():
+            assert abs(norm - b["grad_norm"][part]) <= 1e-5 * max(1, norm), (a["step"], part)
+    assert [r["scores"] for r in records(folder, parallel) if r["event"] == "evaluation"]
+    for key, value in weights(folder).items():
+        # Adam divides by gradients that may be tiny, so rounding grows in single weights
+        assert torch.allclose(value, weights(folder, parallel)[key], atol=2e-3), key
+
+
+def test_forward_budgets_do_not_change_the_step(unbroken, toy_folder):
+    """Accumulation over several forward passes, the coupled targets of "sinkhorn" included."""
+    folder, _ = unbroken
+    run(toy_folder, "stages.*.forward_text_tokens=256", "stages.*.max_steps=2", "eval.data=[]")
+    several = [r for r in records(toy_folder) if r["event"] == "train"][:2]
+    assert all(r["forwards"] > 1 for r in several)
+    for a, b in zip([r for r in records(folder) if r["event"] == "train"], several):
+        assert abs(a["alignment_loss"] - b["alignment_loss"]) <= 1e-5 and abs(a["loss"] - b["loss"]) <= 1e-5
+
+
+def test_kill_and_resume_repeats_the_unbroken_run(unbroken, toy_folder):
+    folder, _ = unbroken
+    at = random.SystemRandom().randint(1, NUM_STEPS - 1)
+    process = start_process(toy_folder)
+    metrics = toy_folder / "runs" / "toy" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while sum(b'"train"' in line for line in metrics.read_bytes().splitlines()) < at if metrics.exists() else True:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.005)
+    process.kill()
+    process.communicate()
+    with metrics.open("ab") as file:
+        file.write(b'{"event": "train", "st')  # as if killed while writing
+    summary = run(toy_folder, resume=True)
+    assert summary["steps"] == NUM_STEPS
+    assert records(toy_folder) == records(folder), f"killed after step {at}"
+    expected, resumed = weights(folder), weights(toy_folder)
+    assert all(torch.equal(expected[key], resumed[key]) for key in expected), f"killed after step {at}"
+
+
+def test_sigterm_saves_and_resume_repeats(unbroken, toy_folder, monkeypatch):
+    folder, _ = unbroken
+    train_step = comp.trainer.train_step
+    calls = []
+
+    def with_signal(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return train_step(*args, **kwargs)
+
+    monkeypatch.setattr(comp.trainer, "train_step", with_signal)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(StopRequested):
+        run(toy_folder, "checkpoint.every_steps=1000")
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert [p.name for p in (toy_folder / "runs" / "toy" / "checkpoints").iterdir()] == ["step-00000005"]
+    run(toy_folder, "checkpoint.every_steps=1000", resume=True)
+    assert records(toy_folder) == records(folder)
+
+
+def test_non_finite_loss_stops_before_the_update(toy_folder, monkeypatch):
+    train_step, seen = comp.trainer.train_step, {}
+
+    def poisoned(model, *args, **kwargs):
+        seen["steps"] = seen.get("steps", 0) + 1
+        if seen["steps"] == 3:
+            with torch.no_grad():
+                model.adapter.fc2.bias[0] = float("inf")
+            seen["model"] = model
+            seen["before"] = {name: p.clone() for name, p in model.named_parameters()}
+        return train_step(model, *args, **kwargs)
+
+    monkeypatch.setattr(comp.trainer, "train_step", poisoned)
+    with pytest.raises(NonFiniteLossError, match=r"loss nan.*nothing was updated.*rectangle"):
+        run(toy_folder, "eval.data=[]")
+    for name, parameter in seen["model"].named_parameters():
+        assert torch.equal(parameter, seen["before"][name]), name
+    assert len([r for r in records(toy_folder) if r["event"] == "train"]) == 2
+    assert [p.name for p in (toy_folder / "runs" / "toy" / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_bad_samples_are_counted_in_the_summary(toy_folder):
+    data = [SourceConfig(factory="toy:ColouredRectangles", arguments=dict(size=8, broken=[3], mixed=False))]
+    config = toy_config(toy_folder)
+    config.stages = config.stages[:1]
+    config.stages[0].data, config.stages[0].epochs, config.eval.data = data, 2, []
+    summary = Trainer(config).run()
+    assert summary["skipped"]["samples"] == 1 and summary["skipped"]["times"] == 2
+    assert next(iter(summary["skipped"]["messages"])).startswith("rectangle 3: image /nowhere/broken.png: FileNotFoundError")
+    assert summary["samples"] == 14
+    assert len(read_records(toy_folder / "runs" / "toy" / "metrics.jsonl", "skipped")) == 1, "each is named once"
+
+    config.name, config.stages[0].data = "all-bad", [SourceConfig(factory="toy:OnlyBadSamples")]
+    with pytest.raises(ValueError, match=r"no sample of this step can be learned from: .*bad \d: on purpose"):
+        Trainer(config).run()
+
+
+def test_a_run_is_not_overwritten_and_resumes_only_itself(toy_folder):
+    Trainer(toy_config(toy_folder))
+    with pytest.raises(ConfigError, match="holds a run already; continue it with --resume"):
+        Trainer(toy_config(toy_folder))
+    with pytest.raises(ConfigError, match=r"these differ: seed, stages\.1\.batch_size"):
+        Trainer(apply_overrides(toy_config(toy_folder), ["seed=1", "stages.1.batch_size=3"]), resume=True)
+    trainer = Trainer(apply_overrides(toy_config(toy_folder), ["num_workers=1"]), resume=True)
+    assert trainer.state.step == 0, "no checkpoint yet: from the beginning"

@@ -1,0 +1,117 @@
+"""Held-out evaluation: batching, scoring, tables, files, and baselines that do not look."""
+
+import json
+
+import pytest
+from toy import ColouredRectangles, make_tokenizer
+
+from comp.data.batch import Message, Sample
+from comp.data.encode import ImageSettings, SampleEncoder
+from comp.data.template import ChatTemplate, load_tokenizer
+from comp.eval.vqa import answer_questions, blind_baselines, scores_by_type, write_predictions
+from comp.summary import result_table
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    make_tokenizer().save_pretrained(folder)
+    images = ImageSettings(
+        patch_size=4,
+        merge_size=2,
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+        resolution=None,
+        min_visual_tokens=1,
+        max_visual_tokens=64,
+    )
+    return SampleEncoder(ChatTemplate(load_tokenizer(str(folder))), images, max_text_tokens=256)
+
+
+class SaysRed:
+    """Stands in for a model: always "red", and remembers the batches it saw."""
+
+    def __init__(self, template):
+        self.template, self.batches = template, []
+
+    def generate(self, batch, *, max_new_tokens, eos_token_id):
+        assert eos_token_id == self.template.turn_end
+        self.batches.append(batch)
+        return [self.template.encode_text("red")] * len(batch.input_ids)
+
+
+def ask(encoder, samples, **changes):
+    model = SaysRed(encoder.template)
+    settings = dict(indices=range(len(samples)), metric="exact_match", max_new_tokens=4, batch_size=4) | changes
+    return model, answer_questions(model, samples, encoder, **settings)
+
+
+def test_answers_are_scored_by_type(encoder):
+    model, (predictions, skipped) = ask(encoder, ColouredRectangles(10, mixed=False))
+    assert [len(b.input_ids) for b in model.batches] == [4, 4, 2] and not skipped
+    assert [p.name for p in predictions] == [f"rectangle {i}" for i in range(10)]
+    scores = scores_by_type(predictions)
+    # odd numbers ask for the colour: 1, 3, 5, 7, 9 are green, black, red, blue, white
+    assert scores["colour"] == {"score": 0.2, "count": 5, "metric": "exact_match"}
+    assert scores["shape"]["score"] == 0 and scores["overall"] == {"score": 0.1, "count": 10, "metric": "exact_match"}
+    assert list(scores) == ["colour", "shape", "overall"]
+
+
+def test_the_answer_is_not_shown_to_the_model(encoder):
+    model, _ = ask(encoder, ColouredRectangles(4, mixed=False))
+    for row in model.batches[0].input_ids:
+        text = encoder.template.tokenizer.decode(row[row != encoder.template.pad_id])
+        assert text.endswith("<|im_start|>assistant\n")
+
+
+def test_broken_questions_are_reported(encoder):
+    samples = ColouredRectangles(5, mixed=False, broken=(1,))
+    _, (predictions, skipped) = ask(encoder, samples)
+    assert len(predictions) == 4 and skipped[0].startswith("rectangle 1: image /nowhere/broken.png")
+
+
+def test_unknown_metric_is_refused(encoder):
+    messages = [Message(role="user", text="q"), Message(role="assistant", text="a")]
+    with pytest.raises(ValueError, match=r"odd one: metric must be one of .*, got 'bleu'"):
+        ask(encoder, [Sample(name="odd one", messages=messages, metric="bleu")])
+
+
+def test_predictions_are_one_json_per_line(encoder, tmp_path):
+    _, (predictions, _) = ask(encoder, ColouredRectangles(3, mixed=False))
+    write_predictions(tmp_path / "new" / "p.jsonl", predictions)
+    lines = [json.loads(line) for line in (tmp_path / "new" / "p.jsonl").read_text().splitlines()]
+    assert lines[1] == {
+        "name": "rectangle 1",
+        "question_type": "colour",
+        "question": "What colour is it?",
+        "answers": ["green"],
+        "prediction": "red",
+        "metric": "exact_match",
+        "score": 0.0,
+    }
+
+
+def answered(kind, answer):
+    messages = [Message(role="user", text="q"), Message(role="assistant", text=answer)]
+    return Sample(name="s", messages=messages, question_type=kind)
+
+
+def test_baselines_know_only_training_answers():
+    train = [answered("a", "yes")] * 9 + [answered("a", "no")] + [answered("b", "seven")] * 3
+    held_out = [answered("a", "yes")] * 100 + [answered("a", "no")] * 100 + [answered("b", "seven")]
+    scores = blind_baselines(train, held_out, metric="exact_match", seed=0)
+    assert scores["most frequent"]["a"]["score"] == 0.5 and scores["most frequent"]["b"]["score"] == 1
+    # random says yes 9 times of 10: right 0.9 of the first half, 0.1 of the second
+    assert 0.4 < scores["random"]["a"]["score"] < 0.6
+    assert blind_baselines(train, held_out, metric="exact_match", seed=0) == scores
+
+
+def test_result_table_by_hand():
+    scores = {"colour": {"score": 0.125, "count": 8, "metric": "anls"}, "overall": {"score": 0.5, "count": 9, "metric": "anls"}}
+    table = result_table([{"label": "before", "scores": {}}, {"label": "III", "scores": scores}], {"random": scores})
+    assert table.splitlines() == [
+        "question type  count  random  before   III",
+        "-------------  -----  ------  ------  ----",
+        "colour             8    12.5       -  12.5",
+        "overall            9    50.0       -  50.0",
+    ]
