@@ -1,0 +1,72 @@
+"""The examples of the documentation: Python blocks are run, commands are parsed by the programs they start."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torch.distributed.run import get_args_parser
+
+REPOSITORY = Path(__file__).parent.parent
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests" / "integrations")]
+
+from torchvision_stub import import_timm  # noqa: E402
+
+from train import read_command_line  # noqa: E402
+
+
+def blocks(*languages: str):
+    """(page and line, text) of every fenced block in one of `languages`."""
+    found = []
+    for page in PAGES:
+        text = page.read_text()
+        for match in re.finditer(r"^```(\w+)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE):
+            if match[1] in languages:
+                found.append(pytest.param(match[2], id=f"{page.name}:{text[: match.start()].count(chr(10)) + 1}"))
+    return found
+
+
+def commands():
+    """Every shell line that starts Python, with line continuations joined and comments dropped."""
+    found = []
+    for block in blocks("bash", "sh", "slurm", "console"):
+        for number, line in enumerate(block.values[0].replace("\\\n", " ").splitlines()):
+            words = shlex.split(line, comments=True)
+            while words and words[0] in ("$", "srun"):
+                words = words[1:]
+            if words and words[0] in ("python", "torchrun"):
+                found.append(pytest.param(words, id=f"{block.id}+{number}"))
+    return found
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_example_runs(code, tmp_path, monkeypatch):
+    if "import timm" in code:
+        try:
+            import_timm()
+        except ImportError:
+            pytest.skip("timm is not installed (pip install --no-deps timm)")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "example", "exec"), {"__name__": "example"})
+
+
+@pytest.mark.parametrize("words", commands())
+def test_command_is_understood(words):
+    program, *arguments = words
+    if program == "torchrun":
+        options = get_args_parser().parse_args(arguments)
+        assert options.training_script == "train.py"
+        read_command_line(options.training_script_args)
+    elif arguments[0] == "train.py":
+        read_command_line(arguments[1:])
+    else:
+        assert arguments[0] == "-m", words
+        module = [sys.executable, *arguments[:2], "--help"]
+        assert subprocess.run(module, cwd=REPOSITORY, capture_output=True, check=False).returncode == 0
+
+
+def test_there_are_examples():
+    assert len(blocks("python")) >= 8 and len(commands()) >= 6
