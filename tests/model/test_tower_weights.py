@@ -73,6 +73,16 @@ def test_dtype_and_memory_of_their_own(tower_directory):
     assert not again.training and all(p.requires_grad for p in again.parameters())
 
 
+def test_pixel_statistics(tower_directory, tmp_path):
+    """By family, unless the directory says otherwise."""
+    path = rewrite(tower_directory("dinov2"), tmp_path / "copy", lambda tensors, config: (tensors, config))
+    assert VisionEncoder.from_pretrained(path).config.image_mean == (0.485, 0.456, 0.406)
+    settings = dict(image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6], size={"height": 224})
+    (path / "preprocessor_config.json").write_text(json.dumps(settings))
+    config = VisionEncoder.from_pretrained(path).config
+    assert (config.image_mean, config.image_std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+
+
 def test_missing_and_unexpected_weights_are_listed(tower_directory, tmp_path):
     def change(tensors, config):
         tensors["encoder.layers.0.mlp.fc9.weight"] = tensors.pop("encoder.layers.0.mlp.fc1.weight")

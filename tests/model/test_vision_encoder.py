@@ -181,14 +181,33 @@ def test_rotary_channels_turn_with_row_then_column():
     torch.testing.assert_close(sin[1], torch.cat((torch.zeros(4), angles.sin())))
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-def test_angles_stay_float32(autocast, monkeypatch):
-    """Neither a cast of the module nor autocast reaches the rotary tables; "bf16_legacy" rounds them on purpose."""
+def recorded_tables(monkeypatch) -> list:
+    """The (cos, sin) of every attention call from here on."""
     from comp.model import vision_encoder
 
     seen = []
     real = vision_encoder.rope_attention
     monkeypatch.setattr(vision_encoder, "rope_attention", lambda *a, **k: (seen.append(a[3:5]), real(*a, **k))[1])
+    return seen
+
+
+def test_prefix_tokens_are_not_rotated(tower_directory, monkeypatch):
+    seen = recorded_tables(monkeypatch)
+    encoder = VisionEncoder.from_pretrained(tower_directory("dinov2_registers"), pos_mode="rope", keep_prefix_tokens=True)
+    grids = [(2, 2, 2), (1, 2, 4)]
+    pixel_values, grid_thw = random_patches(grids)
+    encoder(pixel_values, grid_thw)
+    cos, sin = seen[0]
+    expected_cos, expected_sin = rotary_tables(patch_positions(grids, 2), 16, base=1e4, dtype="fp32")
+    is_patch = torch.tensor([False] * 4 + [True] * 4 + [False] * 4 + [True] * 4 + [False] * 4 + [True] * 8)
+    assert torch.equal(cos[is_patch], expected_cos) and torch.equal(sin[is_patch], expected_sin)
+    assert cos[~is_patch].eq(1).all() and sin[~is_patch].eq(0).all()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_angles_stay_float32(autocast, monkeypatch):
+    """Neither a cast of the module nor autocast reaches the rotary tables; "bf16_legacy" rounds them on purpose."""
+    seen = recorded_tables(monkeypatch)
     pixel_values, grid_thw = random_patches([(1, 74, 2)])
     positions = patch_positions([(1, 74, 2)], 2).double()
     exact = (positions.unsqueeze(-1) * 1e4 ** (-torch.arange(4, dtype=torch.float64) / 4)).transpose(1, 2).flatten(1)
