@@ -17,9 +17,14 @@ from comp.trainer import StopRequested, Trainer
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a recipe; the exit code is 0 when it finished or was stopped with SIGTERM, 1 when the loss was not finite."""
+    """Run a recipe; the exit code is 0 when it finished or was stopped with SIGTERM, 1 when the loss was not
+    finite, 2 when the configuration cannot be used."""
     options, config = read_command_line(arguments)
-    trainer = Trainer(config, resume=options.resume)
+    try:
+        trainer = Trainer(config, resume=options.resume)
+    except ConfigError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
     say = print if trainer.world.is_main else (lambda *_: None)
     where = f"{trainer.folder}/checkpoints"
     try:

@@ -40,7 +40,9 @@ def build_model(config: Config, *, dummy_image: bool = False) -> tuple[CoMP, Cha
     )
     if config.activation_checkpointing:
         encoder.gradient_checkpointing = True
-        language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        # the second is the name in older releases of transformers; newer ones warn about it
+        enable = getattr(language_model, "activation_checkpointing_enable", language_model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
     return model, template
 
 

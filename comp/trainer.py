@@ -33,7 +33,7 @@ from .plots import plot_run
 from .step import StepTotals, seed_step, train_step
 from .summary import result_table, summarize
 
-MAY_DIFFER_ON_RESUME = ("num_workers", "tensorboard", "checkpoint", "device", "parallel")
+MAY_DIFFER_ON_RESUME = ("output_dir", "num_workers", "tensorboard", "checkpoint", "device", "parallel")
 BEFORE = "before"
 
 
@@ -200,6 +200,7 @@ class Trainer:
                 max_new_tokens=settings.max_new_tokens,
                 batch_size=settings.batch_size,
                 device=world.device,
+                after_batch=self._stop_if_asked,
             )
         shares = world.gather(share)
         predictions = [p for predictions, _ in shares for p in predictions]
@@ -242,7 +243,6 @@ class Trainer:
         else:
             samples = self.datasets[aligned[-1]].samples
             counts = count_words(samples, self.template, len(self.template.tokenizer), self.world)
-            self.world.barrier()  # nobody looks for the file any more
             if self.world.is_main:
                 temporary = path.with_name(".writing-word_counts.npy")
                 np.save(temporary, counts.numpy())
@@ -307,9 +307,14 @@ class Trainer:
         plot_run(self.folder / "metrics.jsonl", self.folder / "plots")
         return summary
 
+    def _stop_if_asked(self) -> None:
+        """Leave an evaluation: the steps before it are saved, and resuming repeats it."""
+        if self._stop:
+            raise StopRequested
+
     @contextmanager
     def _sigterm_asks_to_stop(self) -> Iterator[None]:
-        """SIGTERM ends the run after the current step, with a checkpoint."""
+        """SIGTERM, sent to any process, ends the run with a checkpoint after the next step; an evaluation ends at once."""
 
         def note(signum: int, frame: object) -> None:
             self._stop = True

@@ -6,6 +6,7 @@ A step depends on nothing but its number, the seed and the ranks, so any step ca
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -99,5 +100,11 @@ def iterate_steps(dataset: StepDataset, *, start: int, num_workers: int) -> Iter
         sampler=range(start, len(dataset)),
         num_workers=num_workers,
         prefetch_factor=2 if num_workers else None,
+        worker_init_fn=_ignore_sigterm,
     )
     return iter(loader)
+
+
+def _ignore_sigterm(worker: int) -> None:
+    """Schedulers send SIGTERM to whole process groups; the trainer still needs its workers to finish a step and save."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

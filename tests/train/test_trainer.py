@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from toy import toy_config
 
 import comp.trainer
+from comp.build import build_model
 from comp.config import ConfigError, SourceConfig
 from comp.config_io import apply_overrides
 from comp.metrics import TIMING, read_records
@@ -225,3 +226,39 @@ def test_a_run_is_not_overwritten_and_resumes_only_itself(toy_folder):
         Trainer(apply_overrides(toy_config(toy_folder), ["seed=1", "stages.1.batch_size=3"]), resume=True)
     trainer = Trainer(apply_overrides(toy_config(toy_folder), ["num_workers=1"]), resume=True)
     assert trainer.state.step == 0, "no checkpoint yet: from the beginning"
+
+
+def test_exported_models_load_and_start_another_run(unbroken, toy_folder):
+    """models/STAGE/{vision, language} are Hugging Face directories; the adapter travels with the vision tower."""
+    folder, _ = unbroken
+    exported = folder / "runs" / "toy" / "models" / "II-b"
+    config = toy_config(toy_folder)
+    config.vision.path, config.language.path = str(exported / "vision"), str(exported / "language")
+    model, template = build_model(config)
+    assert model.encoder.pos_mode == "abs+rope"
+    assert len(template.tokenizer) == model.language_model.get_input_embeddings().num_embeddings
+    expected = weights(folder, stage="II-b")
+    saved_again = {}
+    model.encoder.save_pretrained(toy_folder / "vision-again")
+    for key, value in load_file(toy_folder / "vision-again" / "model.safetensors").items():
+        saved_again["vision", key] = value
+    assert saved_again and all(torch.equal(expected[key], value) for key, value in saved_again.items())
+    assert any("merger" in key for _, key in saved_again)
+
+
+def test_recomputing_activations_changes_nothing(unbroken, toy_folder):
+    folder, _ = unbroken
+    run(toy_folder, "activation_checkpointing=true", "eval.data=[]")
+    recomputed = [r for r in records(toy_folder) if r["event"] == "train"]
+    expected = [r for r in records(folder) if r["event"] == "train"]
+    assert [r["loss"] for r in recomputed] == [r["loss"] for r in expected]
+
+
+def test_bf16_stays_close(unbroken, toy_folder):
+    folder, _ = unbroken
+    run(toy_folder, "precision=bf16", "eval.data=[]")
+    low = [r for r in records(toy_folder) if r["event"] == "train"]
+    full = [r for r in records(folder) if r["event"] == "train"]
+    assert all(abs(a["token_loss"] - b["token_loss"]) < 0.1 for a, b in zip(low, full))
+    assert abs(low[0]["alignment_loss"] - full[0]["alignment_loss"]) < 0.1, "the alignment loss is not computed in bf16"
+    assert {value.dtype for value in weights(toy_folder).values()} == {torch.float32}

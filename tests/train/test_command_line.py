@@ -1,0 +1,82 @@
+"""train.py as a user starts it: recipes, overrides, messages, exit codes, several processes, SIGTERM to everything."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from toy import toy_config
+
+import train
+from comp.metrics import read_records
+
+HERE = Path(__file__).parent
+REPOSITORY = HERE.parent.parent
+
+
+@pytest.fixture
+def toy_recipe(toy_folder, monkeypatch):
+    monkeypatch.setitem(train.RECIPES, "toy", lambda: toy_config(toy_folder))
+    return toy_folder
+
+
+def test_a_recipe_with_overrides_runs_and_prints_its_results(toy_recipe, capsys):
+    code = train.main(["--recipe", "toy", "stages.*.max_steps=1", "eval.baselines=true", "name=short"])
+    printed = capsys.readouterr().out
+    assert code == 0
+    assert "question type  count  random  most frequent  before" in printed and "overall" in printed
+    assert "4 steps, 32 samples" in printed and str(toy_recipe / "runs" / "short") in printed
+    assert train.main(["--recipe", "toy", "stages.*.max_steps=1", "eval.baselines=true", "name=short", "--resume"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["stages.0.optim.lr=1"], "unknown field 'stages.0.optim.lr'; stages.0.optim has: lr_vision"),
+        (["--recipe", "nothing"], "invalid choice: 'nothing'"),
+        (["seed"], "an override looks like field=value, got 'seed'"),
+    ],
+)
+def test_mistakes_end_with_a_message(toy_recipe, capsys, arguments, message):
+    with pytest.raises(SystemExit) as caught:
+        train.main(["--recipe", "toy", *arguments])
+    assert caught.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_finished_run_is_not_overwritten(toy_recipe, capsys):
+    arguments = ["--recipe", "toy", "stages.*.max_steps=1", "eval.data=[]"]
+    assert train.main(arguments) == 0
+    assert train.main(arguments) == 2
+    assert "continue it with --resume" in capsys.readouterr().err
+
+
+def test_sigterm_to_the_process_group_saves_and_exits_with_zero(toy_folder):
+    """Workers that read data get the signal too and must not take the run down."""
+    code = (
+        "import sys, train; from toy import toy_config; from pathlib import Path;"
+        f"train.RECIPES['toy'] = lambda: toy_config(Path({str(toy_folder)!r}));"
+        "sys.exit(train.main(['--recipe', 'toy', 'num_workers=1', 'stages.*.epochs=1000', 'eval.data=[]']))"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(HERE)]), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    metrics = toy_folder / "runs" / "toy" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.exists() or len(read_records(metrics)) < 3:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert "stopped on SIGTERM after step" in output and "continue with --resume" in output
+    steps = len(read_records(metrics, "train"))
+    assert (toy_folder / "runs" / "toy" / "checkpoints" / f"step-{steps:08d}" / "progress.json").exists()
