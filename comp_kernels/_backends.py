@@ -20,7 +20,9 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     "rope_attention": {
         "cpu": "comp_kernels.ops.rope_attention.cpu",
     },
-    "sinkhorn": {},
+    "sinkhorn": {
+        "cpu": "comp_kernels.ops.sinkhorn.cpu",
+    },
     "alignment_loss": {},
 }
 

@@ -311,3 +311,46 @@ def check_rope_attention(
     peer = attention_with_gradients(inputs, plain_rope_attention)
     for name, value in exact.items():
         assert_within_budget(f"{case.name} {name}", actual[name], value, peer[name], factor)
+
+
+# --- sinkhorn --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SinkhornCase:
+    """One call of sinkhorn, described by sizes; `make_sinkhorn_inputs` builds its tensors."""
+
+    name: str
+    shape: tuple[int, ...]  # [..., n, K]
+    epsilon: float = 0.1
+    num_iters: int = 3
+    marginals: str = "default"  # or "shared", "per_item": random, some of them zero
+    seed: int = 0
+
+
+SINKHORN_CASES = [
+    SinkhornCase("one_entry", (1, 1)),
+    SinkhornCase("small", (5, 7), num_iters=1),
+    SinkhornCase("odd", (2, 3, 33, 131)),
+    SinkhornCase("many_columns", (7, 3001), epsilon=0.02),
+    SinkhornCase("many_rows", (300, 40), epsilon=0.05),
+    SinkhornCase("marginals_shared", (3, 10, 70), marginals="shared", num_iters=5),
+    SinkhornCase("marginals_per_item", (3, 10, 70), marginals="per_item", num_iters=2),
+    SinkhornCase("sharp", (12, 200), epsilon=0.005, num_iters=10),
+]
+SINKHORN_CASES = {case.name: case for case in SINKHORN_CASES}
+
+
+def make_sinkhorn_inputs(case: SinkhornCase, dtype: torch.dtype = torch.float32) -> tuple[Tensor, dict[str, Tensor]]:
+    """Scores in [-1, 1) like cosines, and the marginals as keyword arguments, both of the computing dtype of `dtype`."""
+    generator = torch.Generator().manual_seed(case.seed)
+    scores = (torch.rand(case.shape, generator=generator, dtype=torch.float64) * 2 - 1).to(dtype)
+    if case.marginals == "default":
+        return scores, {}
+    *batch, rows, cols = case.shape
+    batch = batch if case.marginals == "per_item" else []
+    a, b = (torch.rand(*batch, size, generator=generator, dtype=torch.float64) for size in (rows, cols))
+    a[..., 2], b[..., 3:6] = 0, 0
+    b *= a.sum(-1, keepdim=True) / b.sum(-1, keepdim=True)
+    compute = torch.promote_types(dtype, torch.float32)
+    return scores, dict(row_marginals=a.to(compute), col_marginals=b.to(compute))

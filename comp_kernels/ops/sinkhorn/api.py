@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..._backends import choose_backend
 from ..._checks import check_float, check_positive, check_same, check_tensor
-from . import reference
+from . import gradients
+from .registration import FORWARD
 
 
 def sinkhorn(
@@ -19,6 +21,7 @@ def sinkhorn(
     col_marginals: Tensor | None = None,
     tol: float | None = None,
     group: dist.ProcessGroup | None = None,
+    gradient: str = "detach",
     backend: str | None = None,
     return_potentials: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
@@ -35,7 +38,12 @@ def sinkhorn(
         col_marginals:  [K] or [..., K], not negative, zeros allowed. Default: n / K each. Must have the sum of row_marginals.
         tol:  stop early once the column marginals' L1 error is at most tol times their sum, in every batch item.
         group:  a process group; the n rows are then this process's share of a batch, and column sums run over all of it.
-        backend:  "reference", "cpu", "triton", "cuda" or None (by device).
+        gradient:  how the scores receive one (marginals never do):
+            "detach"    not at all; the result is a constant
+            "unrolled"  through the iterations, exactly, whether they converged or not; not with `tol` or `group`
+            "implicit"  of the converged plan (implicit function theorem), at a cost that does not grow with num_iters;
+                        meaningful once the column marginals are met; not with `group`
+        backend:  "reference", "cpu", "triton" or None (by device).
         return_potentials:  also return u [..., n] and v [..., K].
 
     Returns:
@@ -51,18 +59,49 @@ def sinkhorn(
     check_positive("epsilon", epsilon)
     if num_iters < 1:
         raise ValueError(f"num_iters must be at least 1, got {num_iters}")
+    check_gradient(gradient, tol, group, row_marginals, col_marginals)
     check_marginals(scores, row_marginals, col_marginals, group)
-    choose_backend("sinkhorn", backend, scores.device)
-    return reference.sinkhorn(
-        scores,
-        epsilon=epsilon,
-        num_iters=num_iters,
-        row_marginals=row_marginals,
-        col_marginals=col_marginals,
-        tol=tol,
-        group=group,
-        return_potentials=return_potentials,
+    backend = choose_backend("sinkhorn", backend, scores.device)
+    compute = torch.promote_types(scores.dtype, torch.float32)
+    rows, cols = default_marginals(scores, row_marginals, col_marginals, group, compute)
+    if gradient == "detach":
+        scores = scores.detach()
+    plan, u, v = FORWARD.default(
+        scores, rows, cols, epsilon, num_iters, tol, None if group is None else group.group_name, gradient, backend
     )
+    return (plan, u, v) if return_potentials else plan
+
+
+def default_marginals(
+    scores: Tensor,
+    row_marginals: Tensor | None,
+    col_marginals: Tensor | None,
+    group: dist.ProcessGroup | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Both marginals in the computing dtype: rows of mass one, columns that share the mass of all rows of the group."""
+    *_, num_rows, num_cols = scores.shape
+    rows = scores.new_ones(num_rows, dtype=dtype) if row_marginals is None else row_marginals.to(dtype)
+    if col_marginals is not None:
+        return rows, col_marginals.to(dtype)
+    mass = rows.sum(-1, keepdim=True)
+    if group is not None:
+        dist.all_reduce(mass, group=group)
+    return rows, (mass / num_cols).expand(*mass.shape[:-1], num_cols)
+
+
+def check_gradient(gradient: str, tol: float | None, group: dist.ProcessGroup | None, *marginals: Tensor | None) -> None:
+    if gradient not in gradients.MODES:
+        raise ValueError(f"gradient must be one of {gradients.MODES}, got {gradient!r}")
+    if gradient == "detach":
+        return
+    if group is not None:
+        raise ValueError(f"gradient={gradient!r} works within one process: group must be None, got {group}")
+    if gradient == "unrolled" and tol is not None:
+        raise ValueError(f"gradient='unrolled' needs a fixed number of iterations: tol must be None, got {tol}")
+    for name, marginal in zip(("row_marginals", "col_marginals"), marginals):
+        if marginal is not None and marginal.requires_grad:
+            raise ValueError(f"{name} receives no gradient from gradient={gradient!r}: pass {name}.detach()")
 
 
 def check_marginals(
@@ -70,6 +109,7 @@ def check_marginals(
 ) -> None:
     """Shapes everywhere; signs and equal sums where the values are on the CPU (on a GPU looking would wait for the device)."""
     *batch, num_rows, num_cols = scores.shape
+    readable = scores.device.type == "cpu" and not torch.compiler.is_compiling()
     for name, marginal, length in (("row_marginals", row_marginals, num_rows), ("col_marginals", col_marginals, num_cols)):
         if marginal is None:
             continue
@@ -80,9 +120,9 @@ def check_marginals(
                 f"{name} must be {(length,)} or {(*batch, length)} for scores {tuple(scores.shape)}, "
                 f"got {tuple(marginal.shape)}"
             )
-        if marginal.device.type == "cpu" and not bool((marginal >= 0).all()):
+        if readable and not bool((marginal >= 0).all()):
             raise ValueError(f"{name} must not be negative or NaN, got a minimum of {marginal.min().item()}")
-    if scores.device.type != "cpu" or col_marginals is None:
+    if not readable or col_marginals is None:
         return
     rows = scores.new_ones(num_rows) if row_marginals is None else row_marginals
     row_sum = rows.double().sum(-1)

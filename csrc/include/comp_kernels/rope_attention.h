@@ -7,16 +7,11 @@
 
 #include <stdint.h>
 
+#include "dtypes.h"
+
 #ifdef __cplusplus
 extern "C" {
 #endif
-
-enum {
-  COMP_KERNELS_FLOAT32 = 0,
-  COMP_KERNELS_FLOAT64 = 1,
-  COMP_KERNELS_BFLOAT16 = 2,
-  COMP_KERNELS_FLOAT16 = 3,
-};
 
 typedef struct {
   // Inputs of both passes.

@@ -1,0 +1,122 @@
+"""Gradients of sinkhorn with respect to the scores, in plain PyTorch; the derivations are in README.md.
+
+Both take grad_plan [..., n, K], grad_u [..., n], grad_v [..., K] (gradients of the loss, None for absent) and return the
+gradient of the scores [..., n, K] in the computing dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .reference import scaling
+
+MODES = ("detach", "unrolled", "implicit")
+MAX_CONJUGATE_GRADIENT_STEPS = 200
+
+
+def unrolled(
+    scores: Tensor,
+    row_marginals: Tensor,
+    col_marginals: Tensor,
+    grad_plan: Tensor | None,
+    grad_u: Tensor | None,
+    grad_v: Tensor | None,
+    *,
+    epsilon: float,
+    num_iters: int,
+) -> Tensor:
+    """Exact gradient of the `num_iters` iterations; the potentials of every iteration are recomputed, [n] and [K] each."""
+    log_kernel = scores.to(row_marginals.dtype) / epsilon
+    log_a, log_b = row_marginals.log(), col_marginals.log()
+    u = torch.where(log_a == -torch.inf, log_a, 0.0).expand(scores.shape[:-1])
+    steps = []
+    for _ in range(num_iters):
+        column_sums = torch.logsumexp(log_kernel + u.unsqueeze(-1), -2)
+        v = scaling(log_b, column_sums)
+        row_sums = torch.logsumexp(log_kernel + v.unsqueeze(-2), -1)
+        steps.append((u, column_sums, v, row_sums))
+        u = scaling(log_a, row_sums)
+
+    gradient = _through_plan((log_kernel + u.unsqueeze(-1) + v.unsqueeze(-2)).exp(), grad_plan)
+    du, dv = _potential_gradients(gradient, grad_u, grad_v)
+    for u, column_sums, v, row_sums in reversed(steps):
+        # u = log a - logsumexp_k(log_kernel + v): minus the softmax over the row
+        du = torch.where(log_a == -torch.inf, 0.0, du)
+        through_rows = du.unsqueeze(-1) * (log_kernel + v.unsqueeze(-2) - row_sums.unsqueeze(-1)).exp()
+        gradient -= through_rows
+        # v = log b - logsumexp_i(log_kernel + u): minus the softmax over the column
+        dv = torch.where(log_b == -torch.inf, 0.0, dv - through_rows.sum(-2))
+        through_columns = dv.unsqueeze(-2) * (log_kernel + u.unsqueeze(-1) - column_sums.unsqueeze(-2)).exp()
+        gradient -= through_columns
+        du, dv = -through_columns.sum(-1), torch.zeros_like(dv)
+    return gradient / epsilon
+
+
+def implicit(
+    plan: Tensor,
+    row_marginals: Tensor,
+    col_marginals: Tensor,
+    grad_plan: Tensor | None,
+    grad_u: Tensor | None,
+    grad_v: Tensor | None,
+    *,
+    epsilon: float,
+) -> Tensor:
+    """Gradient of the converged plan, by the implicit function theorem; exact when both marginals of `plan` are exact.
+
+    Solves  [diag a, P; P^T, diag b] [x; y] = [row sums; column sums] of grad_plan * P  by conjugate gradients on the rows'
+    Schur complement; the system is singular (x + c, y - c), and any solution serves.
+    """
+    gradient = _through_plan(plan, grad_plan)
+    r, c = _potential_gradients(gradient, grad_u, grad_v)
+    inverse_a = torch.where(row_marginals > 0, 1 / row_marginals, 0.0)
+    inverse_b = torch.where(col_marginals > 0, 1 / col_marginals, 0.0)
+    root = inverse_a.sqrt()
+
+    def times(x: Tensor) -> Tensor:  # P x
+        return (plan @ x.unsqueeze(-1)).squeeze(-1)
+
+    def transposed_times(x: Tensor) -> Tensor:  # P^T x
+        return (plan.mT @ x.unsqueeze(-1)).squeeze(-1)
+
+    def schur(z: Tensor) -> Tensor:  # (1 - a^-1/2 P b^-1 P^T a^-1/2) z
+        return z - root * times(inverse_b * transposed_times(root * z))
+
+    z = _conjugate_gradients(schur, root * (r - times(inverse_b * c)))
+    x = root * z
+    y = inverse_b * (c - transposed_times(x))
+    return (gradient - plan * (x.unsqueeze(-1) + y.unsqueeze(-2))) / epsilon
+
+
+def _through_plan(plan: Tensor, grad_plan: Tensor | None) -> Tensor:
+    """Gradient of the logarithm of the plan's entries."""
+    return torch.zeros_like(plan) if grad_plan is None else plan * grad_plan
+
+
+def _potential_gradients(gradient: Tensor, grad_u: Tensor | None, grad_v: Tensor | None) -> tuple[Tensor, Tensor]:
+    du, dv = gradient.sum(-1), gradient.sum(-2)
+    return du if grad_u is None else du + grad_u, dv if grad_v is None else dv + grad_v
+
+
+def _conjugate_gradients(operator, rhs: Tensor) -> Tensor:
+    """Solve operator(x) = rhs for every batch item, operator symmetric and positive semi-definite, rhs in its range.
+
+    Items that have converged stand still; on a GPU nothing waits for the device, so all steps run.
+    """
+    x, residual = torch.zeros_like(rhs), rhs.clone()
+    direction, square = residual.clone(), residual.square().sum(-1, keepdim=True)
+    enough = square * torch.finfo(rhs.dtype).eps ** 2
+    for _ in range(min(MAX_CONJUGATE_GRADIENT_STEPS, 2 * rhs.shape[-1])):
+        image = operator(direction)
+        curvature = (direction * image).sum(-1, keepdim=True)
+        running = (square > enough) & (curvature > 0)
+        if rhs.device.type == "cpu" and not bool(running.any()):
+            break
+        step = torch.where(running, square / torch.where(running, curvature, 1.0), 0.0)
+        x = x + step * direction
+        residual = residual - step * image
+        new_square = residual.square().sum(-1, keepdim=True)
+        direction = residual + torch.where(running, new_square / torch.where(running, square, 1.0), 0.0) * direction
+        square = new_square
+    return x

@@ -1,0 +1,101 @@
+"""sinkhorn as a torch.library operator: schema, kernels, shapes for tracing, autograd.
+
+    comp_kernels::sinkhorn            -> (P, u, v), differentiable in the scores when `gradient` is "unrolled" or "implicit"
+    comp_kernels::sinkhorn_backward   -> gradient of the scores
+
+The first serves every backend: `backend` names the module that runs (see `_backends.IMPLEMENTATIONS`). `group` is a process
+group's name, for an operator takes no Python objects.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..._backends import implementation
+from . import gradients, reference
+
+OPERATOR = "sinkhorn"
+LIBRARY = torch.library.Library("comp_kernels", "FRAGMENT")
+
+LIBRARY.define(
+    "sinkhorn(Tensor scores, Tensor row_marginals, Tensor col_marginals, float epsilon, int num_iters, float? tol, "
+    "str? group, str gradient, str backend) -> (Tensor plan, Tensor u, Tensor v)"
+)
+LIBRARY.define(
+    "sinkhorn_backward(Tensor scores, Tensor row_marginals, Tensor col_marginals, Tensor plan, Tensor? grad_plan, "
+    "Tensor? grad_u, Tensor? grad_v, float epsilon, int num_iters, str gradient) -> Tensor"
+)
+
+
+def group_by_name(name: str | None) -> dist.ProcessGroup | None:
+    return None if name is None else dist.distributed_c10d._resolve_process_group(name)
+
+
+def forward(
+    scores, row_marginals, col_marginals, epsilon: float, num_iters: int, tol: float | None, group, gradient: str, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    *batch, num_rows, num_cols = scores.shape
+    settings = dict(epsilon=epsilon, num_iters=num_iters, tol=tol, group=group_by_name(group))
+    if backend == "reference" or scores.numel() == 0:
+        return reference.sinkhorn(
+            scores, row_marginals=row_marginals, col_marginals=col_marginals, return_potentials=True, **settings
+        )
+    flat = scores.reshape(-1, num_rows, num_cols)
+    if flat.stride(-1) != 1:
+        flat = flat.contiguous()
+    marginals = (x.contiguous() if x.dim() == 1 else x.reshape(-1, x.shape[-1]) for x in (row_marginals, col_marginals))
+    plan, u, v = implementation(OPERATOR, backend).solve(flat, *marginals, **settings)
+    return plan.view(scores.shape), u.view(*batch, num_rows), v.view(*batch, num_cols)
+
+
+def forward_fake(scores, row_marginals, col_marginals, epsilon, num_iters, tol, group, gradient, backend):
+    *batch, num_rows, num_cols = scores.shape
+    compute = row_marginals.dtype
+    return (
+        scores.new_empty(scores.shape, dtype=compute),
+        scores.new_empty((*batch, num_rows), dtype=compute),
+        scores.new_empty((*batch, num_cols), dtype=compute),
+    )
+
+
+def backward(
+    scores, row_marginals, col_marginals, plan, grad_plan, grad_u, grad_v, epsilon: float, num_iters: int, gradient: str
+) -> Tensor:
+    marginals, cotangents = (row_marginals, col_marginals), (grad_plan, grad_u, grad_v)
+    if gradient == "implicit":
+        found = gradients.implicit(plan, *marginals, *cotangents, epsilon=epsilon)
+    else:
+        found = gradients.unrolled(scores, *marginals, *cotangents, epsilon=epsilon, num_iters=num_iters)
+    return found.to(scores.dtype)
+
+
+def backward_fake(scores, row_marginals, col_marginals, plan, grad_plan, grad_u, grad_v, epsilon, num_iters, gradient):
+    return scores.new_empty(scores.shape)
+
+
+def setup_context(ctx, inputs, output) -> None:
+    scores, row_marginals, col_marginals, ctx.epsilon, ctx.num_iters, _, _, ctx.gradient, _ = inputs
+    ctx.save_for_backward(scores, row_marginals, col_marginals, output[0])
+    ctx.set_materialize_grads(False)
+
+
+def autograd(ctx, grad_plan, grad_u, grad_v) -> tuple[Tensor | None, ...]:
+    found = BACKWARD.default(*ctx.saved_tensors, grad_plan, grad_u, grad_v, ctx.epsilon, ctx.num_iters, ctx.gradient)
+    return found, *(None for _ in range(8))
+
+
+def refuse_double_backward(ctx, *grads):
+    raise NotImplementedError("sinkhorn has no second derivatives: use comp_kernels.reference.sinkhorn for double backward")
+
+
+for name, kernel, fake in (("sinkhorn", forward, forward_fake), ("sinkhorn_backward", backward, backward_fake)):
+    LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"comp_kernels::{name}", fake, lib=LIBRARY)
+
+torch.library.register_autograd("comp_kernels::sinkhorn", autograd, setup_context=setup_context, lib=LIBRARY)
+torch.library.register_autograd("comp_kernels::sinkhorn_backward", refuse_double_backward, lib=LIBRARY)
+
+FORWARD = torch.ops.comp_kernels.sinkhorn
+BACKWARD = torch.ops.comp_kernels.sinkhorn_backward

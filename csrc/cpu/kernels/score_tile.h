@@ -1,0 +1,137 @@
+// A block of scores as the kernels of sinkhorn and alignment_loss read it: wide loads from any storage format, and base-2
+// logarithms.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <new>
+
+#include "comp_kernels/dtypes.h"
+#include "half.h"
+#include "simd.h"
+
+namespace comp_kernels::COMP_KERNELS_ISA {
+
+// The type arithmetic is done in.
+template <typename S>
+struct ComputeOf {
+  using type = float;
+};
+template <>
+struct ComputeOf<double> {
+  using type = double;
+};
+template <typename S>
+using Compute = typename ComputeOf<S>::type;
+
+template <typename T>
+constexpr T kMinusInfinity = -std::numeric_limits<T>::infinity();
+
+CK_INLINE Vec<float> load_widened(const float* p) { return load(p); }
+CK_INLINE Vec<double> load_widened(const double* p) { return load(p); }
+CK_INLINE Vec<float> load_widened(const bfloat16* p) {
+  typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+  typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
+  Halves halves;
+  std::memcpy(&halves, p, sizeof halves);
+  return (Vec<float>)(__builtin_convertvector(halves, Words) << 16);
+}
+CK_INLINE Vec<float> load_widened(const float16* p) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+  return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  Vec<float> wide;
+  for (int i = 0; i < kLanes<float>; ++i) wide[i] = widen(p[i]);
+  return wide;
+#endif
+}
+
+// log2(x) for x >= 0: relative error of a few roundings; log2(0) = -inf, log2(inf) = inf. Subnormal numbers count as 0.
+template <typename T>
+CK_INLINE Vec<T> log2(Vec<T> x) {
+  using Int = BitsOf<T>;
+  typedef Int Bits __attribute__((vector_size(kVectorBytes)));
+  constexpr int kMantissa = sizeof(T) == 4 ? 23 : 52;
+  constexpr T kSqrtHalf = T(0.70710678118654752440);
+  // x = m 2^e with m in [sqrt(1/2), sqrt(2)); log m = 2 atanh(f), f = (m - 1) / (m + 1), |f| <= 0.1716.
+  const Bits bits = (Bits)x;
+  const Bits below = (Bits)broadcast(kSqrtHalf);
+  const Bits exponent = (bits - below) >> kMantissa;
+  const Vec<T> m = (Vec<T>)(bits - (exponent << kMantissa));
+  const Vec<T> f = (m - T(1)) / (m + T(1)), g = f * f;
+  constexpr int kTerms = sizeof(T) == 4 ? 5 : 11;
+  Vec<T> series = broadcast(T(1) / T(2 * kTerms + 1));
+  for (int j = kTerms - 1; j >= 0; --j) series = series * g + T(1) / T(2 * j + 1);
+  constexpr T kTwoLog2e = T(2.88539008177792681472);
+  const Vec<T> result = __builtin_convertvector(exponent, Vec<T>) + f * series * kTwoLog2e;
+  const Vec<T> tiny = broadcast(std::numeric_limits<T>::min()), huge = broadcast(std::numeric_limits<T>::max());
+  return x < tiny ? broadcast(kMinusInfinity<T>) : x > huge ? x : result;
+}
+
+// A matrix of scores, or a tile of one: entry (i, k) is scores_ik * col_scale_k * factor, in bits.
+template <typename S>
+struct Scores {
+  using T = Compute<S>;
+  const S* data;  // [num_rows, num_cols], rows row_stride apart
+  int64_t row_stride, num_rows, num_cols;
+  const T* col_scale;  // [num_cols]; null: ones
+  T factor;
+};
+
+CK_INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+// Merges the entries of one row, plus v where given, into a running maximum and a sum of 2^(entry - maximum).
+template <typename S, typename T = Compute<S>>
+CK_INLINE void update_row_statistics(const Scores<S>& scores, int64_t row, const T* v, T& peak, T& sum) {
+  constexpr int64_t kSegment = 1024;
+  alignas(64) T x[kSegment];
+  const S* s = scores.data + row * scores.row_stride;
+  const T *scale = scores.col_scale, factor = scores.factor;
+  for (int64_t begin = 0; begin < scores.num_cols; begin += kSegment) {
+    const int64_t cols = std::min(kSegment, scores.num_cols - begin), whole = cols / kLanes<T> * kLanes<T>;
+    Vec<T> top = broadcast(kMinusInfinity<T>);
+    for (int64_t k = 0; k < whole; k += kLanes<T>) {
+      Vec<T> y = load_widened(s + begin + k) * factor;
+      if (scale) y *= load(scale + begin + k);
+      if (v) y += load(v + begin + k);
+      store(x + k, y);
+      top = max<T>(top, y);
+    }
+    T segment_peak = reduce_max<T>(top);
+    for (int64_t k = whole; k < cols; ++k) {
+      x[k] = widen(s[begin + k]) * factor * (scale ? scale[begin + k] : T(1)) + (v ? v[begin + k] : T(0));
+      segment_peak = std::max(segment_peak, x[k]);
+    }
+    for (int64_t k = cols; k < round_up(cols, kLanes<T>); ++k) x[k] = kMinusInfinity<T>;
+    if (segment_peak == kMinusInfinity<T>) continue;
+    if (segment_peak > peak) {
+      sum = peak == kMinusInfinity<T> ? T(0) : sum * std::exp2(peak - segment_peak);
+      peak = segment_peak;
+    }
+    Vec<T> total{};
+    for (int64_t k = 0; k < cols; k += kLanes<T>) total += exp2(load(x + k) - peak);
+    sum += reduce_sum<T>(total);
+  }
+}
+
+// Calls f with a value of the storage type; null, or what went wrong.
+template <typename F>
+inline const char* for_dtype(int64_t dtype, F&& f) {
+  try {
+    switch (dtype) {
+      case COMP_KERNELS_FLOAT32: f(float{}); break;
+      case COMP_KERNELS_FLOAT64: f(double{}); break;
+      case COMP_KERNELS_BFLOAT16: f(bfloat16{}); break;
+      case COMP_KERNELS_FLOAT16: f(float16{}); break;
+      default: return "dtype is not one of COMP_KERNELS_*";
+    }
+  } catch (const std::bad_alloc&) {
+    return "out of memory";
+  }
+  return nullptr;
+}
+
+}  // namespace comp_kernels::COMP_KERNELS_ISA

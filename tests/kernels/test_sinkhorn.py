@@ -1,0 +1,253 @@
+"""sinkhorn on every backend: the definition's answers and POT's, what a plan must satisfy, and its gradients."""
+
+import math
+
+import ot
+import pytest
+import torch
+
+import comp_kernels as ck
+from comp_kernels import reference
+from comp_kernels.ops.sinkhorn import gradients
+from comp_kernels.testing import SINKHORN_CASES, assert_within_budget, make_sinkhorn_inputs
+
+BACKENDS = [name for name in ck.available_backends("sinkhorn", "cpu") if name != "reference"]
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def supports(backend: str, dtype: torch.dtype) -> bool:
+    return backend == "cpu" or dtype != torch.float64
+
+
+def test_the_compiled_backend_is_there():
+    assert "cpu" in BACKENDS
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SINKHORN_CASES)
+def test_matches_the_definition(name, dtype, backend):
+    case, dtype = SINKHORN_CASES[name], DTYPES[dtype]
+    if not supports(backend, dtype):
+        pytest.skip(f"the {backend} backend has no {dtype}")
+    scores, marginals = make_sinkhorn_inputs(case, dtype)
+    settings = dict(epsilon=case.epsilon, num_iters=case.num_iters, return_potentials=True)
+    actual = ck.sinkhorn(scores, **marginals, **settings, backend=backend)
+    exact = reference.sinkhorn(scores.double(), **{key: x.double() for key, x in marginals.items()}, **settings)
+    peer = reference.sinkhorn(scores, **marginals, **settings)
+    for label, found, truth, plain in zip(("plan", "u", "v"), actual, exact, peer):
+        if dtype == torch.float64:  # no peer is more exact than float64
+            torch.testing.assert_close(found, truth, rtol=1e-10, atol=1e-12)
+        else:
+            assert_within_budget(f"{name} {label}", found, truth, plain)
+    assert actual[0].dtype == torch.promote_types(dtype, torch.float32)
+
+
+@pytest.mark.parametrize("num_iters", (1, 3, 20))
+def test_equals_pot(num_iters):
+    """POT's log-domain Sinkhorn does the same half steps in the same order."""
+    scores = torch.randn(13, 57, dtype=torch.float64)
+    a, b = (torch.rand(n, dtype=torch.float64) + 0.1 for n in scores.shape)
+    b *= a.sum() / b.sum()
+    theirs = ot.bregman.sinkhorn_log(a, b, -scores, 0.1, numItermax=num_iters, stopThr=0, warn=False)
+    ours = ck.sinkhorn(scores, epsilon=0.1, num_iters=num_iters, row_marginals=a, col_marginals=b, backend="cpu")
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_equals_pot_in_batches():
+    log_kernel = torch.randn(4, 9, 21, dtype=torch.float64)
+    a, b = torch.rand(4, 9, dtype=torch.float64) + 0.1, torch.rand(4, 21, dtype=torch.float64) + 0.1
+    b *= a.sum(-1, keepdim=True) / b.sum(-1, keepdim=True)
+    theirs = ot.batch.bregman_log_projection_batch(log_kernel, a, b, max_iter=2000, tol=1e-12)["T"]
+    ours = ck.sinkhorn(log_kernel, epsilon=1.0, num_iters=2000, row_marginals=a, col_marginals=b, backend="cpu")
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_marginals_are_met_and_shifts_of_the_scores_change_nothing(backend):
+    scores, marginals = make_sinkhorn_inputs(SINKHORN_CASES["marginals_per_item"], torch.float32)
+    settings = dict(epsilon=0.5, num_iters=200, backend=backend, **marginals)
+    plan = ck.sinkhorn(scores, **settings)
+    items = plan.shape[0]
+    torch.testing.assert_close(plan.sum(-1), marginals["row_marginals"].expand(items, -1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(plan.sum(-2), marginals["col_marginals"].expand(items, -1), rtol=1e-4, atol=1e-6)
+    shifted = scores + torch.randn(items, scores.shape[1], 1) + torch.randn(items, 1, scores.shape[2])
+    torch.testing.assert_close(ck.sinkhorn(shifted, **settings), plan, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_are_exact_after_any_number_of_iterations(backend):
+    for num_iters in (1, 2, 5):
+        plan = ck.sinkhorn(torch.randn(2, 6, 50), epsilon=0.05, num_iters=num_iters, backend=backend)
+        torch.testing.assert_close(plan.sum(-1), torch.ones(2, 6), rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_beyond_the_range_of_a_float(backend):
+    """At epsilon = 0.001 cosines span 2000 nats: whole rows fall below the smallest float next to the others' maxima."""
+    features, prototypes = (torch.nn.functional.normalize(torch.randn(n, 8), dim=-1) for n in (9, 300))
+    scores = features @ prototypes.T
+    scores[0] = -1.0 + 0.01 * torch.randn(300)
+    scores[1] = 1.0
+    settings = dict(epsilon=0.001, num_iters=4, return_potentials=True)
+    actual = ck.sinkhorn(scores, **settings, backend=backend)
+    exact = reference.sinkhorn(scores.double(), **settings)
+    peer = reference.sinkhorn(scores, **settings)
+    for label, *triple in zip(("plan", "u", "v"), actual, exact, peer):
+        # Potentials of 2,900 bits lie one binade above the definition's 2,000 nats, where floats are twice as far apart.
+        assert_within_budget(label, *triple, factor=4.0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_columns_beyond_the_range_of_a_float(backend):
+    """Row masses that span 30 orders of magnitude take whole columns below the range between two half steps."""
+    scores = torch.randn(6, 40)
+    rows = torch.logspace(-32, 0, 6)
+    settings = dict(epsilon=0.02, num_iters=5, row_marginals=rows, return_potentials=True)
+    actual = ck.sinkhorn(scores, **settings, backend=backend)
+    exact = reference.sinkhorn(scores.double(), **{**settings, "row_marginals": rows.double()})
+    peer = reference.sinkhorn(scores, **settings)
+    for label, *triple in zip(("plan", "u", "v"), actual, exact, peer):
+        assert_within_budget(label, *triple)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("tol", (1e-1, 1e-2, 1e-4))
+def test_tolerance_stops_where_the_definition_stops(backend, tol):
+    scores = torch.randn(3, 12, 30) * torch.tensor([0.2, 1.0, 3.0])[:, None, None]
+    settings = dict(epsilon=0.5, num_iters=100, tol=tol, return_potentials=True)
+    _, u, v = ck.sinkhorn(scores, **settings, backend=backend)
+    _, exact_u, exact_v = reference.sinkhorn(scores.double(), **settings)
+    torch.testing.assert_close(u.double(), exact_u, rtol=0, atol=1e-4)
+    torch.testing.assert_close(v.double(), exact_v, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 5), (2, 0, 5), (2, 3, 0)])
+def test_nothing_to_transport(shape):
+    plan, u, v = ck.sinkhorn(torch.randn(shape), epsilon=1.0, return_potentials=True)
+    assert plan.shape == shape and u.shape == shape[:-1] and v.shape == (shape[0], shape[2])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_strides(backend):
+    whole = torch.randn(4, 9, 70)
+    for view in (whole[:, ::2, 3:50], whole.mT, whole[0], whole.view(2, 2, 9, 70), whole[:, :, ::2]):
+        settings = dict(epsilon=0.3, backend=backend)
+        torch.testing.assert_close(ck.sinkhorn(view, **settings), ck.sinkhorn(view.clone(), **settings), rtol=0, atol=0)
+
+
+def test_result_does_not_depend_on_the_number_of_threads():
+    scores = torch.randn(1, 37, 5000)
+    threads = torch.get_num_threads()
+    try:
+        plans = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            plans.append(ck.sinkhorn(scores, epsilon=0.05, backend="cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(plans[0], plans[1]) and torch.equal(plans[0], plans[2])
+
+
+# --- gradients -------------------------------------------------------------------------------------------------------------
+
+
+def weighted(outputs, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    return sum((x * torch.randn(x.shape, generator=generator, dtype=x.dtype)).sum() for x in outputs)
+
+
+def test_detached_by_default():
+    scores = torch.randn(4, 6, requires_grad=True)
+    plan, u, v = ck.sinkhorn(scores, epsilon=0.5, return_potentials=True)
+    assert not (plan.requires_grad or u.requires_grad or v.requires_grad)
+
+
+@pytest.mark.parametrize("marginals", ("default", "zeros"))
+def test_unrolled_gradcheck(marginals):
+    scores = torch.randn(2, 4, 6, dtype=torch.float64, requires_grad=True)
+    settings = dict(epsilon=0.4, num_iters=2, gradient="unrolled", backend="cpu")
+    if marginals == "zeros":
+        settings["row_marginals"] = torch.tensor([1.0, 0.0, 0.5, 1.5], dtype=torch.float64)
+        settings["col_marginals"] = torch.tensor([0.5, 0.5, 0.0, 1.0, 0.7, 0.3], dtype=torch.float64)
+
+    def function(scores):
+        plan, u, v = ck.sinkhorn(scores, return_potentials=True, **settings)
+        return plan, torch.where(u.isfinite(), u, 0.0), torch.where(v.isfinite(), v, 0.0)
+
+    assert torch.autograd.gradcheck(function, scores)
+
+
+@pytest.mark.parametrize("backend", ("reference", *BACKENDS))
+def test_unrolled_equals_autograd_through_the_definition(backend):
+    scores = torch.randn(3, 5, 11, requires_grad=True)
+    settings = dict(epsilon=0.2, num_iters=3, return_potentials=True)
+    (ours,) = torch.autograd.grad(weighted(ck.sinkhorn(scores, gradient="unrolled", backend=backend, **settings)), scores)
+    (exact,) = torch.autograd.grad(weighted(reference.sinkhorn(scores, **settings)), scores)
+    torch.testing.assert_close(ours, exact, rtol=1e-3, atol=1e-4)
+
+
+def test_implicit_gradcheck():
+    scores = torch.randn(2, 4, 6, dtype=torch.float64, requires_grad=True)
+    rows = torch.tensor([1.0, 0.0, 0.5, 1.5], dtype=torch.float64)
+    cols = torch.tensor([0.5, 0.5, 0.0, 1.0, 0.7, 0.3], dtype=torch.float64)
+    settings = dict(epsilon=0.6, num_iters=500, row_marginals=rows, col_marginals=cols, gradient="implicit", backend="cpu")
+    assert torch.autograd.gradcheck(lambda scores: ck.sinkhorn(scores, **settings), scores)
+
+
+def test_implicit_equals_unrolled_once_converged():
+    scores = torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True)
+    found = []
+    for gradient in ("implicit", "unrolled"):
+        plan = ck.sinkhorn(scores, epsilon=0.5, num_iters=300, gradient=gradient, backend="cpu")
+        found += torch.autograd.grad(weighted([plan]), scores)
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-9)
+
+
+# --- as an operator --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gradient", gradients.MODES)
+def test_opcheck(gradient):
+    scores = torch.randn(2, 4, 6, requires_grad=gradient != "detach")
+    arguments = (scores, torch.ones(4), torch.full((6,), 4 / 6), 0.5, 3, None, None, gradient, "cpu")
+    torch.library.opcheck(torch.ops.comp_kernels.sinkhorn.default, arguments)
+
+
+def test_compiles_into_one_graph():
+    scores = torch.randn(5, 40, requires_grad=True)
+
+    def function(scores):
+        return ck.sinkhorn(scores * 2, epsilon=0.3, gradient="unrolled", col_marginals=torch.full((40,), 5 / 40)).square().sum()
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    (expected,) = torch.autograd.grad(function(scores), scores)
+    (found,) = torch.autograd.grad(compiled(scores), scores)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        (dict(epsilon=0.0), "epsilon must be positive, got 0.0"),
+        (dict(num_iters=0), "num_iters must be at least 1, got 0"),
+        (dict(row_marginals=torch.ones(5)), r"row_marginals must be \(4,\) or \(2, 4\)"),
+        (dict(col_marginals=torch.full((6,), -1.0)), "col_marginals must not be negative"),
+        (dict(col_marginals=torch.ones(6)), "must have the same sum"),
+        (dict(gradient="envelope"), "gradient must be one of"),
+        (dict(gradient="unrolled", tol=0.1), "tol must be None, got 0.1"),
+        (dict(gradient="implicit", row_marginals=torch.ones(4, requires_grad=True)), "row_marginals receives no gradient"),
+        (dict(backend="fast"), "backend must be one of"),
+    ],
+)
+def test_errors_name_the_argument(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        ck.sinkhorn(torch.randn(2, 4, 6), **{"epsilon": 0.5, **kwargs})
+
+
+def test_errors_about_the_scores():
+    with pytest.raises(ValueError, match=r"scores must be \[\.\.\., n, K\], got shape \(4,\)"):
+        ck.sinkhorn(torch.randn(4), epsilon=0.5)
+    with pytest.raises(ValueError, match="scores must be float32"):
+        ck.sinkhorn(torch.ones(4, 4, dtype=torch.int64), epsilon=0.5)
+    assert math.isfinite(ck.sinkhorn(torch.zeros(1, 1), epsilon=0.5).item())
