@@ -1,7 +1,11 @@
 // C entry points of rope_attention: check what the caller cannot, then run the variant for this processor.
 #include "rope_attention.h"
 
+#include <algorithm>
 #include <cstdio>
+#include <cstring>
+#include <initializer_list>
+#include <limits>
 
 #include "comp_kernels/export.h"
 
@@ -29,15 +33,47 @@ const char* check(const comp_kernels_rope_attention_params& p) {
   return check_cu_seqlens("cu_seqlens_k", p.cu_seqlens_k, p.num_sequences, p.num_tokens_k);
 }
 
+int64_t element_size(int64_t dtype) {
+  return dtype == COMP_KERNELS_FLOAT64 ? 8 : dtype == COMP_KERNELS_FLOAT32 ? 4 : 2;
+}
+
+int64_t compute_size(int64_t dtype) { return dtype == COMP_KERNELS_FLOAT64 ? 8 : 4; }
+
+// Zeros rows begin .. end of a contiguous tensor with `row_bytes` per row; null is passed over.
+void zero_rows(void* x, int64_t begin, int64_t end, int64_t row_bytes) {
+  if (x != nullptr) std::memset(static_cast<char*>(x) + begin * row_bytes, 0, (end - begin) * row_bytes);
+}
+
+// Rows beyond the last sequence belong to no item of work.
+void fill_slack_forward(const comp_kernels_rope_attention_params& p) {
+  const int64_t used = p.cu_seqlens[p.num_sequences];
+  zero_rows(p.out, used, p.num_tokens, p.num_heads * p.head_dim * element_size(p.dtype));
+  for (int64_t head = 0; head < p.num_heads; ++head) {
+    double* row = static_cast<double*>(p.lse) + head * p.num_tokens;
+    std::fill(row + used, row + p.num_tokens, -std::numeric_limits<double>::infinity());
+  }
+}
+
+void fill_slack_backward(const comp_kernels_rope_attention_params& p) {
+  const int64_t used = p.cu_seqlens[p.num_sequences], used_k = p.cu_seqlens_k[p.num_sequences];
+  const int64_t row = p.head_dim * element_size(p.dtype), table_row = p.table_width * compute_size(p.dtype);
+  zero_rows(p.dq, used, p.num_tokens, p.num_heads * row);
+  for (void* x : {p.dk, p.dv}) zero_rows(x, used_k, p.num_tokens_k, p.num_heads_k * row);
+  for (void* x : {p.dcos, p.dsin}) zero_rows(x, used, p.num_tokens, p.num_heads * table_row);
+  for (void* x : {p.dcos_k, p.dsin_k}) zero_rows(x, used_k, p.num_tokens_k, p.num_heads_k * table_row);
+}
+
 }  // namespace
 
 // Both return null, or what is wrong with the arguments (valid until the thread's next call).
 COMP_KERNELS_EXPORT const char* comp_kernels_cpu_rope_attention_forward(const comp_kernels_rope_attention_params* params) {
   if (const char* wrong = check(*params)) return wrong;
+  fill_slack_forward(*params);
   return DISPATCH_ISA(rope_attention_forward, *params);
 }
 
 COMP_KERNELS_EXPORT const char* comp_kernels_cpu_rope_attention_backward(const comp_kernels_rope_attention_params* params) {
   if (const char* wrong = check(*params)) return wrong;
+  fill_slack_backward(*params);
   return DISPATCH_ISA(rope_attention_backward, *params);
 }

@@ -103,7 +103,7 @@ def rope_attention(
         None if table is None else table.to(table_dtype).contiguous() for table in (cos, sin, cos_k, sin_k)
     )
     out, lse = attention(q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, rotary_dim, pair_stride, scale, backend)
-    return (out, lse) if return_lse else out
+    return (out, lse.to(table_dtype)) if return_lse else out
 
 
 def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

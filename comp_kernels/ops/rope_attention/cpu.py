@@ -11,6 +11,7 @@ from ... import _native
 from ..._native import pointer
 
 MAX_HEAD_DIM = 256
+LSE_DTYPE = torch.float64  # whatever the dtype of q: see csrc/include/comp_kernels/rope_attention.h
 
 
 class Params(ctypes.Structure):
@@ -45,9 +46,9 @@ def declines(q, k, v, cos, sin, cos_k, sin_k, *, rotary_dim: int, pair_stride: i
 def forward(
     q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, *, rotary_dim: int, pair_stride: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Shapes and dtypes as in comp_kernels.rope_attention, tables and bounds filled in; returns (out, lse)."""
+    """Shapes and dtypes as in comp_kernels.rope_attention, tables and bounds filled in; returns (out, lse float64)."""
     out = q.new_empty(q.shape)
-    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.promote_types(q.dtype, torch.float32))
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=LSE_DTYPE)
     params = _params(q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, rotary_dim, pair_stride, scale)
     params.out, params.lse = out.data_ptr(), lse.data_ptr()
     _native.call(_function("forward"), params)

@@ -54,8 +54,8 @@ def forward(
 
 
 def forward_fake(q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, rotary_dim, pair_stride, scale, backend):
-    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.promote_types(q.dtype, torch.float32))
-    return q.new_empty(q.shape), lse
+    dtype = torch.float64 if backend == "cpu" else torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=dtype)
 
 
 def backward(

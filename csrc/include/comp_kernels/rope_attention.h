@@ -27,11 +27,13 @@ typedef struct {
 
   // Written by forward, read by backward. Rows from cu_seqlens[B] on: out = 0, lse = -inf.
   void* out;  // [T, Hq, D] dtype, contiguous
-  void* lse;  // [Hq, T] compute, contiguous; natural logarithm, scale included
+  // Natural logarithm, scale included. On the CPU it is double for every dtype: at logits of 1e4 the rounding of a float lse
+  // would scale whole rows of the recomputed probabilities by 5e-4, in a pass that is otherwise exact to 1e-7.
+  void* lse;  // [Hq, T] contiguous; double on the CPU, compute elsewhere
 
   // Backward only; null in forward.
   const void* grad_out;  // [T, Hq, D] dtype, strides grad_out_stride_*, last dimension contiguous
-  const void* grad_lse;  // [Hq, T] compute, contiguous; may be null: zero
+  const void* grad_lse;  // [Hq, T] as lse; may be null: zero
   void* dq;              // [T, Hq, D] dtype, contiguous; rows from cu_seqlens[B] on are zeroed, as in the rest
   void* dk;              // [Tk, Hkv, D] dtype, contiguous
   void* dv;              // [Tk, Hkv, D] dtype, contiguous

@@ -1,0 +1,191 @@
+// The backward pass of rope_attention: probabilities are recomputed from lse, block by block. Each item runs over its queries
+// outside and its keys inside, so every sum is taken in the order of the tokens, whatever the number of threads.
+//
+//   P = exp(scale S - lse)    dP = dO V'    dS = P (dP - delta + dlse)    delta = sum_d dO O
+//   dV = P' dO                dK = scale dS' Q        dQ = scale dS K        then the transposed rotation
+#include <cmath>
+
+#include "../parallel.h"
+#include "../rope_attention_schedule.h"
+#include "../scratch.h"
+#include "rope_attention_rows.h"
+
+namespace comp_kernels::COMP_KERNELS_ISA {
+namespace {
+
+constexpr BlockSizes kBlocks{/*queries=*/96, /*keys=*/64};
+constexpr double kLog2e = 1.44269504088896340736;
+
+// Scratch of one worker. Rows are row_stride apart; panels as in the forward pass.
+template <typename T>
+struct BackwardScratch {
+  T *keys, *dkeys, *dvalues;         // [keys, D]: rotated keys, gradients
+  T *key_panels, *value_panels;      // [D, keys] by blocks
+  T *query, *dquery, *dout;          // [kBlocks.queries, D]
+  T *probabilities, *dscores;        // [kBlocks.queries, kBlocks.keys]
+  T *row_lse, *row_lse_rest;         // [kBlocks.queries], lse / ln 2 in two parts: rounded, and what the rounding left
+  T *row_delta, *row_dlse;           // [kBlocks.queries]
+  T *values, *out;                   // [kLanes, D], values on their way into the panels, rows of out
+  int64_t packed_key = -1, packed_key_end = -1, packed_head = -1;  // what the keys and panels hold
+
+  void carve(Carver& carver, const int64_t& most_keys, const int64_t& head_dim) {
+    const int64_t stride = row_stride<T>(head_dim), padded = round_up_to_lanes<T>(most_keys);
+    for (T** rows : {&keys, &dkeys, &dvalues}) carver.take(*rows, padded * stride);
+    for (T** panels : {&key_panels, &value_panels}) carver.take(*panels, padded * head_dim);
+    for (T** rows : {&query, &dquery, &dout}) carver.take(*rows, kBlocks.queries * stride);
+    for (T** tile : {&probabilities, &dscores}) carver.take(*tile, kBlocks.queries * row_stride<T>(kBlocks.keys));
+    for (T** row : {&row_lse, &row_lse_rest, &row_delta, &row_dlse}) carver.take(*row, round_up_to_lanes<T>(kBlocks.queries));
+    for (T** rows : {&values, &out}) carver.take(*rows, kLanes<T> * stride);
+  }
+};
+
+template <typename S, typename T>
+void pack_keys_and_values(const Params& p, const AttentionItem& item, BackwardScratch<T>& scratch) {
+  if (scratch.packed_key == item.key_begin && scratch.packed_key_end == item.key_end && scratch.packed_head == item.head_k) return;
+  scratch.packed_key = item.key_begin;
+  scratch.packed_key_end = item.key_end;
+  scratch.packed_head = item.head_k;
+  constexpr int L = kLanes<T>;
+  const int64_t D = p.head_dim, stride = row_stride<T>(D), count = item.key_end - item.key_begin;
+  for (int64_t block = 0; block < count; block += kBlocks.keys) {
+    const int64_t in_block = count - block < kBlocks.keys ? count - block : kBlocks.keys;
+    const int64_t columns = round_up_to_lanes<T>(in_block);
+    for (int64_t j = 0; j < in_block; j += L) {
+      const int64_t rows = in_block - j < L ? in_block - j : L, token = item.key_begin + block + j;
+      T* keys = scratch.keys + (block + j) * stride;
+      load_rows<S>(p.k, p.k_stride_token, p.k_stride_head, token, rows, item.head_k, key_tables<T>(p), keys, stride, p);
+      load_rows<S>(p.v, p.v_stride_token, p.v_stride_head, token, rows, item.head_k, Tables<T>{}, scratch.values, stride, p);
+      for (int64_t i = rows * stride; i < L * stride; ++i) keys[i] = scratch.values[i] = 0;
+      transpose_into_panels(keys, stride, D, scratch.key_panels + block * D, columns, j);
+      transpose_into_panels(scratch.values, stride, D, scratch.value_panels + block * D, columns, j);
+    }
+  }
+}
+
+// Loads rotated queries, dout, lse and delta of one block.
+template <typename S, typename T>
+void load_queries(const Params& p, BackwardScratch<T>& scratch, int64_t token, int64_t queries, int64_t head) {
+  const int64_t D = p.head_dim, stride = row_stride<T>(D);
+  load_rows<S>(p.q, p.q_stride_token, p.q_stride_head, token, queries, head, query_tables<T>(p), scratch.query, stride, p);
+  load_rows<S>(p.grad_out, p.grad_out_stride_token, p.grad_out_stride_head, token, queries, head, Tables<T>{}, scratch.dout, stride,
+               p);
+  // delta in the order in which the products sum dP, so that the two cancel exactly where one key has all the weight.
+  constexpr int L = kLanes<T>;
+  for (int64_t i = 0; i < queries; i += L) {
+    const int64_t rows = queries - i < L ? queries - i : L;
+    load_rows<S>(p.out, p.num_heads * D, D, token + i, rows, head, Tables<T>{}, scratch.out, stride, p);
+    store(scratch.row_delta + i, row_dots(scratch.dout + i * stride, scratch.out, stride, D));
+  }
+  for (int64_t i = 0; i < queries; ++i) {
+    const int64_t statistic = head * p.num_tokens + token + i;
+    const double lse_log2 = static_cast<const double*>(p.lse)[statistic] * kLog2e;
+    scratch.row_lse[i] = static_cast<T>(lse_log2);
+    scratch.row_lse_rest[i] = static_cast<T>(lse_log2 - static_cast<double>(scratch.row_lse[i]));
+    scratch.row_dlse[i] = p.grad_lse == nullptr ? T(0) : static_cast<T>(static_cast<const double*>(p.grad_lse)[statistic]);
+  }
+}
+
+// S and dP of one block -> P and dS, in place; columns beyond the keys become zero.
+template <typename T>
+void softmax_gradients(BackwardScratch<T>& scratch, int64_t queries, int64_t keys, T scale_log2) {
+  constexpr int L = kLanes<T>;
+  const int64_t score_stride = row_stride<T>(kBlocks.keys), padded = round_up_to_lanes<T>(keys);
+  for (int64_t i = 0; i < queries; ++i) {
+    T* p = scratch.probabilities + i * score_stride;
+    T* ds = scratch.dscores + i * score_stride;
+    const T lse = scratch.row_lse[i], lse_rest = scratch.row_lse_rest[i], delta = scratch.row_delta[i], dlse = scratch.row_dlse[i];
+    for (int64_t j = 0; j < padded; j += L) {
+      Vec<T> e = exp2(load(p + j) * scale_log2 - lse - lse_rest);
+      if (j + L > keys) e = select<T>(first_lanes<T>(keys - j), e, Vec<T>{});
+      store(p + j, e);
+      store(ds + j, e * (load(ds + j) - delta + dlse));
+    }
+  }
+}
+
+template <typename S, typename T>
+void backward_block(const Params& p, const AttentionItem& item, BackwardScratch<T>& scratch, int64_t token, int64_t queries,
+                    int64_t head) {
+  constexpr int L = kLanes<T>;
+  const int64_t D = p.head_dim, stride = row_stride<T>(D), score_stride = row_stride<T>(kBlocks.keys);
+  const int64_t vectors = round_up_to_lanes<T>(D) / L, count = item.key_end - item.key_begin;
+  load_queries<S>(p, scratch, token, queries, head);
+  if (item.query_gradients) {
+    for (int64_t i = 0; i < queries * stride; ++i) scratch.dquery[i] = 0;
+  }
+  for (int64_t block = 0; block < count; block += kBlocks.keys) {
+    const int64_t keys = count - block < kBlocks.keys ? count - block : kBlocks.keys;
+    const int64_t key_vectors = round_up_to_lanes<T>(keys) / L;
+    product<T, RowsOfA::strided, RowsOfB::in_panels, Result::overwritten>(
+        queries, key_vectors, D, scratch.query, stride, scratch.key_panels + block * D, 0, scratch.probabilities, score_stride);
+    product<T, RowsOfA::strided, RowsOfB::in_panels, Result::overwritten>(
+        queries, key_vectors, D, scratch.dout, stride, scratch.value_panels + block * D, 0, scratch.dscores, score_stride);
+    softmax_gradients(scratch, queries, keys, static_cast<T>(p.scale * kLog2e));
+    if (item.key_gradients) {
+      product<T, RowsOfA::transposed, RowsOfB::in_rows, Result::accumulated>(keys, vectors, queries, scratch.probabilities,
+                                                                            score_stride, scratch.dout, stride,
+                                                                            scratch.dvalues + block * stride, stride);
+      product<T, RowsOfA::transposed, RowsOfB::in_rows, Result::accumulated>(keys, vectors, queries, scratch.dscores, score_stride,
+                                                                            scratch.query, stride, scratch.dkeys + block * stride,
+                                                                            stride);
+    }
+    if (item.query_gradients) {
+      product<T, RowsOfA::strided, RowsOfB::in_rows, Result::accumulated>(queries, vectors, keys, scratch.dscores, score_stride,
+                                                                         scratch.keys + block * stride, stride, scratch.dquery,
+                                                                         stride);
+    }
+  }
+  if (item.query_gradients) {
+    store_rotated_gradients<S>(scratch.dquery, stride, static_cast<T>(p.scale), p.q, p.q_stride_token, p.q_stride_head, token,
+                               queries, head, p.num_heads, query_tables<T>(p), p.dq, p);
+  }
+}
+
+template <typename S, typename T>
+void backward_item(const Params& p, const AttentionItem& item, BackwardScratch<T>& scratch) {
+  const int64_t D = p.head_dim, stride = row_stride<T>(D), count = item.key_end - item.key_begin;
+  const int64_t group = p.num_heads / p.num_heads_k;
+  pack_keys_and_values<S>(p, item, scratch);
+  if (item.key_gradients) {
+    for (int64_t i = 0; i < count * stride; ++i) scratch.dkeys[i] = scratch.dvalues[i] = 0;
+  }
+  for (int64_t head = item.head_k * group; head < (item.head_k + 1) * group; ++head) {
+    for (int64_t token = item.query_begin; token < item.query_end; token += kBlocks.queries) {
+      const int64_t left = item.query_end - token;
+      backward_block<S>(p, item, scratch, token, left < kBlocks.queries ? left : kBlocks.queries, head);
+    }
+  }
+  if (item.key_gradients) {
+    store_rotated_gradients<S>(scratch.dkeys, stride, static_cast<T>(p.scale), p.k, p.k_stride_token, p.k_stride_head,
+                               item.key_begin, count, item.head_k, p.num_heads_k, key_tables<T>(p), p.dk, p);
+    for (int64_t j = 0; j < count; ++j) {
+      narrow_row(scratch.dvalues + j * stride, static_cast<S*>(p.dv) + ((item.key_begin + j) * p.num_heads_k + item.head_k) * D, D);
+    }
+  }
+}
+
+template <typename S>
+const char* backward(const Params& p) {
+  using T = Compute<S>;
+  const int64_t workers = num_workers();
+  const std::vector<AttentionItem> items = backward_items(p, workers, kBlocks);
+  if (items.empty()) return nullptr;
+  PerWorker<BackwardScratch<T>> scratch(workers, max_keys(p), p.head_dim);
+  if (!scratch.allocated()) return "out of memory for the packed keys and their gradients";
+  parallel_items(workers, static_cast<int64_t>(items.size()),
+                 [&](int64_t worker, int64_t index) { backward_item<S>(p, items[index], scratch[worker]); });
+  return nullptr;
+}
+
+}  // namespace
+
+const char* rope_attention_backward(const Params& params) {
+  switch (params.dtype) {
+    case COMP_KERNELS_FLOAT64: return backward<double>(params);
+    case COMP_KERNELS_BFLOAT16: return backward<bfloat16>(params);
+    case COMP_KERNELS_FLOAT16: return backward<float16>(params);
+    default: return backward<float>(params);
+  }
+}
+
+}  // namespace comp_kernels::COMP_KERNELS_ISA

@@ -1,0 +1,201 @@
+// Rows of q, k, v between the user's tensors and the kernels' scratch: widened, rotated, and back again.
+#pragma once
+
+#include <type_traits>
+
+#include "../rope_attention.h"
+#include "half.h"
+#include "matmul.h"
+#include "simd.h"
+
+namespace comp_kernels::COMP_KERNELS_ISA {
+
+using Params = comp_kernels_rope_attention_params;
+
+// Type of the arithmetic for a storage type.
+template <typename S>
+using Compute = std::conditional_t<std::is_same_v<S, double>, double, float>;
+
+template <typename S>
+CK_INLINE void widen_row(const S* x, Compute<S>* y, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) y[i] = widen(x[i]);
+}
+
+template <typename S>
+CK_INLINE void narrow_row(const Compute<S>* x, S* y, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) narrow(x[i], y[i]);
+}
+
+// One side's rotary tables (queries' or keys'), and the gradients of their entries.
+template <typename T>
+struct Tables {
+  const T *cos, *sin;  // [tokens, heads, width]; null: no rotation
+  T *dcos, *dsin;      // [tokens, heads of q or k, width]; null: not wanted
+  int64_t heads;       // 1 when all heads share the table
+
+  bool rotate() const { return cos != nullptr; }
+  int64_t row(int64_t token, int64_t head, int64_t width) const { return (token * heads + (heads > 1 ? head : 0)) * width; }
+};
+
+template <typename T>
+Tables<T> query_tables(const Params& p) {
+  return {static_cast<const T*>(p.cos), static_cast<const T*>(p.sin), static_cast<T*>(p.dcos), static_cast<T*>(p.dsin),
+          p.table_heads};
+}
+
+template <typename T>
+Tables<T> key_tables(const Params& p) {
+  return {static_cast<const T*>(p.cos_k), static_cast<const T*>(p.sin_k), static_cast<T*>(p.dcos_k), static_cast<T*>(p.dsin_k),
+          p.table_heads_k};
+}
+
+// Entries of a table row that belong to the first and the second channel of pair (block, j), block = 2p * (number of the block).
+struct PairIndex {
+  int64_t first, second;
+  CK_INLINE PairIndex(const Params& p, int64_t block, int64_t j) {
+    const bool one_per_pair = p.table_width != p.rotary_dim;
+    first = one_per_pair ? block / 2 + j : block + j;
+    second = one_per_pair ? first : first + p.pair_stride;
+  }
+};
+
+// y = x * cos + swap(x) * sin over the first rotary_dim channels; x and y are different memory.
+template <typename T>
+CK_INLINE void rotate_row(const T* x, T* y, const T* cos, const T* sin, const Params& p) {
+  constexpr int L = kLanes<T>;
+  const int64_t stride = p.pair_stride;
+  if (stride >= L) {
+    for (int64_t block = 0; block < p.rotary_dim; block += 2 * stride) {
+      for (int64_t j = 0; j < stride; j += L) {
+        if (j + L > stride) j = stride - L;  // the last vector overlaps its neighbour
+        const PairIndex t(p, block, j);
+        const int64_t a = block + j, b = a + stride;
+        const Vec<T> first = load(x + a), second = load(x + b);
+        store(y + a, first * load(cos + t.first) - second * load(sin + t.first));
+        store(y + b, second * load(cos + t.second) + first * load(sin + t.second));
+      }
+    }
+    return;
+  }
+  int64_t done = 0;
+  if (stride == 1 && p.table_width == p.rotary_dim) {  // neighbours in one vector
+    Vec<T> sign;
+    for (int i = 0; i < L; ++i) sign[i] = i % 2 == 0 ? T(-1) : T(1);
+    for (; done + L <= p.rotary_dim; done += L) {
+      const Vec<T> v = load(x + done);
+      store(y + done, v * load(cos + done) + swap_neighbours<T>(v) * sign * load(sin + done));
+    }
+  }
+  for (int64_t block = done; block < p.rotary_dim; block += 2 * stride) {
+    for (int64_t j = 0; j < stride; ++j) {
+      const PairIndex t(p, block, j);
+      const int64_t a = block + j, b = a + stride;
+      const T first = x[a], second = x[b];
+      y[a] = first * cos[t.first] - second * sin[t.first];
+      y[b] = second * cos[t.second] + first * sin[t.second];
+    }
+  }
+}
+
+// The transpose of rotate_row, in place: what turns the gradient of the rotated row into that of the row.
+template <typename T>
+CK_INLINE void rotate_row_transposed(T* g, const T* cos, const T* sin, const Params& p) {
+  constexpr int L = kLanes<T>;
+  const int64_t stride = p.pair_stride;
+  for (int64_t block = 0; block < p.rotary_dim; block += 2 * stride) {
+    int64_t j = 0;
+    for (; j + L <= stride; j += L) {
+      const PairIndex t(p, block, j);
+      const int64_t a = block + j, b = a + stride;
+      const Vec<T> first = load(g + a), second = load(g + b);
+      store(g + a, first * load(cos + t.first) + second * load(sin + t.second));
+      store(g + b, second * load(cos + t.second) - first * load(sin + t.first));
+    }
+    for (; j < stride; ++j) {
+      const PairIndex t(p, block, j);
+      const int64_t a = block + j, b = a + stride;
+      const T first = g[a], second = g[b];
+      g[a] = first * cos[t.first] + second * sin[t.second];
+      g[b] = second * cos[t.second] - first * sin[t.first];
+    }
+  }
+}
+
+// Gradients of one table row: g is the gradient of the rotated row, x the row before rotation.
+template <typename T>
+void table_row_gradients(const T* g, const T* x, T* dcos, T* dsin, const Params& p) {
+  const bool one_per_pair = p.table_width != p.rotary_dim;
+  for (int64_t block = 0; block < p.rotary_dim; block += 2 * p.pair_stride) {
+    for (int64_t j = 0; j < p.pair_stride; ++j) {
+      const PairIndex t(p, block, j);
+      const int64_t a = block + j, b = a + p.pair_stride;
+      if (one_per_pair) {
+        dcos[t.first] = g[a] * x[a] + g[b] * x[b];
+        dsin[t.first] = g[b] * x[a] - g[a] * x[b];
+      } else {
+        dcos[t.first] = g[a] * x[a];
+        dcos[t.second] = g[b] * x[b];
+        dsin[t.first] = -g[a] * x[b];
+        dsin[t.second] = g[b] * x[a];
+      }
+    }
+  }
+}
+
+// Reads one row of q, k or v: widened, rotated when there are tables, zeros from head_dim to `columns`.
+template <typename S, typename T>
+CK_INLINE void load_row(const S* x, T* y, int64_t columns, const T* cos, const T* sin, const Params& p) {
+  const int64_t D = p.head_dim;
+  if (cos == nullptr) {
+    widen_row(x, y, D);
+  } else {
+    T widened[kMaxHeadDim];
+    const T* source;
+    if constexpr (std::is_same_v<S, T>) {
+      source = x;
+    } else {
+      widen_row(x, widened, D);
+      source = widened;
+    }
+    rotate_row(source, y, cos, sin, p);
+    for (int64_t d = p.rotary_dim; d < D; ++d) y[d] = source[d];
+  }
+  for (int64_t d = D; d < columns; ++d) y[d] = 0;
+}
+
+// Rows token .. token + rows of one head, from x [*, heads, D] with the given strides, to y with rows `stride` apart.
+template <typename S, typename T>
+void load_rows(const void* x, int64_t token_stride, int64_t head_stride, int64_t token, int64_t rows, int64_t head,
+               const Tables<T>& tables, T* y, int64_t stride, const Params& p) {
+  const int64_t columns = round_up_to_lanes<T>(p.head_dim);
+  const S* from = static_cast<const S*>(x) + token * token_stride + head * head_stride;
+  for (int64_t i = 0; i < rows; ++i, from += token_stride, y += stride) {
+    const int64_t table = tables.rotate() ? tables.row(token + i, head, p.table_width) : 0;
+    load_row(from, y, columns, tables.rotate() ? tables.cos + table : nullptr, tables.rotate() ? tables.sin + table : nullptr, p);
+  }
+}
+
+// Writes the gradient of q or k for rows token .. token + rows of one head: g (destroyed) is that of the rotated rows, divided by
+// `scale`; x as in load_rows; dx is contiguous [*, heads, D].
+template <typename S, typename T>
+void store_rotated_gradients(T* g, int64_t stride, T scale, const void* x, int64_t token_stride, int64_t head_stride, int64_t token,
+                             int64_t rows, int64_t head, int64_t heads, const Tables<T>& tables, void* dx, const Params& p) {
+  const int64_t D = p.head_dim;
+  const S* from = static_cast<const S*>(x) + token * token_stride + head * head_stride;
+  for (int64_t i = 0; i < rows; ++i, from += token_stride, g += stride) {
+    for (int64_t d = 0; d < D; ++d) g[d] *= scale;
+    const int64_t row = (token + i) * heads + head;
+    if (tables.rotate()) {
+      const int64_t table = tables.row(token + i, head, p.table_width);
+      if (tables.dcos != nullptr) {
+        T widened[kMaxHeadDim];
+        widen_row(from, widened, D);
+        table_row_gradients(g, widened, tables.dcos + row * p.table_width, tables.dsin + row * p.table_width, p);
+      }
+      rotate_row_transposed(g, tables.cos + table, tables.sin + table, p);
+    }
+    narrow_row(g, static_cast<S*>(dx) + row * D, D);
+  }
+}
+
+}  // namespace comp_kernels::COMP_KERNELS_ISA
