@@ -20,6 +20,7 @@ from .config import (
     StageConfig,
     VisionConfig,
 )
+from .recipes_tiny import smollm2, tiny
 
 # --- the models of the paper ------------------------------------------------------------------------------------------------
 
@@ -139,6 +140,8 @@ def siglip_so400m_qwen2_5_7b() -> Config:
 
 
 RECIPES: dict[str, Callable[[], Config]] = {
+    "tiny": tiny,
+    "smollm2": smollm2,
     "siglip-so400m_qwen2.5-0.5b": siglip_so400m_qwen2_5_0_5b,
     "dinov2-large_qwen2.5-0.5b": dinov2_large_qwen2_5_0_5b,
     "aimv2-large_qwen2.5-0.5b": aimv2_large_qwen2_5_0_5b,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import matplotlib
@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from sklearn import datasets
 
-from .scenes import Mark, Question, Scene, font
+from .scenes import Drawing, Mark, Question, Scene, font, new_seed
 
 COLOURS = {  # names and values of matplotlib's "tab10"
     "blue": (31, 119, 180),
@@ -71,8 +71,7 @@ def bar_chart(rng: np.random.Generator, split: str) -> Scene:
     title, names, numbers = _pick(rng, split, count=int(rng.integers(3, 6)))
     colours = [list(COLOURS)[i] for i in rng.permutation(len(COLOURS))[: len(numbers)]]
     draw = _draw_vertical if rng.random() < 0.5 else _draw_horizontal
-    image, marks = draw(rng, title, names, numbers, colours)
-    return Scene(image, tuple(marks), _questions(rng, numbers, colours))
+    return Scene(_questions(rng, numbers, colours), partial(draw, new_seed(rng), title, names, numbers, colours))
 
 
 def _pick(rng: np.random.Generator, split: str, count: int) -> tuple[str, list[str], list[int]]:
@@ -126,7 +125,8 @@ def _draw_title(draw: ImageDraw.ImageDraw, title: str, width: int) -> None:
     draw.text((2, 1), title, fill=(60, 60, 60), font=font(SMALL))
 
 
-def _draw_vertical(rng, title, names, numbers, colours) -> tuple[Image.Image, list[Mark]]:
+def _draw_vertical(seed: int, title: str, names: list[str], numbers: list[int], colours: list[str]) -> Drawing:
+    rng = np.random.default_rng(seed)
     pitch, plot = int(rng.integers(25, 33)), int(rng.integers(40, 64))
     left, top, bottom = 20, 34, 16
     width, height = left + pitch * len(numbers) + 6, top + plot + bottom
@@ -147,10 +147,11 @@ def _draw_vertical(rng, title, names, numbers, colours) -> tuple[Image.Image, li
         marks += [Mark(colour, x, min(y + 6, base - 1), i), *_label_marks(str(number), x, y - 9, i)]
     draw.line((left, top - 4, left, base), fill=(0, 0, 0))
     draw.line((left, base, width - 4, base), fill=(0, 0, 0))
-    return image, marks
+    return Drawing(image, tuple(marks))
 
 
-def _draw_horizontal(rng, title, names, numbers, colours) -> tuple[Image.Image, list[Mark]]:
+def _draw_horizontal(seed: int, title: str, names: list[str], numbers: list[int], colours: list[str]) -> Drawing:
+    rng = np.random.default_rng(seed)
     pitch, plot = int(rng.integers(18, 25)), int(rng.integers(50, 90))
     left, top, right, bottom = 30, 16, 28, 16
     width, height = left + plot + right, top + pitch * len(numbers) + bottom
@@ -171,4 +172,4 @@ def _draw_horizontal(rng, title, names, numbers, colours) -> tuple[Image.Image, 
         marks += [Mark(colour, max(x - 6, left + 1), y, i), *_label_marks(str(number), x + 14, y, i)]
     draw.line((left, top, left, base), fill=(0, 0, 0))
     draw.line((left, base, width - right, base), fill=(0, 0, 0))
-    return image, marks
+    return Drawing(image, tuple(marks))

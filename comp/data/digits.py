@@ -5,13 +5,13 @@ The 1,797 scans are split once, image by image: a scan that appears on a held-ou
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 from PIL import Image, ImageDraw
 from sklearn.datasets import load_digits
 
-from .scenes import ORDINALS, Mark, Question, Scene, font
+from .scenes import ORDINALS, Drawing, Mark, Question, Scene, font, new_seed
 
 INKS = ((25, 25, 30), (20, 40, 120), (70, 30, 20))
 ROW_NAMES = "ABCD"
@@ -58,6 +58,11 @@ class Page:
 def number_strip(rng: np.random.Generator, split: str) -> Scene:
     """One number of 2 to 6 digits, written from left to right or, in a third of the pages, from top to bottom."""
     digits = [int(d) for d in rng.integers(0, 10, size=rng.integers(2, 7))]
+    return Scene(_strip_questions(rng, digits), partial(_draw_strip, new_seed(rng), split, digits))
+
+
+def _draw_strip(seed: int, split: str, digits: list[int]) -> Drawing:
+    rng = np.random.default_rng(seed)
     size = int(rng.integers(16, 29))
     pitch = max(size + int(rng.integers(-1, 7)), 17)
     margin, across = int(rng.integers(3, 12)), size + int(rng.integers(4, 20))
@@ -71,7 +76,7 @@ def number_strip(rng: np.random.Generator, split: str) -> Scene:
         a, b = margin + pitch * (i + 0.5), across / 2 + rng.uniform(-2, 2)
         x, y, line = (b, a, i) if vertical else (a, b, 0)
         page.write(digit, x, y, size, line)
-    return Scene(page.image, tuple(page.marks), _strip_questions(rng, digits))
+    return Drawing(page.image, tuple(page.marks))
 
 
 def _strip_questions(rng: np.random.Generator, digits: list[int]) -> tuple[Question, ...]:
@@ -90,10 +95,15 @@ def _strip_questions(rng: np.random.Generator, digits: list[int]) -> tuple[Quest
 
 def form(rng: np.random.Generator, split: str) -> Scene:
     """A form of 2 to 4 boxes with printed names, a number of 1 to 3 digits written in each."""
-    numbers = rng.choice(np.arange(1, 1000), p=_even_lengths(), size=rng.integers(2, 5), replace=False)
+    numbers = rng.choice(np.arange(1, 1000), p=_even_lengths(), size=rng.integers(2, 5), replace=False).tolist()
+    return Scene(_form_questions(rng, numbers), partial(_draw_form, new_seed(rng), split, numbers))
+
+
+def _draw_form(seed: int, split: str, numbers: list[int]) -> Drawing:
+    rng = np.random.default_rng(seed)
     size = int(rng.integers(16, 25))
-    height, left, pitch = size + int(rng.integers(5, 11)), int(rng.integers(22, 29)), max(size + int(rng.integers(-1, 4)), 17)
-    margin = int(rng.integers(4, 10))
+    height, pitch = size + int(rng.integers(5, 11)), max(size + int(rng.integers(-1, 4)), 17)
+    left, margin = int(rng.integers(22, 29)), int(rng.integers(4, 10))
     width = left + pitch * max(len(str(n)) for n in numbers) + margin + 4
     page = Page(rng, split, width, 2 * margin + height * len(numbers))
     for i, number in enumerate(numbers):
@@ -103,9 +113,10 @@ def form(rng: np.random.Generator, split: str) -> Scene:
         page.marks.append(Mark(ROW_NAMES[i], left / 2, top + height / 2, i))
         for j, digit in enumerate(str(number)):
             page.write(int(digit), left + pitch * (j + 0.5), top + height / 2 + rng.uniform(-2, 2), size, i)
-    return Scene(page.image, tuple(page.marks), _form_questions(rng, [int(n) for n in numbers]))
+    return Drawing(page.image, tuple(page.marks))
 
 
+@lru_cache
 def _even_lengths() -> np.ndarray:
     """Probabilities of 1 to 999 that make one, two and three digits equally likely."""
     lengths = np.array([len(str(n)) for n in range(1, 1000)])

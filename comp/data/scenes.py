@@ -1,12 +1,14 @@
-"""What a drawn page is: an image, the marks on it, and the questions that its marks answer."""
+"""What a page is: the questions it answers, an image, and the marks on it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 from PIL import Image, ImageFont
 
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
@@ -32,12 +34,24 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Scene:
-    """A drawn page with everything that is known about it."""
+class Drawing:
+    """A page and the marks on it, in reading order."""
 
     image: Image.Image
     marks: tuple[Mark, ...]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a page will show is known at once; it is drawn when `draw` is called, every time the same."""
+
     questions: tuple[Question, ...]
+    draw: Callable[[], Drawing]
+
+
+def new_seed(rng: np.random.Generator) -> int:
+    """Seed of a generator that decides how a page looks, apart from what it says."""
+    return int(rng.integers(2**63))
 
 
 @lru_cache

@@ -1,12 +1,12 @@
 """The data of the default recipe: handwriting and bar charts with questions in words, made from a seed and an index.
 
-A page is composed when it is asked for; the same (split, seed, index) gives the same page on every machine. Training
-samples are conversations of several questions about one page; held-out samples ask one question, every kind equally often.
+A page is composed when it is asked for and drawn when it is looked at; the same (split, seed, index) gives the same page on
+every machine. Training samples are conversations of several questions about one page; held-out samples ask one question,
+every kind equally often.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -79,24 +79,6 @@ def _sample(name: str, scene: Scene, questions: list[Question]) -> Sample:
     messages = []
     for question in questions:
         messages += [Message(role="user", text=question.text), Message(role="assistant", text=question.answer)]
-    messages[0].images.append(scene.image)
+    messages[0].images.append(lambda: scene.draw().image)
     last = questions[-1]
     return Sample(name=name, messages=messages, answers=[last.answer], question_type=last.kind, metric=KINDS[last.kind][1])
-
-
-def blind_answers(train: TinyPages, kinds: Sequence[str], seed: int = 0) -> dict[str, list[str]]:
-    """Answers that need no page, one per entry of `kinds`, from the training answers of that kind.
-
-    Returns:
-        {"most frequent": the most frequent answer, "random": an answer drawn from all answers that occur, equally likely}
-    """
-    seen: dict[str, Counter] = {kind: Counter() for kind in KINDS}
-    for index in range(len(train)):
-        rng = np.random.default_rng([train.seed, 0, index])
-        for question in random_scene(rng, "train").questions:
-            seen[question.kind][question.answer] += 1
-    rng = np.random.default_rng(seed)
-    return {
-        "most frequent": [seen[kind].most_common(1)[0][0] for kind in kinds],
-        "random": [sorted(seen[kind])[rng.integers(len(seen[kind]))] for kind in kinds],
-    }
