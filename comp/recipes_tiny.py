@@ -70,9 +70,9 @@ def tiny() -> Config:
         ],
         eval=EvalConfig(
             data=[SourceConfig(factory="comp.data.tiny:TinyPages", arguments=dict(split="heldout", size=260))],
-            metric="exact_match",
             max_new_tokens=8,
             batch_size=65,
+            baselines=True,
         ),
         checkpoint=CheckpointConfig(every_steps=1000),
     )
