@@ -59,7 +59,7 @@ class World:
 
 
 def start_world(device: str = "auto") -> World:
-    """Join the processes that torchrun or Slurm started (RANK, WORLD_SIZE, LOCAL_RANK, ...); without those, be alone."""
+    """Join the processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK and so on); without those, be alone."""
     use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     if use_cuda and not torch.cuda.is_available():
         raise RuntimeError("device=cuda, but torch finds no GPU; use device=cpu or device=auto")
