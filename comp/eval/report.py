@@ -1,0 +1,243 @@
+"""The page of a run: `python -m comp.eval.report RUN` writes RUN/report.html (one file) and RUN/report.md.
+
+Shown is what the run left behind: stages and losses, held-out scores, example questions with their pictures, and, where these
+were made, the resolution sweep (`comp.eval.sweep`) and frozen probes before and after (`comp.eval.probe`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..config import Config, ConfigError
+from ..config_io import from_dict
+from ..data.batch import LazyImage, Sample
+from ..data.mixture import open_sources
+from ..metrics import read_records
+from ..plots import plot_run
+from .page import Block, Example, Facts, Gallery, Heading, Picture, Table, Text, write_page
+from .pictures import draw_encoders
+from .vqa import OVERALL
+
+PLOTS = (
+    ("losses.png", "Losses, with their running mean; stages are shaded in turn."),
+    ("learning_rates.png", "Learning rate of each part. A gap means that the part was frozen."),
+    ("gradient_norms.png", "Gradient norm of each part before clipping."),
+    ("speed.png", "Throughput, data loading included."),
+)
+LARGEST_SIDE = 640  # pixels of an example picture
+
+
+def write_report(run: Path, *, num_examples: int = 12, pictures: bool = True) -> tuple[Path, Path]:
+    """Write the page of the finished or running run in folder `run`; returns the HTML and the Markdown file.
+
+    num_examples:  held-out questions shown, all types in turn.
+    pictures:      also draw what the encoder sees before and after; loads both encoders.
+    """
+    if not (run / "config.json").is_file():
+        raise ConfigError(f"RUN must be the folder of a run with its config.json, got {run}")
+    config = from_dict(json.loads((run / "config.json").read_text()))
+    summary = json.loads((run / "summary.json").read_text()) if (run / "summary.json").is_file() else {}
+    evaluations = read_records(run / "metrics.jsonl", "evaluation")
+    folder = run / "report"
+    folder.mkdir(exist_ok=True)
+    samples = held_out_samples(config)
+    blocks: list[Block] = [
+        *head(config, summary, evaluations),
+        *score_section(run, summary, evaluations),
+        *stage_section(config, summary),
+        *loss_section(run),
+        *example_section(run, folder, samples, [e["label"] for e in evaluations], num_examples),
+        *result_section(run / "sweep", "Resolution sweep"),
+        *result_section(run / "probe", "Frozen probes, before and after"),
+    ]
+    if pictures:
+        blocks += encoder_section(run, folder, config, samples)
+    return write_page(blocks, f"{config.name}: report", run, "report")
+
+
+# --- sections ----------------------------------------------------------------------------------------------------------------
+
+
+def head(config: Config, summary: dict[str, Any], evaluations: Sequence[dict[str, Any]]) -> list[Block]:
+    blocks: list[Block] = [Heading(config.name, 1)]
+    facts = []
+    if evaluations and OVERALL in evaluations[0]["scores"]:
+        first, last = (e["scores"][OVERALL]["score"] for e in (evaluations[0], evaluations[-1]))
+        facts += [(f"{100 * last:.1f}%", f"held-out score, {100 * first:.1f}% before training")]
+    if summary:
+        machine = summary["machine"]
+        facts += [
+            (f"{summary['steps']:,}", "optimiser steps"),
+            (f"{summary['images']:,}", "images"),
+            (f"{summary['text_tokens']:,}", "text tokens"),
+            (
+                f"{summary['seconds'] / 60:.1f} min",
+                f"on {machine['processes']} x {machine['device']}, {machine['threads']} threads",
+            ),
+        ]
+        if summary["skipped"]["samples"]:
+            facts.append((str(summary["skipped"]["samples"]), "unusable samples skipped; messages in summary.json"))
+    else:
+        blocks.append(Text("This run is not finished: figures are those of its last record."))
+    start = (
+        f"Vision tower {Path(config.vision.path).name}, language model {Path(config.language.path).name}, seed {config.seed}."
+    )
+    return [*blocks, Text(start), Facts(facts)]
+
+
+def score_section(run: Path, summary: dict[str, Any], evaluations: Sequence[dict[str, Any]]) -> list[Block]:
+    if not evaluations:
+        return []
+    columns = {**summary.get("baselines", {}), **{e["label"]: e["scores"] for e in evaluations}}
+    rows = [
+        [name, str(entry["count"]), entry["metric"], *(percent(column.get(name)) for column in columns.values())]
+        for name, entry in evaluations[-1]["scores"].items()
+    ]
+    text = "Mean score in per cent per kind of question, on questions never trained on, after each stage."
+    if summary.get("baselines"):
+        text += " The first columns answer without looking at the picture."
+    plot_run(run / "metrics.jsonl", run / "plots")
+    return [
+        Heading("Held-out questions"),
+        Text(text),
+        Table(["question", "count", "metric", *columns], rows, total=True),
+        Picture(run / "plots" / "scores.png"),
+    ]
+
+
+def stage_section(config: Config, summary: dict[str, Any]) -> list[Block]:
+    header = ["stage", "trains", "resolution", "rotary", "steps", "token loss", "alignment loss", "images/s"]
+    rows = []
+    for stage, done in zip(config.stages, summary.get("stages", [{}] * len(config.stages))):
+        rates = ", ".join(f"{part} {stage.optim.lr(part):g}" for part in stage.trainable)
+        resolution = "native" if stage.resolution is None else str(stage.resolution)
+        rotary = "on" if stage.rope else "off"
+        losses = [first_to_last(done.get(name)) for name in ("token_loss", "alignment_loss")]
+        speed = f"{done['median_images_per_s']:.1f}" if "median_images_per_s" in done else ""
+        rows.append([stage.name, rates, resolution, rotary, str(done.get("steps", "")), *losses, speed])
+    text = "What each stage trains, with peak learning rates. Losses are means over its first and its last tenth of steps."
+    return [Heading("Stages"), Text(text), Table(header, rows)]
+
+
+def loss_section(run: Path) -> list[Block]:
+    drawn = [Picture(run / "plots" / name, caption) for name, caption in PLOTS if (run / "plots" / name).is_file()]
+    return [Heading("Training"), *drawn] if drawn else []
+
+
+def example_section(
+    run: Path, folder: Path, samples: dict[str, Sample], labels: Sequence[str], num_examples: int
+) -> list[Block]:
+    """Held-out questions of every type in turn, each with the answers after every stage."""
+    by_label = {label: read_predictions(run / "predictions" / f"{label}.jsonl") for label in labels}
+    by_label = {label: predictions for label, predictions in by_label.items() if predictions}
+    if not by_label or not samples:
+        return []
+    last = list(by_label.values())[-1]
+    examples = []
+    for name in choose_names([p for p in last.values() if p["name"] in samples], num_examples):
+        pictures = save_pictures(samples[name], folder / f"example{len(examples)}")
+        shown = [(label, p[name]["prediction"], p[name]["score"]) for label, p in by_label.items() if name in p]
+        examples.append(Example(pictures, last[name]["question"], last[name]["answers"], shown))
+    text = "Picked by kind of question, not by success; answers before training and after each stage."
+    return [Heading("Examples"), Text(text), Gallery(examples)] if examples else []
+
+
+def result_section(folder: Path, title: str) -> list[Block]:
+    """A page section that another program left: folder/table.json {"text", "header", "rows"}, and pictures beside it."""
+    if not (folder / "table.json").is_file():
+        return []
+    result = json.loads((folder / "table.json").read_text())
+    pictures = [Picture(path) for path in sorted(folder.glob("*.png"))]
+    return [Heading(title), Text(result["text"]), Table(result["header"], result["rows"]), *pictures]
+
+
+def encoder_section(run: Path, folder: Path, config: Config, samples: dict[str, Sample]) -> list[Block]:
+    trained = run / "models" / config.stages[-1].name / "vision"
+    images = [open_picture(image) for sample in samples.values() for image in pictures_of(sample)[:1]][:3]
+    if not trained.is_dir() or not images:
+        return []
+    drawn = draw_encoders(config, trained, images, folder)
+    return [Heading("What the encoder sees"), *(Picture(path, caption) for path, caption in drawn)]
+
+
+# --- parts -------------------------------------------------------------------------------------------------------------------
+
+
+def percent(entry: dict[str, Any] | None) -> str:
+    return "" if entry is None else f"{100 * entry['score']:.1f}"
+
+
+def first_to_last(loss: dict[str, float] | None) -> str:
+    return "" if loss is None else f"{loss['first']:.3f} → {loss['last']:.3f}"
+
+
+def held_out_samples(config: Config) -> dict[str, Sample]:
+    """Held-out samples by name; empty when their files are no longer there."""
+    if not config.eval.data:
+        return {}
+    try:
+        samples = open_sources(config.eval.data, config.seed)
+    except (OSError, ValueError) as error:
+        print(f"no example pictures: {error}", file=sys.stderr)
+        return {}
+    return {sample.name: sample for sample in (samples[i] for i in range(len(samples)))}
+
+
+def read_predictions(path: Path) -> dict[str, dict[str, Any]]:
+    if not path.is_file():
+        return {}
+    return {p["name"]: p for p in map(json.loads, path.read_text().splitlines())}
+
+
+def choose_names(predictions: Sequence[dict[str, Any]], count: int) -> list[str]:
+    """`count` names, the kinds of question in turn, in the order of the file."""
+    queues: dict[str, list[str]] = {}
+    for prediction in predictions:
+        queues.setdefault(prediction["question_type"], []).append(prediction["name"])
+    turns = max((len(queue) for queue in queues.values()), default=0)
+    return [queue[turn] for turn in range(turns) for queue in queues.values() if turn < len(queue)][:count]
+
+
+def pictures_of(sample: Sample) -> list[LazyImage]:
+    return [image for message in sample.messages for image in message.images]
+
+
+def open_picture(image: LazyImage) -> Image.Image:
+    if isinstance(image, str):
+        image = Image.open(image)
+    return (image if isinstance(image, Image.Image) else image()).convert("RGB")
+
+
+def save_pictures(sample: Sample, stem: Path) -> list[Path]:
+    paths = []
+    for number, image in enumerate(pictures_of(sample)):
+        picture = open_picture(image)
+        picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
+        paths.append(stem.with_name(f"{stem.name}_{number}.png"))
+        picture.save(paths[-1])
+    return paths
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run, for example runs/tiny")
+    parser.add_argument("--examples", type=int, default=12, help="held-out questions to show (default: 12)")
+    parser.add_argument("--no-pictures", action="store_true", help="do not load the encoders to draw what they see")
+    options = parser.parse_args(arguments)
+    try:
+        pages = write_report(options.run, num_examples=options.examples, pictures=not options.no_pictures)
+    except ConfigError as error:
+        parser.error(str(error))
+    print("\n".join(map(str, pages)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
