@@ -71,23 +71,27 @@ body { margin: 0 auto; padding: 2.5rem 1.5rem 5rem; max-width: 68rem; color: var
 h1 { font-size: 1.9rem; margin: 0 0 .3rem; } h2 { margin: 2.8rem 0 .8rem; font-size: 1.3rem; } h3 { margin: 1.6rem 0 .5rem; }
 p { margin: .4rem 0 1rem; color: var(--soft); max-width: 46rem; }
 .facts { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.4rem 0; }
-.facts div { flex: 1 1 9rem; background: var(--tint); border-radius: .6rem; padding: .8rem 1rem; color: var(--soft); font-size: .85rem; }
+.facts div { flex: 1 1 9rem; background: var(--tint); border-radius: .6rem; padding: .8rem 1rem;
+             color: var(--soft); font-size: .85rem; }
 .facts b { display: block; font-size: 1.5rem; color: var(--ink); font-variant-numeric: tabular-nums; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .42rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } th { color: var(--soft); font-weight: 600; }
 tr.total td { border-top: 2px solid var(--ink); font-weight: 600; }
-figure { margin: 1rem 0; } figure img { max-width: 100%; border-radius: .4rem; } figcaption { color: var(--soft); font-size: .88rem; }
+figure { margin: 1rem 0; } figure img { max-width: 100%; border-radius: .4rem; }
+figcaption { color: var(--soft); font-size: .88rem; }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(19rem, 1fr)); gap: 1rem; }
 .card { border: 1px solid var(--line); border-radius: .6rem; overflow: hidden; display: flex; flex-direction: column; }
-.card .images { background: var(--tint); padding: .7rem; text-align: center; min-height: 9rem; display: flex; align-items: center;
-                justify-content: center; gap: .5rem; flex-wrap: wrap; }
-.card img { max-width: 100%; max-height: 13rem; image-rendering: auto; } .card .words { padding: .7rem .9rem .9rem; }
+.card .images { background: var(--tint); padding: .7rem; text-align: center; min-height: 9rem; display: flex;
+                align-items: center; justify-content: center; gap: .5rem; flex-wrap: wrap; }
+.card img { max-width: 100%; min-height: 4rem; max-height: 13rem; }
+.card .words { padding: .7rem .9rem .9rem; }
 .card .question { font-weight: 600; } .card .answer { color: var(--soft); margin-bottom: .4rem; }
 .card dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem .8rem; margin: 0; font-size: .9rem; }
 .card dt { color: var(--soft); } .card dd { margin: 0; overflow-wrap: anywhere; }
-dd.good::before { content: "\\2713 "; } dd.bad::before { content: "\\2717 "; } .good { color: var(--good); } .bad { color: var(--bad); }
+dd.good::before { content: "\\2713\\00a0"; } dd.bad::before { content: "\\2717\\00a0"; }
+.good { color: var(--good); } .bad { color: var(--bad); }
 """
 
 
@@ -133,8 +137,9 @@ def _card(example: Example) -> str:
         for label, text, score in example.predictions
     )
     return (
-        f'<div class="card"><div class="images">{pictures}</div><div class="words"><div class="question">{escape(example.question)}</div>'
-        f'<div class="answer">answer: {escape(answers)}</div><dl>{rows}</dl></div></div>'
+        f'<div class="card"><div class="images">{pictures}</div><div class="words">'
+        f'<div class="question">{escape(example.question)}</div><div class="answer">answer: {escape(answers)}</div>'
+        f"<dl>{rows}</dl></div></div>"
     )
 
 

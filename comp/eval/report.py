@@ -51,9 +51,9 @@ def write_report(run: Path, *, num_examples: int = 12, pictures: bool = True) ->
     blocks: list[Block] = [
         *head(config, summary, evaluations),
         *score_section(run, summary, evaluations),
+        *example_section(run, folder, samples, [e["label"] for e in evaluations], num_examples),
         *stage_section(config, summary),
         *loss_section(run),
-        *example_section(run, folder, samples, [e["label"] for e in evaluations], num_examples),
         *result_section(run / "sweep", "Resolution sweep"),
         *result_section(run / "probe", "Frozen probes, before and after"),
     ]
