@@ -70,7 +70,7 @@ def sample_encoder(model: CoMP, template: ChatTemplate, config: Config, stage: S
 
 
 def export_model(model: CoMP, template: ChatTemplate, config: Config, world: World, folder: Path) -> None:
-    """Write `folder`/vision (with the adapter) and `folder`/language (with the tokenizer) in Hugging Face layout.
+    """Write `folder`/vision (with the adapter) and `folder`/language (with the tokenizer) for CoMP.from_pretrained.
 
     All processes call it: a sharded model is gathered on the CPU of the first.
     """
@@ -84,6 +84,5 @@ def export_model(model: CoMP, template: ChatTemplate, config: Config, world: Wor
         model.load_state_dict(state)
         model.encoder.pos_mode = pos_mode
     if world.is_main:
-        model.encoder.save_pretrained(folder / "vision")
-        model.language_model.save_pretrained(folder / "language")
+        model.save_pretrained(folder)
         template.tokenizer.save_pretrained(folder / "language")

@@ -7,10 +7,13 @@ Shape suffixes:
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from ..data.batch import Batch
 
 Grid = tuple[int, int, int]
+SETTINGS_FILE = "comp.json"
 PROTOTYPE_SOURCES = ("embed_tokens", "lm_head", "frozen")
 
 
@@ -115,6 +119,28 @@ class CoMP(nn.Module):
             install_mrope(language_model.base_model)
         self.register_buffer("word_counts", None, persistent=False)
         self.register_buffer("frozen_prototypes", None)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike, *, dtype: torch.dtype | None = None) -> CoMP:
+        """Load what save_pretrained wrote, in evaluation mode. dtype: of the parameters, default that of the files."""
+        from transformers import AutoModelForCausalLM
+
+        folder = Path(folder)
+        if not (folder / SETTINGS_FILE).is_file():
+            raise ValueError(f"folder must hold {SETTINGS_FILE}, vision/ and language/ as save_pretrained writes, got {folder}")
+        settings = json.loads((folder / SETTINGS_FILE).read_text())
+        encoder = VisionEncoder.from_pretrained(folder / "vision", dtype=dtype)
+        language_model = AutoModelForCausalLM.from_pretrained(folder / "language", dtype=dtype or "auto")
+        return cls(encoder, language_model, **settings).eval()
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write `folder`/vision (the encoder with its adapter) and `folder`/language, each in Hugging Face layout, and what
+        joins them in comp.json. The tokenizer goes to `folder`/language by its own save_pretrained."""
+        folder = Path(folder)
+        self.encoder.save_pretrained(folder / "vision")
+        self.language_model.save_pretrained(folder / "language")
+        settings = dict(image_token_id=self.image_token_id, position_ids="mrope" if self.mrope else "1d")
+        (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
 
     @property
     def adapter(self) -> Adapter:

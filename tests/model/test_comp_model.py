@@ -327,3 +327,16 @@ def test_adapter_initialisations(init, std):
     assert init == "lecun" or adapter.fc1.weight.abs().max() <= 0.04
     with pytest.raises(ValueError, match="init must be one of"):
         Adapter(8, 5, init="xavier")
+
+
+@pytest.mark.parametrize("position_ids", ["mrope", "1d"])
+def test_save_and_load(position_ids, language_model, tmp_path):
+    model = CoMP(make_encoder(), language_model, image_token_id=IMAGE, position_ids=position_ids)
+    model.save_pretrained(tmp_path)
+    loaded = CoMP.from_pretrained(tmp_path)
+    batch = make_batch([ONE, TEXT, TWO])
+    assert torch.equal(loaded(batch).token_loss_sum, model(batch).token_loss_sum)
+    assert loaded.encoder.pos_mode == "abs+rope" and not loaded.training
+    assert CoMP.from_pretrained(tmp_path, dtype=torch.bfloat16).adapter.fc2.weight.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=r"folder must hold comp\.json"):
+        CoMP.from_pretrained(tmp_path / "vision")

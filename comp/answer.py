@@ -1,0 +1,74 @@
+"""Ask a trained model about images.
+
+    python -m comp.answer runs/tiny/models/native chart.png "What is the value of May?"
+
+The folder is the export of a stage, with vision/ and language/; any number of images may come before the question.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from .data.batch import Message, Sample
+from .data.encode import ImageSettings, SampleEncoder
+from .data.packing import collate
+from .data.template import ChatTemplate, load_tokenizer
+from .model import CoMP
+
+
+def load(folder: str | Path) -> tuple[CoMP, ChatTemplate]:
+    """The model of an exported folder and the chat template of its tokenizer."""
+    return CoMP.from_pretrained(folder), ChatTemplate(load_tokenizer(str(Path(folder) / "language")))
+
+
+def answer(
+    model: CoMP,
+    template: ChatTemplate,
+    images: Sequence[Image.Image | str],
+    question: str,
+    *,
+    max_new_tokens: int = 64,
+    min_visual_tokens: int = 4,
+    max_visual_tokens: int = 3000,
+) -> str:
+    """Greedy answer to a question about images (pictures or file names; none is fine too), at native resolution.
+
+    min_visual_tokens, max_visual_tokens:  smaller images are scaled up, larger ones down; the images share the maximum.
+    Raises comp.data.datasets.BadSampleError for an image that cannot be read.
+    """
+    vision = model.encoder.config
+    settings = ImageSettings(
+        patch_size=vision.patch_size,
+        merge_size=vision.merge_size,
+        mean=vision.image_mean,
+        std=vision.image_std,
+        resolution=None,
+        min_visual_tokens=min_visual_tokens,
+        max_visual_tokens=max_visual_tokens,
+    )
+    limit = model.language_model.config.max_position_embeddings
+    encoder = SampleEncoder(template, settings, max_text_tokens=limit)
+    sample = Sample(name="question", messages=[Message(role="user", text=question, images=list(images))])
+    batch = collate([encoder.encode_prompt(sample)], pad_id=template.pad_id, patch_features=encoder.patch_features)
+    batch = batch.to(model.adapter.fc2.weight.device)
+    ids = model.generate(batch, max_new_tokens=max_new_tokens, eos_token_id=template.turn_end)
+    return template.decode(ids[0])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", help="a stage's export: runs/NAME/models/STAGE")
+    parser.add_argument("images", nargs="*", help="image files")
+    parser.add_argument("question")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    arguments = parser.parse_args()
+    model, template = load(arguments.folder)
+    print(answer(model, template, arguments.images, arguments.question, max_new_tokens=arguments.max_new_tokens))
+
+
+if __name__ == "__main__":
+    main()
