@@ -11,12 +11,9 @@
 // taken anew. So the common tile needs neither the maximum per score, nor shuffles, nor a rescaling of the output:
 // per score one fma, one ex2, one addition, half a conversion. Any reference up to 2^-12 below the maximum gives the same
 // relative precision, in float32 sums as in the 16-bit P.
-//
-// Shared-memory rows are padded to an odd number of 16-byte chunks: ldmatrix then never conflicts, and every address in the
-// loops is a register plus a constant (an XOR swizzle would cost integer work).
 #pragma once
 
-#include "ptx.cuh"
+#include "products.cuh"
 #include "rotate.cuh"
 #include "tile_copy.cuh"
 #include "tiles.cuh"
@@ -44,109 +41,40 @@ struct ForwardConfig {
   static constexpr int kThreads = 128;
   static constexpr int kQueries = 128;
   static constexpr int kKeys = kHeadDim <= 80 ? 64 : 32;  // per tile; registers decide
-  static constexpr bool kQueriesInRegisters = kHeadDim <= 80;
+  static constexpr bool kQueriesInRegisters = kHeadDim <= 72;
   static constexpr int kChunks = kHeadDim / 8;
-  static constexpr int kRowBytes = (kChunks | 1) * 16;
+  static constexpr int kRowBytes = kPaddedRowBytes<kHeadDim>;
   static constexpr int kQueryBytes = kQueries * kRowBytes;
   static constexpr int kTileBytes = kKeys * kRowBytes;
   static constexpr int kStageBytes = 2 * kTileBytes;  // keys, then values
   static constexpr int kSharedBytes = kQueryBytes + 2 * kStageBytes;
 };
 
-// Fragments of 32 query rows: [block of 16 rows][chunk pair][register].
-template <int kHeadDim>
-struct QueryFragments {
-  static constexpr int kSteps = kHeadDim / 16;
-  uint32_t full[2][kSteps][4];
-  uint32_t half[2][2];  // the last eight channels, when kHeadDim is not a multiple of 16
-
-  template <int kRowBytes>
-  __device__ __forceinline__ void load(uint32_t rows) {
-    unrolled<2>([&](auto m) {
-      unrolled<kSteps>([&](auto k) { load_matrix_x4<m * 16 * kRowBytes + k * 32>(full[m][k], rows); });
-      if constexpr (kHeadDim % 16 != 0) load_matrix_x2<m * 16 * kRowBytes + kSteps * 32>(half[m], rows);
-    });
-  }
-};
-
-// The state of one warp: 32 queries.
+// The state of one warp: 32 queries, as two blocks of 16 rows. Layout of rows and columns over lanes: products.cuh.
 template <typename T, int kHeadDim>
 struct ForwardWarp {
   using Config = ForwardConfig<kHeadDim>;
   static constexpr int kRowBytes = Config::kRowBytes;
   static constexpr float kLimit = 4096.f;  // fits float16 with room to spare
 
-  float accumulator[2][kHeadDim / 8][4];  // [16-row block][8-channel block]: rows lane / 4, + 8; channels 2 (lane % 4), + 1
-  float reference[2][2];                  // [16-row block][row lane / 4, + 8], in units of log2
-  float total[2][2];                      // this lane's part of the row sums
-  QueryFragments<Config::kQueriesInRegisters ? kHeadDim : 16> queries;
-  uint32_t query_rows;   // this lane's ldmatrix address in the query tile
-  uint32_t key_lane;     // its offset in a key tile, for K as [keys, channels]
-  uint32_t value_lane;   // and in a value tile, read transposed
+  Accumulator<2, kHeadDim / 8> accumulator;
+  float reference[2][2];  // [block][row lane / 4, + 8], in units of log2
+  float total[2][2];      // this lane's part of the row sums
+  RowOperand<kHeadDim, 2, Config::kQueriesInRegisters> queries;
   float scale_log2;
 
-  __device__ ForwardWarp(uint32_t query_tile, float scale) : scale_log2(scale * kLog2E) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, matrix = lane / 8, row = lane % 8;
-    query_rows = query_tile + (warp * 32 + (matrix & 1) * 8 + row) * kRowBytes + (matrix >> 1) * 16;
-    key_lane = ((matrix >> 1) * 8 + row) * kRowBytes + (matrix & 1) * 16;
-    value_lane = ((matrix & 1) * 8 + row) * kRowBytes + (matrix >> 1) * 16;
+  __device__ ForwardWarp(uint32_t query_rows, float scale) : queries(query_rows), scale_log2(scale * kLog2E) {
+    fill<2, kHeadDim / 8>(accumulator, 0.f);
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
-#pragma unroll
-      for (int n = 0; n < kHeadDim / 8; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) accumulator[m][n][i] = 0.f;
-      }
 #pragma unroll
       for (int i = 0; i < 2; ++i) reference[m][i] = -kInfinity, total[m][i] = 0.f;
     }
   }
 
-  // s = Q K^T for kKeys keys whose rows start at `keys`.
-  template <int kKeys>
-  __device__ __forceinline__ void scores(float (&s)[2][kKeys / 8][4], uint32_t keys) {
-    unrolled<kHeadDim / 16>([&](auto k) {
-      if constexpr (!Config::kQueriesInRegisters) {
-        unrolled<2>([&](auto m) { load_matrix_x4<m * 16 * kRowBytes + k * 32>(queries.full[m][0], query_rows); });
-      }
-      constexpr int kHeld = Config::kQueriesInRegisters ? k : 0;
-      unrolled<kKeys / 16>([&](auto n) {
-        uint32_t b[4];
-        load_matrix_x4<n * 16 * kRowBytes + k * 32>(b, keys + key_lane);
-#pragma unroll
-        for (int m = 0; m < 2; ++m) {
-          const uint32_t(&a)[4] = queries.full[m][kHeld];
-          if constexpr (k == 0) {
-            mma_k16_first<T>(s[m][2 * n], a[0], a[1], a[2], a[3], b[0], b[1]);
-            mma_k16_first<T>(s[m][2 * n + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
-          } else {
-            mma_k16<T>(s[m][2 * n], a[0], a[1], a[2], a[3], b[0], b[1]);
-            mma_k16<T>(s[m][2 * n + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
-          }
-        }
-      });
-    });
-    if constexpr (kHeadDim % 16 != 0) {
-      unrolled<kKeys / 16>([&](auto n) {
-        uint32_t b[2];
-        load_matrix_x2<n * 16 * kRowBytes + kHeadDim / 16 * 32>(b, keys + tail_lane());
-#pragma unroll
-        for (int m = 0; m < 2; ++m) {
-          mma_k8<T>(s[m][2 * n], queries.half[m][0], queries.half[m][1], b[0]);
-          mma_k8<T>(s[m][2 * n + 1], queries.half[m][0], queries.half[m][1], b[1]);
-        }
-      });
-    }
-  }
-
-  __device__ __forceinline__ void load_queries() { queries.template load<kRowBytes>(query_rows); }
-
-  // Row of this lane in a two-matrix ldmatrix of 16 rows.
-  __device__ __forceinline__ uint32_t tail_lane() const { return threadIdx.x % 16 * kRowBytes; }
-
   // Take the rows' maximum into account: move the reference up, scale what was accumulated down.
   template <int kKeys>
-  __device__ __forceinline__ void raise_reference(const float (&s)[2][kKeys / 8][4]) {
+  __device__ __forceinline__ void raise_reference(const Accumulator<2, kKeys / 8>& s) {
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
 #pragma unroll
@@ -168,7 +96,7 @@ struct ForwardWarp {
 
   // s -> P in place; returns the largest of this lane's row sums and adds them to sums.
   template <int kKeys>
-  __device__ __forceinline__ float exponentials(float (&s)[2][kKeys / 8][4], float (&sums)[2][2]) {
+  __device__ __forceinline__ float exponentials(Accumulator<2, kKeys / 8>& s, float (&sums)[2][2]) {
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
 #pragma unroll
@@ -189,51 +117,14 @@ struct ForwardWarp {
     return fmaxf(fmaxf(sums[0][0], sums[0][1]), fmaxf(sums[1][0], sums[1][1]));
   }
 
-  // accumulator += P V
-  template <int kKeys>
-  __device__ __forceinline__ void accumulate(const float (&p)[2][kKeys / 8][4], uint32_t values) {
-    unrolled<kKeys / 16>([&](auto k) {
-      uint32_t a[2][4];
-#pragma unroll
-      for (int m = 0; m < 2; ++m) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) a[m][i] = pack<T>(p[m][2 * k + i / 2][i % 2 * 2], p[m][2 * k + i / 2][i % 2 * 2 + 1]);
-      }
-      unrolled<kHeadDim / 16>([&](auto n) {
-        uint32_t b[4];
-        load_matrix_x4_transposed<k * 16 * kRowBytes + n * 32>(b, values + value_lane);
-#pragma unroll
-        for (int m = 0; m < 2; ++m) {
-          mma_k16<T>(accumulator[m][2 * n], a[m][0], a[m][1], a[m][2], a[m][3], b[0], b[1]);
-          mma_k16<T>(accumulator[m][2 * n + 1], a[m][0], a[m][1], a[m][2], a[m][3], b[2], b[3]);
-        }
-      });
-      if constexpr (kHeadDim % 16 != 0) {
-        uint32_t b[2];
-        load_matrix_x2_transposed<k * 16 * kRowBytes + kHeadDim / 16 * 32>(b, values + tail_lane());
-#pragma unroll
-        for (int m = 0; m < 2; ++m) {
-          mma_k16<T>(accumulator[m][kHeadDim / 8 - 1], a[m][0], a[m][1], a[m][2], a[m][3], b[0], b[1]);
-        }
-      }
-    });
-  }
-
   // One step over kKeys keys, of which the first `exist` count when kMasked. exact: take the maximum first.
   template <int kKeys, bool kMasked>
   __device__ __forceinline__ void step(uint32_t keys, uint32_t values, bool exact, int exist) {
-    float s[2][kKeys / 8][4], sums[2][2];
+    Accumulator<2, kKeys / 8> s;
+    float sums[2][2];
     while (true) {
-      scores<kKeys>(s, keys);
-      if constexpr (kMasked) {
-#pragma unroll
-        for (int n = 0; n < kKeys / 8; ++n) {
-#pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            if (n * 8 + threadIdx.x % 4 * 2 + j >= exist) s[0][n][j] = s[0][n][2 + j] = s[1][n][j] = s[1][n][2 + j] = -kInfinity;
-          }
-        }
-      }
+      multiply_transposed<T, kHeadDim, 2, Config::kQueriesInRegisters, kKeys / 8>(s, queries, keys);
+      if constexpr (kMasked) mask_columns<2, kKeys / 8>(s, exist);
       if (exact) raise_reference<kKeys>(s);
       const float largest = exponentials<kKeys>(s, sums);
       if (exact || __all_sync(0xffffffffu, !(largest > kLimit))) break;
@@ -244,7 +135,7 @@ struct ForwardWarp {
 #pragma unroll
       for (int i = 0; i < 2; ++i) total[m][i] += sums[m][i];
     }
-    accumulate<kKeys>(s, values);
+    multiply_add<T, kHeadDim, 2, kKeys / 8>(accumulator, s, values);
   }
 
   // Divide by the row sums, write out and lse of the rows that exist. `own_rows`: this warp's 32 rows of the query tile,
@@ -288,7 +179,7 @@ template <typename T, int kHeadDim>
 __device__ __forceinline__ void load_queries(const ForwardParams& params, char* shared, const Tile& tile, int head) {
   using Config = ForwardConfig<kHeadDim>;
   const int chunks = params.head_dim / 8;
-  for_each_in_rows<Config::kThreads>(Config::kQueries, Config::kChunks, [&](int row, int chunk) {
+  for_each_in_rows(threadIdx.x, Config::kThreads, Config::kQueries, Config::kChunks, [&](int row, int chunk) {
     if (row >= tile.rows || chunk >= chunks) {
       *reinterpret_cast<uint4*>(shared + row * Config::kRowBytes + chunk * 16) = uint4{0, 0, 0, 0};
     } else if (params.tables.cos == nullptr) {
@@ -331,14 +222,14 @@ __device__ __forceinline__ void attention_forward(const ForwardParams& params) {
   fetch(ring);
   load_queries<T, kHeadDim>(params, shared, tile, head);
 
-  ForwardWarp<T, kHeadDim> warp(shared_address(shared), params.scale);
   const int first = threadIdx.x / 32 * 32;  // this warp's first row in the tile
+  ForwardWarp<T, kHeadDim> warp(shared_address(shared) + first * Config::kRowBytes, params.scale);
   const bool idle = first >= tile.rows;     // still copies and meets the others at the barriers
   uint32_t stage = ring;
   for (int start = 0; start < tile.other_rows; start += Config::kKeys) {
     copy_async_wait<0>();
     __syncthreads();  // the tile has come; everyone is done with the other buffer
-    if (start == 0 && Config::kQueriesInRegisters) warp.load_queries();
+    if (start == 0) warp.queries.hold();
     const uint32_t other = ring + ring + Config::kStageBytes - stage;
     fetch(other);
     if (!idle) {

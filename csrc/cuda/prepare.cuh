@@ -24,9 +24,27 @@ struct RotateJob {
   int tokens, heads;
 };
 
+// What backward needs to know about every query row.
+struct __align__(8) RowStats {
+  float lse_log2;  // log2 of the softmax denominator
+  float delta;     // sum_d dout out - dlse: dS = P (dP - delta)
+};
+
+struct StatsJob {
+  const uint16_t* out;       // [T, Hq, D] contiguous
+  const uint16_t* grad_out;  // [T, Hq, D]
+  const float* lse;          // [Hq, T]
+  const float* grad_lse;     // [Hq, T], or null
+  RowStats* stats;           // [Hq, T]
+  const int32_t* cu_seqlens;
+  int64_t stride_token, stride_head;  // of grad_out
+  int tokens, heads;
+};
+
 struct PrepareParams {
   ListJob lists[2];
   RotateJob rotations[2];
+  StatsJob stats;
   int num_lists, num_rotations;
   int sequences, head_dim;
 };
@@ -34,7 +52,10 @@ struct PrepareParams {
 constexpr int kPrepareThreads = 256;
 constexpr int kPrepareRows = 128;  // rows per block
 
-inline int rotate_blocks(const RotateJob& job) { return (job.tokens + kPrepareRows - 1) / kPrepareRows * job.heads; }
+// Blocks that a job over all rows of all heads takes.
+__host__ __device__ inline int row_blocks(int tokens, int heads) {
+  return (tokens + kPrepareRows - 1) / kPrepareRows * heads;
+}
 
 template <typename T>
 __device__ void rotate_block(const RotateJob& job, int block, int sequences, int head_dim) {
@@ -52,7 +73,40 @@ __device__ void rotate_block(const RotateJob& job, int block, int sequences, int
   });
 }
 
-// Grid: num_lists blocks, then rotate_blocks of every rotation.
+template <typename T>
+__device__ void stats_block(const StatsJob& job, int block, int sequences, int head_dim) {
+  constexpr int kLanes = 8;  // per row
+  const int blocks_per_head = (job.tokens + kPrepareRows - 1) / kPrepareRows;
+  const int head = block / blocks_per_head, first = (block - head * blocks_per_head) * kPrepareRows;
+  const int end = min(first + kPrepareRows, job.cu_seqlens[sequences]), lane = threadIdx.x % kLanes;
+  for (int i = 0; i < kPrepareRows; i += kPrepareThreads / kLanes) {
+    const int token = first + i + threadIdx.x / kLanes;
+    float delta = 0.f;
+    if (token < end) {
+      const uint16_t* out = job.out + (static_cast<int64_t>(token) * job.heads + head) * head_dim;
+      const uint16_t* grad_out = job.grad_out + token * job.stride_token + head * job.stride_head;
+      for (int c = lane * 8; c < head_dim; c += kLanes * 8) {
+        const Packed<8> o = *reinterpret_cast<const Packed<8>*>(out + c), g = *reinterpret_cast<const Packed<8>*>(grad_out + c);
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+          float o0, o1, g0, g1;
+          unpack<T>(o.word[w], o0, o1);
+          unpack<T>(g.word[w], g0, g1);
+          delta += o0 * g0 + o1 * g1;
+        }
+      }
+    }
+#pragma unroll
+    for (int step = 1; step < kLanes; step *= 2) delta += __shfl_xor_sync(0xffffffffu, delta, step);
+    if (lane == 0 && token < end) {
+      const int64_t at = static_cast<int64_t>(head) * job.tokens + token;
+      if (job.grad_lse != nullptr) delta -= job.grad_lse[at];
+      job.stats[at] = RowStats{job.lse[at] * kLog2E, delta};
+    }
+  }
+}
+
+// Grid: num_lists blocks, then row_blocks of every rotation, then of the stats (backward only).
 template <typename T>
 __device__ __forceinline__ void prepare(const PrepareParams& params) {
   int block = blockIdx.x;
@@ -62,10 +116,13 @@ __device__ __forceinline__ void prepare(const PrepareParams& params) {
     return;
   }
   block -= params.num_lists;
-  int which = 0;
-  const int blocks = (params.rotations[0].tokens + kPrepareRows - 1) / kPrepareRows * params.rotations[0].heads;
-  if (block >= blocks) block -= blocks, which = 1;
-  rotate_block<T>(params.rotations[which], block, params.sequences, params.head_dim);
+  for (int which = 0; which < params.num_rotations; ++which) {
+    const RotateJob& job = params.rotations[which];
+    const int blocks = row_blocks(job.tokens, job.heads);
+    if (block < blocks) return rotate_block<T>(job, block, params.sequences, params.head_dim);
+    block -= blocks;
+  }
+  stats_block<T>(params.stats, block, params.sequences, params.head_dim);
 }
 
 }  // namespace comp_kernels

@@ -133,12 +133,12 @@ __device__ __forceinline__ void rotate_unit(To to, const uint16_t* from, const f
   }
 }
 
-// Call visit(row, item) for all rows and items 0..items-1 of each row, spread over the kThreads threads of a block.
-template <int kThreads, typename Visit>
-__device__ __forceinline__ void for_each_in_rows(int rows, int items, Visit visit) {
+// Call visit(row, item) for all rows and items 0..items-1 of each row, spread over `threads` threads.
+template <typename Visit>
+__device__ __forceinline__ void for_each_in_rows(int thread, int threads, int rows, int items, Visit visit) {
   if (items == 0) return;
-  const int row_step = kThreads / items, item_step = kThreads - row_step * items;  // no division inside the loop
-  int row = threadIdx.x / items, item = threadIdx.x - row * items;
+  const int row_step = threads / items, item_step = threads - row_step * items;  // no division inside the loop
+  int row = thread / items, item = thread - row * items;
   while (row < rows) {
     visit(row, item);
     row += row_step;
@@ -151,12 +151,12 @@ __device__ __forceinline__ void for_each_in_rows(int rows, int items, Visit visi
 // unless the row is to be left out; the channels that do not turn are copied.
 template <typename T, Pairing kPairing, int kThreads, typename WithRow>
 __device__ __forceinline__ void rotate_rows_as(int rows, int head_dim, const Tables& tables, WithRow with_row) {
-  for_each_in_rows<kThreads>(rows, tables.rotary_dim / kUnitChannels<kPairing>, [&](int row, int unit) {
+  for_each_in_rows(threadIdx.x, kThreads, rows, tables.rotary_dim / kUnitChannels<kPairing>, [&](int row, int unit) {
     with_row(row, [&](auto to, const uint16_t* from, const float* cos, const float* sin) {
       rotate_unit<T, kPairing>(to, from, cos, sin, tables, unit);
     });
   });
-  for_each_in_rows<kThreads>(rows, (head_dim - tables.rotary_dim) / 2, [&](int row, int word) {
+  for_each_in_rows(threadIdx.x, kThreads, rows, (head_dim - tables.rotary_dim) / 2, [&](int row, int word) {
     with_row(row, [&](auto to, const uint16_t* from, const float*, const float*) {
       const int channel = tables.rotary_dim + 2 * word;
       *reinterpret_cast<uint32_t*>(to(channel)) = *reinterpret_cast<const uint32_t*>(from + channel);

@@ -1,0 +1,220 @@
+// rope_attention backward for sm_80 and later, without atomics: one kernel per output side, each output row is owned by one
+// warp, so results are equal from run to run.
+//
+//     P = exp2(S scale log2 e - lse)    dP = dO V^T    dS = P (dP - delta)    dQ = scale dS K    dK = scale dS^T Q    dV = P^T dO
+//
+// Both kernels are one template. A warp owns *rows* (queries, or keys) and streams the *columns* of the other side:
+//
+//     rows       kept         streamed      first products              then
+//     queries    Q, dO        K, V          S = Q K^T, dP = dO V^T      dQ += dS K
+//     keys       K, V         Q, dO         S = K Q^T, dP = V dO^T      dK += dS Q, dV += P dO
+//
+// P and dS never leave registers: the accumulator of the first product has the layout of the left operand of the second.
+// That costs seven products where a single kernel with atomics needs five, and buys determinism without a float32 copy of dQ
+// in global memory. Q and K were turned by the prepare kernel; the gradients are turned back (transposed) on the way out.
+#pragma once
+
+#include "prepare.cuh"
+#include "products.cuh"
+#include "rotate_gradient.cuh"
+#include "tile_copy.cuh"
+
+namespace comp_kernels {
+
+// A packed tensor as the streaming side reads it.
+struct Operand {
+  const uint16_t* data;  // [tokens, heads, head_dim]
+  int64_t stride_token, stride_head;
+};
+
+struct BackwardParams {
+  Operand q, k, v, grad_out;  // q and k turned
+  const RowStats* stats;      // [Hq, T]
+  const Tile* tiles;          // of the side that owns the rows
+  GradientParams first;       // dQ, or dK
+  GradientParams second;      // dV when keys own the rows
+  int num_tokens;             // T
+  int heads_per_key_head;
+  int head_dim;
+  float scale;
+};
+
+template <int kHeadDimension, bool kKeyRowsOwn>
+struct BackwardConfig {
+  static constexpr int kHeadDim = kHeadDimension;
+  static constexpr bool kKeyRows = kKeyRowsOwn;
+  static constexpr int kThreads = 128;
+  static constexpr int kBlocks = kHeadDim <= 80 ? 2 : 1;  // of 16 rows per warp; registers decide
+  static constexpr int kWarpRows = 16 * kBlocks;
+  static constexpr int kRows = kThreads / 32 * kWarpRows;
+  static constexpr int kColumns = kKeyRows && kHeadDim == 80 ? 16 : 32;  // per tile
+  static constexpr bool kRowsHeld = !kKeyRows && kHeadDim <= 64;         // in registers
+  static constexpr int kRowBytes = kPaddedRowBytes<kHeadDim>;
+  static constexpr int kRowsBytes = kRows * kRowBytes;
+  static constexpr int kTileBytes = kColumns * kRowBytes;
+  static constexpr int kStatsBytes = kKeyRows ? kColumns * 8 : 0;
+  static constexpr int kStageBytes = 2 * kTileBytes + kStatsBytes;
+  static constexpr int kStagingFloats = kHeadDim + 4;  // a row of gradients on the way out
+  static constexpr int kStagingBytes = kRows * kStagingFloats * 4;
+  static constexpr int kUsedBytes = 2 * kRowsBytes + 2 * kStageBytes;
+  static constexpr int kSharedBytes = kUsedBytes > kStagingBytes ? kUsedBytes : kStagingBytes;
+};
+
+// Scaled gradients of one warp's rows: registers -> its own part of shared memory -> turned back -> global.
+template <typename T, typename Config>
+__device__ __forceinline__ void write_gradient(const GradientParams& params,
+                                               const Accumulator<Config::kBlocks, Config::kHeadDim / 8>& gradient, float scale,
+                                               float* staging, int rows, int64_t token, int head, int head_dim) {
+  const int lane = threadIdx.x % 32;
+  __syncwarp();
+#pragma unroll
+  for (int m = 0; m < Config::kBlocks; ++m) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float* row = staging + (m * 16 + i * 8 + lane / 4) * Config::kStagingFloats + lane % 4 * 2;
+#pragma unroll
+      for (int n = 0; n < Config::kHeadDim / 8; ++n) {
+        *reinterpret_cast<float2*>(row + n * 8) = float2{gradient[m][n][2 * i] * scale, gradient[m][n][2 * i + 1] * scale};
+      }
+    }
+  }
+  __syncwarp();
+  rotate_gradient_rows<T>(params, staging, Config::kStagingFloats, rows, token, head, head_dim);
+}
+
+template <typename T, int kHeadDim, bool kKeyRows>
+__device__ __forceinline__ void attention_backward(const BackwardParams& params) {
+  using Config = BackwardConfig<kHeadDim, kKeyRows>;
+  constexpr int kBlocks = Config::kBlocks, kChunks = kHeadDim / 8, kColumns = Config::kColumns;
+  extern __shared__ __align__(16) char shared[];
+  const Tile tile = params.tiles[blockIdx.x];
+  if (tile.rows == 0) return;
+  const int row_head = blockIdx.y;
+  if (tile.other_rows == 0) {
+    zero_gradient_rows<Config::kThreads>(params.first, tile.rows, tile.row, row_head, params.head_dim);
+    if (kKeyRows) zero_gradient_rows<Config::kThreads>(params.second, tile.rows, tile.row, row_head, params.head_dim);
+    return;
+  }
+
+  const int group = params.heads_per_key_head;
+  const Operand& rows_one = kKeyRows ? params.k : params.q;
+  const Operand& rows_two = kKeyRows ? params.v : params.grad_out;
+  const Operand& columns_one = kKeyRows ? params.q : params.k;
+  const Operand& columns_two = kKeyRows ? params.grad_out : params.v;
+  const int column_head = kKeyRows ? row_head * group : row_head / group;
+  const int column_heads = kKeyRows ? group : 1;  // grouped queries: a key head sums over its query heads
+
+  const uint32_t base = shared_address(shared), ring = base + 2 * Config::kRowsBytes;
+  auto at = [](const Operand& x, int token, int head) { return x.data + token * x.stride_token + head * x.stride_head; };
+  {
+    using RowCopy = TileCopy<Config::kRows, kChunks, Config::kRowBytes, Config::kThreads>;
+    RowCopy(at(rows_one, tile.row, row_head), rows_one.stride_token, params.head_dim).next(base, tile.rows);
+    RowCopy(at(rows_two, tile.row, row_head), rows_two.stride_token, params.head_dim)
+        .next(base + Config::kRowsBytes, tile.rows);
+  }
+
+  const int lane = threadIdx.x % 32, own = threadIdx.x / 32 * Config::kWarpRows;  // this warp's first row in the tile
+  const bool idle = own >= tile.rows;
+  RowOperand<kHeadDim, kBlocks, Config::kRowsHeld> one(base + own * Config::kRowBytes);
+  RowOperand<kHeadDim, kBlocks, Config::kRowsHeld> two(base + Config::kRowsBytes + own * Config::kRowBytes);
+  Accumulator<kBlocks, kHeadDim / 8> first, second;  // second: dV, unused when queries own the rows
+  fill<kBlocks, kHeadDim / 8>(first, 0.f);
+  fill<kBlocks, kHeadDim / 8>(second, 0.f);
+  const float scale_log2 = params.scale * kLog2E;
+
+  RowStats row_stats[kBlocks][2] = {};  // queries own the rows: theirs
+  if constexpr (!kKeyRows) {
+#pragma unroll
+    for (int m = 0; m < kBlocks; ++m) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = own + m * 16 + i * 8 + lane / 4;
+        if (row < tile.rows) {
+          row_stats[m][i] = params.stats[static_cast<int64_t>(row_head) * params.num_tokens + tile.row + row];
+        }
+      }
+    }
+  }
+
+  // One step over 8 * kCount columns; `exist` of them count when kMasked.
+  auto step = [&](auto count, auto masked, uint32_t tile_one, uint32_t tile_two, const RowStats* column_stats, int exist) {
+    constexpr int kCount = count;
+    Accumulator<kBlocks, kCount> p, ds;
+    multiply_transposed<T, kHeadDim, kBlocks, Config::kRowsHeld, kCount>(p, one, tile_one);
+    multiply_transposed<T, kHeadDim, kBlocks, Config::kRowsHeld, kCount>(ds, two, tile_two);
+    if constexpr (masked) mask_columns<kBlocks, kCount>(p, exist);
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) {
+      RowStats pair[2];
+      if constexpr (kKeyRows) {
+        const float4 both = *reinterpret_cast<const float4*>(column_stats + n * 8 + lane % 4 * 2);
+        pair[0] = RowStats{both.x, both.y}, pair[1] = RowStats{both.z, both.w};
+      }
+#pragma unroll
+      for (int m = 0; m < kBlocks; ++m) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const RowStats stats = kKeyRows ? pair[i % 2] : row_stats[m][i / 2];
+          p[m][n][i] = exp2_approx(fmaf(p[m][n][i], scale_log2, -stats.lse_log2));
+          ds[m][n][i] = p[m][n][i] * (ds[m][n][i] - stats.delta);
+        }
+      }
+    }
+    if constexpr (kKeyRows) multiply_add<T, kHeadDim, kBlocks, kCount>(second, p, tile_two);
+    multiply_add<T, kHeadDim, kBlocks, kCount>(first, ds, tile_one);
+  };
+
+  for (int h = column_head; h < column_head + column_heads; ++h) {
+    using ColumnCopy = TileCopy<kColumns, kChunks, Config::kRowBytes, Config::kThreads>;
+    ColumnCopy copy_one(at(columns_one, tile.other_start, h), columns_one.stride_token, params.head_dim);
+    ColumnCopy copy_two(at(columns_two, tile.other_start, h), columns_two.stride_token, params.head_dim);
+    const RowStats* stats = params.stats + static_cast<int64_t>(h) * params.num_tokens + tile.other_start + threadIdx.x;
+    int ahead = tile.other_rows;
+    auto fetch = [&](uint32_t stage) {
+      copy_one.next(stage, ahead);
+      copy_two.next(stage + Config::kTileBytes, ahead);
+      if (kKeyRows && ahead > 0 && threadIdx.x < kColumns) {
+        const bool exists = static_cast<int>(threadIdx.x) < ahead;
+        copy_async_8(stage + 2 * Config::kTileBytes + threadIdx.x * 8, exists ? stats : params.stats, exists ? 8 : 0);
+        stats += kColumns;
+      }
+      copy_async_commit();
+      ahead -= kColumns;
+    };
+    uint32_t stage = ring;
+    if (h > column_head) __syncthreads();  // everyone is done with the last head's tiles
+    fetch(stage);
+    for (int start = 0; start < tile.other_rows; start += kColumns) {
+      copy_async_wait<0>();
+      __syncthreads();  // the tile has come; everyone is done with the other buffer
+      if (h == column_head && start == 0) one.hold(), two.hold();
+      const uint32_t other = ring + ring + Config::kStageBytes - stage;
+      fetch(other);
+      if (!idle) {
+        const int exist = tile.other_rows - start;
+        const RowStats* column_stats = reinterpret_cast<const RowStats*>(shared + (stage - base) + 2 * Config::kTileBytes);
+        if (exist >= kColumns) {
+          step(Constant<kColumns / 8>{}, Constant<0>{}, stage, stage + Config::kTileBytes, column_stats, exist);
+        } else {
+          for (int from = 0; from < exist; from += 16) {
+            step(Constant<2>{}, Constant<1>{}, stage + from * Config::kRowBytes,
+                 stage + Config::kTileBytes + from * Config::kRowBytes, column_stats + from, exist - from);
+          }
+        }
+      }
+      stage = other;
+    }
+    copy_async_wait<0>();
+  }
+
+  __syncthreads();  // the staging area overlaps all buffers
+  if (idle) return;
+  float* staging = reinterpret_cast<float*>(shared) + own * Config::kStagingFloats;
+  const int rows = min(Config::kWarpRows, tile.rows - own);
+  write_gradient<T, Config>(params.first, first, params.scale, staging, rows, tile.row + own, row_head, params.head_dim);
+  if constexpr (kKeyRows) {
+    write_gradient<T, Config>(params.second, second, 1.f, staging, rows, tile.row + own, row_head, params.head_dim);
+  }
+}
+
+}  // namespace comp_kernels

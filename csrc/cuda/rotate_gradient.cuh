@@ -1,0 +1,113 @@
+// Gradients through the rotary rule, from rows of float32 in shared memory: the true transpose for x, products for the tables.
+//
+//     y1 = x1 c1 - x2 s1    y2 = x2 c2 + x1 s2
+//     dx1 = dy1 c1 + dy2 s2    dx2 = dy2 c2 - dy1 s1    dc1 = dy1 x1    dc2 = dy2 x2    ds1 = -dy1 x2    ds2 = dy2 x1
+#pragma once
+
+#include "rotate.cuh"
+
+namespace comp_kernels {
+
+// Where the gradients of one packed tensor go.
+struct GradientParams {
+  uint16_t* dx;       // [tokens, heads, head_dim] contiguous
+  const uint16_t* x;  // the tensor itself, needed for the gradients of the tables
+  int64_t x_stride_token, x_stride_head;
+  Tables tables;  // cos == nullptr: x was not turned
+  float* dcos;    // [tokens, heads, width] contiguous; null: not wanted
+  float* dsin;
+  int heads;
+};
+
+// kVec pairs: channels first.. and first + pair_stride.. of one row.
+template <typename T, int kVec>
+__device__ __forceinline__ void rotate_gradient_unit(const GradientParams& params, const float* dy, int64_t token, int head,
+                                                     int unit, int head_dim) {
+  const Tables& tables = params.tables;
+  const int stride = tables.pair_stride;
+  const bool half_width = tables.width != tables.rotary_dim;
+  const int block = 2 * stride == tables.rotary_dim ? 0 : unit * kVec / stride;
+  const int first = unit * kVec + block * stride;
+  const int table_first = half_width ? unit * kVec : first;
+  const int table_second = half_width ? table_first : first + stride;
+  const int64_t table_row = token * tables.token_stride + head * tables.head_stride;
+  const int64_t row = token * params.heads + head;
+
+  float dx1[kVec], dx2[kVec];
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) {
+    const float dy1 = dy[first + i], dy2 = dy[first + stride + i];
+    const float c1 = __ldg(tables.cos + table_row + table_first + i), s1 = __ldg(tables.sin + table_row + table_first + i);
+    const float c2 = __ldg(tables.cos + table_row + table_second + i), s2 = __ldg(tables.sin + table_row + table_second + i);
+    dx1[i] = dy1 * c1 + dy2 * s2;
+    dx2[i] = dy2 * c2 - dy1 * s1;
+    if (params.dcos == nullptr) continue;
+    const uint16_t* x = params.x + token * params.x_stride_token + head * params.x_stride_head;
+    const float x1 = to_float<T>(x[first + i]), x2 = to_float<T>(x[first + stride + i]);
+    float* dcos = params.dcos + row * tables.width;
+    float* dsin = params.dsin + row * tables.width;
+    if (half_width) {
+      dcos[table_first + i] = dy1 * x1 + dy2 * x2;
+      dsin[table_first + i] = dy2 * x1 - dy1 * x2;
+    } else {
+      dcos[table_first + i] = dy1 * x1;
+      dcos[table_second + i] = dy2 * x2;
+      dsin[table_first + i] = -dy1 * x2;
+      dsin[table_second + i] = dy2 * x1;
+    }
+  }
+
+  uint16_t* dx = params.dx + row * head_dim;
+  if constexpr (kVec == 1) {
+    const uint32_t packed = pack<T>(dx1[0], dx2[0]);
+    dx[first] = static_cast<uint16_t>(packed);
+    dx[first + stride] = static_cast<uint16_t>(packed >> 16);
+  } else {
+    Packed<kVec> a, b;
+#pragma unroll
+    for (int i = 0; i < kVec / 2; ++i) {
+      a.word[i] = pack<T>(dx1[2 * i], dx1[2 * i + 1]);
+      b.word[i] = pack<T>(dx2[2 * i], dx2[2 * i + 1]);
+    }
+    *reinterpret_cast<Packed<kVec>*>(dx + first) = a;
+    *reinterpret_cast<Packed<kVec>*>(dx + first + stride) = b;
+  }
+}
+
+// One warp writes the gradients of `rows` tokens from `token` on; dy [rows, head_dim] lies in shared memory, row_floats apart.
+template <typename T>
+__device__ void rotate_gradient_rows(const GradientParams& params, const float* dy, int row_floats, int rows, int64_t token,
+                                     int head, int head_dim) {
+  const bool turned = params.tables.cos != nullptr;
+  const int rotary_dim = turned ? params.tables.rotary_dim : 0;
+  if (turned && params.tables.pair_stride % 4 == 0) {
+    for_each_in_rows(threadIdx.x % 32, 32, rows, rotary_dim / 8, [&](int row, int unit) {
+      rotate_gradient_unit<T, 4>(params, dy + row * row_floats, token + row, head, unit, head_dim);
+    });
+  } else if (turned) {
+    for_each_in_rows(threadIdx.x % 32, 32, rows, rotary_dim / 2, [&](int row, int unit) {
+      rotate_gradient_unit<T, 1>(params, dy + row * row_floats, token + row, head, unit, head_dim);
+    });
+  }
+  for_each_in_rows(threadIdx.x % 32, 32, rows, (head_dim - rotary_dim) / 2, [&](int row, int word) {
+    const int channel = rotary_dim + 2 * word;
+    const float* from = dy + row * row_floats + channel;
+    *reinterpret_cast<uint32_t*>(params.dx + ((token + row) * params.heads + head) * head_dim + channel) =
+        pack<T>(from[0], from[1]);
+  });
+}
+
+// Rows that took part in nothing: zeros, without reading what may lie in their x and tables.
+template <int kThreads>
+__device__ void zero_gradient_rows(const GradientParams& params, int rows, int64_t token, int head, int head_dim) {
+  for_each_in_rows(threadIdx.x, kThreads, rows, head_dim / 2, [&](int row, int word) {
+    reinterpret_cast<uint32_t*>(params.dx + ((token + row) * params.heads + head) * head_dim)[word] = 0;
+  });
+  if (params.dcos == nullptr) return;
+  for_each_in_rows(threadIdx.x, kThreads, rows, params.tables.width, [&](int row, int i) {
+    const int64_t at = ((token + row) * params.heads + head) * params.tables.width + i;
+    params.dcos[at] = params.dsin[at] = 0.f;
+  });
+}
+
+}  // namespace comp_kernels
