@@ -68,6 +68,41 @@ def cpu_unavailable_reason() -> str | None:
     return str(library) if isinstance(library, Unavailable) else None
 
 
+@functools.cache
+def _cuda() -> ctypes.CDLL | Unavailable:
+    try:
+        return load("cuda")
+    except Unavailable as error:
+        return error
+
+
+def cuda() -> ctypes.CDLL:
+    """The CUDA library; it loads without a driver, launching needs one. Raises Unavailable."""
+    library = _cuda()
+    if isinstance(library, Unavailable):
+        raise library
+    return library
+
+
+def cuda_unavailable_reason(device: torch.device) -> str | None:
+    """Why the CUDA library cannot run on `device`, or None."""
+    if device.type != "cuda":
+        return f"the cuda backend needs tensors on a CUDA device, not on {device}"
+    if torch.version.hip is not None:
+        return "the cuda backend needs an NVIDIA device, this torch is built for ROCm"
+    if isinstance(_cuda(), Unavailable):
+        return str(_cuda())
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else f"compute capability 8.0 or later is needed, {device} has {major}.{minor}"
+
+
+def stream(device: torch.device) -> int:
+    """The cudaStream_t that torch uses on `device`; 0 (the default stream) for the CPU, where only emulators launch."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
 def torch_thread_pool() -> tuple[int | None, int | None]:
     """Addresses of torch_parallel_for and torch_get_num_threads in libtorch_cpu; (None, None) where it does not export them."""
     suffix = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
@@ -84,8 +119,8 @@ def pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def call(function: Callable, params: ctypes.Structure) -> None:
-    """Call `function(&params)`, which returns null or a message; raises RuntimeError with the message."""
-    message = function(ctypes.byref(params))
+def call(function: Callable, *args) -> None:
+    """Call a C function that returns null or a message; raises RuntimeError with the message."""
+    message = function(*args)
     if message is not None:
         raise RuntimeError(message.decode())

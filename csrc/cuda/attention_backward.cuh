@@ -16,6 +16,7 @@
 
 #include "prepare.cuh"
 #include "products.cuh"
+#include "rope_attention.h"
 #include "rotate_gradient.cuh"
 #include "tile_copy.cuh"
 
@@ -47,7 +48,7 @@ struct BackwardConfig {
   static constexpr int kBlocks = kHeadDim <= 80 ? 2 : 1;  // of 16 rows per warp; registers decide
   static constexpr int kWarpRows = 16 * kBlocks;
   static constexpr int kRows = kThreads / 32 * kWarpRows;
-  static constexpr int kColumns = kKeyRows && kHeadDim == 80 ? 16 : 32;  // per tile
+  static constexpr int kColumns = kKeyRows && kBlocks == 2 && kHeadDim > 64 ? 16 : 32;  // per tile
   static constexpr bool kRowsHeld = !kKeyRows && kHeadDim <= 64;         // in registers
   static constexpr int kRowBytes = kPaddedRowBytes<kHeadDim>;
   static constexpr int kRowsBytes = kRows * kRowBytes;
@@ -218,3 +219,19 @@ __device__ __forceinline__ void attention_backward(const BackwardParams& params)
 }
 
 }  // namespace comp_kernels
+
+#define INSTANTIATE_BACKWARD_OF(T, kHeadDim, kKeyRows, rows)                                                               \
+  extern "C" __global__ void __launch_bounds__(comp_kernels::BackwardConfig<kHeadDim, kKeyRows>::kThreads, 2)              \
+      rope_attention_backward_##rows##_##T##_##kHeadDim(const __grid_constant__ comp_kernels::BackwardParams params) {     \
+    comp_kernels::attention_backward<comp_kernels::T, kHeadDim, kKeyRows>(params);                                         \
+  }                                                                                                                        \
+  template <>                                                                                                              \
+  comp_kernels::Kernel comp_kernels::backward_kernel<comp_kernels::T, kHeadDim, kKeyRows>() {                              \
+    using Config = BackwardConfig<kHeadDim, kKeyRows>;                                                                     \
+    return {"rope_attention_backward_" #rows "_" #T "_" #kHeadDim,                                                         \
+            reinterpret_cast<const void*>(rope_attention_backward_##rows##_##T##_##kHeadDim), Config::kThreads,            \
+            Config::kSharedBytes, Config::kRows};                                                                          \
+  }
+#define INSTANTIATE_BACKWARD(T, kHeadDim)             \
+  INSTANTIATE_BACKWARD_OF(T, kHeadDim, false, queries) \
+  INSTANTIATE_BACKWARD_OF(T, kHeadDim, true, keys)

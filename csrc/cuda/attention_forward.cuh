@@ -14,6 +14,7 @@
 #pragma once
 
 #include "products.cuh"
+#include "rope_attention.h"
 #include "rotate.cuh"
 #include "tile_copy.cuh"
 #include "tiles.cuh"
@@ -253,3 +254,16 @@ __device__ __forceinline__ void attention_forward(const ForwardParams& params) {
 }
 
 }  // namespace comp_kernels
+
+#define INSTANTIATE_FORWARD(T, kHeadDim)                                                                                   \
+  extern "C" __global__ void __launch_bounds__(comp_kernels::ForwardConfig<kHeadDim>::kThreads, 2)                         \
+      rope_attention_forward_##T##_##kHeadDim(const __grid_constant__ comp_kernels::ForwardParams params) {                \
+    comp_kernels::attention_forward<comp_kernels::T, kHeadDim>(params);                                                    \
+  }                                                                                                                        \
+  template <>                                                                                                              \
+  comp_kernels::Kernel comp_kernels::forward_kernel<comp_kernels::T, kHeadDim>() {                                         \
+    using Config = ForwardConfig<kHeadDim>;                                                                                \
+    return {"rope_attention_forward_" #T "_" #kHeadDim,                                                                    \
+            reinterpret_cast<const void*>(rope_attention_forward_##T##_##kHeadDim), Config::kThreads,                      \
+            Config::kSharedBytes, Config::kQueries};                                                                       \
+  }

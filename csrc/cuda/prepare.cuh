@@ -2,6 +2,7 @@
 // too) is turned once into a workspace, so that no attention block ever repeats a rotation.
 #pragma once
 
+#include "rope_attention.h"
 #include "rotate.cuh"
 #include "tiles.cuh"
 
@@ -126,3 +127,14 @@ __device__ __forceinline__ void prepare(const PrepareParams& params) {
 }
 
 }  // namespace comp_kernels
+
+#define INSTANTIATE_PREPARE(T)                                                                                            \
+  extern "C" __global__ void __launch_bounds__(comp_kernels::kPrepareThreads)                                             \
+      rope_attention_prepare_##T(const __grid_constant__ comp_kernels::PrepareParams params) {                            \
+    comp_kernels::prepare<comp_kernels::T>(params);                                                                       \
+  }                                                                                                                       \
+  template <>                                                                                                             \
+  comp_kernels::Kernel comp_kernels::prepare_kernel<comp_kernels::T>() {                                                  \
+    return {"rope_attention_prepare_" #T, reinterpret_cast<const void*>(rope_attention_prepare_##T), kPrepareThreads, 0,  \
+            kPrepareRows};                                                                                                \
+  }

@@ -1,33 +1,16 @@
-"""rope_attention on the CPU: allocates the results and calls csrc/cpu."""
+"""rope_attention on the CPU, by csrc/cpu."""
 
 from __future__ import annotations
 
 import ctypes
 
 import torch
-from torch import Tensor
 
 from ... import _native
-from ..._native import pointer
+from . import native
 
 MAX_HEAD_DIM = 256
 LSE_DTYPE = torch.float64  # whatever the dtype of q: see csrc/include/comp_kernels/rope_attention.h
-
-
-class Params(ctypes.Structure):
-    """comp_kernels_rope_attention_params of csrc/include/comp_kernels/rope_attention.h, field by field."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "cos", "sin", "cos_k", "sin_k", "cu_seqlens", "cu_seqlens_k")),
-        *((name, ctypes.c_void_p) for name in ("out", "lse", "grad_out", "grad_lse")),
-        *((name, ctypes.c_void_p) for name in ("dq", "dk", "dv", "dcos", "dsin", "dcos_k", "dsin_k")),
-        *((f"{name}_stride_{axis}", ctypes.c_int64) for name in ("q", "k", "v", "grad_out") for axis in ("token", "head")),
-        *((name, ctypes.c_int64) for name in ("num_tokens", "num_tokens_k", "num_sequences", "num_heads", "num_heads_k")),
-        *((name, ctypes.c_int64) for name in ("head_dim", "rotary_dim", "pair_stride")),
-        *((name, ctypes.c_int64) for name in ("table_width", "table_heads", "table_heads_k")),
-        ("scale", ctypes.c_double),
-        ("dtype", ctypes.c_int64),
-    ]
 
 
 def unavailable_reason(device: torch.device) -> str | None:
@@ -43,101 +26,15 @@ def declines(q, k, v, cos, sin, cos_k, sin_k, *, rotary_dim: int, pair_stride: i
     return None
 
 
-def forward(
-    q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, *, rotary_dim: int, pair_stride: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Shapes and dtypes as in comp_kernels.rope_attention, tables and bounds filled in; returns (out, lse float64)."""
-    out = q.new_empty(q.shape)
-    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=LSE_DTYPE)
-    params = _params(q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, rotary_dim, pair_stride, scale)
-    params.out, params.lse = out.data_ptr(), lse.data_ptr()
-    _native.call(_function("forward"), params)
-    return out, lse
+def forward(*args, **kwargs):
+    return native.forward(_runner("forward"), LSE_DTYPE, *args, **kwargs)
 
 
-def backward(
-    grad_out,
-    grad_lse,
-    q,
-    k,
-    v,
-    out,
-    lse,
-    cos,
-    sin,
-    cos_k,
-    sin_k,
-    cu_seqlens,
-    cu_seqlens_k,
-    *,
-    rotary_dim: int,
-    pair_stride: int,
-    scale: float,
-    table_grads: bool,
-) -> tuple[Tensor | None, ...]:
-    """Returns (dq, dk, dv, dcos, dsin, dcos_k, dsin_k); the last four are None without tables or table_grads."""
-    if grad_out.stride(-1) != 1:
-        grad_out = grad_out.contiguous()
-    grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    # One gradient per head: the kernel computes heads side by side and adds nothing up between them.
-    per_head = {
-        name: table.new_empty((*x.shape[:2], table.shape[-1]))
-        for name, table, x in (("dcos", cos, q), ("dsin", sin, q), ("dcos_k", cos_k, k), ("dsin_k", sin_k, k))
-        if table_grads and table is not None
-    }
-    params = _params(q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, rotary_dim, pair_stride, scale)
-    params.out, params.lse = out.data_ptr(), lse.data_ptr()
-    params.grad_out, params.grad_lse = grad_out.data_ptr(), pointer(grad_lse)
-    params.grad_out_stride_token, params.grad_out_stride_head = grad_out.stride(0), grad_out.stride(1)
-    params.dq, params.dk, params.dv = dq.data_ptr(), dk.data_ptr(), dv.data_ptr()
-    for name, gradient in per_head.items():
-        setattr(params, name, gradient.data_ptr())
-    _native.call(_function("backward"), params)
-
-    def table_gradient(name: str, table: Tensor | None) -> Tensor | None:
-        gradient = per_head.get(name)
-        return gradient if gradient is None or table.dim() == 3 else gradient.sum(1)
-
-    tables = (("dcos", cos), ("dsin", sin), ("dcos_k", cos_k), ("dsin_k", sin_k))
-    return dq, dk, dv, *(table_gradient(name, table) for name, table in tables)
+def backward(*args, **kwargs):
+    return native.backward(_runner("backward"), *args, **kwargs)
 
 
-def _function(which: str):
+def _runner(which: str):
     function = getattr(_native.cpu(), f"comp_kernels_cpu_rope_attention_{which}")
-    function.restype = ctypes.c_char_p
-    return function
-
-
-def _params(q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, rotary_dim, pair_stride, scale) -> Params:
-    """The inputs that both passes share. The tensors must outlive the call."""
-    return Params(
-        q=q.data_ptr(),
-        k=k.data_ptr(),
-        v=v.data_ptr(),
-        cos=pointer(cos),
-        sin=pointer(sin),
-        cos_k=pointer(cos_k),
-        sin_k=pointer(sin_k),
-        cu_seqlens=cu_seqlens.data_ptr(),
-        cu_seqlens_k=cu_seqlens_k.data_ptr(),
-        q_stride_token=q.stride(0),
-        q_stride_head=q.stride(1),
-        k_stride_token=k.stride(0),
-        k_stride_head=k.stride(1),
-        v_stride_token=v.stride(0),
-        v_stride_head=v.stride(1),
-        num_tokens=q.shape[0],
-        num_tokens_k=k.shape[0],
-        num_sequences=cu_seqlens.shape[0] - 1,
-        num_heads=q.shape[1],
-        num_heads_k=k.shape[1],
-        head_dim=q.shape[2],
-        rotary_dim=rotary_dim,
-        pair_stride=pair_stride,
-        table_width=0 if cos is None else cos.shape[-1],
-        table_heads=1 if cos is None or cos.dim() == 2 else cos.shape[1],
-        table_heads_k=1 if cos_k is None or cos_k.dim() == 2 else cos_k.shape[1],
-        scale=scale,
-        dtype=_native.DTYPE_CODES[q.dtype],
-    )
+    function.argtypes, function.restype = [ctypes.POINTER(native.Params)], ctypes.c_char_p
+    return lambda params: _native.call(function, ctypes.byref(params))

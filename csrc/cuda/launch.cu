@@ -1,0 +1,56 @@
+// Launching, and the entry points that belong to no operator.
+#include <cuda_runtime.h>
+
+#include <cstdarg>
+#include <cstdio>
+
+#include "comp_kernels/export.h"
+#include "kernel.h"
+
+namespace {
+
+// Receives launches instead of the device: name of the kernel, grid, threads, dynamic shared memory, the params struct.
+using LaunchHook = const char* (*)(const char* kernel, int64_t grid_x, int64_t grid_y, int64_t threads, int64_t shared_bytes,
+                                   const void* params, int64_t params_bytes);
+LaunchHook launch_hook = nullptr;
+
+}  // namespace
+
+namespace comp_kernels {
+
+const char* failure(const char* format, ...) {
+  static thread_local char message[256];
+  va_list arguments;
+  va_start(arguments, format);
+  std::vsnprintf(message, sizeof message, format, arguments);
+  va_end(arguments);
+  return message;
+}
+
+const char* launch(const Kernel& kernel, int64_t grid_x, int64_t grid_y, const void* params, int64_t params_bytes,
+                   void* stream) {
+  if (grid_x == 0 || grid_y == 0) return nullptr;
+  if (grid_x > INT32_MAX || grid_y > 65535) {
+    return failure("%s needs a grid of %lld x %lld blocks, CUDA allows 2147483647 x 65535", kernel.name,
+                   static_cast<long long>(grid_x), static_cast<long long>(grid_y));
+  }
+  if (launch_hook != nullptr) {
+    return launch_hook(kernel.name, grid_x, grid_y, kernel.threads, kernel.shared_bytes, params, params_bytes);
+  }
+  cudaError_t error = cudaSuccess;
+  if (kernel.shared_bytes > 48 * 1024) {  // more than every device grants unasked
+    error = cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared_bytes);
+  }
+  if (error == cudaSuccess) {
+    void* arguments[] = {const_cast<void*>(params)};
+    error = cudaLaunchKernel(kernel.function, dim3(static_cast<unsigned>(grid_x), static_cast<unsigned>(grid_y)),
+                             dim3(kernel.threads), arguments, kernel.shared_bytes, static_cast<cudaStream_t>(stream));
+  }
+  if (error == cudaSuccess) return nullptr;
+  return failure("%s: %s", kernel.name, cudaGetErrorString(error));
+}
+
+}  // namespace comp_kernels
+
+// Tests run the kernels on an emulator: with a hook set, nothing goes to a device. Null: launch as usual.
+COMP_KERNELS_EXPORT void comp_kernels_cuda_set_launch_hook(LaunchHook hook) { launch_hook = hook; }

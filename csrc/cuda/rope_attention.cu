@@ -1,0 +1,283 @@
+// C entry points of rope_attention on CUDA: check, lay out the workspace, fill the kernels' params, launch. No device code.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "attention_backward.cuh"
+#include "attention_forward.cuh"
+#include "comp_kernels/export.h"
+#include "comp_kernels/rope_attention.h"
+#include "prepare.cuh"
+#include "rope_attention.h"
+
+namespace comp_kernels {
+namespace {
+
+using Params = comp_kernels_rope_attention_params;
+
+enum class Pass { kForward, kBackwardQueries, kBackwardKeys };
+
+template <typename T, int kHeadDim>
+Kernel kernel_of(Pass pass) {
+  if (pass == Pass::kForward) return forward_kernel<T, kHeadDim>();
+  return pass == Pass::kBackwardQueries ? backward_kernel<T, kHeadDim, false>() : backward_kernel<T, kHeadDim, true>();
+}
+
+template <typename T>
+Kernel kernel_of(Pass pass, int64_t head_dim) {
+  if (head_dim <= 32) return kernel_of<T, 32>(pass);
+  if (head_dim <= 64) return kernel_of<T, 64>(pass);
+  if (head_dim <= 72) return kernel_of<T, 72>(pass);
+  if (head_dim <= 80) return kernel_of<T, 80>(pass);
+  if (head_dim <= 96) return kernel_of<T, 96>(pass);
+  return kernel_of<T, 128>(pass);
+}
+
+Kernel kernel_of(const Params& p, Pass pass) {
+  return p.dtype == COMP_KERNELS_BFLOAT16 ? kernel_of<bf16>(pass, p.head_dim) : kernel_of<fp16>(pass, p.head_dim);
+}
+
+Kernel prepare_kernel_of(const Params& p) {
+  return p.dtype == COMP_KERNELS_BFLOAT16 ? prepare_kernel<bf16>() : prepare_kernel<fp16>();
+}
+
+// Device memory between the kernels of one call, laid out the same way whether its size is asked for or it is used.
+struct Workspace {
+  char* next;  // null while only the size is wanted
+  int64_t bytes = 0;
+
+  explicit Workspace(void* memory) : next(static_cast<char*>(memory)) {}
+
+  template <typename T>
+  T* take(int64_t count) {
+    const int64_t size = (count * static_cast<int64_t>(sizeof(T)) + 255) / 256 * 256;
+    bytes += size;
+    if (next == nullptr) return nullptr;
+    char* taken = next;
+    next += size;
+    return reinterpret_cast<T*>(taken);
+  }
+};
+
+struct ForwardWorkspace {
+  Tile* tiles;
+  uint16_t* turned_k;  // null without rotation, as turned_q
+
+  ForwardWorkspace(Workspace& memory, const Params& p)
+      : tiles(memory.take<Tile>(max_tiles(p.num_tokens, p.num_sequences, kernel_of(p, Pass::kForward).rows))),
+        turned_k(p.cos_k ? memory.take<uint16_t>(p.num_tokens_k * p.num_heads_k * p.head_dim) : nullptr) {}
+};
+
+struct BackwardWorkspace {
+  Tile *query_tiles, *key_tiles;
+  RowStats* stats;
+  uint16_t *turned_q, *turned_k;
+
+  BackwardWorkspace(Workspace& memory, const Params& p)
+      : query_tiles(memory.take<Tile>(max_tiles(p.num_tokens, p.num_sequences, kernel_of(p, Pass::kBackwardQueries).rows))),
+        key_tiles(memory.take<Tile>(max_tiles(p.num_tokens_k, p.num_sequences, kernel_of(p, Pass::kBackwardKeys).rows))),
+        stats(memory.take<RowStats>(p.num_tokens * p.num_heads)),
+        turned_q(p.cos ? memory.take<uint16_t>(p.num_tokens * p.num_heads * p.head_dim) : nullptr),
+        turned_k(p.cos_k ? memory.take<uint16_t>(p.num_tokens_k * p.num_heads_k * p.head_dim) : nullptr) {}
+};
+
+bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+const char* check_operand(const char* name, const void* data, int64_t stride_token, int64_t stride_head) {
+  if (aligned(data) && stride_token % 8 == 0 && stride_head % 8 == 0) return nullptr;
+  return failure("%s must start at a multiple of 16 bytes with strides that are multiples of 8, got strides %lld, %lld", name,
+                 static_cast<long long>(stride_token), static_cast<long long>(stride_head));
+}
+
+const char* check(const Params& p, bool backward) {
+  if (p.dtype != COMP_KERNELS_BFLOAT16 && p.dtype != COMP_KERNELS_FLOAT16) {
+    return failure("dtype must be bfloat16 or float16, got code %lld", static_cast<long long>(p.dtype));
+  }
+  if (p.head_dim <= 0 || p.head_dim % 8 != 0 || p.head_dim > kMaxHeadDim) {
+    return failure("head_dim must be a multiple of 8 and at most %d, got %lld", kMaxHeadDim,
+                   static_cast<long long>(p.head_dim));
+  }
+  if (std::max(p.num_tokens, p.num_tokens_k) > INT32_MAX / 2) {
+    return failure("at most %d tokens, got %lld and %lld", INT32_MAX / 2, static_cast<long long>(p.num_tokens),
+                   static_cast<long long>(p.num_tokens_k));
+  }
+  if (const char* wrong = check_operand("q", p.q, p.q_stride_token, p.q_stride_head)) return wrong;
+  if (const char* wrong = check_operand("k", p.k, p.k_stride_token, p.k_stride_head)) return wrong;
+  if (const char* wrong = check_operand("v", p.v, p.v_stride_token, p.v_stride_head)) return wrong;
+  if (backward) {
+    if (const char* wrong = check_operand("grad_out", p.grad_out, p.grad_out_stride_token, p.grad_out_stride_head)) return wrong;
+  }
+  if (!aligned(p.cos) || !aligned(p.sin) || !aligned(p.cos_k) || !aligned(p.sin_k)) {
+    return failure("the tables must start at multiples of 16 bytes");
+  }
+  return nullptr;
+}
+
+Tables tables_of(const Params& p, bool keys) {
+  const int64_t heads = keys ? p.table_heads_k : p.table_heads;
+  Tables tables{};
+  tables.cos = static_cast<const float*>(keys ? p.cos_k : p.cos);
+  tables.sin = static_cast<const float*>(keys ? p.sin_k : p.sin);
+  tables.token_stride = static_cast<int>(heads * p.table_width);
+  tables.head_stride = static_cast<int>(heads > 1 ? p.table_width : 0);
+  tables.rotary_dim = static_cast<int>(p.rotary_dim);
+  tables.pair_stride = static_cast<int>(p.pair_stride);
+  tables.width = static_cast<int>(p.table_width);
+  return tables;
+}
+
+ListJob list_of(const Params& p, bool keys, Tile* tiles, int rows) {
+  ListJob job{};
+  job.tiles = tiles;
+  job.cu_seqlens = keys ? p.cu_seqlens_k : p.cu_seqlens;
+  job.cu_seqlens_other = keys ? p.cu_seqlens : p.cu_seqlens_k;
+  job.tokens = static_cast<int>(keys ? p.num_tokens_k : p.num_tokens);
+  job.tile = rows;
+  return job;
+}
+
+RotateJob rotation_of(const Params& p, bool keys, uint16_t* turned) {
+  RotateJob job{};
+  job.x = static_cast<const uint16_t*>(keys ? p.k : p.q);
+  job.turned = turned;
+  job.cu_seqlens = keys ? p.cu_seqlens_k : p.cu_seqlens;
+  job.tables = tables_of(p, keys);
+  job.stride_token = keys ? p.k_stride_token : p.q_stride_token;
+  job.stride_head = keys ? p.k_stride_head : p.q_stride_head;
+  job.tokens = static_cast<int>(keys ? p.num_tokens_k : p.num_tokens);
+  job.heads = static_cast<int>(keys ? p.num_heads_k : p.num_heads);
+  return job;
+}
+
+const char* launch_prepare(const Params& p, PrepareParams& prepare, void* stream) {
+  prepare.sequences = static_cast<int>(p.num_sequences);
+  prepare.head_dim = static_cast<int>(p.head_dim);
+  int64_t blocks = prepare.num_lists + row_blocks(prepare.stats.tokens, prepare.stats.heads);
+  for (int i = 0; i < prepare.num_rotations; ++i) {
+    blocks += row_blocks(prepare.rotations[i].tokens, prepare.rotations[i].heads);
+  }
+  return launch(prepare_kernel_of(p), blocks, 1, prepare, stream);
+}
+
+// A tensor, or its turned copy [heads, tokens, head_dim].
+Operand operand(const void* data, int64_t stride_token, int64_t stride_head, const uint16_t* turned, int64_t tokens,
+                int64_t head_dim) {
+  if (turned != nullptr) return {turned, head_dim, tokens * head_dim};
+  return {static_cast<const uint16_t*>(data), stride_token, stride_head};
+}
+
+const char* forward(const Params& p, void* memory, void* stream) {
+  if (const char* wrong = check(p, false)) return wrong;
+  Workspace workspace_memory(memory);
+  const ForwardWorkspace workspace(workspace_memory, p);
+  const Kernel kernel = kernel_of(p, Pass::kForward);
+
+  PrepareParams prepare{};
+  prepare.lists[prepare.num_lists++] = list_of(p, false, workspace.tiles, kernel.rows);
+  if (p.cos_k != nullptr) prepare.rotations[prepare.num_rotations++] = rotation_of(p, true, workspace.turned_k);
+  if (const char* wrong = launch_prepare(p, prepare, stream)) return wrong;
+
+  ForwardParams params{};
+  params.q = static_cast<const uint16_t*>(p.q);
+  params.v = static_cast<const uint16_t*>(p.v);
+  params.q_stride_token = p.q_stride_token, params.q_stride_head = p.q_stride_head;
+  params.v_stride_token = p.v_stride_token, params.v_stride_head = p.v_stride_head;
+  const Operand k = operand(p.k, p.k_stride_token, p.k_stride_head, workspace.turned_k, p.num_tokens_k, p.head_dim);
+  params.k = k.data, params.k_stride_token = k.stride_token, params.k_stride_head = k.stride_head;
+  params.out = static_cast<uint16_t*>(p.out);
+  params.lse = static_cast<float*>(p.lse);
+  params.tiles = workspace.tiles;
+  params.tables = tables_of(p, false);
+  params.num_tokens = static_cast<int>(p.num_tokens);
+  params.num_heads = static_cast<int>(p.num_heads);
+  params.heads_per_key_head = static_cast<int>(p.num_heads / p.num_heads_k);
+  params.head_dim = static_cast<int>(p.head_dim);
+  params.scale = static_cast<float>(p.scale);
+  return launch(kernel, max_tiles(p.num_tokens, p.num_sequences, kernel.rows), p.num_heads, params, stream);
+}
+
+GradientParams gradient_of(const Params& p, bool keys) {
+  GradientParams gradient{};
+  gradient.dx = static_cast<uint16_t*>(keys ? p.dk : p.dq);
+  gradient.x = static_cast<const uint16_t*>(keys ? p.k : p.q);
+  gradient.x_stride_token = keys ? p.k_stride_token : p.q_stride_token;
+  gradient.x_stride_head = keys ? p.k_stride_head : p.q_stride_head;
+  gradient.tables = tables_of(p, keys);
+  gradient.dcos = static_cast<float*>(keys ? p.dcos_k : p.dcos);
+  gradient.dsin = static_cast<float*>(keys ? p.dsin_k : p.dsin);
+  gradient.heads = static_cast<int>(keys ? p.num_heads_k : p.num_heads);
+  return gradient;
+}
+
+const char* backward(const Params& p, void* memory, void* stream) {
+  if (const char* wrong = check(p, true)) return wrong;
+  Workspace workspace_memory(memory);
+  const BackwardWorkspace workspace(workspace_memory, p);
+  const Kernel of_queries = kernel_of(p, Pass::kBackwardQueries), of_keys = kernel_of(p, Pass::kBackwardKeys);
+
+  PrepareParams prepare{};
+  prepare.lists[prepare.num_lists++] = list_of(p, false, workspace.query_tiles, of_queries.rows);
+  prepare.lists[prepare.num_lists++] = list_of(p, true, workspace.key_tiles, of_keys.rows);
+  if (p.cos != nullptr) prepare.rotations[prepare.num_rotations++] = rotation_of(p, false, workspace.turned_q);
+  if (p.cos_k != nullptr) prepare.rotations[prepare.num_rotations++] = rotation_of(p, true, workspace.turned_k);
+  prepare.stats.out = static_cast<const uint16_t*>(p.out);
+  prepare.stats.grad_out = static_cast<const uint16_t*>(p.grad_out);
+  prepare.stats.lse = static_cast<const float*>(p.lse);
+  prepare.stats.grad_lse = static_cast<const float*>(p.grad_lse);
+  prepare.stats.stats = workspace.stats;
+  prepare.stats.cu_seqlens = p.cu_seqlens;
+  prepare.stats.stride_token = p.grad_out_stride_token, prepare.stats.stride_head = p.grad_out_stride_head;
+  prepare.stats.tokens = static_cast<int>(p.num_tokens);
+  prepare.stats.heads = static_cast<int>(p.num_heads);
+  if (const char* wrong = launch_prepare(p, prepare, stream)) return wrong;
+
+  BackwardParams params{};
+  params.q = operand(p.q, p.q_stride_token, p.q_stride_head, workspace.turned_q, p.num_tokens, p.head_dim);
+  params.k = operand(p.k, p.k_stride_token, p.k_stride_head, workspace.turned_k, p.num_tokens_k, p.head_dim);
+  params.v = operand(p.v, p.v_stride_token, p.v_stride_head, nullptr, 0, 0);
+  params.grad_out = operand(p.grad_out, p.grad_out_stride_token, p.grad_out_stride_head, nullptr, 0, 0);
+  params.stats = workspace.stats;
+  params.num_tokens = static_cast<int>(p.num_tokens);
+  params.heads_per_key_head = static_cast<int>(p.num_heads / p.num_heads_k);
+  params.head_dim = static_cast<int>(p.head_dim);
+  params.scale = static_cast<float>(p.scale);
+
+  params.tiles = workspace.key_tiles;
+  params.first = gradient_of(p, true);
+  params.second.dx = static_cast<uint16_t*>(p.dv);
+  params.second.heads = static_cast<int>(p.num_heads_k);
+  if (const char* wrong =
+          launch(of_keys, max_tiles(p.num_tokens_k, p.num_sequences, of_keys.rows), p.num_heads_k, params, stream)) {
+    return wrong;
+  }
+  params.tiles = workspace.query_tiles;
+  params.first = gradient_of(p, false);
+  return launch(of_queries, max_tiles(p.num_tokens, p.num_sequences, of_queries.rows), p.num_heads, params, stream);
+}
+
+}  // namespace
+}  // namespace comp_kernels
+
+// Bytes of device memory that a forward or backward call needs besides its arguments; 256-byte aligned.
+COMP_KERNELS_EXPORT int64_t comp_kernels_cuda_rope_attention_workspace(const comp_kernels_rope_attention_params* params,
+                                                                       int32_t backward) {
+  comp_kernels::Workspace memory(nullptr);
+  if (backward != 0) {
+    comp_kernels::BackwardWorkspace(memory, *params);
+  } else {
+    comp_kernels::ForwardWorkspace(memory, *params);
+  }
+  return memory.bytes;
+}
+
+// Pointers of params are device pointers, stream is a cudaStream_t of the current device. Both return null, or what is wrong
+// (valid until the thread's next call); nothing waits for the device.
+COMP_KERNELS_EXPORT const char* comp_kernels_cuda_rope_attention_forward(const comp_kernels_rope_attention_params* params,
+                                                                         void* workspace, void* stream) {
+  return comp_kernels::forward(*params, workspace, stream);
+}
+
+COMP_KERNELS_EXPORT const char* comp_kernels_cuda_rope_attention_backward(const comp_kernels_rope_attention_params* params,
+                                                                          void* workspace, void* stream) {
+  return comp_kernels::backward(*params, workspace, stream);
+}

@@ -1,0 +1,21 @@
+// The kernels of rope_attention, chosen by element type and head size at compile time; defined in instantiations/.
+#pragma once
+
+#include "kernel.h"
+
+namespace comp_kernels {
+
+struct bf16;
+struct fp16;
+
+// kHeadDim: 32, 64, 72, 80, 96 or 128; smaller head sizes run in the next larger one, its further channels are zero.
+template <typename T, int kHeadDim>
+Kernel forward_kernel();
+template <typename T, int kHeadDim, bool kKeyRows>
+Kernel backward_kernel();
+template <typename T>
+Kernel prepare_kernel();
+
+constexpr int kMaxHeadDim = 128;
+
+}  // namespace comp_kernels
