@@ -8,13 +8,19 @@ and one library serves every PyTorch and every Python. Files of csrc/cpu are com
 instruction set (the choice is made at run time). A missing compiler or a failing build does not fail the installation: a
 warning says what is missing, `python -m comp_kernels.info` repeats it, and the reference backend serves.
 
-Environment: CXX (default c++ or g++), CXXFLAGS (appended), MAX_JOBS (compiler processes, default all cores).
+csrc/cuda is compiled where nvcc and a CUDA driver are found; COMP_KERNELS_BUILD_CUDA=1 does without the driver (a build
+machine), =0 leaves it out. Neither torch nor a GPU is needed for that.
+
+Environment: CXX (default c++ or g++), CXXFLAGS (appended), MAX_JOBS (compiler processes, default all cores), CUDA_HOME (where
+bin/nvcc is, default PATH), TORCH_CUDA_ARCH_LIST (default "8.0;9.0a+PTX").
 """
 
 from __future__ import annotations
 
+import ctypes.util
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -36,6 +42,10 @@ X86_FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c", "-mtune=haswell"],
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512 -mtune=icelake-server".split(),
 }
+
+
+NVCC_FLAGS = ["-std=c++17", "-O3", "-lineinfo", f"-I{CSRC / 'include'}", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
+CUDA_ARCHITECTURES = "8.0;9.0a+PTX"
 
 
 class MissingCompiler(Exception):
@@ -88,7 +98,76 @@ def build_cpu(lib: Path, objects: Path) -> None:
     )
 
 
-LIBRARIES = {"cpu": build_cpu}
+def find_nvcc() -> str:
+    """nvcc, when the CUDA library is to be built; raises MissingCompiler with the reason when it is not."""
+    wish = os.environ.get("COMP_KERNELS_BUILD_CUDA", "")
+    if wish not in ("", "0", "1"):
+        raise MissingCompiler(f"COMP_KERNELS_BUILD_CUDA must be 0, 1 or not set, got {wish!r}")
+    command = "COMP_KERNELS_BUILD_CUDA=1 pip install -e ."
+    if wish == "0":
+        raise MissingCompiler(f"left out by COMP_KERNELS_BUILD_CUDA=0; `{command}` builds it")
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None) or shutil.which("/usr/local/cuda/bin/nvcc")
+    if nvcc is None:
+        raise MissingCompiler(f"no nvcc found: install the CUDA toolkit or set CUDA_HOME, then `{command}`")
+    driver = ctypes.util.find_library("cuda") or Path("/proc/driver/nvidia/version").exists()
+    if wish == "" and not driver:
+        raise MissingCompiler(f"nvcc is here but no CUDA driver; `{command}` builds it all the same")
+    return nvcc
+
+
+def architectures() -> tuple[list[str], bool]:
+    """Compute capabilities of TORCH_CUDA_ARCH_LIST as ["80", "90a"], and whether PTX of the last is kept for later devices."""
+    listed = re.split(r"[;, ]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES)
+    numbers = [re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", item) for item in listed if item]
+    if not numbers or None in numbers:
+        raise RuntimeError(f"TORCH_CUDA_ARCH_LIST must hold numbers like 8.0, 9.0a or 9.0+PTX, got {listed}")
+    known = [found[1] + found[2] + found[3] for found in numbers if int(found[1]) >= 8]
+    if not known:
+        raise RuntimeError(f"TORCH_CUDA_ARCH_LIST must name a compute capability of 8.0 or later, got {listed}")
+    return known, any(found[4] for found in numbers)
+
+
+def generated_code(source: Path, capabilities: list[str], ptx: bool) -> list[str]:
+    """nvcc's -gencode flags. Files named *_sm90_* use wgmma: sm_90a alone has it. The others run everywhere from sm_80 on."""
+    if "_sm90_" in source.name:
+        return ["-gencode=arch=compute_90a,code=sm_90a"]
+    numbers = sorted({int(capability.rstrip("af")) for capability in capabilities})
+    flags = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
+    return flags + ([f"-gencode=arch=compute_{numbers[-1]},code=compute_{numbers[-1]}"] if ptx else [])
+
+
+def build_cuda(lib: Path, objects: Path) -> None:
+    """csrc/cuda -> libcomp_kernels_cuda.so, with the CUDA runtime inside; objects that are newer than their sources are kept."""
+    sources = sorted(CSRC.glob("cuda/**/*.cu"))
+    headers = [*CSRC.glob("include/**/*.h"), *CSRC.glob("cuda/**/*.h"), *CSRC.glob("cuda/**/*.cuh"), Path(__file__)]
+    library = lib / "libcomp_kernels_cuda.so"
+    try:
+        nvcc = find_nvcc()
+    except MissingCompiler:
+        if not newer(library, [*sources, *headers]):  # one of an earlier build stays only while it is the right one
+            library.unlink(missing_ok=True)
+            raise
+        return
+    capabilities, ptx = architectures()
+    wgmma = "90a" in capabilities
+    sources = [source for source in sources if wgmma or "_sm90_" not in source.name]
+    objects = objects / ("_".join(capabilities) + ("_ptx" if ptx else ""))
+    objects.mkdir(exist_ok=True)
+    names = " ".join(f"sm_{capability}" for capability in capabilities) + (" PTX" if ptx else "")
+    defines = [f'-DCOMP_KERNELS_ARCHITECTURES="{names}"', f"-DCOMP_KERNELS_SM90A={int(wgmma)}"]
+    jobs = [(source, objects / f"{source.stem}.o") for source in sources]
+    run_all(
+        [
+            [nvcc, *NVCC_FLAGS, *defines, *generated_code(source, capabilities, ptx), "-c", str(source), "-o", str(target)]
+            for source, target in jobs
+            if not newer(target, [source, *headers])
+        ]
+    )
+    run_all([[nvcc, "-shared", "-cudart=static", *(str(target) for _, target in jobs), "-o", str(library)]])
+
+
+LIBRARIES = {"cpu": build_cpu, "cuda": build_cuda}
 
 
 class BuildNative(Command):

@@ -119,8 +119,8 @@ def pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def call(function: Callable, *args) -> None:
-    """Call a C function that returns null or a message; raises RuntimeError with the message."""
-    message = function(*args)
+def call(function: Callable, params: ctypes.Structure, *args) -> None:
+    """Call `function(&params, *args)`, which returns null or a message; raises RuntimeError with the message."""
+    message = function(ctypes.byref(params), *args)
     if message is not None:
         raise RuntimeError(message.decode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import sys
@@ -23,6 +24,20 @@ def cpu_library() -> list[str]:
         f"{_native.LIB / 'libcomp_kernels_cpu.so'}",
         f"instruction set: {library.comp_kernels_cpu_isa().decode()}",
         f"thread pool: {pool}, {torch.get_num_threads()} threads",
+    ]
+
+
+def cuda_library() -> list[str]:
+    """Lines about the compiled CUDA library."""
+    try:
+        library = _native.cuda()
+    except _native.Unavailable as error:
+        return [f"not built: {error}"]
+    library.comp_kernels_cuda_architectures.restype = ctypes.c_char_p
+    return [
+        f"{_native.LIB / 'libcomp_kernels_cuda.so'}",
+        f"compiled for: {library.comp_kernels_cuda_architectures().decode()}",
+        "opt-in: backend='cuda' (Triton is preferred until these kernels have run on hardware)",
     ]
 
 
@@ -49,6 +64,9 @@ def report() -> str:
         "",
         "compiled CPU library",
         *(f"  {line}" for line in cpu_library()),
+        "",
+        "compiled CUDA library",
+        *(f"  {line}" for line in cuda_library()),
     ]
     for device in devices():
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()

@@ -13,6 +13,9 @@ struct Kernel {
   int rows;              // rows of the tensor that one block owns, where that has a meaning
 };
 
+// Of the current device, 80 for 8.0; 0 when there is none.
+int compute_capability();
+
 // Launch on a cudaStream_t, or hand over to the launch hook. Returns null or what went wrong.
 const char* launch(const Kernel& kernel, int64_t grid_x, int64_t grid_y, const void* params, int64_t params_bytes,
                    void* stream);

@@ -13,6 +13,7 @@ namespace {
 using LaunchHook = const char* (*)(const char* kernel, int64_t grid_x, int64_t grid_y, int64_t threads, int64_t shared_bytes,
                                    const void* params, int64_t params_bytes);
 LaunchHook launch_hook = nullptr;
+int32_t hook_capability = 0;
 
 }  // namespace
 
@@ -25,6 +26,15 @@ const char* failure(const char* format, ...) {
   std::vsnprintf(message, sizeof message, format, arguments);
   va_end(arguments);
   return message;
+}
+
+int compute_capability() {
+  if (launch_hook != nullptr) return hook_capability;
+  int device = 0, major = 0, minor = 0;
+  const bool known = cudaGetDevice(&device) == cudaSuccess &&
+                     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+                     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess;
+  return known ? major * 10 + minor : 0;
 }
 
 const char* launch(const Kernel& kernel, int64_t grid_x, int64_t grid_y, const void* params, int64_t params_bytes,
@@ -52,5 +62,12 @@ const char* launch(const Kernel& kernel, int64_t grid_x, int64_t grid_y, const v
 
 }  // namespace comp_kernels
 
-// Tests run the kernels on an emulator: with a hook set, nothing goes to a device. Null: launch as usual.
-COMP_KERNELS_EXPORT void comp_kernels_cuda_set_launch_hook(LaunchHook hook) { launch_hook = hook; }
+// Tests run the kernels on an emulator: with a hook set, nothing goes to a device, and kernels are chosen for the compute
+// capability given (80, 90). Null: launch as usual.
+COMP_KERNELS_EXPORT void comp_kernels_cuda_set_launch_hook(LaunchHook hook, int32_t capability) {
+  launch_hook = hook;
+  hook_capability = capability;
+}
+
+// What this library was compiled for, for a person: "sm_80 sm_90a PTX".
+COMP_KERNELS_EXPORT const char* comp_kernels_cuda_architectures() { return COMP_KERNELS_ARCHITECTURES; }

@@ -8,14 +8,6 @@
 
 namespace comp_kernels {
 
-struct ListJob {
-  Tile* tiles;
-  const int32_t* cu_seqlens;
-  const int32_t* cu_seqlens_other;
-  int tokens;
-  int tile;  // rows per tile
-};
-
 struct RotateJob {
   const uint16_t* x;  // [tokens, heads, head_dim]
   uint16_t* turned;   // [heads, tokens, head_dim] contiguous
@@ -66,7 +58,7 @@ __device__ void rotate_block(const RotateJob& job, int block, int sequences, int
   const uint16_t* x = job.x + head * job.stride_head + first * job.stride_token;
   uint16_t* turned = job.turned + (static_cast<int64_t>(head) * job.tokens + first) * head_dim;
   const int64_t table = static_cast<int64_t>(first) * job.tables.token_stride + head * job.tables.head_stride;
-  rotate_rows<T, kPrepareThreads>(rows, head_dim, job.tables, [&](int row, auto turn_row) {
+  rotate_rows<T>(threadIdx.x, kPrepareThreads, rows, head_dim, job.tables, [&](int row, auto turn_row) {
     uint16_t* to = turned + row * head_dim;
     const int64_t table_row = table + row * job.tables.token_stride;
     turn_row([&](int channel) { return to + channel; }, x + row * job.stride_token, job.tables.cos + table_row,

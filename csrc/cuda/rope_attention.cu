@@ -9,6 +9,7 @@
 #include "comp_kernels/rope_attention.h"
 #include "prepare.cuh"
 #include "rope_attention.h"
+#include "tile_images.cuh"
 
 namespace comp_kernels {
 namespace {
@@ -35,6 +36,34 @@ Kernel kernel_of(Pass pass, int64_t head_dim) {
 
 Kernel kernel_of(const Params& p, Pass pass) {
   return p.dtype == COMP_KERNELS_BFLOAT16 ? kernel_of<bf16>(pass, p.head_dim) : kernel_of<fp16>(pass, p.head_dim);
+}
+
+#if COMP_KERNELS_SM90A
+template <typename T>
+Kernel sm90_kernel_of(int64_t head_dim) {
+  switch (head_dim) {
+    case 64: return forward_sm90_kernel<T, 64>();
+    case 72: return forward_sm90_kernel<T, 72>();
+    case 80: return forward_sm90_kernel<T, 80>();
+    case 96: return forward_sm90_kernel<T, 96>();
+    default: return forward_sm90_kernel<T, 128>();
+  }
+}
+#else
+template <typename T>
+Kernel sm90_kernel_of(int64_t) {
+  return {};
+}
+#endif
+
+Kernel sm90_kernel_of(const Params& p) {
+  return p.dtype == COMP_KERNELS_BFLOAT16 ? sm90_kernel_of<bf16>(p.head_dim) : sm90_kernel_of<fp16>(p.head_dim);
+}
+
+// Whether forward runs the sm_90a kernel: compiled in, on such a device, for this head size.
+bool takes_sm90(const Params& p) {
+  const int64_t d = p.head_dim;
+  return COMP_KERNELS_SM90A && compute_capability() == 90 && (d == 64 || d == 72 || d == 80 || d == 96 || d == 128);
 }
 
 Kernel prepare_kernel_of(const Params& p) {
@@ -66,6 +95,18 @@ struct ForwardWorkspace {
   ForwardWorkspace(Workspace& memory, const Params& p)
       : tiles(memory.take<Tile>(max_tiles(p.num_tokens, p.num_sequences, kernel_of(p, Pass::kForward).rows))),
         turned_k(p.cos_k ? memory.take<uint16_t>(p.num_tokens_k * p.num_heads_k * p.head_dim) : nullptr) {}
+};
+
+struct ForwardSm90Workspace {
+  int64_t slots;  // key tiles per head
+  Tile* tiles;
+  uint16_t *k_images, *v_images;
+
+  ForwardSm90Workspace(Workspace& memory, const Params& p)
+      : slots(max_tiles(p.num_tokens_k, p.num_sequences, kImageKeys)),
+        tiles(memory.take<Tile>(max_tiles(p.num_tokens, p.num_sequences, sm90_kernel_of(p).rows))),
+        k_images(memory.take<uint16_t>(p.num_heads_k * slots * kImageKeys * p.head_dim)),
+        v_images(memory.take<uint16_t>(p.num_heads_k * slots * kImageKeys * p.head_dim)) {}
 };
 
 struct BackwardWorkspace {
@@ -166,8 +207,24 @@ Operand operand(const void* data, int64_t stride_token, int64_t stride_head, con
   return {static_cast<const uint16_t*>(data), stride_token, stride_head};
 }
 
-const char* forward(const Params& p, void* memory, void* stream) {
-  if (const char* wrong = check(p, false)) return wrong;
+// What both forward kernels need, but for their keys and values.
+ForwardParams forward_params(const Params& p, const Tile* tiles) {
+  ForwardParams params{};
+  params.q = static_cast<const uint16_t*>(p.q);
+  params.q_stride_token = p.q_stride_token, params.q_stride_head = p.q_stride_head;
+  params.out = static_cast<uint16_t*>(p.out);
+  params.lse = static_cast<float*>(p.lse);
+  params.tiles = tiles;
+  params.tables = tables_of(p, false);
+  params.num_tokens = static_cast<int>(p.num_tokens);
+  params.num_heads = static_cast<int>(p.num_heads);
+  params.heads_per_key_head = static_cast<int>(p.num_heads / p.num_heads_k);
+  params.head_dim = static_cast<int>(p.head_dim);
+  params.scale = static_cast<float>(p.scale);
+  return params;
+}
+
+const char* forward_sm80(const Params& p, void* memory, void* stream) {
   Workspace workspace_memory(memory);
   const ForwardWorkspace workspace(workspace_memory, p);
   const Kernel kernel = kernel_of(p, Pass::kForward);
@@ -177,23 +234,42 @@ const char* forward(const Params& p, void* memory, void* stream) {
   if (p.cos_k != nullptr) prepare.rotations[prepare.num_rotations++] = rotation_of(p, true, workspace.turned_k);
   if (const char* wrong = launch_prepare(p, prepare, stream)) return wrong;
 
-  ForwardParams params{};
-  params.q = static_cast<const uint16_t*>(p.q);
-  params.v = static_cast<const uint16_t*>(p.v);
-  params.q_stride_token = p.q_stride_token, params.q_stride_head = p.q_stride_head;
-  params.v_stride_token = p.v_stride_token, params.v_stride_head = p.v_stride_head;
+  ForwardParams params = forward_params(p, workspace.tiles);
   const Operand k = operand(p.k, p.k_stride_token, p.k_stride_head, workspace.turned_k, p.num_tokens_k, p.head_dim);
   params.k = k.data, params.k_stride_token = k.stride_token, params.k_stride_head = k.stride_head;
-  params.out = static_cast<uint16_t*>(p.out);
-  params.lse = static_cast<float*>(p.lse);
-  params.tiles = workspace.tiles;
-  params.tables = tables_of(p, false);
-  params.num_tokens = static_cast<int>(p.num_tokens);
-  params.num_heads = static_cast<int>(p.num_heads);
-  params.heads_per_key_head = static_cast<int>(p.num_heads / p.num_heads_k);
-  params.head_dim = static_cast<int>(p.head_dim);
-  params.scale = static_cast<float>(p.scale);
+  params.v = static_cast<const uint16_t*>(p.v);
+  params.v_stride_token = p.v_stride_token, params.v_stride_head = p.v_stride_head;
   return launch(kernel, max_tiles(p.num_tokens, p.num_sequences, kernel.rows), p.num_heads, params, stream);
+}
+
+const char* forward_sm90(const Params& p, void* memory, void* stream) {
+  Workspace workspace_memory(memory);
+  const ForwardSm90Workspace workspace(workspace_memory, p);
+  const Kernel kernel = sm90_kernel_of(p);
+
+  ImageParams images{};
+  images.k = static_cast<const uint16_t*>(p.k), images.v = static_cast<const uint16_t*>(p.v);
+  images.k_images = workspace.k_images, images.v_images = workspace.v_images;
+  images.cu_seqlens_k = p.cu_seqlens_k;
+  images.tables = tables_of(p, true);
+  images.k_stride_token = p.k_stride_token, images.k_stride_head = p.k_stride_head;
+  images.v_stride_token = p.v_stride_token, images.v_stride_head = p.v_stride_head;
+  images.list = list_of(p, false, workspace.tiles, kernel.rows);
+  images.sequences = static_cast<int>(p.num_sequences);
+  images.slots = static_cast<int>(workspace.slots);
+  images.head_dim = static_cast<int>(p.head_dim);
+  const Kernel maker = p.dtype == COMP_KERNELS_BFLOAT16 ? images_kernel<bf16>() : images_kernel<fp16>();
+  if (const char* wrong = launch(maker, workspace.slots + 1, p.num_heads_k, images, stream)) return wrong;
+
+  ForwardParams params = forward_params(p, workspace.tiles);
+  params.k = workspace.k_images, params.v = workspace.v_images;
+  params.k_stride_head = params.v_stride_head = workspace.slots * kImageKeys * p.head_dim;
+  return launch(kernel, max_tiles(p.num_tokens, p.num_sequences, kernel.rows), p.num_heads, params, stream);
+}
+
+const char* forward(const Params& p, void* memory, void* stream) {
+  if (const char* wrong = check(p, false)) return wrong;
+  return takes_sm90(p) ? forward_sm90(p, memory, stream) : forward_sm80(p, memory, stream);
 }
 
 GradientParams gradient_of(const Params& p, bool keys) {
@@ -264,6 +340,8 @@ COMP_KERNELS_EXPORT int64_t comp_kernels_cuda_rope_attention_workspace(const com
   comp_kernels::Workspace memory(nullptr);
   if (backward != 0) {
     comp_kernels::BackwardWorkspace(memory, *params);
+  } else if (comp_kernels::takes_sm90(*params)) {
+    comp_kernels::ForwardSm90Workspace(memory, *params);
   } else {
     comp_kernels::ForwardWorkspace(memory, *params);
   }

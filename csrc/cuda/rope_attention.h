@@ -16,6 +16,12 @@ Kernel backward_kernel();
 template <typename T>
 Kernel prepare_kernel();
 
+// For compute capability 9.0, kHeadDim 64, 72, 80, 96 or 128 and no other head size; defined when COMP_KERNELS_SM90A.
+template <typename T, int kHeadDim>
+Kernel forward_sm90_kernel();
+template <typename T>
+Kernel images_kernel();
+
 constexpr int kMaxHeadDim = 128;
 
 }  // namespace comp_kernels

@@ -147,16 +147,17 @@ __device__ __forceinline__ void for_each_in_rows(int thread, int threads, int ro
   }
 }
 
-// Rows 0..rows-1 of a tile, turned by all kThreads threads of a block. with_row(row, turn) calls turn(to, from, cos, sin)
-// unless the row is to be left out; the channels that do not turn are copied.
-template <typename T, Pairing kPairing, int kThreads, typename WithRow>
-__device__ __forceinline__ void rotate_rows_as(int rows, int head_dim, const Tables& tables, WithRow with_row) {
-  for_each_in_rows(threadIdx.x, kThreads, rows, tables.rotary_dim / kUnitChannels<kPairing>, [&](int row, int unit) {
+// Rows 0..rows-1 of a tile, turned by `threads` threads. with_row(row, turn) calls turn(to, from, cos, sin) unless the row is
+// to be left out; the channels that do not turn are copied.
+template <typename T, Pairing kPairing, typename WithRow>
+__device__ __forceinline__ void rotate_rows_as(int thread, int threads, int rows, int head_dim, const Tables& tables,
+                                               WithRow with_row) {
+  for_each_in_rows(thread, threads, rows, tables.rotary_dim / kUnitChannels<kPairing>, [&](int row, int unit) {
     with_row(row, [&](auto to, const uint16_t* from, const float* cos, const float* sin) {
       rotate_unit<T, kPairing>(to, from, cos, sin, tables, unit);
     });
   });
-  for_each_in_rows(threadIdx.x, kThreads, rows, (head_dim - tables.rotary_dim) / 2, [&](int row, int word) {
+  for_each_in_rows(thread, threads, rows, (head_dim - tables.rotary_dim) / 2, [&](int row, int word) {
     with_row(row, [&](auto to, const uint16_t* from, const float*, const float*) {
       const int channel = tables.rotary_dim + 2 * word;
       *reinterpret_cast<uint32_t*>(to(channel)) = *reinterpret_cast<const uint32_t*>(from + channel);
@@ -164,13 +165,18 @@ __device__ __forceinline__ void rotate_rows_as(int rows, int head_dim, const Tab
   });
 }
 
-template <typename T, int kThreads, typename WithRow>
-__device__ __forceinline__ void rotate_rows(int rows, int head_dim, const Tables& tables, WithRow with_row) {
+template <typename T, typename WithRow>
+__device__ __forceinline__ void rotate_rows(int thread, int threads, int rows, int head_dim, const Tables& tables,
+                                            WithRow with_row) {
   switch (pairing_of(tables)) {
-    case Pairing::kHalf8: return rotate_rows_as<T, Pairing::kHalf8, kThreads>(rows, head_dim, tables, with_row);
-    case Pairing::kHalf4: return rotate_rows_as<T, Pairing::kHalf4, kThreads>(rows, head_dim, tables, with_row);
-    case Pairing::kInterleaved: return rotate_rows_as<T, Pairing::kInterleaved, kThreads>(rows, head_dim, tables, with_row);
-    case Pairing::kGeneric: return rotate_rows_as<T, Pairing::kGeneric, kThreads>(rows, head_dim, tables, with_row);
+    case Pairing::kHalf8:
+      return rotate_rows_as<T, Pairing::kHalf8>(thread, threads, rows, head_dim, tables, with_row);
+    case Pairing::kHalf4:
+      return rotate_rows_as<T, Pairing::kHalf4>(thread, threads, rows, head_dim, tables, with_row);
+    case Pairing::kInterleaved:
+      return rotate_rows_as<T, Pairing::kInterleaved>(thread, threads, rows, head_dim, tables, with_row);
+    case Pairing::kGeneric:
+      return rotate_rows_as<T, Pairing::kGeneric>(thread, threads, rows, head_dim, tables, with_row);
   }
 }
 

@@ -9,7 +9,7 @@ namespace comp_kernels {
 struct __align__(16) Tile {
   int row;          // first row of the tile in the packed tensor
   int rows;         // rows of the tile that exist, 1..kTile; 0: nothing to do
-  int other_start;  // the sequence on the other side (keys for a tile of queries): first row
+  int other_start;  // the sequence on the other side (keys for a tile of queries): first row, or slot of its first image
   int other_rows;   // and length, possibly 0
 };
 
@@ -18,11 +18,20 @@ __host__ __device__ inline int64_t max_tiles(int64_t tokens, int64_t sequences, 
   return tokens / tile + sequences + 1;
 }
 
+struct ListJob {
+  Tile* tiles;
+  const int32_t* cu_seqlens;
+  const int32_t* cu_seqlens_other;
+  int tokens;
+  int tile;  // rows per tile
+};
+
 // One block of kThreads threads lists the tiles of all sequences in `tiles` (max_tiles entries). The rows from
-// cu_seqlens[sequences] on are one more sequence whose other side is empty: its tiles write zeros.
+// cu_seqlens[sequences] on are one more sequence whose other side is empty: its tiles write zeros. images: keys per image
+// where the other side is read as images (tile_images.cuh), else 0.
 template <int kThreads>
 __device__ void list_tiles(Tile* tiles, const int32_t* cu_seqlens, const int32_t* cu_seqlens_other, int sequences, int tokens,
-                           int tile) {
+                           int tile, int images = 0) {
   __shared__ int warp_total[kThreads / 32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   int base = 0;  // tiles of the sequences before this round
@@ -45,8 +54,10 @@ __device__ void list_tiles(Tile* tiles, const int32_t* cu_seqlens, const int32_t
       base += warp_total[w];
     }
     __syncthreads();
-    const int other_start = slack || b > sequences ? 0 : cu_seqlens_other[b];
-    const int other_rows = slack || b > sequences ? 0 : cu_seqlens_other[b + 1] - other_start;
+    const bool paired = b < sequences;
+    const int other_first = paired ? cu_seqlens_other[b] : 0;
+    const int other_rows = paired ? cu_seqlens_other[b + 1] - other_first : 0;
+    const int other_start = images > 0 && paired ? other_first / images + b : other_first;
     for (int i = 0; i < count; ++i) {
       tiles[before + i] = Tile{start + i * tile, min(tile, length - i * tile), other_start, other_rows};
     }

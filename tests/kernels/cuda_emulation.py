@@ -17,8 +17,10 @@ from emulation import emulator_missing, import_emulator
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 HOOK = ctypes.CFUNCTYPE(
-    ctypes.c_char_p, ctypes.c_char_p, *[ctypes.c_int64] * 4, ctypes.c_void_p, ctypes.c_int64
+    ctypes.c_void_p, ctypes.c_char_p, *[ctypes.c_int64] * 4, ctypes.c_void_p, ctypes.c_int64
 )  # LaunchHook of csrc/cuda/launch.cu
+
+REFUSED = ctypes.c_char_p(b"the emulator refused the kernel")
 
 
 def missing() -> str | None:
@@ -44,6 +46,8 @@ def source_of(kernel: str) -> tuple[str, str]:
         return f"instantiations/{found[1]}_{found[2]}.cu", "sm_80"
     if kernel.startswith("rope_attention_prepare"):
         return "instantiations/prepare.cu", "sm_80"
+    if kernel.startswith("rope_attention_images"):
+        return "instantiations/images.cu", "sm_80"
     return "instantiations/sinkhorn.cu", "sm_80"
 
 
@@ -55,27 +59,26 @@ def module(source: str, arch: str):
 
 
 @contextmanager
-def launches_on_emulator(reports: list | None = None, **options):
+def launches_on_emulator(reports: list | None = None, capability: int = 80, **options):
     """Within: the cuda backend accepts CPU tensors and its kernels run on the emulator.
 
     A kernel may touch the tensors whose address was taken, and no byte more; memory from new_empty is filled with NaN, so
-    that what was not written cannot pass. reports: receives (kernel name, report) of every launch. options: see ptx_emulator.
+    that what was not written cannot pass. reports: receives (kernel name, report) of every launch. capability: of the device
+    that is pretended, 80 or 90. options: see ptx_emulator.
     """
     buffers, failures = [], []
     library = _native.cuda()
-    library.comp_kernels_cuda_set_launch_hook.argtypes = [ctypes.c_void_p]
+    library.comp_kernels_cuda_set_launch_hook.argtypes = [ctypes.c_void_p, ctypes.c_int32]
 
     def launch(kernel, grid_x, grid_y, threads, shared_bytes, params, params_bytes):
         name = kernel.decode()
         arguments = [ctypes.string_at(params, params_bytes)]
         try:
             loaded = module(*source_of(name)).kernel(name)
-            report = loaded.launch(
-                (grid_x, grid_y), threads, arguments, shared=shared_bytes, buffers=list(buffers), **options
-            )
+            report = loaded.launch((grid_x, grid_y), threads, arguments, shared=shared_bytes, buffers=list(buffers), **options)
         except Exception as error:  # must not pass through C
             failures.append(error)
-            return b"the emulator refused the kernel"
+            return ctypes.cast(REFUSED, ctypes.c_void_p).value
         if reports is not None:
             reports.append((name, report))
         return None
@@ -94,7 +97,7 @@ def launches_on_emulator(reports: list | None = None, **options):
         patch.setattr(torch.Tensor, "data_ptr", data_ptr)
         patch.setattr(torch.Tensor, "new_empty", new_empty)
         patch.setattr(_native, "cuda_unavailable_reason", lambda device: None)
-        library.comp_kernels_cuda_set_launch_hook(ctypes.cast(hook, ctypes.c_void_p))
+        library.comp_kernels_cuda_set_launch_hook(ctypes.cast(hook, ctypes.c_void_p), capability)
         try:
             yield
         except RuntimeError:
@@ -102,4 +105,4 @@ def launches_on_emulator(reports: list | None = None, **options):
                 raise failures[0] from None
             raise
         finally:
-            library.comp_kernels_cuda_set_launch_hook(None)
+            library.comp_kernels_cuda_set_launch_hook(None, 0)

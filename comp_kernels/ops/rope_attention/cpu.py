@@ -37,4 +37,4 @@ def backward(*args, **kwargs):
 def _runner(which: str):
     function = getattr(_native.cpu(), f"comp_kernels_cpu_rope_attention_{which}")
     function.argtypes, function.restype = [ctypes.POINTER(native.Params)], ctypes.c_char_p
-    return lambda params: _native.call(function, ctypes.byref(params))
+    return lambda params: _native.call(function, params)

@@ -128,6 +128,6 @@ def _runner(which: str, q: Tensor):
     def run(params: native.Params) -> None:
         workspace = q.new_empty(size(ctypes.byref(params), which == "backward"), dtype=torch.uint8)
         with torch.cuda.device_of(q):
-            _native.call(function, ctypes.byref(params), workspace.data_ptr(), _native.stream(q.device))
+            _native.call(function, params, workspace.data_ptr(), _native.stream(q.device))
 
     return run

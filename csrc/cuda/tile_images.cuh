@@ -1,0 +1,98 @@
+// Key tiles as images for sm_90a: turned keys, and values, of every sequence laid out so that one bulk copy brings a tile in
+// the order in which wgmma reads it.
+//
+// A tile holds kImageKeys keys of one sequence and head: [keys / 8][head_dim / 8][8 keys][8 channels]. Slot start / kImageKeys +
+// b holds the first tile of sequence b: slots of different sequences never meet, and no prefix sum is needed. Keys that do not
+// exist are zero up to a multiple of kImagePadding.
+#pragma once
+
+#include "rope_attention.h"
+#include "rotate.cuh"
+#include "tiles.cuh"
+
+namespace comp_kernels {
+
+constexpr int kImageKeys = 128;
+constexpr int kImagePadding = 32;
+constexpr int kImageThreads = 256;
+
+struct ImageParams {
+  const uint16_t* k;  // [Tk, Hkv, D]
+  const uint16_t* v;
+  uint16_t* k_images;  // [Hkv, slots, kImageKeys, head_dim]
+  uint16_t* v_images;
+  const int32_t* cu_seqlens_k;
+  Tables tables;  // of the keys; cos == nullptr: not turned
+  int64_t k_stride_token, k_stride_head, v_stride_token, v_stride_head;
+  ListJob list;  // the first block of the first head lists the query tiles
+  int sequences, slots, head_dim;
+};
+
+__device__ __forceinline__ int first_slot(const int32_t* cu_seqlens, int sequence) {
+  return cu_seqlens[sequence] / kImageKeys + sequence;
+}
+
+// Grid: [slots + 1, Hkv].
+template <typename T>
+__device__ __forceinline__ void make_images(const ImageParams& params) {
+  const int head = blockIdx.y, head_dim = params.head_dim, slot = static_cast<int>(blockIdx.x) - 1;
+  if (slot < 0) {
+    const ListJob& job = params.list;
+    if (head == 0) {
+      list_tiles<kImageThreads>(job.tiles, job.cu_seqlens, job.cu_seqlens_other, params.sequences, job.tokens, job.tile,
+                                kImageKeys);
+    }
+    return;
+  }
+  int sequence = 0;  // the last one whose first slot is not beyond this slot
+  for (int low = 1, high = params.sequences; low < high;) {
+    const int middle = (low + high) / 2;
+    if (first_slot(params.cu_seqlens_k, middle) <= slot) {
+      sequence = middle, low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  if (params.sequences == 0) return;
+  const int start = params.cu_seqlens_k[sequence] + (slot - first_slot(params.cu_seqlens_k, sequence)) * kImageKeys;
+  const int rows = min(kImageKeys, params.cu_seqlens_k[sequence + 1] - start);
+  if (rows <= 0) return;  // a slot between two sequences
+
+  const int64_t image = (static_cast<int64_t>(head) * params.slots + slot) * kImageKeys * head_dim;
+  const uint16_t* k = params.k + start * params.k_stride_token + head * params.k_stride_head;
+  const uint16_t* v = params.v + start * params.v_stride_token + head * params.v_stride_head;
+  auto place = [&](int row, int channel) {
+    return image + ((row >> 3) * (head_dim >> 3) + (channel >> 3)) * 64 + (row & 7) * 8 + (channel & 7);
+  };
+  const int padded = (rows + kImagePadding - 1) / kImagePadding * kImagePadding;
+  for_each_in_rows(threadIdx.x, kImageThreads, padded, head_dim / 8, [&](int row, int chunk) {
+    const int64_t at = place(row, chunk * 8);
+    const uint4 zero{0, 0, 0, 0};
+    *reinterpret_cast<uint4*>(params.v_images + at) =
+        row < rows ? *reinterpret_cast<const uint4*>(v + row * params.v_stride_token + chunk * 8) : zero;
+    if (row >= rows || params.tables.cos == nullptr) {
+      *reinterpret_cast<uint4*>(params.k_images + at) =
+          row < rows ? *reinterpret_cast<const uint4*>(k + row * params.k_stride_token + chunk * 8) : zero;
+    }
+  });
+  if (params.tables.cos == nullptr) return;
+  const int64_t table = static_cast<int64_t>(start) * params.tables.token_stride + head * params.tables.head_stride;
+  rotate_rows<T>(threadIdx.x, kImageThreads, rows, head_dim, params.tables, [&](int row, auto turn_row) {
+    const int64_t table_row = table + static_cast<int64_t>(row) * params.tables.token_stride;
+    turn_row([&](int channel) { return params.k_images + place(row, channel); }, k + row * params.k_stride_token,
+             params.tables.cos + table_row, params.tables.sin + table_row);
+  });
+}
+
+}  // namespace comp_kernels
+
+#define INSTANTIATE_IMAGES(T)                                                                                             \
+  extern "C" __global__ void __launch_bounds__(comp_kernels::kImageThreads)                                               \
+      rope_attention_images_##T(const __grid_constant__ comp_kernels::ImageParams params) {                               \
+    comp_kernels::make_images<comp_kernels::T>(params);                                                                   \
+  }                                                                                                                       \
+  template <>                                                                                                             \
+  comp_kernels::Kernel comp_kernels::images_kernel<comp_kernels::T>() {                                                   \
+    return {"rope_attention_images_" #T, reinterpret_cast<const void*>(rope_attention_images_##T), kImageThreads, 0,      \
+            kImageKeys};                                                                                                  \
+  }

@@ -1,0 +1,201 @@
+"""The CUDA kernels of rope_attention, executed on ptx_emulator: host code, kernels, errors against float64, and counters."""
+
+import ctypes
+import dataclasses
+import re
+import subprocess
+
+import pytest
+import torch
+from cuda_emulation import CSRC, launches_on_emulator, needs_cuda_emulation
+
+from comp_kernels import _native, reference, rope_attention
+from comp_kernels.ops.rope_attention import cuda, native
+from comp_kernels.testing import (
+    ATTENTION_CASES,
+    AttentionCase,
+    assert_within_budget,
+    check_rope_attention,
+    make_attention_inputs,
+)
+
+emulated = [pytest.mark.emulated, needs_cuda_emulation]
+
+# logits_of_1e4 rounds q and k after the rotation, as the peer does, and then a near tie decides: see test_large_logits
+HOSTILE = [case for name, case in ATTENTION_CASES.items() if case.head_dim <= 32 and name != "logits_of_1e4"]
+
+SIZES = [
+    AttentionCase("tiles_64", [200, 1, 0, 129, 64], head_dim=64),
+    AttentionCase("cross_64", [3, 140, 0], lengths_k=[130, 20, 7], head_dim=64, kv_heads=1),
+    AttentionCase("tiles_72", [33, 190, 0, 17], head_dim=72),
+    AttentionCase("partial_72", [30, 71], head_dim=72, layout="partial", packed_qkv=True),
+    AttentionCase("tiles_128", [130, 0, 47], head_dim=128),
+    AttentionCase("cross_128", [40, 9], lengths_k=[5, 90], head_dim=128, slack=3),
+    AttentionCase("padded_88", [70, 21], head_dim=88),
+]
+
+
+class TestAgainstTheReference:
+    pytestmark = emulated
+
+    @pytest.mark.parametrize("case", HOSTILE, ids=lambda case: case.name)
+    def test_hostile_cases(self, case):
+        with launches_on_emulator():
+            check_rope_attention(case, torch.bfloat16, "cuda")
+
+    @pytest.mark.parametrize("case", SIZES, ids=lambda case: case.name)
+    def test_head_dims_and_mixes(self, case):
+        with launches_on_emulator(check_uninit_reg=True):
+            check_rope_attention(case, torch.bfloat16, "cuda")
+
+    @pytest.mark.parametrize("case", [SIZES[0], SIZES[2], SIZES[4]], ids=lambda case: case.name)
+    def test_float16(self, case):
+        with launches_on_emulator():
+            check_rope_attention(case, torch.float16, "cuda")
+
+    def test_large_logits(self):
+        case = AttentionCase("logits_of_1e4", [40, 9], layout=None, magnitude=50.0)
+        with launches_on_emulator():
+            check_rope_attention(case, torch.bfloat16, "cuda")
+
+    def test_scores_that_rise_along_the_keys(self):
+        """Every tile outgrows the reference of the tiles before, up and beyond what float16 holds."""
+        inputs = make_attention_inputs(AttentionCase("rising", [200], head_dim=64, heads=1, layout=None), torch.float16)
+        q = torch.ones_like(inputs.q)
+        k = inputs.k * 0.01 + torch.linspace(-8, 8, 200, dtype=torch.float16)[:, None, None] * 0.5  # scores from -32 to 32
+        with launches_on_emulator():
+            out, lse = rope_attention(q, k, inputs.v, return_lse=True, backend="cuda")
+        exact, exact_lse = reference.rope_attention(q.double(), k.double(), inputs.v.double(), return_lse=True)
+        rounded, rounded_lse = reference.rope_attention(q, k, inputs.v, return_lse=True)
+        assert_within_budget("out", out, exact, rounded)
+        assert_within_budget("lse", lse, exact_lse, rounded_lse.half())
+
+    def test_gradients_do_not_depend_on_the_schedule(self):
+        inputs = make_attention_inputs(AttentionCase("seeds", [70, 33], head_dim=64, kv_heads=1), torch.bfloat16)
+        tensors = (inputs.q, inputs.k, inputs.v)
+
+        def gradients(seed: int):
+            leaves = [x.clone().requires_grad_() for x in tensors]
+            with launches_on_emulator(seed=seed, quantum=20 + seed):
+                out = rope_attention(*leaves, cu_seqlens=inputs.cu_seqlens, backend="cuda")
+                return torch.autograd.grad(out, leaves, inputs.grad_out)
+
+        for one, two in zip(gradients(1), gradients(2)):
+            assert torch.equal(one, two)
+
+
+# Lengths, heads and warp instructions of flash-attention 2.8.4's forward (sm_80, bf16, without rotary embedding), counted by
+# executing it on the same emulator: docs/kernels.md.
+MIX = AttentionCase("mix", [256, 576, 1024, 729, 400, 1369])
+FLASH_ATTENTION = {64: 2_929_540, 72: 4_026_304, 128: 4_306_700}
+
+
+class TestCounters:
+    pytestmark = emulated
+
+    @pytest.mark.parametrize("head_dim", [64, 72, 128])
+    def test_forward_on_the_mix(self, head_dim):
+        """Rotation included, no more instructions than flash-attention without it (0.8x at 72); no waste, no conflicts."""
+        case = dataclasses.replace(MIX, head_dim=head_dim)
+        inputs = make_attention_inputs(case, torch.bfloat16)
+        reports = []
+        with launches_on_emulator(reports, check_race=False), torch.no_grad():
+            rope_attention(
+                inputs.q, inputs.k, inputs.v, inputs.cos, inputs.sin, inputs.cu_seqlens, backend="cuda", **inputs.kwargs
+            )
+        instructions = sum(report["warp_instructions"] for _, report in reports)
+        assert instructions <= FLASH_ATTENTION[head_dim] * (0.8 if head_dim == 72 else 1)
+
+        forward = reports[-1][1]
+        useful = 4 * head_dim * case.heads * sum(n * n for n in case.lengths)
+        assert forward["tensor_flops"] <= 1.02 * useful
+        for access in ("ldmatrix", "async_write", "load"):  # all that the main loop does
+            assert forward["shared"][access]["wavefronts"] == forward["shared"][access]["ideal"]
+        assert forward["local_bytes"] == 0
+
+        tokens, sectors = sum(case.lengths), forward["global"]
+        read = 3 * tokens * case.heads * head_dim * 2 + 2 * tokens * inputs.cos.shape[-1] * 4
+        written = tokens * case.heads * (head_dim * 2 + 4)
+        assert sectors["unique_load_sectors"] * 32 <= 1.01 * read
+        assert sectors["unique_store_sectors"] * 32 <= 1.01 * written
+
+    def test_backward_conflicts_and_waste(self):
+        case = AttentionCase("backward", [160, 128], head_dim=64)
+        inputs = make_attention_inputs(case, torch.bfloat16)
+        leaves = [x.clone().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
+        reports = []
+        with launches_on_emulator(reports):
+            out = rope_attention(*leaves, inputs.cos, inputs.sin, inputs.cu_seqlens, backend="cuda", **inputs.kwargs)
+            torch.autograd.grad(out, leaves, inputs.grad_out)
+        kernels = dict(reports)
+        useful = 2 * case.head_dim * case.heads * sum(n * n for n in case.lengths)  # of one product
+        for side, products in (("keys", 4), ("queries", 3)):
+            report = kernels[f"rope_attention_backward_{side}_bf16_64"]
+            assert report["tensor_flops"] == products * useful
+            for access in ("ldmatrix", "async_write"):
+                assert report["shared"][access]["wavefronts"] == report["shared"][access]["ideal"]
+            assert report["global"]["atomic"]["requests"] == 0
+
+
+@pytest.mark.parametrize("source", ["forward_64", "forward_72", "forward_128", "backward_64", "backward_72", "backward_128"])
+@needs_cuda_emulation
+def test_no_register_spills(source, tmp_path):
+    command = ["nvcc", "-std=c++17", "-arch=sm_80", "-cubin", "-Xptxas=-v", f"-I{CSRC / 'include'}"]
+    command += ["-o", str(tmp_path / "out.cubin"), str(CSRC / "cuda" / "instantiations" / f"{source}.cu")]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr)
+    assert spills and all(pair == ("0", "0") for pair in spills)
+
+
+class TestHostCode:
+    def test_refuses_other_devices(self):
+        assert "CUDA device" in cuda.unavailable_reason(torch.device("cpu"))
+        with pytest.raises(RuntimeError, match="cuda"):
+            rope_attention(*(torch.zeros(4, 2, 64, dtype=torch.bfloat16),) * 3, backend="cuda")
+
+    @pytest.mark.parametrize(
+        ("head_dim", "dtype", "word"),
+        [(64, torch.bfloat16, None), (10, torch.float16, None), (64, torch.float32, "tf32"), (136, torch.float16, "128")],
+    )
+    def test_declines(self, head_dim, dtype, word):
+        q = torch.zeros(4, 2, head_dim, dtype=dtype)
+        reason = cuda.declines(q, q, q, None, None, None, None, rotary_dim=head_dim, pair_stride=head_dim // 2)
+        assert reason is None if word is None else word in reason
+
+    def test_views_are_copied_only_where_16_byte_accesses_need_it(self):
+        qkv = torch.zeros(6, 3, 2, 64, dtype=torch.bfloat16)
+        assert cuda._aligned(qkv[:, 1]) is not None
+        assert cuda._aligned(qkv[:, 1]).data_ptr() == qkv[:, 1].data_ptr()
+        odd = torch.zeros(6, 2, 65, dtype=torch.bfloat16)[..., 1:]
+        assert cuda._aligned(odd).is_contiguous()
+        assert cuda._padded(torch.ones(6, 2, 10)).shape == (6, 2, 16)
+
+    @needs_cuda_emulation
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"dtype": 0}, "dtype must be bfloat16 or float16"),
+            ({"head_dim": 12}, "head_dim must be a multiple of 8"),
+            ({"k_stride_token": 12}, "k must start at a multiple of 16 bytes"),
+            ({"num_tokens": 2**31}, "at most"),
+        ],
+    )
+    def test_the_library_checks_what_it_relies_on(self, change, message):
+        fields = dict(dtype=2, head_dim=64, num_heads=2, num_heads_k=2) | change
+        forward = _native.cuda().comp_kernels_cuda_rope_attention_forward
+        forward.argtypes, forward.restype = [ctypes.POINTER(native.Params), ctypes.c_void_p, ctypes.c_void_p], ctypes.c_char_p
+        with pytest.raises(RuntimeError, match=message):
+            _native.call(forward, native.Params(**fields), None, None)
+
+    @needs_cuda_emulation
+    def test_workspace(self):
+        """Tiles of 128 queries for any cu_seqlens, and the turned keys."""
+        size = _native.cuda().comp_kernels_cuda_rope_attention_workspace
+        size.argtypes, size.restype = [ctypes.POINTER(native.Params), ctypes.c_int32], ctypes.c_int64
+        params = native.Params(
+            dtype=2, head_dim=64, num_heads=4, num_heads_k=2, num_tokens=1000, num_tokens_k=500, num_sequences=9
+        )
+        tiles = (1000 // 128 + 9 + 1) * 16
+        assert size(ctypes.byref(params), 0) == -(-tiles // 256) * 256
+        params.cos_k = 1  # any address: only whether there is one counts
+        assert size(ctypes.byref(params), 0) == -(-tiles // 256) * 256 + 500 * 2 * 64 * 2
