@@ -52,6 +52,10 @@ class MissingCompiler(Exception):
     """A library cannot be built here; the message says what is missing."""
 
 
+class LeftOut(Exception):
+    """A library is not built because nobody asked for it; the message says how to ask."""
+
+
 def instruction_sets() -> dict[str, list[str]]:
     """Compiler flags by instruction set; other machines than x86-64 have one set, the architecture's own (NEON)."""
     return X86_FLAGS if platform.machine().lower() in ("x86_64", "amd64") else {"baseline": []}
@@ -99,20 +103,21 @@ def build_cpu(lib: Path, objects: Path) -> None:
 
 
 def find_nvcc() -> str:
-    """nvcc, when the CUDA library is to be built; raises MissingCompiler with the reason when it is not."""
+    """nvcc, when the CUDA library is to be built; raises LeftOut when it is not, MissingCompiler when it cannot be."""
     wish = os.environ.get("COMP_KERNELS_BUILD_CUDA", "")
     if wish not in ("", "0", "1"):
         raise MissingCompiler(f"COMP_KERNELS_BUILD_CUDA must be 0, 1 or not set, got {wish!r}")
     command = "COMP_KERNELS_BUILD_CUDA=1 pip install -e ."
     if wish == "0":
-        raise MissingCompiler(f"left out by COMP_KERNELS_BUILD_CUDA=0; `{command}` builds it")
+        raise LeftOut(f"left out by COMP_KERNELS_BUILD_CUDA=0; `{command}` builds it")
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None) or shutil.which("/usr/local/cuda/bin/nvcc")
     if nvcc is None:
-        raise MissingCompiler(f"no nvcc found: install the CUDA toolkit or set CUDA_HOME, then `{command}`")
+        kind = MissingCompiler if wish == "1" else LeftOut
+        raise kind(f"no nvcc found: install the CUDA toolkit or set CUDA_HOME, then `{command}`")
     driver = ctypes.util.find_library("cuda") or Path("/proc/driver/nvidia/version").exists()
     if wish == "" and not driver:
-        raise MissingCompiler(f"nvcc is here but no CUDA driver; `{command}` builds it all the same")
+        raise LeftOut(f"nvcc is here but no CUDA driver; `{command}` builds it all the same")
     return nvcc
 
 
@@ -138,13 +143,13 @@ def generated_code(source: Path, capabilities: list[str], ptx: bool) -> list[str
 
 
 def build_cuda(lib: Path, objects: Path) -> None:
-    """csrc/cuda -> libcomp_kernels_cuda.so, with the CUDA runtime inside; objects that are newer than their sources are kept."""
+    """csrc/cuda -> libcomp_kernels_cuda.so, CUDA runtime inside; objects newer than their sources are kept."""
     sources = sorted(CSRC.glob("cuda/**/*.cu"))
     headers = [*CSRC.glob("include/**/*.h"), *CSRC.glob("cuda/**/*.h"), *CSRC.glob("cuda/**/*.cuh"), Path(__file__)]
     library = lib / "libcomp_kernels_cuda.so"
     try:
         nvcc = find_nvcc()
-    except MissingCompiler:
+    except LeftOut:
         if not newer(library, [*sources, *headers]):  # one of an earlier build stays only while it is the right one
             library.unlink(missing_ok=True)
             raise
@@ -194,9 +199,11 @@ class BuildNative(Command):
             reason.unlink(missing_ok=True)
             try:
                 build_library(lib, objects)
+            except LeftOut as error:
+                reason.write_text(str(error))
             except (MissingCompiler, RuntimeError, OSError) as error:
-                if "build_native" in sys.argv:  # asked for by name: a failure is a failure
-                    raise
+                if "build_native" in sys.argv or os.environ.get(f"COMP_KERNELS_BUILD_{name.upper()}") == "1":
+                    raise  # asked for by name: a failure is a failure
                 reason.write_text(str(error))
                 self.warn(f"the {name} library was not built: {error}")
 

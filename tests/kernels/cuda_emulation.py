@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from emulation import emulator_missing, import_emulator
 
 from comp_kernels import _native
-from emulation import emulator_missing, import_emulator
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 HOOK = ctypes.CFUNCTYPE(

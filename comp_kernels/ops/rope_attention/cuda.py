@@ -35,6 +35,7 @@ def forward(
     q, k, v, cos, sin, cos_k, sin_k = _accessible(q, k, v, cos, sin, cos_k, sin_k)
     out, lse = native.forward(
         _runner("forward", q),
+        torch.float32,
         q,
         k,
         v,

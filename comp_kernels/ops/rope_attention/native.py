@@ -1,4 +1,4 @@
-"""rope_attention through the C ABI: allocates the results and fills the params struct, for the CPU and the CUDA library alike."""
+"""rope_attention through the C ABI, CPU or CUDA library alike: allocates the results and fills the params struct."""
 
 from __future__ import annotations
 
