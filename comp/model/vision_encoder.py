@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from ..data.images import check_grid, prepare_image, to_raster
 from .adapter import Adapter
 from .positions import Grids, in_token_order, patch_positions, resample_table, rotary_tables, sincos_table
 from .vit_config import POS_MODES, ViTConfig
+from .weights import load_encoder, save_encoder
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -48,7 +50,9 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.qkv_bias)
         self.proj = nn.Linear(config.width, config.width, bias=config.proj_bias)
 
-    def forward(self, x_TD: Tensor, cos_TR: Tensor | None, sin_TR: Tensor | None, cu_seqlens: Tensor, backend) -> Tensor:
+    def forward(
+        self, x_TD: Tensor, cos_TR: Tensor | None, sin_TR: Tensor | None, cu_seqlens: Tensor, backend: str | None
+    ) -> Tensor:
         # q, k and v stay views of one projection: the kernel takes any strides
         q_THK, k_THK, v_THK = self.qkv(x_TD).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
         out_THK = rope_attention(q_THK, k_THK, v_THK, cos_TR, sin_TR, cu_seqlens, backend=backend)
@@ -89,11 +93,29 @@ class Block(nn.Module):
         self.mlp = (GatedMLP if config.gated_mlp else MLP)(config)
         self.scale1, self.scale2 = (nn.Parameter(torch.ones(config.width)) if config.layer_scale else None for _ in range(2))
 
-    def forward(self, x_TD: Tensor, cos_TR: Tensor | None, sin_TR: Tensor | None, cu_seqlens: Tensor, backend) -> Tensor:
+    def forward(
+        self, x_TD: Tensor, cos_TR: Tensor | None, sin_TR: Tensor | None, cu_seqlens: Tensor, backend: str | None
+    ) -> Tensor:
         attended_TD = self.attn(self.norm1(x_TD), cos_TR, sin_TR, cu_seqlens, backend)
         x_TD = x_TD + (attended_TD if self.scale1 is None else attended_TD * self.scale1)
         mixed_TD = self.mlp(self.norm2(x_TD))
         return x_TD + (mixed_TD if self.scale2 is None else mixed_TD * self.scale2)
+
+
+class Layout(NamedTuple):
+    """How the tokens of all frames are packed."""
+
+    cu_seqlens: Tensor
+    """[frames + 1] int32."""
+    cos_TR: Tensor | None
+    sin_TR: Tensor | None
+    token_rows: Tensor | None
+    """[T] rows of (patches, prefix tokens) that make the token sequence; None without prefix tokens."""
+    patch_rows: Tensor | None
+    """[N] rows of the token sequence that are patches; None without prefix tokens."""
+
+    def only_patches(self, x_TD: Tensor) -> Tensor:
+        return x_TD if self.patch_rows is None else x_TD[self.patch_rows]
 
 
 class VisionEncoder(nn.Module):
@@ -130,7 +152,8 @@ class VisionEncoder(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self, std: float = 0.02) -> None:
-        """Random weights: truncated normal of `std` for matrices, tables and tokens, zero biases. The adapter has its own."""
+        """Random weights: truncated normal of `std` for matrices, table and tokens; zero biases; ones for norms and scales.
+        The adapter resets itself."""
         for name, parameter in self.named_parameters():
             if name.startswith("adapter."):
                 continue
@@ -138,6 +161,8 @@ class VisionEncoder(nn.Module):
                 nn.init.trunc_normal_(parameter, std=std)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
+            else:
+                nn.init.ones_(parameter)
 
     @property
     def pos_mode(self) -> str:
@@ -176,8 +201,6 @@ class VisionEncoder(nn.Module):
         Raises ValueError naming every missing and every unexpected weight; heads that CoMP drops on purpose (pooling heads,
         text towers, and the like: comp.model.weights.DROPPED) are neither.
         """
-        from .weights import load_encoder
-
         choices = dict(
             pos_mode=pos_mode,
             abs_pos_order=abs_pos_order,
@@ -194,8 +217,6 @@ class VisionEncoder(nn.Module):
     def save_pretrained(self, path: str | os.PathLike) -> None:
         """Write config.json and model.safetensors in the tower's Hugging Face layout, the choices of CoMP under "comp" and
         the adapter as `merger.*`; `from_pretrained` gives the same encoder back."""
-        from .weights import save_encoder
-
         save_encoder(self, path)
 
     def forward(
@@ -211,43 +232,28 @@ class VisionEncoder(nn.Module):
         (features, {layer: [N, D]}).
         """
         grids = self._check_input(pixel_values, grid_thw)
-        device = pixel_values.device
-        num_prefix = self.config.prefix_tokens
-
-        x_ND = self.patch_embed(pixel_values.to(self.patch_embed.weight.dtype))
-        if self.embed_norm is not None:
-            x_ND = self.embed_norm(x_ND)
-        if "abs" in self.pos_mode:
-            x_ND = x_ND + self._position_table(grids, device).to(x_ND.dtype)
-
-        frame_lengths = [h * w for t, h, w in grids for _ in range(t)]
-        positions = patch_positions(grids, self.config.merge_size) if "rope" in self.pos_mode else None
-        x_TD, patch_rows = x_ND, None
-        if num_prefix:
-            rows = prefix_rows(frame_lengths, num_prefix)
-            x_TD = torch.cat((x_ND, self.prefix_tokens.to(x_ND.dtype)))[rows.to(device)]
-            patch_rows = (rows < len(x_ND)).nonzero().squeeze(1).to(device)
-            if positions is not None:  # position (0, 0) is angle 0: prefix tokens are not rotated
-                positions = torch.cat((positions, positions.new_zeros(num_prefix, 2)))[rows]
-        bounds = torch.tensor([0, *frame_lengths]).add_(num_prefix).cumsum(0) - num_prefix
-        cu_seqlens = bounds.to(device, torch.int32)
-        cos_TR, sin_TR = (None, None) if positions is None else self._rotary_tables(positions.to(device))
-
+        layout = self._layout(grids, pixel_values.device)
+        x_ND = self._embed(pixel_values, grids)
+        x_TD = x_ND if layout.token_rows is None else torch.cat((x_ND, self.prefix_tokens.to(x_ND.dtype)))[layout.token_rows]
         if self.pre_norm is not None:
             x_TD = self.pre_norm(x_TD)
-        wanted = {layer % len(self.blocks): layer for layer in return_layers or ()}
+
+        num_layers = len(self.blocks)
+        for layer in return_layers or ():
+            if not -num_layers <= layer < num_layers:
+                raise ValueError(f"return_layers must lie in {-num_layers} .. {num_layers - 1}, got {layer}")
+        wanted = {layer % num_layers: layer for layer in return_layers or ()}
         taps = {}
         for index, block in enumerate(self.blocks):
-            arguments = (x_TD, cos_TR, sin_TR, cu_seqlens, self.backend)
+            arguments = (x_TD, layout.cos_TR, layout.sin_TR, layout.cu_seqlens, self.backend)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x_TD = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 x_TD = block(*arguments)
             if index in wanted:
-                taps[wanted[index]] = x_TD if patch_rows is None else x_TD[patch_rows]
-        if patch_rows is not None:
-            x_TD = x_TD[patch_rows]
-        features_ND = x_TD if self.norm is None else self.norm(x_TD)
+                taps[wanted[index]] = layout.only_patches(x_TD)
+        x_ND = layout.only_patches(x_TD)
+        features_ND = x_ND if self.norm is None else self.norm(x_ND)
         return features_ND if return_layers is None else (features_ND, taps)
 
     def encode(
@@ -291,6 +297,8 @@ class VisionEncoder(nn.Module):
         if grid_thw.dim() != 2 or grid_thw.shape[1] != 3 or grid_thw.is_floating_point():
             raise ValueError(f"grid_thw must be integers [M, 3], got {grid_thw.dtype} {tuple(grid_thw.shape)}")
         grids = [tuple(grid) for grid in grid_thw.tolist()]  # the one read from the device
+        if not grids:
+            raise ValueError("grid_thw must describe at least one image, got none")
         for t, h, w in grids:
             check_grid(h, w, self.config.merge_size)
             if t < 1:
@@ -299,6 +307,30 @@ class VisionEncoder(nn.Module):
         if described != pixel_values.shape[0]:
             raise ValueError(f"pixel_values has {pixel_values.shape[0]} patches but grid_thw describes {described}: {grids}")
         return grids
+
+    def _layout(self, grids: Grids, device: torch.device) -> Layout:
+        """Where each frame's tokens lie and how they are rotated; made on the CPU from the grids, then moved once."""
+        num_prefix = self.config.prefix_tokens
+        frame_lengths = [h * w for t, h, w in grids for _ in range(t)]
+        positions = patch_positions(grids, self.config.merge_size)
+        token_rows = patch_rows = None
+        if num_prefix:
+            rows = prefix_rows(frame_lengths, num_prefix)
+            # position (0, 0) is angle 0: prefix tokens are not rotated
+            positions = torch.cat((positions, positions.new_zeros(num_prefix, 2)))[rows]
+            token_rows, patch_rows = rows.to(device), (rows < sum(frame_lengths)).nonzero().squeeze(1).to(device)
+        bounds = torch.tensor([0, *(length + num_prefix for length in frame_lengths)]).cumsum(0)
+        cos_TR, sin_TR = self._rotary_tables(positions.to(device)) if "rope" in self.pos_mode else (None, None)
+        return Layout(bounds.to(device, torch.int32), cos_TR, sin_TR, token_rows, patch_rows)
+
+    def _embed(self, pixel_values: Tensor, grids: Grids) -> Tensor:
+        """Patches with their absolute positions, [N, D]."""
+        x_ND = self.patch_embed(pixel_values.to(self.patch_embed.weight.dtype))
+        if self.embed_norm is not None:
+            x_ND = self.embed_norm(x_ND)
+        if "abs" in self.pos_mode:
+            x_ND = x_ND + self._position_table(grids, x_ND.device).to(x_ND.dtype)
+        return x_ND
 
     def _position_table(self, grids: Grids, device: torch.device) -> Tensor:
         """Table entries of all patches, [N, D] float32; each distinct grid is resampled once."""

@@ -12,7 +12,7 @@ import re
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -20,8 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .adapter import Adapter
-from .vision_encoder import VisionEncoder
 from .vit_config import ViTConfig
+
+if TYPE_CHECKING:
+    from .vision_encoder import VisionEncoder
 
 # Fields of ViTConfig that config.json keeps under "comp": everything its Hugging Face part does not say.
 CHOICES = (
@@ -202,10 +204,14 @@ class Checkpoint:
         return next((prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in self.files)), "")
 
     @property
+    def has_adapter(self) -> bool:
+        return any(name.startswith("merger.") for name in self.files)
+
+    @property
     def is_released_comp(self) -> bool:
         """A checkpoint of the released CoMP code: it has a flag `use_rope` or an adapter, and not our "comp" section."""
         settings = {**self.config, **(self.config.get("vision_config") or {})}
-        return "comp" not in settings and ("use_rope" in settings or any(name.startswith("merger.") for name in self.files))
+        return "comp" not in settings and ("use_rope" in settings or self.has_adapter)
 
 
 def load_encoder(
@@ -214,7 +220,7 @@ def load_encoder(
     """The work of VisionEncoder.from_pretrained."""
     checkpoint = Checkpoint.open(path)
     config = ViTConfig.from_hugging_face(checkpoint.config, **with_stored_choices(checkpoint, choices, path))
-    tensors = read_tensors(checkpoint, config, path)
+    tensors = read_tensors(checkpoint, config, expected_shapes(cls, checkpoint, config), path)
     with torch.device("meta"):  # no random initialisation of what is overwritten anyway
         adapter = None
         if "adapter.fc2.weight" in tensors:
@@ -247,7 +253,9 @@ def with_stored_choices(checkpoint: Checkpoint, choices: dict[str, Any], path: s
     return {**checkpoint.statistics, **needed, **given}
 
 
-def read_tensors(checkpoint: Checkpoint, config: ViTConfig, path: str | os.PathLike) -> dict[str, Tensor]:
+def read_tensors(
+    checkpoint: Checkpoint, config: ViTConfig, shapes: dict[str, torch.Size | None], path: str | os.PathLike
+) -> dict[str, Tensor]:
     """Our parameters from the file's; raises ValueError that lists what is missing, what is unexpected, what does not fit."""
     names, prefix = FAMILIES[config.family], checkpoint.tower_prefix
     missing, tensors = [], {}
@@ -259,8 +267,7 @@ def read_tensors(checkpoint: Checkpoint, config: ViTConfig, path: str | os.PathL
         missing.append(name)
         return None
 
-    has_adapter = any(name.startswith("merger.") for name in checkpoint.files)
-    for ours, shape in expected_shapes(config, has_adapter).items():
+    for ours, shape in shapes.items():
         if ours == "pos_embed":
             parts = [fetch(names.table)]
         elif ours == "prefix_tokens":
@@ -285,11 +292,11 @@ def read_tensors(checkpoint: Checkpoint, config: ViTConfig, path: str | os.PathL
     return tensors
 
 
-def expected_shapes(config: ViTConfig, with_adapter: bool) -> dict[str, torch.Size | None]:
+def expected_shapes(cls: type[VisionEncoder], checkpoint: Checkpoint, config: ViTConfig) -> dict[str, torch.Size | None]:
     """Names and shapes of the encoder's parameters; None where the file decides (the adapter's width)."""
     with torch.device("meta"):
-        adapter = Adapter(config.width, 1, merge_size=config.merge_size) if with_adapter else None
-        parameters = VisionEncoder(config, adapter).state_dict()
+        adapter = Adapter(config.width, 1, merge_size=config.merge_size) if checkpoint.has_adapter else None
+        parameters = cls(config, adapter).state_dict()
     return {name: None if name.startswith("adapter.fc2") else tensor.shape for name, tensor in parameters.items()}
 
 

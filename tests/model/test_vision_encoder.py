@@ -284,6 +284,8 @@ def test_return_layers():
         shorter = copy.deepcopy(encoder)
         shorter.blocks = shorter.blocks[:1]
         assert torch.equal(taps[-1], features) and torch.equal(taps[0], shorter(pixel_values, grid_thw))
+    with pytest.raises(ValueError, match=r"return_layers must lie in -2 .. 1, got 2"):
+        encoder(pixel_values, grid_thw, return_layers=[2])
 
 
 def test_encode_gives_raster_maps():
@@ -322,6 +324,8 @@ def test_errors_name_what_is_wrong():
         encoder(pixel_values, torch.tensor([[1, 3, 8]]))
     with pytest.raises(ValueError, match=r"grid_thw must be integers \[M, 3\], got torch.float32"):
         encoder(pixel_values, grid_thw.float())
+    with pytest.raises(ValueError, match="at least one image"):
+        encoder(pixel_values[:0], grid_thw[:0])
     with pytest.raises(ValueError, match="abs_pos_order must be one of"):
         small_config(abs_pos_order="column")
     with pytest.raises(ValueError, match=r"model_type must be one of .*, got 'resnet'"):
