@@ -38,6 +38,8 @@ def build_model(config: Config, *, dummy_image: bool = False) -> tuple[CoMP, Cha
         adapter_init=config.vision.adapter_init,
         dummy_image=dummy_image,
     )
+    if any(stage.alignment is not None and stage.alignment.prototype_source == "frozen" for stage in config.stages):
+        model.freeze_prototypes()
     if config.activation_checkpointing:
         encoder.gradient_checkpointing = True
         # the second is the name in older releases of transformers; newer ones warn about it

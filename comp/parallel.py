@@ -110,6 +110,18 @@ def uses_fsdp(config: Config, world: World) -> bool:
     return world.size > 1 and (config.parallel == "fsdp" or (config.parallel == "auto" and world.device.type == "cuda"))
 
 
+def note_trainable_changed(model: nn.Module) -> None:
+    """To be called after `requires_grad` changed: FSDP reads it when parameters are first gathered, and would otherwise leave
+    the gradients of parts that were frozen then in the dtype of the forward pass."""
+    for module in _sharded_modules(model):
+        module.unshard()  # reads it anew
+        module.reshard()
+
+
+def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
 def loss_scale(model: nn.Module, world: World) -> int:
     """What to multiply a loss with before `backward`, so that gradients end up summed over the processes: sharded ones are
     averaged on the way."""
@@ -156,7 +168,7 @@ def total_norm(gradients: Iterable[Tensor]) -> Tensor:
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
     """Whole parameters on every process for a while, so that each may run the model as often as it likes (generation)."""
-    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    sharded = _sharded_modules(model)
     for module in sharded:
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()

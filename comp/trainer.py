@@ -28,7 +28,7 @@ from .data.prior import count_words
 from .eval.vqa import answer_questions, blind_baselines, scores_by_type, write_predictions
 from .metrics import MetricsLog, Progress, table
 from .optim import build_optimizer, lr_multiplier, part_reports, set_learning_rates, set_trainable
-from .parallel import distribute, gathered, start_world, uses_bf16, uses_fsdp
+from .parallel import distribute, gathered, note_trainable_changed, start_world, uses_bf16, uses_fsdp
 from .plots import plot_run
 from .step import StepTotals, seed_step, train_step
 from .summary import result_table, summarize
@@ -71,8 +71,6 @@ class Trainer:
 
         torch.manual_seed(config.seed)
         model, self.template = build_model(config, dummy_image=uses_fsdp(config, self.world))
-        if any(s.alignment is not None and s.alignment.prototype_source == "frozen" for s in config.stages):
-            model.freeze_prototypes()
         self.model = distribute(model, config, self.world)
         self.bf16 = uses_bf16(config, self.world)
         self.datasets = [self._open_stage(index) for index in range(len(config.stages))]
@@ -105,6 +103,7 @@ class Trainer:
         if state.stage != index:
             state.stage, state.step_in_stage = index, 0
         set_trainable(self.model, stage.trainable)
+        note_trainable_changed(self.model)
         set_position_mode(self.model, config, stage)
         optimizer = build_optimizer(self.model, stage.optim)
         if self._checkpoint is not None:
@@ -123,6 +122,8 @@ class Trainer:
                 raise StopRequested
         optimizer.zero_grad(set_to_none=True)
         self._evaluate(stage.name, stage)
+        if self.world.is_main:
+            plot_run(self.log.path, self.folder / "plots")
         self._export(stage)
 
     def _step(self, optimizer: torch.optim.Optimizer, data: StepData, *, begun: float) -> bool:
@@ -211,7 +212,6 @@ class Trainer:
         if world.is_main:
             write_predictions(self.folder / "predictions" / f"{label}.jsonl", predictions)
             self.log.write(record)
-            plot_run(self.log.path, self.folder / "plots")
         self.progress.print("held-out score (%)\n" + result_table(self.state.evaluations))
 
     # --- beginning, end, and interruptions -----------------------------------------------------------------------------------
@@ -304,7 +304,6 @@ class Trainer:
             baselines = blind_baselines(train, self.held_out, metric=config.eval.metric, seed=config.seed)
         summary = summarize(config, state, baselines, self.folder / "metrics.jsonl", self.world, self.model)
         write_json(self.folder / "summary.json", summary)
-        plot_run(self.folder / "metrics.jsonl", self.folder / "plots")
         return summary
 
     def _stop_if_asked(self) -> None:

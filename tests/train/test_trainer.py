@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -27,9 +29,10 @@ REPOSITORY = HERE.parent.parent
 NUM_STEPS = 11  # of toy_config: 3 + 3 + 3 + 2
 
 
-def run(folder, *overrides, resume=False):
-    trainer = Trainer(apply_overrides(toy_config(folder), overrides), resume=resume)
-    return trainer.run()
+def run(folder, *overrides, resume=False, plots=False):
+    """A run in this process; drawing takes longer than training the toy, so it is left out where it is not asked for."""
+    with nullcontext() if plots else patch("comp.trainer.plot_run"):
+        return Trainer(apply_overrides(toy_config(folder), overrides), resume=resume).run()
 
 
 def start_process(folder, *arguments, rank=0, world_size=1, port=0):
@@ -71,7 +74,7 @@ def weights(folder, name="toy", stage="III"):
 @pytest.fixture(scope="module")
 def unbroken(toy_models):
     """The run that all others are compared with, in runs/toy beside the toy models."""
-    summary = run(toy_models, "tensorboard=true")
+    summary = run(toy_models, "tensorboard=true", plots=True)
     return toy_models, summary
 
 
@@ -128,6 +131,24 @@ def test_two_processes_equal_one(unbroken, parallel):
     for key, value in weights(folder).items():
         # Adam divides by gradients that may be tiny, so rounding grows in single weights
         assert torch.allclose(value, weights(folder, parallel)[key], atol=2e-3), key
+
+
+def test_sharded_bf16_with_all_options_runs(toy_folder):
+    """Stage I freezes what stage II trains: sharded gradients must change their dtype with it."""
+    align = "{prototype_source: frozen, epsilon: 0.05, temperature: 0.05}"
+    run_on_two(
+        toy_folder,
+        "parallel=fsdp",
+        "precision=bf16",
+        "activation_checkpointing=true",
+        f"stages.*.alignment={align}",
+        "stages.*.max_steps=1",
+        "eval.data=[]",
+    )
+    train = [r for r in records(toy_folder) if r["event"] == "train"]
+    assert [r["stage"] for r in train] == ["I", "II-a", "II-b", "III"]
+    assert all(r["grad_norm"]["vision"] > 0 for r in train[1:])
+    assert {value.dtype for value in weights(toy_folder).values()} == {torch.float32}
 
 
 def test_forward_budgets_do_not_change_the_step(unbroken, toy_folder):

@@ -145,9 +145,11 @@ def toy_config(folder: Path, **changes) -> Config:
 
 
 if __name__ == "__main__":
+    from unittest.mock import patch
+
     from comp.config_io import apply_overrides
     from comp.trainer import Trainer
 
-    folder = Path(sys.argv[1])
-    resume = "--resume" in sys.argv
-    Trainer(apply_overrides(toy_config(folder), [a for a in sys.argv[2:] if "=" in a]), resume=resume).run()
+    folder, *overrides = sys.argv[1:]
+    with patch("comp.trainer.plot_run"):
+        Trainer(apply_overrides(toy_config(Path(folder)), overrides)).run()
