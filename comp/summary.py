@@ -6,7 +6,7 @@ import platform
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,9 +14,7 @@ from torch import nn
 from .config import Config, StageConfig
 from .metrics import read_records, table
 from .parallel import World
-
-if TYPE_CHECKING:
-    from .trainer import RunState
+from .run_state import RunState
 
 MAX_SKIPPED_NAMES = 1000
 

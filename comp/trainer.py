@@ -6,12 +6,11 @@ holds the model, the optimiser and counters, and a resumed run repeats an unbrok
 
 from __future__ import annotations
 
-import json
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,8 @@ import numpy as np
 import torch
 
 from .build import build_model, export_model, sample_encoder, set_position_mode
-from .checkpoint import CheckpointStore, read_progress, write_json
-from .config import Config, ConfigError, StageConfig
-from .config_io import differences, to_dict
+from .checkpoint import CheckpointStore, write_json
+from .config import Config, StageConfig
 from .data.loader import StepData, StepDataset, iterate_steps
 from .data.mixture import open_sources
 from .data.prior import count_words
@@ -30,31 +28,15 @@ from .metrics import MetricsLog, Progress, table
 from .optim import build_optimizer, lr_multiplier, part_reports, set_learning_rates, set_trainable
 from .parallel import distribute, gathered, note_trainable_changed, start_world, uses_bf16, uses_fsdp
 from .plots import plot_run
+from .run_state import claim_folder, find_state
 from .step import StepTotals, seed_step, train_step
 from .summary import result_table, summarize
 
-MAY_DIFFER_ON_RESUME = ("output_dir", "num_workers", "tensorboard", "checkpoint", "device", "parallel")
 BEFORE = "before"
 
 
 class StopRequested(Exception):
     """SIGTERM arrived and the state is saved."""
-
-
-@dataclass(kw_only=True, slots=True)
-class RunState:
-    """How far a run has come; stored with every checkpoint."""
-
-    stage: int = 0
-    step_in_stage: int = 0
-    step: int = 0  # optimiser steps of all stages so far
-    seconds: float = 0.0  # time spent so far, evaluation included
-    samples: int = 0
-    images: int = 0
-    text_tokens: int = 0
-    skipped: dict[str, int] = field(default_factory=dict)  # message of an unusable sample -> times met
-    evaluations: list[dict[str, Any]] = field(default_factory=list)
-    metrics_bytes: int = 0  # length of metrics.jsonl that belongs to this state
 
 
 class Trainer:
@@ -65,16 +47,19 @@ class Trainer:
         self.world = start_world(config.device)
         self.folder = Path(config.output_dir) / config.name
         self.store = CheckpointStore(self.folder / "checkpoints", keep=config.checkpoint.keep, world=self.world)
-        self.state, self._checkpoint = self._find_state(resume)
+        self.state, self._checkpoint = find_state(self.folder, config, self.store, resume=resume)
         self._stop = False
         self._started = time.monotonic() - self.state.seconds
 
+        # data first: a wrong path should not wait for the weights
+        self.sources = [open_sources(stage.data, config.seed) for stage in config.stages]
+        self.held_out = open_sources(config.eval.data, config.seed) if config.eval.data else None
         torch.manual_seed(config.seed)
         model, self.template = build_model(config, dummy_image=uses_fsdp(config, self.world))
         self.model = distribute(model, config, self.world)
         self.bf16 = uses_bf16(config, self.world)
         self.datasets = [self._open_stage(index) for index in range(len(config.stages))]
-        self.held_out = open_sources(config.eval.data, config.seed) if config.eval.data else None
+        claim_folder(self.folder, config, self.world)
         self._set_prior()
 
     def run(self) -> dict[str, Any]:
@@ -212,6 +197,8 @@ class Trainer:
         if world.is_main:
             write_predictions(self.folder / "predictions" / f"{label}.jsonl", predictions)
             self.log.write(record)
+        if skipped:
+            self.progress.print(f"{len(skipped)} questions could not be asked, the first: {skipped[0]}")
         self.progress.print("held-out score (%)\n" + result_table(self.state.evaluations))
 
     # --- beginning, end, and interruptions -----------------------------------------------------------------------------------
@@ -219,7 +206,7 @@ class Trainer:
     def _open_stage(self, index: int) -> StepDataset:
         config, stage = self.config, self.config.stages[index]
         return StepDataset(
-            open_sources(stage.data, config.seed),
+            self.sources[index],
             sample_encoder(self.model, self.template, config, stage),
             batch_size=stage.batch_size,
             epochs=stage.epochs,
@@ -238,41 +225,15 @@ class Trainer:
         if not aligned:
             return
         path = self.folder / "word_counts.npy"
-        if path.is_file():
+        if self._checkpoint is not None and path.is_file():
             counts = torch.from_numpy(np.load(path))
         else:
-            samples = self.datasets[aligned[-1]].samples
-            counts = count_words(samples, self.template, len(self.template.tokenizer), self.world)
+            counts = count_words(self.sources[aligned[-1]], self.template, len(self.template.tokenizer), self.world)
             if self.world.is_main:
                 temporary = path.with_name(".writing-word_counts.npy")
                 np.save(temporary, counts.numpy())
                 temporary.rename(path)
         self.model.set_word_counts(counts)
-
-    def _find_state(self, resume: bool) -> tuple[RunState, Path | None]:
-        """Prepare the folder of the run; the state of its last checkpoint when resuming, else a new one."""
-        stored = self.folder / "config.json"
-        exists = stored.is_file()
-        if exists and not resume:
-            raise ConfigError(f"{self.folder} holds a run already; continue it with --resume, or choose another name=NAME")
-        if exists:
-            changed = [
-                d
-                for d in differences(json.loads(stored.read_text()), to_dict(self.config))
-                if d.split(".")[0] not in MAY_DIFFER_ON_RESUME
-            ]
-            if changed:
-                raise ConfigError(
-                    f"--resume needs the configuration the run was started with; these differ: {', '.join(changed)}"
-                )
-        self.world.barrier()
-        if self.world.is_main and not exists:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(stored, to_dict(self.config))
-        self.world.barrier()
-        checkpoint = self.store.latest() if resume else None
-        state = RunState() if checkpoint is None else RunState(**read_progress(checkpoint))
-        return state, checkpoint
 
     def _open_log(self) -> MetricsLog:
         return MetricsLog(
@@ -300,8 +261,7 @@ class Trainer:
             return {}
         baselines = {}
         if config.eval.baselines and self.held_out is not None:
-            train = self.datasets[-1].samples
-            baselines = blind_baselines(train, self.held_out, metric=config.eval.metric, seed=config.seed)
+            baselines = blind_baselines(self.sources[-1], self.held_out, metric=config.eval.metric, seed=config.seed)
         summary = summarize(config, state, baselines, self.folder / "metrics.jsonl", self.world, self.model)
         write_json(self.folder / "summary.json", summary)
         return summary

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..config import ConfigError
 from .batch import Message, Sample
 
 IMAGE_MARKER = "<image>"
@@ -41,7 +42,7 @@ def dataset_from_factory(factory: str, arguments: dict[str, Any]) -> Dataset:
     try:
         function = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"data.factory {factory!r} cannot be imported: {error}") from error
+        raise ConfigError(f"data.factory {factory!r} cannot be imported: {error}") from error
     return function(**arguments)
 
 
@@ -52,9 +53,9 @@ class LlavaDataset:
         self.path = Path(path)
         self.images = Path(images) if images is not None else self.path.parent
         if not self.path.is_file():
-            raise FileNotFoundError(f"data.path {self.path} is not a file")
+            raise ConfigError(f"data.path {self.path} is not a file")
         if self.path.suffix not in (".json", ".jsonl"):
-            raise ValueError(f"data.path must end in .json or .jsonl, got {self.path}")
+            raise ConfigError(f"data.path must end in .json or .jsonl, got {self.path}")
         self._records = _Records(self.path)
 
     def __len__(self) -> int:
@@ -159,9 +160,9 @@ def _read_list(path: Path) -> tuple[bytes, list[tuple[int, int]]]:
         try:
             records = json.load(file)
         except ValueError as error:
-            raise ValueError(f"data.path {path} is not valid JSON: {error}") from error
+            raise ConfigError(f"data.path {path} is not valid JSON: {error}") from error
     if not isinstance(records, list):
-        raise ValueError(f"data.path {path} must hold a JSON list, got {type(records).__name__}")
+        raise ConfigError(f"data.path {path} must hold a JSON list, got {type(records).__name__}")
     return _join(json.dumps(record).encode() for record in records)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from ..config import SourceConfig, parse_sampling
+from ..config import ConfigError, SourceConfig, parse_sampling
 from .batch import Sample
 from .datasets import Dataset, LlavaDataset, dataset_from_factory
 
@@ -48,7 +48,7 @@ def open_sources(sources: Sequence[SourceConfig], seed: int) -> Mixture:
             parts.append((dataset, choose_indices(len(dataset), sampling, rng)))
     mixture = Mixture(parts)
     if len(mixture) == 0:
-        raise ValueError(f"no sample in {[source.path or source.factory for source in sources]}")
+        raise ConfigError(f"no sample in {[source.path or source.factory for source in sources]}")
     return mixture
 
 
@@ -57,7 +57,7 @@ def choose_indices(size: int, sampling: str, rng: np.random.Generator) -> np.nda
     strategy, amount, is_percent = parse_sampling(sampling)
     count = int(np.ceil(size * amount / 100)) if is_percent else int(amount)
     if count > size:
-        raise ValueError(f"data.sampling {sampling!r} asks for {count} samples of a source that has {size}")
+        raise ConfigError(f"data.sampling {sampling!r} asks for {count} samples of a source that has {size}")
     if strategy == "end":
         return np.arange(size - count, size)
     if strategy == "random":
@@ -77,15 +77,17 @@ def _open_source(source: SourceConfig) -> Iterator[tuple[Dataset, str]]:
 def _open_yaml(source: SourceConfig) -> Iterator[tuple[Dataset, str]]:
     path = Path(source.path)
     if source.sampling != "all":
-        raise ValueError(f"data.sampling of {path} must be all: the entries of a YAML mixture carry their own strategies")
+        raise ConfigError(f"data.sampling of {path} must be all: the entries of a YAML mixture carry their own strategies")
+    if not path.is_file():
+        raise ConfigError(f"data.path {path} is not a file")
     content = yaml.safe_load(path.read_text())
     entries = content.get("datasets") if isinstance(content, dict) else None
     if not isinstance(entries, list):
-        raise ValueError(f'{path} must hold a list "datasets"')
+        raise ConfigError(f'{path} must hold a list "datasets"')
     for number, entry in enumerate(entries):
         unknown = set(entry) - {"json_path", "sampling_strategy", "images"}
         if unknown or "json_path" not in entry:
-            raise ValueError(
+            raise ConfigError(
                 f"{path}, datasets[{number}]: needs json_path, may have sampling_strategy and images; got {sorted(entry)}"
             )
         images = entry.get("images", source.images)

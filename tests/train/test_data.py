@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from toy import ColouredRectangles, make_tokenizer
 
-from comp.config import SourceConfig
+from comp.config import ConfigError, SourceConfig
 from comp.data.batch import Message, Sample
 from comp.data.datasets import BadSampleError, LlavaDataset
 from comp.data.encode import ImageSettings, SampleEncoder, reference_answers
@@ -112,7 +112,7 @@ def test_unusable_records_are_named(tmp_path, bad, message):
 
 
 def test_wrong_files_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="not a file"):
+    with pytest.raises(ConfigError, match="not a file"):
         LlavaDataset(tmp_path / "none.json")
     (tmp_path / "object.json").write_text("{}")
     with pytest.raises(ValueError, match="must hold a JSON list"):

@@ -240,13 +240,21 @@ def test_bad_samples_are_counted_in_the_summary(toy_folder):
 
 
 def test_a_run_is_not_overwritten_and_resumes_only_itself(toy_folder):
-    Trainer(toy_config(toy_folder))
+    short = ["stages.*.max_steps=1", "eval.data=[]"]
+    Trainer(apply_overrides(toy_config(toy_folder), ["seed=7"]))  # never ran: its folder is free
+    run(toy_folder, *short)
     with pytest.raises(ConfigError, match="holds a run already; continue it with --resume"):
-        Trainer(toy_config(toy_folder))
+        run(toy_folder, *short)
     with pytest.raises(ConfigError, match=r"these differ: seed, stages\.1\.batch_size"):
-        Trainer(apply_overrides(toy_config(toy_folder), ["seed=1", "stages.1.batch_size=3"]), resume=True)
-    trainer = Trainer(apply_overrides(toy_config(toy_folder), ["num_workers=1"]), resume=True)
-    assert trainer.state.step == 0, "no checkpoint yet: from the beginning"
+        run(toy_folder, *short, "seed=1", "stages.1.batch_size=3", resume=True)
+    assert run(toy_folder, *short, "num_workers=1", resume=True)["steps"] == 4
+
+
+def test_wrong_paths_are_found_before_the_weights_are_loaded(toy_folder, monkeypatch):
+    monkeypatch.setattr(comp.trainer, "build_model", lambda *args, **kwargs: pytest.fail("loaded the model first"))
+    for path in ("absent.json", "absent.yaml"):
+        with pytest.raises(ConfigError, match=f"data.path {path} is not a file"):
+            run(toy_folder, f"stages.2.data=[{{path: {path}}}]")
 
 
 def test_exported_models_load_and_start_another_run(unbroken, toy_folder):

@@ -1,0 +1,59 @@
+"""The folder of a run: whose it is, how far the run has come, and where to continue."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import CheckpointStore, read_progress, write_json
+from .config import Config, ConfigError
+from .config_io import differences, to_dict
+from .parallel import World
+
+MAY_DIFFER_ON_RESUME = ("output_dir", "num_workers", "tensorboard", "checkpoint", "device", "parallel")
+
+
+@dataclass(kw_only=True, slots=True)
+class RunState:
+    """How far a run has come; stored with every checkpoint."""
+
+    stage: int = 0
+    step_in_stage: int = 0
+    step: int = 0  # optimiser steps of all stages so far
+    seconds: float = 0.0  # time spent so far, evaluation included
+    samples: int = 0
+    images: int = 0
+    text_tokens: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)  # message of an unusable sample -> times met
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    metrics_bytes: int = 0  # length of metrics.jsonl that belongs to this state
+
+
+def find_state(folder: Path, config: Config, store: CheckpointStore, *, resume: bool) -> tuple[RunState, Path | None]:
+    """Where a run in `folder` begins: at its newest checkpoint when resuming, else at the start.
+
+    ConfigError: the folder holds results and `resume` is false, or the run in it was started with another configuration.
+    """
+    metrics, stored = folder / "metrics.jsonl", folder / "config.json"
+    holds_results = stored.is_file() and metrics.is_file() and metrics.stat().st_size > 0
+    if not holds_results:
+        return RunState(), None
+    if not resume:
+        raise ConfigError(f"{folder} holds a run already; continue it with --resume, or choose another name=NAME")
+    changed = differences(json.loads(stored.read_text()), to_dict(config))
+    changed = [name for name in changed if name.split(".")[0] not in MAY_DIFFER_ON_RESUME]
+    if changed:
+        raise ConfigError(f"--resume needs the configuration the run was started with; these differ: {', '.join(changed)}")
+    checkpoint = store.latest()
+    return (RunState(), None) if checkpoint is None else (RunState(**read_progress(checkpoint)), checkpoint)
+
+
+def claim_folder(folder: Path, config: Config, world: World) -> None:
+    """Note the configuration in the folder of the run; after all processes have looked at it with `find_state`."""
+    world.barrier()
+    if world.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "config.json", to_dict(config))
+    world.barrier()
