@@ -48,10 +48,13 @@ void pack_keys_and_values(const Params& p, const AttentionItem& item, BackwardSc
   constexpr int L = kLanes<T>;
   const int64_t D = p.head_dim, stride = row_stride<T>(D), count = item.key_end - item.key_begin;
   for (int64_t block = 0; block < count; block += kBlocks.keys) {
-    const int64_t in_block = count - block < kBlocks.keys ? count - block : kBlocks.keys;
+    const int64_t in_block = min(count - block, kBlocks.keys);
     const int64_t columns = round_up_to_lanes<T>(in_block);
     for (int64_t j = 0; j < in_block; j += L) {
-      const int64_t rows = in_block - j < L ? in_block - j : L, token = item.key_begin + block + j;
+      const int64_t rows = min(in_block - j, L), token = item.key_begin + block + j;
+      const int64_t ahead = min(item.key_end - token - rows, L);
+      prefetch_rows<S>(p.k, p.k_stride_token, p.k_stride_head, token + rows, ahead, item.head_k, p);
+      prefetch_rows<S>(p.v, p.v_stride_token, p.v_stride_head, token + rows, ahead, item.head_k, p);
       T* keys = scratch.keys + (block + j) * stride;
       load_rows<S>(p.k, p.k_stride_token, p.k_stride_head, token, rows, item.head_k, key_tables<T>(p), keys, stride, p);
       load_rows<S>(p.v, p.v_stride_token, p.v_stride_head, token, rows, item.head_k, Tables<T>{}, scratch.values, stride, p);
@@ -66,15 +69,19 @@ void pack_keys_and_values(const Params& p, const AttentionItem& item, BackwardSc
 template <typename S, typename T>
 void load_queries(const Params& p, BackwardScratch<T>& scratch, int64_t token, int64_t queries, int64_t head) {
   const int64_t D = p.head_dim, stride = row_stride<T>(D);
-  load_rows<S>(p.q, p.q_stride_token, p.q_stride_head, token, queries, head, query_tables<T>(p), scratch.query, stride, p);
-  load_rows<S>(p.grad_out, p.grad_out_stride_token, p.grad_out_stride_head, token, queries, head, Tables<T>{}, scratch.dout, stride,
-               p);
-  // delta in the order in which the products sum dP, so that the two cancel exactly where one key has all the weight.
   constexpr int L = kLanes<T>;
   for (int64_t i = 0; i < queries; i += L) {
-    const int64_t rows = queries - i < L ? queries - i : L;
+    const int64_t rows = min(queries - i, L), next = token + i + rows, ahead = min(queries - i - rows, L);
+    prefetch_rows<S>(p.q, p.q_stride_token, p.q_stride_head, next, ahead, head, p);
+    prefetch_rows<S>(p.grad_out, p.grad_out_stride_token, p.grad_out_stride_head, next, ahead, head, p);
+    prefetch_rows<S>(p.out, p.num_heads * D, D, next, ahead, head, p);
+    T* dout = scratch.dout + i * stride;
+    load_rows<S>(p.q, p.q_stride_token, p.q_stride_head, token + i, rows, head, query_tables<T>(p), scratch.query + i * stride,
+                 stride, p);
+    load_rows<S>(p.grad_out, p.grad_out_stride_token, p.grad_out_stride_head, token + i, rows, head, Tables<T>{}, dout, stride, p);
     load_rows<S>(p.out, p.num_heads * D, D, token + i, rows, head, Tables<T>{}, scratch.out, stride, p);
-    store(scratch.row_delta + i, row_dots(scratch.dout + i * stride, scratch.out, stride, D));
+    // delta in the order in which the products sum dP, so that the two cancel exactly where one key has all the weight.
+    store(scratch.row_delta + i, row_dots(dout, scratch.out, stride, D));
   }
   for (int64_t i = 0; i < queries; ++i) {
     const int64_t statistic = head * p.num_tokens + token + i;
@@ -114,7 +121,7 @@ void backward_block(const Params& p, const AttentionItem& item, BackwardScratch<
     for (int64_t i = 0; i < queries * stride; ++i) scratch.dquery[i] = 0;
   }
   for (int64_t block = 0; block < count; block += kBlocks.keys) {
-    const int64_t keys = count - block < kBlocks.keys ? count - block : kBlocks.keys;
+    const int64_t keys = min(count - block, kBlocks.keys);
     const int64_t key_vectors = round_up_to_lanes<T>(keys) / L;
     product<T, RowsOfA::strided, RowsOfB::in_panels, Result::overwritten>(
         queries, key_vectors, D, scratch.query, stride, scratch.key_panels + block * D, 0, scratch.probabilities, score_stride);
@@ -151,8 +158,7 @@ void backward_item(const Params& p, const AttentionItem& item, BackwardScratch<T
   }
   for (int64_t head = item.head_k * group; head < (item.head_k + 1) * group; ++head) {
     for (int64_t token = item.query_begin; token < item.query_end; token += kBlocks.queries) {
-      const int64_t left = item.query_end - token;
-      backward_block<S>(p, item, scratch, token, left < kBlocks.queries ? left : kBlocks.queries, head);
+      backward_block<S>(p, item, scratch, token, min(item.query_end - token, kBlocks.queries), head);
     }
   }
   if (item.key_gradients) {

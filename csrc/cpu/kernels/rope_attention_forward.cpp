@@ -48,17 +48,22 @@ void pack_keys_and_values(const Params& p, const AttentionItem& item, ForwardScr
   constexpr int L = kLanes<T>;
   const int64_t stride = row_stride<T>(p.head_dim), count = item.key_end - item.key_begin;
   for (int64_t block = 0; block < count; block += kBlocks.keys) {
-    const int64_t in_block = count - block < kBlocks.keys ? count - block : kBlocks.keys;
+    const int64_t in_block = min(count - block, kBlocks.keys);
     for (int64_t j = 0; j < in_block; j += L) {
-      const int64_t rows = in_block - j < L ? in_block - j : L;
-      load_rows<S>(p.k, p.k_stride_token, p.k_stride_head, item.key_begin + block + j, rows, item.head_k, key_tables<T>(p),
-                   scratch.keys, stride, p);
+      const int64_t rows = min(in_block - j, L), token = item.key_begin + block + j;
+      prefetch_rows<S>(p.k, p.k_stride_token, p.k_stride_head, token + rows, min(item.key_end - token - rows, L), item.head_k, p);
+      prefetch_rows<S>(p.v, p.v_stride_token, p.v_stride_head, token, rows, item.head_k, p);
+      load_rows<S>(p.k, p.k_stride_token, p.k_stride_head, token, rows, item.head_k, key_tables<T>(p), scratch.keys, stride, p);
       for (int64_t i = rows * stride; i < L * stride; ++i) scratch.keys[i] = 0;
       transpose_into_panels(scratch.keys, stride, p.head_dim, scratch.key_panels + block * p.head_dim,
                             round_up_to_lanes<T>(in_block), j);
     }
   }
-  load_rows<S>(p.v, p.v_stride_token, p.v_stride_head, item.key_begin, count, item.head_k, Tables<T>{}, scratch.values, stride, p);
+  for (int64_t j = 0; j < count; j += L) {
+    const int64_t rows = min(count - j, L), token = item.key_begin + j;
+    load_rows<S>(p.v, p.v_stride_token, p.v_stride_head, token, rows, item.head_k, Tables<T>{}, scratch.values + j * stride, stride,
+                 p);
+  }
 }
 
 // One block of scores -> probabilities, unnormalised; rescales what was accumulated before when a row's maximum grows.
@@ -119,18 +124,30 @@ void store_outputs(const Params& p, ForwardScratch<T>& scratch, int64_t token, i
 }
 
 template <typename S, typename T>
+void load_queries(const Params& p, ForwardScratch<T>& scratch, int64_t token, int64_t queries, int64_t head) {
+  constexpr int L = kLanes<T>;
+  const int64_t stride = row_stride<T>(p.head_dim);
+  for (int64_t i = 0; i < queries; i += L) {
+    const int64_t rows = min(queries - i, L);
+    prefetch_rows<S>(p.q, p.q_stride_token, p.q_stride_head, token + i + rows, min(queries - i - rows, L), head, p);
+    load_rows<S>(p.q, p.q_stride_token, p.q_stride_head, token + i, rows, head, query_tables<T>(p), scratch.query + i * stride,
+                 stride, p);
+  }
+  if (p.scale < 0) {  // the maximum is taken before scaling
+    for (int64_t i = 0; i < queries * stride; ++i) scratch.query[i] = -scratch.query[i];
+  }
+}
+
+template <typename S, typename T>
 void forward_block(const Params& p, const AttentionItem& item, ForwardScratch<T>& scratch, int64_t token, int64_t queries,
                    int64_t head) {
   constexpr int L = kLanes<T>;
   const int64_t D = p.head_dim, stride = row_stride<T>(D), score_stride = row_stride<T>(kBlocks.keys);
   const int64_t count = item.key_end - item.key_begin;
   const T scale_log2 = static_cast<T>(std::fabs(p.scale) * kLog2e);
-  load_rows<S>(p.q, p.q_stride_token, p.q_stride_head, token, queries, head, query_tables<T>(p), scratch.query, stride, p);
-  if (p.scale < 0) {  // the maximum is taken before scaling
-    for (int64_t i = 0; i < queries * stride; ++i) scratch.query[i] = -scratch.query[i];
-  }
+  load_queries<S>(p, scratch, token, queries, head);
   for (int64_t block = 0; block < count; block += kBlocks.keys) {
-    const int64_t keys = count - block < kBlocks.keys ? count - block : kBlocks.keys;
+    const int64_t keys = min(count - block, kBlocks.keys);
     product<T, RowsOfA::strided, RowsOfB::in_panels, Result::overwritten>(queries, round_up_to_lanes<T>(keys) / L, D, scratch.query,
                                                                          stride, scratch.key_panels + block * D, 0,
                                                                          scratch.scores, score_stride);
@@ -161,8 +178,7 @@ const char* forward(const Params& p) {
     pack_keys_and_values<S>(p, item, scratch[worker]);
     for (int64_t head = item.head_k * group; head < (item.head_k + 1) * group; ++head) {
       for (int64_t token = item.query_begin; token < item.query_end; token += kBlocks.queries) {
-        const int64_t left = item.query_end - token;
-        forward_block<S>(p, item, scratch[worker], token, left < kBlocks.queries ? left : kBlocks.queries, head);
+        forward_block<S>(p, item, scratch[worker], token, min(item.query_end - token, kBlocks.queries), head);
       }
     }
   });

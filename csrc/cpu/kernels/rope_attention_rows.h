@@ -163,6 +163,17 @@ CK_INLINE void load_row(const S* x, T* y, int64_t columns, const T* cos, const T
   for (int64_t d = D; d < columns; ++d) y[d] = 0;
 }
 
+// Asks for rows of one head, token .. token + rows, ahead of their use. They are short and far apart, no hardware prefetcher
+// follows them; windows of 64 tokens have too little arithmetic to hide a wait for each.
+template <typename S>
+void prefetch_rows(const void* x, int64_t token_stride, int64_t head_stride, int64_t token, int64_t rows, int64_t head,
+                   const Params& p) {
+  const S* row = static_cast<const S*>(x) + token * token_stride + head * head_stride;
+  for (int64_t i = 0; i < rows; ++i, row += token_stride) {
+    for (int64_t d = 0; d < p.head_dim; d += 64 / static_cast<int64_t>(sizeof(S))) __builtin_prefetch(row + d);
+  }
+}
+
 // Rows token .. token + rows of one head, from x [*, heads, D] with the given strides, to y with rows `stride` apart.
 template <typename S, typename T>
 void load_rows(const void* x, int64_t token_stride, int64_t head_stride, int64_t token, int64_t rows, int64_t head,

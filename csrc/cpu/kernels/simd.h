@@ -40,6 +40,8 @@ constexpr int kVectorBytes = COMP_KERNELS_VECTOR_BYTES;
 template <typename T>
 constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
 
+CK_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+
 // Integer of the same width, for bit patterns and comparison masks.
 template <typename T>
 using BitsOf = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
@@ -48,7 +50,7 @@ template <typename T>
 struct VectorTypes {
   typedef T Full __attribute__((vector_size(kVectorBytes)));
   typedef BitsOf<T> Bits __attribute__((vector_size(kVectorBytes)));
-  typedef T Unaligned __attribute__((vector_size(kVectorBytes), aligned(alignof(T)), may_alias));
+  typedef T Unaligned __attribute__((vector_size(kVectorBytes), aligned(alignof(T))));
 };
 template <typename T>
 using Vec = typename VectorTypes<T>::Full;

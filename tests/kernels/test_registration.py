@@ -1,0 +1,130 @@
+"""rope_attention as a torch operator: opcheck, torch.compile, autocast, FLOP counts, double backward."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.flop_counter import FlopCounterMode
+
+import comp_kernels as ck
+from comp_kernels.ops.rope_attention.registration import BACKWARD, FORWARD
+from comp_kernels.testing import AttentionCase, make_attention_inputs
+
+
+def operator_arguments(inputs):
+    tables = (inputs.cos, inputs.sin, inputs.kwargs.get("cos_k", inputs.cos), inputs.kwargs.get("sin_k", inputs.sin))
+    bounds = (inputs.cu_seqlens, inputs.kwargs.get("cu_seqlens_k", inputs.cu_seqlens))
+    settings = (inputs.kwargs.get("rotary_dim", 16), inputs.kwargs.get("pair_stride", 8), 0.25, "cpu")
+    return (inputs.q, inputs.k, inputs.v, *tables, *bounds, *settings)
+
+
+@pytest.mark.parametrize(
+    "case",
+    (
+        AttentionCase("packed", [3, 5]),
+        AttentionCase("cross", [3, 5], lengths_k=[2, 7], heads=4, kv_heads=2),
+        AttentionCase("plain", [3, 5], layout=None),
+    ),
+    ids=lambda case: case.name,
+)
+def test_opcheck(case):
+    inputs = make_attention_inputs(case)
+    arguments = operator_arguments(inputs)
+    out, lse = FORWARD(*arguments)
+    for table_grads in (False, True):
+        torch.library.opcheck(
+            BACKWARD, (inputs.grad_out, inputs.grad_lse.double(), *arguments[:3], out, lse, *arguments[3:], table_grads)
+        )
+    for x in inputs.leaves().values():
+        x.requires_grad_()
+    torch.library.opcheck(FORWARD, arguments)
+
+
+@pytest.mark.parametrize("backend", ("aot_eager", "inductor"))
+def test_compiled_without_recompiling_for_new_lengths(backend):
+    """One graph, forward and backward, for any number of tokens and sequences."""
+    counter = CompileCounterWithBackend(backend)
+
+    def step(q, k, v, cos, sin, cu_seqlens):
+        return ck.rope_attention(q * 2, k, v, cos, sin, cu_seqlens).square().sum()
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
+    lengths_of_batches = [[300], [150, 0, 99, 70], [333, 5]]
+    if backend == "aot_eager":  # inductor chooses another reduction for the tiny sum of such a batch
+        lengths_of_batches += [[10, 0, 3], [5]]
+    for lengths in lengths_of_batches:
+        inputs = make_attention_inputs(AttentionCase("any", lengths, heads=3))
+        leaves = [x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
+        arguments = (*leaves, inputs.cos, inputs.sin, inputs.cu_seqlens)
+        expected = torch.autograd.grad(step(*arguments), leaves)
+        for actual, gradient in zip(torch.autograd.grad(compiled(*arguments), leaves), expected):
+            torch.testing.assert_close(actual, gradient)
+    assert counter.frame_count == 1
+
+
+def test_autocast_casts_q_k_v_and_never_the_tables():
+    inputs = make_attention_inputs(AttentionCase("far", [70], head_dim=32))
+    positions = torch.stack((torch.arange(70) + 60000, torch.arange(70)), dim=1)  # angles that bfloat16 cannot hold
+    cos, sin = ck.rope_tables(positions, ck.axial_freqs(32))
+    q, k, v = inputs.q, inputs.k, inputs.v
+    expected = ck.rope_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), cos, sin)
+    with torch.autocast("cpu", torch.bfloat16):
+        # q from a norm in float32, k and v from a projection in bfloat16
+        actual = ck.rope_attention(q.requires_grad_(), k.bfloat16(), v.bfloat16(), cos, sin)
+        again = ck.rope_tables(positions, ck.axial_freqs(32))
+    actual.float().sum().backward()
+    assert actual.dtype == torch.bfloat16 and torch.equal(actual, expected)
+    assert torch.equal(again[0], cos) and q.grad.dtype == torch.float32
+
+
+def test_flops():
+    inputs = make_attention_inputs(AttentionCase("packed", [30, 41], lengths_k=[7, 20], heads=4, kv_heads=2))
+    q = inputs.q.requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        ck.rope_attention(q, inputs.k, inputs.v, inputs.cos, inputs.sin, inputs.cu_seqlens, **inputs.kwargs).sum().backward()
+    assert counter.get_total_flops() == 3.5 * 4 * 4 * 16 * (30 * 7 + 41 * 20)
+
+
+def test_double_backward_is_refused():
+    q = torch.randn(5, 1, 16, requires_grad=True)
+    (gradient,) = torch.autograd.grad(ck.rope_attention(q, q, q).square().sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="use backend='reference'"):
+        gradient.sum().backward()
+
+
+def test_only_wanted_table_gradients():
+    inputs = make_attention_inputs(AttentionCase("packed", [9, 5]))
+    inputs.sin.requires_grad_()
+    inputs.v.requires_grad_()
+    ck.rope_attention(inputs.q, inputs.k, inputs.v, inputs.cos, inputs.sin, inputs.cu_seqlens).square().sum().backward()
+    assert inputs.cos.grad is None and inputs.q.grad is None
+    assert inputs.sin.grad.abs().sum() > 0 and inputs.v.grad.abs().sum() > 0
+
+
+def test_info_names_the_backend():
+    result = subprocess.run([sys.executable, "-m", "comp_kernels.info"], capture_output=True, text=True, check=True)
+    assert "rope_attention: cpu" in result.stdout and "instruction set" in result.stdout
+
+
+def test_a_missing_library_is_explained(tmp_path):
+    """Without the compiled library: one warning that says what to do, and the reference backend."""
+    program = (
+        "import pathlib, sys, warnings, torch\n"
+        "from comp_kernels import _native\n"
+        "_native.LIB = pathlib.Path(sys.argv[1])\n"
+        "(_native.LIB / 'cpu.missing').write_text('no C++ compiler found')\n"
+        "import comp_kernels as ck\n"
+        "q = torch.randn(4, 2, 16)\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    ck.rope_attention(q, q, q); ck.rope_attention(q, q, q)\n"
+        "assert len(caught) == 1 and 'no C++ compiler found' in str(caught[0].message), caught\n"
+        "assert ck.available_backends('rope_attention') == ['reference']\n"
+        "try: ck.rope_attention(q, q, q, backend='cpu')\n"
+        "except RuntimeError as error: print(error)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "no C++ compiler found" in result.stdout and "build_native" in result.stdout

@@ -1,0 +1,172 @@
+"""rope_attention in C++ on the CPU: error budgets over all cases, gradients, reproducibility, instruction sets, refusals."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import comp_kernels as ck
+from comp_kernels import _native
+from comp_kernels.ops.rope_attention import cpu, reference
+from comp_kernels.testing import (
+    ATTENTION_CASES,
+    LAYOUTS,
+    AttentionCase,
+    attention_with_gradients,
+    check_rope_attention,
+    make_attention_inputs,
+)
+
+LOW_PRECISION = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def test_the_library_is_built():
+    """Everything below runs on it: a missing compiler must show as one clear failure, not as skipped tests."""
+    assert _native.cpu_unavailable_reason() is None
+    assert "cpu" in ck.available_backends("rope_attention", "cpu")
+
+
+def run(inputs, backend="cpu"):
+    def function(*args, **kwargs):
+        return ck.rope_attention(*args, return_lse=True, backend=backend, **kwargs)
+
+    return attention_with_gradients(inputs, function)
+
+
+@pytest.mark.parametrize("name", ATTENTION_CASES)
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
+def test_error_budget(name, dtype):
+    check_rope_attention(ATTENTION_CASES[name], dtype, "cpu")
+
+
+@pytest.mark.parametrize("name", ATTENTION_CASES)
+def test_float64(name):
+    """Two float64 computations, neither the truth of the other: they differ by roundings of the logits, up to 1e4 here."""
+    inputs = make_attention_inputs(ATTENTION_CASES[name], torch.float64)
+    exact = run(inputs, backend="reference")
+    for key, value in run(inputs).items():
+        finite = exact[key].isfinite()
+        assert torch.equal(value[~finite], exact[key][~finite]), key
+        scale = exact[key][finite].abs().max() if finite.any() else 1.0
+        assert ((value - exact[key])[finite].abs() <= 1e-11 * max(1.0, scale)).all(), key
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradcheck(layout):
+    case = AttentionCase("small", [3, 0, 2], lengths_k=[2, 1, 9], layout=layout, head_dim=12, heads=2, kv_heads=1)
+    inputs = make_attention_inputs(case, torch.float64)
+    leaves = [x.requires_grad_() for x in inputs.leaves().values()]
+    kwargs = {key: x for key, x in inputs.kwargs.items() if key not in ("cos_k", "sin_k")}
+
+    def function(q, k, v, cos, sin, cos_k, sin_k):
+        out, lse = ck.rope_attention(
+            q, k, v, cos, sin, inputs.cu_seqlens, cos_k=cos_k, sin_k=sin_k, return_lse=True, backend="cpu", **kwargs
+        )
+        return out, lse.masked_fill(lse.isinf(), 0.0)
+
+    assert torch.autograd.gradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("name", ("awkward", "dim_72", "gqa", "cross"))
+def test_same_bits_again_and_with_two_threads(name):
+    """Also for one long sequence, which two threads share by cutting queries and keys apart."""
+    threads = torch.get_num_threads()
+    try:
+        for case in (ATTENTION_CASES[name], AttentionCase("long", [700], heads=1, head_dim=24)):
+            inputs = make_attention_inputs(case)
+            torch.set_num_threads(1)
+            once, again = run(inputs), run(inputs)
+            torch.set_num_threads(2)
+            shared = run(inputs)
+            for key, value in once.items():
+                assert torch.equal(value, again[key]) and torch.equal(value, shared[key]), key
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_many_blocks_of_queries_and_keys():
+    """Lengths around and beyond the block sizes of both passes (96 x 128 and 96 x 64)."""
+    case = AttentionCase("blocks", [95, 97, 128, 129, 333], heads=1, head_dim=72, seed=3)
+    for dtype in LOW_PRECISION:
+        check_rope_attention(case, dtype, "cpu")
+
+
+@pytest.mark.parametrize("scale", (0.0, -0.3))
+def test_scale_of_any_sign(scale):
+    inputs = make_attention_inputs(AttentionCase("scale", [40, 150], scale=scale), torch.float64)
+    exact = run(inputs, backend="reference")
+    for key, value in run(inputs).items():
+        torch.testing.assert_close(value, exact[key], rtol=1e-9, atol=1e-11, msg=key)
+
+
+def test_growing_logits_rescale_what_was_summed():
+    """The largest score comes in the last block, after blocks that carried all the weight so far."""
+    keys = torch.linspace(0, 60, 500, dtype=torch.float64)[:, None, None].expand(500, 1, 16)
+    q, v = torch.randn(5, 1, 16, dtype=torch.float64), torch.randn(500, 1, 16, dtype=torch.float64)
+    bounds = [torch.tensor([0, n]) for n in (5, 500)]
+    for direction in (keys, keys.flip(0)):
+        args = (q, direction.float(), v)
+        out = ck.rope_attention(*(x.float() for x in args), cu_seqlens=bounds[0], cu_seqlens_k=bounds[1], backend="cpu")
+        exact = reference.rope_attention(*(x.double() for x in args), cu_seqlens=bounds[0], cu_seqlens_k=bounds[1])
+        torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_nan_in_one_sequence_stays_there():
+    inputs = make_attention_inputs(AttentionCase("nan", [70, 130, 9]))
+    clean = run(inputs)["out"]
+    inputs.k[75, 0, 3] = torch.nan
+    out = run(inputs)["out"]
+    assert out[70:200, 0].isnan().all()
+    assert torch.equal(out[:70], clean[:70]) and torch.equal(out[200:], clean[200:])
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
+def test_any_stride(dtype):
+    """Token and head strides as a transposed [H, T, D] leaves them; a last dimension that is not contiguous; expanded grads."""
+    inputs = make_attention_inputs(AttentionCase("strides", [30, 41], heads=3), dtype)
+    expected = ck.rope_attention(inputs.q, inputs.k, inputs.v, inputs.cos, inputs.sin, inputs.cu_seqlens, backend="cpu")
+    q = inputs.q.transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+    k = inputs.k.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    out = ck.rope_attention(q, k, inputs.v, inputs.cos, inputs.sin, inputs.cu_seqlens.long(), backend="cpu")
+    assert torch.equal(out, expected)
+    out.sum().backward()
+    assert q.grad.isfinite().all()
+
+
+def test_defaults_without_cu_seqlens():
+    q, k, v = torch.randn(3, 20, 2, 16)
+    expected = reference.rope_attention(q, k, v)
+    torch.testing.assert_close(ck.rope_attention(q, k, v, backend="cpu"), expected)
+    torch.testing.assert_close(ck.rope_attention(q[:7], k, v, backend="cpu"), expected[:7])
+
+
+@pytest.mark.parametrize("isa", ("baseline", "avx2", "avx512"))
+def test_instruction_sets(isa):
+    """Every variant this processor can run gives the reference's answer; each needs a fresh process."""
+    program = (
+        "import torch; from comp_kernels import _native; from comp_kernels.testing import *\n"
+        "for name in ('awkward', 'dim_72', 'dim_10', 'layout_interleaved', 'gqa'):\n"
+        "    for dtype in (torch.float32, torch.bfloat16, torch.float16):\n"
+        "        check_rope_attention(ATTENTION_CASES[name], dtype, 'cpu')\n"
+        "print(_native.cpu().comp_kernels_cpu_isa().decode())"
+    )
+    environment = {**os.environ, "COMP_KERNELS_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    order = ["baseline", "avx2", "avx512"]
+    assert order.index(result.stdout.split()[0]) <= order.index(isa)
+
+
+def test_refusals():
+    q = torch.randn(4, 2, 258)
+    with pytest.raises(RuntimeError, match="at most 256, got 258"):
+        ck.rope_attention(q, q, q, backend="cpu")
+    assert ck.rope_attention(q, q, q).shape == q.shape  # nobody named a backend: the reference serves
+    q = torch.randn(4, 2, 16)
+    with pytest.raises(ValueError, match="cu_seqlens must start at 0"):
+        ck.rope_attention(q, q, q, cu_seqlens=torch.tensor([0, 5]), backend="cpu")
+    bounds = torch.tensor([0, 9], dtype=torch.int32)  # past the checks of the public function, as in a compiled graph
+    with pytest.raises(RuntimeError, match="cu_seqlens must start at 0, never decrease and end at or below the 4 tokens"):
+        cpu.forward(q, q, q, None, None, None, None, bounds, bounds, rotary_dim=16, pair_stride=8, scale=1.0)
