@@ -1,6 +1,6 @@
 """Ask a trained model about images.
 
-    python -m comp.answer runs/tiny/models/native chart.png "What is the value of May?"
+    python -m comp.answer runs/tiny/models/III chart.png "What is the value of May?"
 
 The folder is the export of a stage, with vision/ and language/; any number of images may come before the question.
 """
