@@ -19,6 +19,7 @@ ENVIRONMENT_VARIABLE = "COMP_KERNELS_BACKEND"
 IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     "rope_attention": {
         "cpu": "comp_kernels.ops.rope_attention.cpu",
+        "triton": "comp_kernels.ops.rope_attention.triton_backend",
         "cuda": "comp_kernels.ops.rope_attention.cuda",
     },
     "sinkhorn": {

@@ -1,0 +1,307 @@
+"""What the compiler makes of the Triton kernels of rope_attention, for GPUs that need not be present.
+
+    python -m benchmarks.compile_report                         # forward, bfloat16, head dims 64, 72, 128, on sm_80 and sm_90
+    python -m benchmarks.compile_report --backward --arch sm_80 sm_90 sm_100 sm_120 gfx942 --dtype bfloat16 float32
+
+Per kernel: registers, spills, shared memory, resident blocks per multiprocessor, and the hottest loop of the machine code
+(the innermost loop with most matrix instructions) with what limits it. The cycles of a loop are a floor, not a prediction:
+issue slots, matrix units and exponentials of one quarter of a multiprocessor, with latencies and memory perfectly hidden.
+
+Launches are recorded as the backend makes them for a packed batch, so what is compiled here is what would run.
+Kernels are compiled by the triton package, machine code is read with the tools inside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import tempfile
+import warnings
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from comp_kernels._triton import launches_go_to
+from comp_kernels.testing import AttentionCase, attention_with_gradients, make_attention_inputs
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Limits of one multiprocessor; CUDA C++ Programming Guide, compute capabilities; CDNA 3 ISA guide."""
+
+    shared_per_block: int  # bytes
+    shared_per_sm: int
+    threads_per_sm: int
+    matrix_flops: int  # dense 16-bit FLOPs per cycle and multiprocessor
+    exponentials: int = 16  # per cycle and multiprocessor
+
+
+KIB = 1024
+CHIPS = {
+    "sm_80": Chip(163 * KIB, 164 * KIB, 2048, 2048),
+    "sm_90": Chip(227 * KIB, 228 * KIB, 2048, 4096),
+    "sm_100": Chip(227 * KIB, 228 * KIB, 2048, 8192),
+    "sm_120": Chip(99 * KIB, 100 * KIB, 1536, 1024),
+    "gfx942": Chip(64 * KIB, 64 * KIB, 2048, 2048),
+}
+
+# --- what is launched ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Launch:
+    """One kernel launch as recorded: enough to compile the kernel as it would be compiled on a device."""
+
+    kernel: object
+    args: tuple
+    constexprs: dict
+    num_warps: int
+    num_stages: int
+
+
+def record_launches(arch: str, dtype: torch.dtype, case: AttentionCase, *, backward: bool = False) -> list[Launch]:
+    """The launches that the backend makes for `case` on `arch`. Nothing runs, results are garbage."""
+    from comp_kernels import rope_attention
+
+    launches = []
+
+    def recorder(kernel, grid, *args, num_warps, num_stages, **constexprs):
+        launches.append(Launch(kernel, args, constexprs, num_warps, num_stages))
+
+    def call(*args, **kwargs):
+        return rope_attention(*args, return_lse=True, backend="triton", **kwargs)
+
+    inputs = make_attention_inputs(case, dtype)
+    with launches_go_to(recorder, arch):
+        if backward:
+            attention_with_gradients(inputs, call)
+        else:
+            call(inputs.q, inputs.k, inputs.v, inputs.cos, inputs.sin, inputs.cu_seqlens, **inputs.kwargs)
+    return launches
+
+
+def triton_type(x) -> tuple[str, bool]:
+    """(type in a Triton signature, divisible by 16) as Triton's own launcher derives them."""
+    if isinstance(x, torch.Tensor):
+        names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32"}
+        return "*" + names[x.dtype], x.data_ptr() % 16 == 0
+    if isinstance(x, int):
+        return "i32" if -(2**31) <= x < 2**31 else "i64", x % 16 == 0
+    return "fp32", False
+
+
+def compile_launch(launch: Launch, arch: str):
+    """The kernel compiled for `arch` ("sm_80", "gfx942", ..)."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    values = dict(zip(launch.kernel.arg_names, launch.args), **launch.constexprs)
+    signature, constants, attributes = {}, {}, {}
+    for index, name in enumerate(launch.kernel.arg_names):
+        if name in launch.constexprs or values[name] is None:
+            signature[name], constants[name] = "constexpr", values[name]
+            continue
+        signature[name], divisible = triton_type(values[name])
+        if divisible:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    target = GPUTarget("cuda", int(arch[3:]), 32) if arch.startswith("sm_") else GPUTarget("hip", arch, 64)
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return triton.compile(source, target=target, options=options)
+
+
+# --- what the machine code says --------------------------------------------------------------------------------------------
+
+GROUPS = {  # of SASS opcodes, in this order
+    "matrix": r"HMMA|HGMMA|UTC\w*MMA|[IQD]G?MMA",
+    "float": r"FFMA|FADD|FMUL|FMNMX|FSETP|FSEL|FSET|HFMA2|HADD2|HMUL2",
+    "exponential": r"MUFU",
+    "conversion": r"F2F|F2I|I2F|F2FP|I2FP|FRND",
+    "shared": r"LDS|STS|LDSM|STSM|MOVM|ATOMS|LDT|LDTM|STTM",
+    "copy": r"LDGSTS|UBLKCP|UTMA\w*|LDGDEPBAR",
+    "global": r"LDG|STG|LD|ST|ATOMG|RED",
+    "spill": r"LDL|STL",
+    "shuffle": r"SHFL|VOTE|REDUX|MATCH",
+    "barrier": r"BAR|DEPBAR|SYNCS|WARPSYNC|MEMBAR|FENCE|WARPGROUP|ERRBAR",
+    "control": r"BRA|EXIT|BSSY|BSYNC|CALL|RET|NOP|JMP|BRX|BREAK",
+    "move": r"MOV|SEL|PRMT|S2R|CS2R|S2UR|R2UR|PLOP3|P2R|R2P|LDC|LDCU|ULDC",
+    "integer": r".*",
+}
+
+
+@dataclass
+class Code:
+    """Facts about one compiled kernel."""
+
+    name: str
+    arch: str
+    num_warps: int
+    registers: int
+    spills: int  # instructions that store to or load from local memory; on AMD spilled registers
+    shared: int  # bytes
+    matrix: int  # matrix instructions in the kernel
+    loop: Counter = field(default_factory=Counter)  # hottest loop: group -> instructions
+    matrix_cycles: float = 0.0  # of the matrix unit, per iteration of that loop and warp
+
+    def blocks_per_sm(self) -> int:
+        chip, threads = CHIPS[self.arch], self.num_warps * (64 if self.arch.startswith("gfx") else 32)
+        by_registers = 65536 // (max(-(-self.registers // 8) * 8, 24) * threads)
+        by_shared = chip.shared_per_sm // (self.shared + KIB)
+        return min(by_registers, by_shared, chip.threads_per_sm // threads)
+
+    def loop_floors(self) -> dict[str, float]:
+        """Cycles per iteration of the hottest loop and warp that each resource of a multiprocessor's quarter needs."""
+        return {
+            "matrix": self.matrix_cycles,
+            "issue": float(self.loop.total()),
+            "exponential": self.loop["exponential"] * 32 / (CHIPS[self.arch].exponentials / 4),
+        }
+
+
+def group(opcode: str) -> str:
+    return next(name for name, pattern in GROUPS.items() if re.fullmatch(pattern, opcode.split(".")[0]))
+
+
+def triton_tool(name: str) -> str:
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def disassemble(cubin: bytes) -> list[tuple[int, str, str]]:
+    """(address, opcode, operands) of every instruction."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([triton_tool("cuobjdump"), "-sass", file.name], capture_output=True, text=True, check=True).stdout
+    line = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", re.MULTILINE)
+    return [(int(address, 16), opcode, operands) for address, opcode, operands in line.findall(text)]
+
+
+def resource_usage(cubin: bytes) -> dict[str, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run([triton_tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True)
+    return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout + usage.stderr)}
+
+
+def hottest_loop(instructions: list[tuple[int, str, str]]) -> list[tuple[int, str, str]]:
+    """The innermost loop with most matrix instructions, or else the longest; empty when there is none."""
+    position = {address: index for index, (address, _, _) in enumerate(instructions)}
+    loops = []
+    for index, (_, opcode, operands) in enumerate(instructions):
+        target = re.search(r"0x([0-9a-f]+)", operands) if opcode.startswith("BRA") else None
+        start = position.get(int(target[1], 16)) if target else None
+        if start is not None and start < index:
+            loops.append((start, index))
+    innermost = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    bodies = [instructions[start : end + 1] for start, end in innermost]
+    return max(bodies, key=lambda body: (sum(group(op) == "matrix" for _, op, _ in body), len(body)), default=[])
+
+
+def matrix_flops(opcode: str, num_warps: int) -> int:
+    """FLOPs of one matrix instruction as one warp issues it (a warpgroup instruction: a quarter of it)."""
+    shape = re.search(r"\.(\d+)x(\d+)x(\d+)", opcode)  # HGMMA.64x64x16
+    if shape:
+        return 2 * int(shape[1]) * int(shape[2]) * int(shape[3]) // 4
+    packed = re.search(r"\.(16)(8)(\d+)", opcode)  # HMMA.16816
+    return 2 * 16 * 8 * int(packed[3]) if packed else 0
+
+
+def read_nvidia(compiled, launch: Launch, arch: str) -> Code:
+    cubin = compiled.asm["cubin"]
+    instructions = disassemble(cubin)
+    loop = hottest_loop(instructions)
+    flops = sum(matrix_flops(opcode, launch.num_warps) for _, opcode, _ in loop if group(opcode) == "matrix")
+    return Code(
+        name=launch.kernel.__name__,
+        arch=arch,
+        num_warps=launch.num_warps,
+        registers=resource_usage(cubin)["REG"],
+        spills=sum(group(opcode) == "spill" for _, opcode, _ in instructions),
+        shared=compiled.metadata.shared,
+        matrix=sum(group(opcode) == "matrix" for _, opcode, _ in instructions),
+        loop=Counter(group(opcode) for _, opcode, _ in loop),
+        matrix_cycles=flops / (CHIPS[arch].matrix_flops / 4),
+    )
+
+
+def read_amd(compiled, launch: Launch, arch: str) -> Code:
+    assembly = compiled.asm["amdgcn"]
+
+    def number(key: str) -> int:
+        return int(re.search(rf"\.{key}:\s+(\d+)", assembly)[1])
+
+    return Code(
+        name=launch.kernel.__name__,
+        arch=arch,
+        num_warps=launch.num_warps,
+        registers=number("vgpr_count"),
+        spills=number("vgpr_spill_count") + number("sgpr_spill_count"),
+        shared=compiled.metadata.shared,
+        matrix=len(re.findall(r"\bv_s?mfma_", assembly)),
+    )
+
+
+def read_code(launch: Launch, arch: str) -> Code:
+    compiled = compile_launch(launch, arch)
+    return (read_nvidia if arch.startswith("sm_") else read_amd)(compiled, launch, arch)
+
+
+# --- the report --------------------------------------------------------------------------------------------------------------
+
+COLUMNS = (
+    "| kernel | arch | dtype | D | warps | registers | spills | shared KiB | blocks/SM "
+    "| loop | matrix | other | floor (cycles) |"
+)
+
+
+def row(code: Code, dtype: str, head_dim: int) -> str:
+    floors = code.loop_floors()
+    limit = max(floors, key=floors.__getitem__)
+    if code.loop["matrix"]:
+        loop = f"{code.loop.total()} | {code.loop['matrix']} | {code.loop.total() - code.loop['matrix']}"
+        floor = ", ".join(f"{name} {cycles:.0f}" for name, cycles in floors.items()) + f": {limit}-bound"
+    else:
+        loop, floor = f"- | {code.matrix} | -", "-"
+    name = code.name.removesuffix("_kernel")
+    return (
+        f"| {name} | {code.arch} | {dtype} | {head_dim} | {code.num_warps} | {code.registers} | {code.spills} "
+        f"| {code.shared / KIB:.0f} | {code.blocks_per_sm()} | {loop} | {floor} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", nargs="+", default=["sm_80", "sm_90"], choices=ARCHITECTURES)
+    parser.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=DTYPES)
+    parser.add_argument("--head-dim", nargs="+", type=int, default=[64, 72, 128])
+    parser.add_argument("--layout", default="half_hwhw_halfwidth", help="of comp_kernels.testing.LAYOUTS, or 'none'")
+    parser.add_argument("--windows", action="store_true", help="sequences of 64 tokens: keys rotated in the loop")
+    parser.add_argument("--backward", action="store_true", help="the backward kernels too")
+    arguments = parser.parse_args()
+
+    lengths = [64] * 16 if arguments.windows else [1024, 361]
+    layout = None if arguments.layout == "none" else arguments.layout
+    print(COLUMNS + "\n" + "|---" * (COLUMNS.count("|") - 1) + "|")
+    for arch in arguments.arch:
+        for dtype in arguments.dtype:
+            for head_dim in arguments.head_dim:
+                case = AttentionCase("report", lengths, heads=2, head_dim=head_dim, layout=layout)
+                launches = record_launches(arch, DTYPES[dtype], case, backward=arguments.backward)
+                for launch in {launch.kernel.__name__: launch for launch in launches}.values():
+                    print(row(read_code(launch, arch), dtype, head_dim), flush=True)
+
+
+if __name__ == "__main__":
+    main()

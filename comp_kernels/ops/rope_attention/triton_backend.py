@@ -1,0 +1,117 @@
+"""The Triton backend of rope_attention: says what it can serve, and turns one call into launches."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..._triton import architecture, unavailable_reason  # noqa: F401 (unavailable_reason is part of a backend)
+
+MAX_HEAD_DIM = 256
+LOG2_E = math.log2(math.e)
+
+
+def declines(q, k, v, cos, sin, cos_k, sin_k, *, rotary_dim: int, pair_stride: int) -> str | None:
+    if q.dtype == torch.float64:
+        return "the Triton kernels compute in float32, q is float64"
+    if q.dtype == torch.bfloat16 and architecture(q.device) == "interpreter":
+        return "Triton's interpreter cannot multiply bfloat16 matrices"
+    if q.shape[-1] > MAX_HEAD_DIM:
+        return f"head dims must be at most {MAX_HEAD_DIM}, got {q.shape[-1]}"
+    return None
+
+
+def head_chunks(head_dim: int) -> tuple[tuple[int, int], ...]:
+    """head_dim rounded up to a multiple of 16, as (first channel, power of two) pieces: 72 -> ((0, 64), (64, 16))."""
+    chunks, first, rest = [], 0, -(-head_dim // 16) * 16
+    while rest:
+        width = 1 << (rest.bit_length() - 1)
+        chunks.append((first, width))
+        first, rest = first + width, rest - width
+    return tuple(chunks)
+
+
+def describe_head(head_dim: int, *tensors: Tensor):
+    """The `Head` of tensors [T, H, head_dim], or wider ones with padding."""
+    from .triton_tiles import Head
+
+    strides = [stride for x in tensors for stride in x.stride()[:2]]
+    return Head(head_dim, head_chunks(head_dim), math.gcd(16 // tensors[0].element_size(), head_dim, *strides))
+
+
+def describe_rope(cos: Tensor | None, rotary_dim: int, pair_stride: int):
+    from .triton_tiles import Rope
+
+    if cos is None:
+        return Rope(num_pairs=0, pair_stride=1, half_table=False, align=1)
+    width = cos.shape[-1]
+    return Rope(rotary_dim // 2, pair_stride, half_table=width < rotary_dim, align=math.gcd(16 // cos.element_size(), width))
+
+
+def forward(
+    q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, *, rotary_dim: int, pair_stride: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Shapes and dtypes as in comp_kernels.rope_attention, tables and bounds filled in; returns (out, lse)."""
+    from .triton_configs import choose_config, dot_precision, rotate_keys_inline
+    from .triton_forward import attention_forward
+    from .triton_rotation import rotate
+
+    arch, head_dim = architecture(q.device), q.shape[-1]
+    head = head_k = describe_head(head_dim, q, k, v)
+    rope, rope_k = (describe_rope(table, rotary_dim, pair_stride) for table in (cos, cos_k))
+    kernel, tables_k = "forward", None
+    if rotate_keys_inline(q.shape[0], cu_seqlens.shape[0] - 1, q.shape[1] // k.shape[1]):
+        kernel, tables_k = "inline", None if cos_k is None else (cos_k, sin_k)
+    elif cos_k is not None:
+        k = rotate(k, cos_k, sin_k, cu_seqlens_k, head, rope_k)
+        head_k = describe_head(k.shape[-1], k)
+
+    def run(config):
+        return attention_forward(
+            q, k, v, (cos, sin), tables_k, cu_seqlens, cu_seqlens_k, scale * LOG2_E,
+            head, head_k, rope, rope_k, dot_precision(arch, q.dtype), config,
+        )  # fmt: skip
+
+    return run(choose_config(kernel, arch, head_dim, q.dtype, q.device, run))
+
+
+def backward(
+    grad_out, grad_lse, q, k, v, out, lse, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k,
+    *, rotary_dim: int, pair_stride: int, scale: float, table_grads: bool,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Returns (dq, dk, dv, dcos, dsin, dcos_k, dsin_k); the last four are None without tables or table_grads."""
+    from .triton_backward import key_value_gradient, output_dot, query_gradient
+    from .triton_configs import choose_config, dot_precision
+    from .triton_rotation import rotate, unrotate
+
+    arch, head_dim = architecture(q.device), q.shape[-1]
+    if grad_out.stride(-1) != 1:
+        grad_out = grad_out.contiguous()
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    head = describe_head(head_dim, q, k, v, grad_out)
+    rope, rope_k = (describe_rope(table, rotary_dim, pair_stride) for table in (cos, cos_k))
+    rotated_q, rotated_k, head_qk = q, k, head
+    if cos is not None:
+        rotated_q = rotate(q, cos, sin, cu_seqlens, head, rope)
+        rotated_k = rotate(k, cos_k, sin_k, cu_seqlens_k, head, rope_k)
+        head_qk = describe_head(rotated_q.shape[-1], rotated_q, rotated_k)
+    delta = output_dot(out, grad_out, grad_lse, cu_seqlens, head)
+    tensors = (grad_out, rotated_q, rotated_k, v, lse, delta)
+    settings = (cu_seqlens, cu_seqlens_k, scale, head, head_qk, dot_precision(arch, q.dtype))
+    unrotated = cos is not None and not table_grads
+
+    def run_q(config):
+        return query_gradient(*tensors, (cos, sin), rope, unrotated, *settings, config)
+
+    def run_kv(config):
+        return key_value_gradient(*tensors, (cos_k, sin_k), rope_k, unrotated, *settings, config)
+
+    dq = run_q(choose_config("query_gradient", arch, head_dim, q.dtype, q.device, run_q))
+    dk, dv = run_kv(choose_config("key_value_gradient", arch, head_dim, q.dtype, q.device, run_kv))
+    if cos is None or not table_grads:
+        return dq, dk, dv, None, None, None, None
+    dcos, dsin = unrotate(dq, q, cos, sin, cu_seqlens, head, rope)
+    dcos_k, dsin_k = unrotate(dk, k, cos_k, sin_k, cu_seqlens_k, head, rope_k)
+    return dq, dk, dv, dcos, dsin, dcos_k, dsin_k

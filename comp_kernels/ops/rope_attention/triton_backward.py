@@ -1,0 +1,267 @@
+"""Backward kernels of rope_attention: one per query tile for dq, one per key tile for dk and dv. No atomics, so every sum has
+a fixed order and the gradients are bit-equal from run to run.
+
+Both read rotated q and k, rounded exactly as in the forward pass, and recompute the weights from the saved lse. They leave
+through the transposed rotation, applied in place to the tile just written (a cache hit), because a channel and its partner
+may sit in different registers, threads and chunks.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..._triton import launch
+from .triton_configs import TileConfig
+from .triton_rotation import head_stride, token_stride, unrotate_in_place
+from .triton_tiles import (
+    Head,
+    Rope,
+    add_dot_rows,
+    dot_channels,
+    find_tile,
+    load_tile,
+    offset,
+    scale_tile,
+    sequence_bounds,
+    store_tile,
+    zero_tile,
+)
+
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def delta_kernel(
+    out_ptr, grad_out_ptr, grad_lse_ptr, delta_ptr, cu_seqlens_ptr, num_sequences, num_tokens,
+    grad_stride_h, OUT_STRIDE: tl.constexpr, GRAD_STRIDE: tl.constexpr,
+    BLOCK: tl.constexpr, HAS_GRAD_LSE: tl.constexpr, HEAD: tl.constexpr,
+):  # fmt: skip
+    """delta [Hq, T] = sum over channels of out * grad_out, minus grad_lse: the part of dS that is the same for all keys."""
+    first = tl.program_id(0) * BLOCK
+    head = tl.program_id(1)
+    num_rows = tl.load(cu_seqlens_ptr + num_sequences) - first
+    if num_rows <= 0:
+        return
+    rows = tl.arange(0, BLOCK)
+    out = out_ptr + offset(first, OUT_STRIDE, HEAD.align) + head * HEAD.dim
+    grad = grad_out_ptr + offset(first, GRAD_STRIDE, HEAD.align) + offset(head, grad_stride_h, HEAD.align)
+    out_tile = load_tile(out, rows, num_rows, OUT_STRIDE, True, HEAD)
+    grad_tile = load_tile(grad, rows, num_rows, GRAD_STRIDE, True, HEAD)
+    delta = tl.zeros((BLOCK,), tl.float32)
+    for c in tl.static_range(len(HEAD.chunks)):
+        delta += tl.sum(out_tile[c].to(tl.float32) * grad_tile[c].to(tl.float32), 1)
+    row = head.to(tl.int64) * num_tokens + first
+    if HAS_GRAD_LSE:
+        delta -= tl.load(grad_lse_ptr + row + rows, mask=rows < num_rows, other=0.0)
+    tl.store(delta_ptr + row + rows, delta, mask=rows < num_rows)
+
+
+@triton.jit
+def add_query_tile(
+    grad_key, grad_value, key, value, q, grad_out, lse, delta, first, num_rows, scale_log2,
+    Q_STRIDE: tl.constexpr, GRAD_STRIDE: tl.constexpr,
+    LAST: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr, HEAD: tl.constexpr, HEAD_QK: tl.constexpr,
+):  # fmt: skip
+    """Add to the gradients of one key tile what the BLOCK_M queries from `first` on contribute."""
+    rows = tl.arange(0, BLOCK_M)
+    keep = rows < num_rows - first
+    query = load_tile(q + offset(first, Q_STRIDE, HEAD_QK.align), rows, num_rows - first, Q_STRIDE, LAST, HEAD_QK)
+    if LAST:  # lse of infinity: weight zero
+        lse_rows = tl.load(lse + first + rows, mask=keep, other=float("inf"))
+        delta_rows = tl.load(delta + first + rows, mask=keep, other=0.0)
+    else:
+        lse_rows = tl.load(lse + first + rows)
+        delta_rows = tl.load(delta + first + rows)
+    scores = dot_channels(key, query, HEAD, PRECISION)  # [BLOCK_N, BLOCK_M]: transposed
+    weights = tl.exp2(scores * scale_log2 - (lse_rows * LOG2_E)[None, :])
+    cotangent = grad_out + offset(first, GRAD_STRIDE, HEAD.align)
+    cotangent = load_tile(cotangent, rows, num_rows - first, GRAD_STRIDE, LAST, HEAD)
+    grad_value = add_dot_rows(grad_value, weights.to(cotangent[0].dtype), cotangent, HEAD, PRECISION)
+    grad_scores = weights * (dot_channels(value, cotangent, HEAD, PRECISION) - delta_rows[None, :])
+    grad_key = add_dot_rows(grad_key, grad_scores.to(query[0].dtype), query, HEAD, PRECISION)
+    return grad_key, grad_value
+
+
+@triton.jit
+def key_value_gradient_kernel(
+    q_ptr, k_ptr, v_ptr, grad_out_ptr, lse_ptr, delta_ptr, cos_k_ptr, sin_k_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr,
+    grad_k_ptr, grad_v_ptr, num_sequences, num_tokens, num_tokens_k, scale, scale_log2,
+    q_stride_h, k_stride_h, v_stride_h, grad_stride_h, table_stride_h,
+    Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, GRAD_STRIDE: tl.constexpr,
+    GRAD_K_STRIDE: tl.constexpr, TABLE_STRIDE: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAIRS: tl.constexpr,
+    UNROTATE: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD: tl.constexpr, HEAD_QK: tl.constexpr, ROPE: tl.constexpr,
+):  # fmt: skip
+    """grad_k, grad_v [Tk, Hkv, D] contiguous. Grid: (slots of key tiles, Hkv); loops over the GROUP query heads of the head."""
+    sequence, begin, first, length = find_tile(cu_seqlens_k_ptr, num_sequences, num_tokens_k, tl.program_id(0), BLOCK_N)
+    if first >= length:
+        return
+    begin_q, num_queries = sequence_bounds(cu_seqlens_ptr, num_sequences, sequence)
+    head_k = tl.program_id(1)
+    num_keys = length - first
+    first += begin
+    columns = tl.arange(0, BLOCK_N)
+
+    k = k_ptr + offset(first, K_STRIDE, HEAD_QK.align) + offset(head_k, k_stride_h, HEAD_QK.align)
+    v = v_ptr + offset(first, V_STRIDE, HEAD.align) + offset(head_k, v_stride_h, HEAD.align)
+    key = load_tile(k, columns, num_keys, K_STRIDE, True, HEAD_QK)
+    value = load_tile(v, columns, num_keys, V_STRIDE, True, HEAD)
+    grad_key = zero_tile(BLOCK_N, HEAD)
+    grad_value = zero_tile(BLOCK_N, HEAD)
+    whole = num_queries // BLOCK_M * BLOCK_M
+    for head in range(head_k * GROUP, head_k * GROUP + GROUP):
+        q = q_ptr + offset(begin_q, Q_STRIDE, HEAD_QK.align) + offset(head, q_stride_h, HEAD_QK.align)
+        grad_out = grad_out_ptr + offset(begin_q, GRAD_STRIDE, HEAD.align) + offset(head, grad_stride_h, HEAD.align)
+        row = offset(head, num_tokens, 1) + begin_q
+        for first_query in range(0, whole, BLOCK_M):
+            grad_key, grad_value = add_query_tile(
+                grad_key, grad_value, key, value, q, grad_out, lse_ptr + row, delta_ptr + row, first_query, num_queries,
+                scale_log2, Q_STRIDE, GRAD_STRIDE, False, BLOCK_M, PRECISION, HEAD, HEAD_QK,
+            )  # fmt: skip
+        if whole < num_queries:
+            grad_key, grad_value = add_query_tile(
+                grad_key, grad_value, key, value, q, grad_out, lse_ptr + row, delta_ptr + row, whole, num_queries,
+                scale_log2, Q_STRIDE, GRAD_STRIDE, True, BLOCK_M, PRECISION, HEAD, HEAD_QK,
+            )  # fmt: skip
+
+    target = offset(first, GRAD_K_STRIDE, HEAD.align) + head_k * HEAD.dim
+    store_tile(grad_v_ptr + target, grad_value, columns, num_keys, GRAD_K_STRIDE, HEAD)
+    store_tile(grad_k_ptr + target, scale_tile(grad_key, scale, HEAD), columns, num_keys, GRAD_K_STRIDE, HEAD)
+    if UNROTATE and sequence < num_sequences:
+        tl.debug_barrier()  # other threads of this program wrote some of what this one reads next
+        table = offset(first, TABLE_STRIDE, ROPE.align) + offset(head_k, table_stride_h, ROPE.align)
+        unrotate_in_place(grad_k_ptr + target, num_keys, cos_k_ptr + table, sin_k_ptr + table,
+                          GRAD_K_STRIDE, TABLE_STRIDE, BLOCK_N, PAIRS, HEAD.align, ROPE)  # fmt: skip
+
+
+@triton.jit
+def add_key_tile(
+    grad_query, query, cotangent, lse_rows, delta_rows, k, v, first, num_keys, scale_log2,
+    K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr,
+    LAST: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, HEAD: tl.constexpr, HEAD_QK: tl.constexpr,
+):  # fmt: skip
+    """Add to the gradient of one query tile what the BLOCK_N keys from `first` on contribute."""
+    columns = tl.arange(0, BLOCK_N)
+    key = load_tile(k + offset(first, K_STRIDE, HEAD_QK.align), columns, num_keys - first, K_STRIDE, LAST, HEAD_QK)
+    value = load_tile(v + offset(first, V_STRIDE, HEAD.align), columns, num_keys - first, V_STRIDE, LAST, HEAD)
+    scores = dot_channels(query, key, HEAD, PRECISION)
+    weights = tl.exp2(scores * scale_log2 - lse_rows[:, None])
+    if LAST:
+        weights = tl.where((columns < num_keys - first)[None, :], weights, 0.0)
+    grad_scores = weights * (dot_channels(cotangent, value, HEAD, PRECISION) - delta_rows[:, None])
+    return add_dot_rows(grad_query, grad_scores.to(key[0].dtype), key, HEAD, PRECISION)
+
+
+@triton.jit
+def query_gradient_kernel(
+    q_ptr, k_ptr, v_ptr, grad_out_ptr, lse_ptr, delta_ptr, cos_ptr, sin_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr,
+    grad_q_ptr, num_sequences, num_tokens, scale, scale_log2,
+    q_stride_h, k_stride_h, v_stride_h, grad_stride_h, table_stride_h,
+    Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, GRAD_STRIDE: tl.constexpr,
+    GRAD_Q_STRIDE: tl.constexpr, TABLE_STRIDE: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAIRS: tl.constexpr,
+    UNROTATE: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD: tl.constexpr, HEAD_QK: tl.constexpr, ROPE: tl.constexpr,
+):  # fmt: skip
+    """grad_q [T, Hq, D] contiguous. Grid: (slots of query tiles, Hq)."""
+    sequence, begin, first, length = find_tile(cu_seqlens_ptr, num_sequences, num_tokens, tl.program_id(0), BLOCK_M)
+    if first >= length:
+        return
+    begin_k, num_keys = sequence_bounds(cu_seqlens_k_ptr, num_sequences, sequence)
+    head = tl.program_id(1)
+    num_rows = length - first
+    first += begin
+    rows = tl.arange(0, BLOCK_M)
+
+    q = q_ptr + offset(first, Q_STRIDE, HEAD_QK.align) + offset(head, q_stride_h, HEAD_QK.align)
+    grad_out = grad_out_ptr + offset(first, GRAD_STRIDE, HEAD.align) + offset(head, grad_stride_h, HEAD.align)
+    k = k_ptr + offset(begin_k, K_STRIDE, HEAD_QK.align) + offset(head // GROUP, k_stride_h, HEAD_QK.align)
+    v = v_ptr + offset(begin_k, V_STRIDE, HEAD.align) + offset(head // GROUP, v_stride_h, HEAD.align)
+    query = load_tile(q, rows, num_rows, Q_STRIDE, True, HEAD_QK)
+    cotangent = load_tile(grad_out, rows, num_rows, GRAD_STRIDE, True, HEAD)
+    row = offset(head, num_tokens, 1) + first
+    lse_rows = tl.load(lse_ptr + row + rows, mask=rows < num_rows, other=0.0) * LOG2_E
+    delta_rows = tl.load(delta_ptr + row + rows, mask=rows < num_rows, other=0.0)
+    grad_query = zero_tile(BLOCK_M, HEAD)
+    whole = num_keys // BLOCK_N * BLOCK_N
+    for first_key in range(0, whole, BLOCK_N):
+        grad_query = add_key_tile(
+            grad_query, query, cotangent, lse_rows, delta_rows, k, v, first_key, num_keys, scale_log2,
+            K_STRIDE, V_STRIDE, False, BLOCK_N, PRECISION, HEAD, HEAD_QK,
+        )  # fmt: skip
+    if whole < num_keys:
+        grad_query = add_key_tile(
+            grad_query, query, cotangent, lse_rows, delta_rows, k, v, whole, num_keys, scale_log2,
+            K_STRIDE, V_STRIDE, True, BLOCK_N, PRECISION, HEAD, HEAD_QK,
+        )  # fmt: skip
+
+    target = grad_q_ptr + offset(first, GRAD_Q_STRIDE, HEAD.align) + head * HEAD.dim
+    store_tile(target, scale_tile(grad_query, scale, HEAD), rows, num_rows, GRAD_Q_STRIDE, HEAD)
+    if UNROTATE and sequence < num_sequences:
+        tl.debug_barrier()  # other threads of this program wrote some of what this one reads next
+        table = offset(first, TABLE_STRIDE, ROPE.align) + offset(head, table_stride_h, ROPE.align)
+        unrotate_in_place(target, num_rows, cos_ptr + table, sin_ptr + table,
+                          GRAD_Q_STRIDE, TABLE_STRIDE, BLOCK_M, PAIRS, HEAD.align, ROPE)  # fmt: skip
+
+
+def output_dot(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None, cu_seqlens: Tensor, head: Head) -> Tensor:
+    """delta [Hq, T], float32; see the kernel."""
+    num_tokens, num_heads = out.shape[:2]
+    delta = torch.empty(num_heads, num_tokens, dtype=torch.float32, device=out.device)
+    launch(
+        delta_kernel, (triton.cdiv(num_tokens, 64), num_heads),
+        out, grad_out, grad_lse, delta, cu_seqlens, cu_seqlens.shape[0] - 1, num_tokens, grad_out.stride(1),
+        OUT_STRIDE=out.stride(0), GRAD_STRIDE=grad_out.stride(0), BLOCK=64, HAS_GRAD_LSE=grad_lse is not None, HEAD=head,
+        num_warps=4,
+    )  # fmt: skip
+    return delta
+
+
+def query_gradient(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, tables: tuple, rope: Rope, unrotate: bool,
+    cu_seqlens: Tensor, cu_seqlens_k: Tensor, scale: float, head: Head, head_qk: Head, precision: str, config: TileConfig,
+) -> Tensor:  # fmt: skip
+    """dq [T, Hq, D]. q and k are the rotated ones; unrotate: the gradient of q before its rotation, else of this q."""
+    num_tokens, num_heads = q.shape[:2]
+    num_sequences, (cos, sin) = cu_seqlens.shape[0] - 1, tables
+    grad_q = torch.empty(num_tokens, num_heads, head.dim, dtype=q.dtype, device=q.device)
+    launch(
+        query_gradient_kernel, (num_tokens // config.block_m + num_sequences + 1, num_heads),
+        q, k, v, grad_out, lse, delta, cos, sin, cu_seqlens, cu_seqlens_k, grad_q,
+        num_sequences, num_tokens, scale, scale * LOG2_E.value,
+        q.stride(1), k.stride(1), v.stride(1), grad_out.stride(1), head_stride(cos),
+        Q_STRIDE=q.stride(0), K_STRIDE=k.stride(0), V_STRIDE=v.stride(0), GRAD_STRIDE=grad_out.stride(0),
+        GRAD_Q_STRIDE=grad_q.stride(0), TABLE_STRIDE=token_stride(cos),
+        GROUP=num_heads // k.shape[1], BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        PAIRS=triton.next_power_of_2(rope.num_pairs), UNROTATE=unrotate, PRECISION=precision,
+        HEAD=head, HEAD_QK=head_qk, ROPE=rope,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return grad_q
+
+
+def key_value_gradient(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, tables: tuple, rope: Rope, unrotate: bool,
+    cu_seqlens: Tensor, cu_seqlens_k: Tensor, scale: float, head: Head, head_qk: Head, precision: str, config: TileConfig,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(dk, dv) [Tk, Hkv, D]. q and k are the rotated ones; unrotate: the gradient of k before its rotation, else of this k."""
+    num_tokens_k, num_heads_k = k.shape[:2]
+    num_sequences, (cos, sin) = cu_seqlens.shape[0] - 1, tables
+    grad_k, grad_v = (torch.empty(num_tokens_k, num_heads_k, head.dim, dtype=k.dtype, device=k.device) for _ in range(2))
+    launch(
+        key_value_gradient_kernel, (num_tokens_k // config.block_n + num_sequences + 1, num_heads_k),
+        q, k, v, grad_out, lse, delta, cos, sin, cu_seqlens, cu_seqlens_k, grad_k, grad_v,
+        num_sequences, q.shape[0], num_tokens_k, scale, scale * LOG2_E.value,
+        q.stride(1), k.stride(1), v.stride(1), grad_out.stride(1), head_stride(cos),
+        Q_STRIDE=q.stride(0), K_STRIDE=k.stride(0), V_STRIDE=v.stride(0), GRAD_STRIDE=grad_out.stride(0),
+        GRAD_K_STRIDE=grad_k.stride(0), TABLE_STRIDE=token_stride(cos),
+        GROUP=q.shape[1] // num_heads_k, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        PAIRS=triton.next_power_of_2(rope.num_pairs), UNROTATE=unrotate, PRECISION=precision,
+        HEAD=head, HEAD_QK=head_qk, ROPE=rope,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return grad_k, grad_v

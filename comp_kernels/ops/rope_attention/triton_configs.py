@@ -1,0 +1,146 @@
+"""Launch configurations of the Triton kernels of rope_attention: a table per architecture, or measured on the spot.
+
+Set COMP_KERNELS_AUTOTUNE=1 to measure: the first call for each (kernel, architecture, head dim, dtype) then times the
+candidates that fit the chip on its own arguments and keeps the fastest for the life of the process. This waits for the
+device; nothing else in this backend does.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+AUTOTUNE_VARIABLE = "COMP_KERNELS_AUTOTUNE"
+
+# Keys are rotated in the forward loop, instead of once in a workspace, when sequences are this short on average: one query
+# tile then covers a sequence, so no key is rotated twice (README.md has the arithmetic).
+INLINE_LENGTH = 64
+
+
+class TileConfig(NamedTuple):
+    block_m: int  # query rows per tile
+    block_n: int  # key rows per tile
+    num_warps: int
+    num_stages: int  # copies in flight of the tiles that the loop loads
+
+
+# 16-bit dtypes; per kernel and family, up to which head dim (rounded up to 16) a configuration serves. Chosen so that
+# nothing spills (python -m benchmarks.compile_report), larger tiles first.
+TABLE: dict[str, dict[str, dict[int, TileConfig]]] = {
+    "forward": {
+        "sm_80": {
+            64: TileConfig(128, 64, 4, 2),
+            80: TileConfig(128, 128, 8, 2),
+            128: TileConfig(128, 64, 8, 2),
+            256: TileConfig(64, 32, 4, 2),
+        },
+        "sm_90": {80: TileConfig(128, 128, 8, 2), 128: TileConfig(128, 64, 8, 2), 256: TileConfig(128, 32, 8, 2)},
+        "gfx9": {128: TileConfig(128, 64, 4, 1), 256: TileConfig(64, 32, 4, 1)},
+    },
+    "inline": {
+        "sm_80": {128: TileConfig(64, 64, 4, 1), 256: TileConfig(64, 32, 4, 1)},
+        "sm_90": {96: TileConfig(64, 64, 4, 1), 256: TileConfig(64, 32, 4, 1)},
+        "gfx9": {128: TileConfig(64, 64, 4, 1), 256: TileConfig(64, 32, 4, 1)},
+    },
+    "query_gradient": {
+        "sm_80": {128: TileConfig(64, 64, 4, 2), 256: TileConfig(64, 32, 8, 2)},
+        "sm_90": {128: TileConfig(64, 64, 4, 2), 256: TileConfig(64, 32, 4, 2)},
+        "gfx9": {128: TileConfig(64, 64, 4, 1), 256: TileConfig(64, 32, 4, 1)},
+    },
+    "key_value_gradient": {
+        "sm_80": {96: TileConfig(64, 64, 4, 2), 256: TileConfig(32, 64, 8, 2)},
+        "sm_90": {96: TileConfig(64, 64, 4, 2), 256: TileConfig(64, 64, 8, 1)},
+        "gfx9": {128: TileConfig(64, 64, 4, 1), 256: TileConfig(32, 64, 8, 1)},
+    },
+}
+FLOAT32 = TileConfig(64, 32, 4, 2)  # any kernel, head dims up to 128
+FLOAT32_WIDE = TileConfig(32, 32, 4, 1)
+INTERPRETED = TileConfig(64, 32, 4, 1)
+
+
+def family(arch: str) -> str:
+    """The row of the table for an architecture: "sm_86" -> "sm_80", "sm_100" -> "sm_90", "gfx942" -> "gfx9"."""
+    if not arch.startswith("sm_"):
+        return "gfx9"
+    return "sm_90" if int(arch[3:]) in range(90, 120) else "sm_80"  # sm_120 has the shared memory and mma of sm_80
+
+
+def table_config(kernel: str, arch: str, head_dim: int, dtype: torch.dtype) -> TileConfig:
+    """The configuration of `kernel` ("forward", "inline", "query_gradient" or "key_value_gradient") without measuring."""
+    if arch == "interpreter":
+        return INTERPRETED
+    padded = -(-head_dim // 16) * 16
+    if dtype == torch.float32:
+        return FLOAT32 if padded <= 128 else FLOAT32_WIDE
+    return next(config for limit, config in TABLE[kernel][family(arch)].items() if padded <= limit)
+
+
+def dot_precision(arch: str, dtype: torch.dtype) -> str:
+    """How tl.dot treats float32: three TF32 products per product on NVIDIA, as exact as float32 within a few roundings."""
+    return "tf32x3" if dtype == torch.float32 and arch.startswith("sm_") else "ieee"
+
+
+def rotate_keys_inline(num_tokens: int, num_sequences: int, group: int) -> bool:
+    """Whether the forward kernel rotates keys while it loads them; decided from sizes that the host knows."""
+    return group == 1 and num_tokens <= INLINE_LENGTH * num_sequences
+
+
+# --- autotuning ------------------------------------------------------------------------------------------------------------
+
+_measured: dict[tuple, TileConfig] = {}
+
+
+def fits(kernel: str, config: TileConfig, head_dim: int, itemsize: int, shared_limit: int) -> bool:
+    """Whether the tiles of a configuration can live on chip: shared memory in bytes, accumulators in registers."""
+    padded = -(-head_dim // 16) * 16
+    m, n = config.block_m, config.block_n
+    if kernel == "key_value_gradient":
+        accumulators, resident, streamed = 2 * n * padded + 2 * m * n, 2 * n, 2 * m
+    elif kernel == "query_gradient":
+        accumulators, resident, streamed = m * padded + 2 * m * n, 2 * m, 2 * n
+    else:
+        accumulators, resident, streamed = m * padded + m * n, m, 2 * n
+    shared = (resident + streamed * config.num_stages) * padded * itemsize
+    return shared <= shared_limit and accumulators <= 192 * 32 * config.num_warps
+
+
+def candidates(kernel: str, head_dim: int, itemsize: int, shared_limit: int) -> list[TileConfig]:
+    every = itertools.product((64, 128), (32, 64, 128), (4, 8), (1, 2, 3))
+    return [config for config in itertools.starmap(TileConfig, every) if fits(kernel, config, head_dim, itemsize, shared_limit)]
+
+
+def choose_config(
+    kernel: str, arch: str, head_dim: int, dtype: torch.dtype, device: torch.device, run: Callable[[TileConfig], object]
+) -> TileConfig:
+    """The table's configuration, or the fastest one for `run(config)` when autotuning is on and there is a device to time."""
+    default = table_config(kernel, arch, head_dim, dtype)
+    if os.environ.get(AUTOTUNE_VARIABLE) != "1" or device.type != "cuda":
+        return default
+    key = (kernel, arch, head_dim, dtype)
+    if key not in _measured:
+        shared_limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        _measured[key] = fastest([default, *candidates(kernel, head_dim, dtype.itemsize, shared_limit)], run, time_on_device)
+    return _measured[key]
+
+
+def fastest(configs: list[TileConfig], run: Callable[[TileConfig], object], time: Callable[[Callable], float]) -> TileConfig:
+    """The configuration with the smallest time(run); those that the chip refuses after all are left out."""
+    from triton.runtime.errors import OutOfResources
+
+    times = {}
+    for config in configs:
+        try:
+            times[config] = time(lambda config=config: run(config))
+        except OutOfResources:
+            continue
+    return min(times, key=times.__getitem__)
+
+
+def time_on_device(function: Callable) -> float:
+    from triton.testing import do_bench
+
+    return do_bench(function, warmup=5, rep=20, return_mode="median")

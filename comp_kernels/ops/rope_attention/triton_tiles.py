@@ -1,0 +1,277 @@
+"""Steps shared by the Triton kernels of rope_attention: find a tile, load it, rotate it, update the softmax, store it.
+
+A *tile* is a block of consecutive tokens of one sequence and one head. Triton tensors have power-of-two sides, so a tile in
+registers is a tuple of *chunks* along the head dimension, [rows, 64] and [rows, 16] for 72 channels. `Head` and `Rope`
+describe, at compile time, the head dimension and the rotary embedding.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+
+class Head(NamedTuple):
+    """The head dimension."""
+
+    dim: int
+    chunks: tuple[tuple[int, int], ...]  # (first channel, width), widths are powers of two of at least 16
+    align: int  # elements; divides every token and head stride, at most 16 bytes: lets the compiler use wide loads
+
+
+class Rope(NamedTuple):
+    """The rotary embedding. Pair j joins channels a = 2 p (j // p) + j % p and a + p, with p = pair_stride."""
+
+    num_pairs: int  # rotary_dim / 2; 0: no rotation
+    pair_stride: int
+    half_table: bool  # the tables hold one value per pair, otherwise one per channel
+    align: int  # elements; divides the strides of the tables, at most 16 bytes
+
+
+# --- which tile --------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def find_tile(cu_seqlens_ptr, num_sequences, num_tokens, slot, BLOCK: tl.constexpr):
+    """Which rows the program with index `slot` owns: (sequence, first packed row of it, first row in it, its length).
+
+    Sequence b has the slots from cu[b] // BLOCK + b on, up to those of b + 1: at least as many as tiles. So the host can
+    bound the number of slots, num_tokens // BLOCK + num_sequences + 1, without reading cu_seqlens; a slot without rows has
+    first row >= length. The rows beyond the last sequence count as one more sequence, number num_sequences.
+    """
+    low = 0
+    high = num_sequences + 1
+    while high - low > 1:  # the last sequence whose first slot is at or before ours
+        middle = (low + high) // 2
+        if tl.load(cu_seqlens_ptr + middle) // BLOCK + middle <= slot:
+            low = middle
+        else:
+            high = middle
+    begin = tl.load(cu_seqlens_ptr + low)
+    end = tl.load(cu_seqlens_ptr + low + 1, mask=low < num_sequences, other=num_tokens)
+    first = (slot - begin // BLOCK - low) * BLOCK
+    return low, begin, first, end - begin
+
+
+@triton.jit
+def sequence_bounds(cu_seqlens_ptr, num_sequences, sequence):
+    """(first packed row, length) of a sequence; the one after the last is empty."""
+    begin = tl.load(cu_seqlens_ptr + sequence)
+    end = tl.load(cu_seqlens_ptr + sequence + 1, mask=sequence < num_sequences, other=begin)
+    return begin, end - begin
+
+
+# --- memory ------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def offset(index, stride, ALIGN: tl.constexpr):
+    """index * stride in 64 bits, for one index."""
+    return tl.multiple_of(tl.to_tensor(index).to(tl.int64) * stride, ALIGN)
+
+
+@triton.jit
+def tile_pointers(base, rows, stride, columns, ALIGN: tl.constexpr):
+    """Addresses [rows, columns]. `rows` count within a tile, so that 32 bits hold rows * stride."""
+    return base + tl.multiple_of(rows * stride, ALIGN)[:, None] + columns[None, :]
+
+
+@triton.jit
+def load_tile(base, rows, num_rows, stride, CHECK_ROWS: tl.constexpr, HEAD: tl.constexpr):
+    """The tile at `base`; zeros beyond the head dimension and, with CHECK_ROWS, from row num_rows on."""
+    tile = ()
+    for c in tl.static_range(len(HEAD.chunks)):
+        columns = HEAD.chunks[c][0] + tl.arange(0, HEAD.chunks[c][1])
+        pointers = tile_pointers(base, rows, stride, columns, HEAD.align)
+        if CHECK_ROWS:
+            chunk = tl.load(pointers, mask=(rows < num_rows)[:, None] & (columns < HEAD.dim)[None, :], other=0.0)
+        elif HEAD.chunks[c][0] + HEAD.chunks[c][1] > HEAD.dim:
+            chunk = tl.load(pointers, mask=(columns < HEAD.dim)[None, :], other=0.0)
+        else:
+            chunk = tl.load(pointers)
+        tile = tile + (chunk,)
+    return tile
+
+
+@triton.jit
+def store_tile(base, tile, rows, num_rows, stride, HEAD: tl.constexpr):
+    """Write the rows below num_rows of a tile, rounded to the dtype of the target."""
+    for c in tl.static_range(len(HEAD.chunks)):
+        columns = HEAD.chunks[c][0] + tl.arange(0, HEAD.chunks[c][1])
+        mask = (rows < num_rows)[:, None] & (columns < HEAD.dim)[None, :]
+        pointers = tile_pointers(base, rows, stride, columns, HEAD.align)
+        tl.store(pointers, tile[c].to(base.dtype.element_ty), mask=mask)
+
+
+# --- arithmetic on tiles -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def zero_tile(ROWS: tl.constexpr, HEAD: tl.constexpr):
+    tile = ()
+    for c in tl.static_range(len(HEAD.chunks)):
+        tile = tile + (tl.zeros((ROWS, HEAD.chunks[c][1]), tl.float32),)
+    return tile
+
+
+@triton.jit
+def scale_tile(tile, factor, HEAD: tl.constexpr):
+    """tile times a number, or a column of numbers [rows, 1]."""
+    scaled = ()
+    for c in tl.static_range(len(HEAD.chunks)):
+        scaled = scaled + (tile[c] * factor,)
+    return scaled
+
+
+@triton.jit
+def dot_channels(a, b, HEAD: tl.constexpr, PRECISION: tl.constexpr):
+    """a [M, D] times the transpose of b [N, D]: [M, N], float32."""
+    product = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION)
+    for c in tl.static_range(1, len(HEAD.chunks)):
+        product = tl.dot(a[c], tl.trans(b[c]), product, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
+def add_dot_rows(accumulator, weights, b, HEAD: tl.constexpr, PRECISION: tl.constexpr):
+    """accumulator [M, D] + weights [M, N] times b [N, D]."""
+    result = ()
+    for c in tl.static_range(len(HEAD.chunks)):
+        result = result + (tl.dot(weights, b[c], accumulator[c], input_precision=PRECISION),)
+    return result
+
+
+@triton.jit
+def online_softmax_update(scores, row_max, row_sum, accumulator, scale_log2, HEAD: tl.constexpr):
+    """Take the scores [M, N] of one more key tile into the running softmax of exp2(scores * scale_log2).
+
+    Returns (weights [M, N], row_max, row_sum, accumulator); the caller adds weights times values to the accumulator.
+    """
+    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    shift = new_max * scale_log2
+    weights = tl.exp2(scores * scale_log2 - shift[:, None])
+    correction = tl.exp2(row_max * scale_log2 - shift)
+    row_sum = row_sum * correction + tl.sum(weights, 1)
+    return weights, new_max, row_sum, scale_tile(accumulator, correction[:, None], HEAD)
+
+
+# --- rotation ----------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def rotate_pair(a, b, cos_a, sin_a, cos_b, sin_b):
+    """y = x * cos + swap(x) * sin for the two channels of each pair."""
+    return a * cos_a - b * sin_a, b * cos_b + a * sin_b
+
+
+@triton.jit
+def rotate_pair_transposed(a, b, cos_a, sin_a, cos_b, sin_b):
+    """The transpose of rotate_pair, through which gradients go back; its inverse only where the table is a rotation."""
+    return a * cos_a + b * sin_b, b * cos_b - a * sin_a
+
+
+@triton.jit
+def grouped(columns, STRIDE: tl.constexpr):
+    """Tell the compiler that `columns` come in aligned runs of the largest power of two, up to 8, that divides STRIDE."""
+    RUN: tl.constexpr = min(STRIDE & -STRIDE, 8)
+    return tl.max_contiguous(tl.multiple_of(columns, RUN), RUN)
+
+
+@triton.jit
+def load_pairs(base, rows, keep, stride, FIRST: tl.constexpr, PAIRS: tl.constexpr, ALIGN: tl.constexpr, ROPE: tl.constexpr):
+    """(a, b), each [rows, PAIRS] in float32: both channels of the pairs from FIRST on; zeros where not `keep` [rows]."""
+    if ROPE.pair_stride == 1:  # neighbours: one wide load, taken apart in registers
+        channels = 2 * FIRST + tl.arange(0, 2 * PAIRS)
+        mask = keep[:, None] & (channels < 2 * ROPE.num_pairs)[None, :]
+        both = tl.load(tile_pointers(base, rows, stride, channels, ALIGN), mask=mask, other=0.0).to(tl.float32)
+        a, b = tl.split(both.reshape(rows.shape[0], PAIRS, 2))
+    else:
+        pairs = FIRST + tl.arange(0, PAIRS)
+        channels = grouped(pairs + pairs // ROPE.pair_stride * ROPE.pair_stride, ROPE.pair_stride)
+        mask = keep[:, None] & (pairs < ROPE.num_pairs)[None, :]
+        pointers = tile_pointers(base, rows, stride, channels, ALIGN)
+        a = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+        b = tl.load(pointers + ROPE.pair_stride, mask=mask, other=0.0).to(tl.float32)
+    return a, b
+
+
+@triton.jit
+def store_pairs(base, a, b, rows, keep, stride, PAIRS: tl.constexpr, ALIGN: tl.constexpr, ROPE: tl.constexpr):
+    """Write what load_pairs reads with FIRST = 0, rounded to the dtype of the target."""
+    a, b = a.to(base.dtype.element_ty), b.to(base.dtype.element_ty)
+    if ROPE.pair_stride == 1:
+        channels = tl.arange(0, 2 * PAIRS)
+        mask = keep[:, None] & (channels < 2 * ROPE.num_pairs)[None, :]
+        both = tl.join(a, b).reshape(rows.shape[0], 2 * PAIRS)
+        tl.store(tile_pointers(base, rows, stride, channels, ALIGN), both, mask=mask)
+    else:
+        pairs = tl.arange(0, PAIRS)
+        channels = grouped(pairs + pairs // ROPE.pair_stride * ROPE.pair_stride, ROPE.pair_stride)
+        mask = keep[:, None] & (pairs < ROPE.num_pairs)[None, :]
+        pointers = tile_pointers(base, rows, stride, channels, ALIGN)
+        tl.store(pointers, a, mask=mask)
+        tl.store(pointers + ROPE.pair_stride, b, mask=mask)
+
+
+@triton.jit
+def load_table_pairs(base, rows, keep, stride, FIRST: tl.constexpr, PAIRS: tl.constexpr, ROPE: tl.constexpr):
+    """The values of a table for both channels of the pairs from FIRST on."""
+    if ROPE.half_table:
+        pairs = FIRST + tl.arange(0, PAIRS)
+        mask = keep[:, None] & (pairs < ROPE.num_pairs)[None, :]
+        a = tl.load(tile_pointers(base, rows, stride, pairs, ROPE.align), mask=mask, other=0.0)
+        b = a
+    else:
+        a, b = load_pairs(base, rows, keep, stride, FIRST, PAIRS, ROPE.align, ROPE)
+    return a, b
+
+
+@triton.jit
+def load_rotated_chunk(base, rows, keep, stride, cos, sin, table_stride, FIRST: tl.constexpr, WIDTH: tl.constexpr,
+                       HEAD: tl.constexpr, ROPE: tl.constexpr):  # fmt: skip
+    """Channels FIRST to FIRST + WIDTH of `base`, rotated in float32 and rounded once; zeros where not `keep` [rows].
+
+    The partner of a channel may lie in another chunk, so it is read from memory a second time (a cache hit), except for
+    neighbours, which share a chunk.
+    """
+    columns = FIRST + tl.arange(0, WIDTH)
+    mask = keep[:, None] & (columns < HEAD.dim)[None, :]
+    x = tl.load(tile_pointers(base, rows, stride, columns, HEAD.align), mask=mask, other=0.0)
+    turns = (columns < 2 * ROPE.num_pairs)[None, :]
+    if ROPE.pair_stride == 1:
+        cos_a, cos_b = load_table_pairs(cos, rows, keep, table_stride, FIRST // 2, WIDTH // 2, ROPE)
+        sin_a, sin_b = load_table_pairs(sin, rows, keep, table_stride, FIRST // 2, WIDTH // 2, ROPE)
+        a, b = tl.split(x.to(tl.float32).reshape(rows.shape[0], WIDTH // 2, 2))
+        a, b = rotate_pair(a, b, cos_a, sin_a, cos_b, sin_b)
+        return tl.where(turns, tl.join(a, b).reshape(rows.shape[0], WIDTH).to(x.dtype), x)
+    block = columns // (2 * ROPE.pair_stride)
+    is_first = columns - block * 2 * ROPE.pair_stride < ROPE.pair_stride
+    partner_columns = tl.where(is_first, columns + ROPE.pair_stride, columns - ROPE.pair_stride)
+    table_columns = columns
+    if ROPE.half_table:
+        table_columns = tl.where(is_first, columns, columns - ROPE.pair_stride) - block * ROPE.pair_stride
+    partner_columns = grouped(partner_columns, ROPE.pair_stride)
+    table_columns = grouped(table_columns, ROPE.pair_stride)
+    mask = keep[:, None] & turns
+    partner = tl.load(tile_pointers(base, rows, stride, partner_columns, HEAD.align), mask=mask, other=0.0)
+    cos_here = tl.load(tile_pointers(cos, rows, table_stride, table_columns, ROPE.align), mask=mask, other=1.0)
+    sin_here = tl.load(tile_pointers(sin, rows, table_stride, table_columns, ROPE.align), mask=mask, other=0.0)
+    sin_here *= tl.where(is_first, -1.0, 1.0)[None, :]
+    return (x.to(tl.float32) * cos_here + partner.to(tl.float32) * sin_here).to(x.dtype)
+
+
+@triton.jit
+def load_rotated_tile(base, rows, num_rows, stride, cos, sin, table_stride, HEAD: tl.constexpr, ROPE: tl.constexpr):
+    """The tile at `base` with its rotary channels turned, in the dtype of the source; rows from num_rows on are zero."""
+    keep = rows < num_rows
+    tile = ()
+    for c in tl.static_range(len(HEAD.chunks)):
+        if HEAD.chunks[c][0] < 2 * ROPE.num_pairs:
+            chunk = load_rotated_chunk(base, rows, keep, stride, cos, sin, table_stride, HEAD.chunks[c][0], HEAD.chunks[c][1],
+                                       HEAD, ROPE)  # fmt: skip
+        else:
+            columns = HEAD.chunks[c][0] + tl.arange(0, HEAD.chunks[c][1])
+            pointers = tile_pointers(base, rows, stride, columns, HEAD.align)
+            chunk = tl.load(pointers, mask=keep[:, None] & (columns < HEAD.dim)[None, :], other=0.0)
+        tile = tile + (chunk,)
+    return tile
