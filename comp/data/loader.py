@@ -6,6 +6,7 @@ A step depends on nothing but its number, the seed and the ranks, so any step ca
 from __future__ import annotations
 
 import math
+import os
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from .datasets import BadSampleError, Dataset
 from .encode import SampleEncoder
 from .mixture import SampleOrder
 from .packing import EncodedSample, collate, pack
+
+# Tokenizers with threads of their own warn, and give the threads up, when data workers are forked after them.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 @dataclass(kw_only=True, slots=True)

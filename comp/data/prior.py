@@ -20,18 +20,20 @@ def count_words(samples: Dataset, template: ChatTemplate, vocabulary_size: int, 
     """
     rank, world_size = (0, 1) if world is None else (world.rank, world.size)
     counts = torch.zeros(vocabulary_size, dtype=torch.int64)
-    for ids in _answers(samples, template, range(rank, len(samples), world_size)):
+    for texts in _answers(samples, template, range(rank, len(samples), world_size)):
+        ids = [i for text_ids in template.encode_texts(texts) for i in text_ids]
         counts += torch.bincount(torch.tensor(ids, dtype=torch.int64), minlength=vocabulary_size)
     return counts if world is None else torch.tensor(world.sum(counts.tolist()), dtype=torch.int64)
 
 
-def _answers(samples: Dataset, template: ChatTemplate, indices: range, chunk: int = 4096) -> Iterator[list[int]]:
-    """Token ids of the answers, joined over `chunk` samples to keep the number of count operations small."""
-    ids: list[int] = []
-    for done, index in enumerate(indices, start=1):
+def _answers(samples: Dataset, template: ChatTemplate, indices: range, chunk: int = 4096) -> Iterator[list[str]]:
+    """The answers in lists of up to `chunk`: tokenizing many at a time is several times faster than one by one."""
+    texts: list[str] = []
+    for index in indices:
         with suppress(BadSampleError):
-            ids += template.encode_answers(samples[index].messages)
-        if done % chunk == 0:
-            yield ids
-            ids = []
-    yield ids
+            texts.append(template.answer_text(samples[index].messages))
+        if len(texts) == chunk:
+            yield texts
+            texts = []
+    if texts:
+        yield texts

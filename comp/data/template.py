@@ -53,6 +53,10 @@ class ChatTemplate:
         """Plain text, nothing added."""
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
+    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode_text` of many, faster."""
+        return self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of an answer, special tokens left out."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
@@ -81,8 +85,12 @@ class ChatTemplate:
         return self.encode(messages, visual_tokens)[0] + self._head("assistant")
 
     def encode_answers(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of `answer_text`."""
+        return self.encode_text(self.answer_text(messages))
+
+    def answer_text(self, messages: Sequence[Message]) -> str:
         """All assistant turns joined by a space, no template: the text of the alignment loss and of the word prior."""
-        return self.encode_text(" ".join(m.text for m in messages if m.role == "assistant"))
+        return " ".join(m.text for m in messages if m.role == "assistant")
 
     def _with_system(self, messages: Sequence[Message]) -> list[Message]:
         has_system = bool(messages) and messages[0].role == "system"
