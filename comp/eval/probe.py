@@ -1,0 +1,226 @@
+"""Frozen classification: `python -m comp.eval.probe RUN` trains attentive probes on the encoder of a run, before and after.
+
+The encoder does not change; the probe is what sees the labels (CoMP, arXiv 2503.18931, Table 3a; the head is AIM's, as the
+paper names none). Data: scikit-learn's digits, or a folder in ImageNet layout: train/CLASS/*.png and val/CLASS/*.png. Writes
+RUN/probe/table.json, which the report page shows; the encoder that the run started from is always a row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+
+from ..config import ConfigError
+from ..config_io import from_dict
+from ..data.digits import load_scans
+from ..model import VisionEncoder
+from .sweep import trained_config
+
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+
+
+@dataclass(frozen=True)
+class ProbeSettings:
+    """The paper's values in brackets, for ImageNet at 224 / 448 pixels (Table 13)."""
+
+    size: int = 64
+    """Side of the square images in pixels."""
+    epochs: int = 10  # [10]
+    warmup_epochs: float = 1.0  # [1]
+    batch_size: int = 64  # [1024 / 256]
+    lr: float = 1e-3  # [1e-4 / 1e-5]
+    min_lr: float = 1e-5  # [2e-5 / 5e-6]
+    weight_decay: float = 0.05  # [0.05]
+    augment: bool = False
+    """Crop (area 8% to 100%, aspect ratio 3/4 to 4/3) and flip at random, as the paper does."""
+
+
+class AttentiveProbe(nn.Module):
+    """Normalised tokens, pooled by one learned query over all of them, then a linear classifier: features [B, T, D] -> [B, C].
+
+    As in AIM (arXiv 2401.08541): batch normalisation without parameters, keys and values without bias, no output projection.
+    """
+
+    def __init__(self, width: int, num_classes: int, num_heads: int = 12):
+        super().__init__()
+        self.num_heads = max(h for h in range(1, num_heads + 1) if width % h == 0)
+        self.norm = nn.BatchNorm1d(width, eps=1e-6, affine=False)
+        self.query = nn.Parameter(torch.randn(1, 1, width) * 0.02)
+        self.key = nn.Linear(width, width, bias=False)
+        self.value = nn.Linear(width, width, bias=False)
+        self.classifier = nn.Linear(width, num_classes, bias=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        x = self.norm(features.transpose(1, 2)).transpose(1, 2)
+
+        def heads(y: Tensor) -> Tensor:
+            return y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, T, D / H]
+
+        query = self.query.expand(len(x), -1, -1)
+        pooled = F.scaled_dot_product_attention(heads(query), heads(self.key(x)), heads(self.value(x)))
+        return self.classifier(pooled.transpose(1, 2).flatten(1))
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    images: Sequence[Image.Image | Path]
+    labels: Sequence[int]
+    num_classes: int
+
+    def open(self, index: int) -> Image.Image:
+        image = self.images[index]
+        return (Image.open(image) if isinstance(image, Path) else image).convert("RGB")
+
+
+def digit_images(split: str) -> LabelledImages:
+    """scikit-learn's handwritten digits, black on white: 1,438 for "train", 359 for "heldout"."""
+    pairs = [(ImageOps.invert(scan), digit) for digit, scans in load_scans(split).items() for scan in scans]
+    return LabelledImages([image for image, _ in pairs], [digit for _, digit in pairs], 10)
+
+
+def folder_images(folder: Path, classes: Sequence[str] | None = None) -> LabelledImages:
+    """folder/CLASS/*.png (or .jpg, .webp); classes in alphabetical order, or those given."""
+    found = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    if not found or (classes is not None and set(found) != set(classes)):
+        raise ConfigError(
+            f"{folder} must hold one folder of images per class{f', {list(classes)}' if classes else ''}, got {found}"
+        )
+    classes = found if classes is None else classes
+    pairs = [
+        (path, label)
+        for label, name in enumerate(classes)
+        for path in sorted((folder / name).iterdir())
+        if path.suffix.lower() in IMAGE_ENDINGS
+    ]
+    return LabelledImages([path for path, _ in pairs], [label for _, label in pairs], len(classes))
+
+
+def probe_accuracy(
+    encoder: VisionEncoder, train: LabelledImages, test: LabelledImages, settings: ProbeSettings, seed: int = 0
+) -> float:
+    """Share of `test` that a probe trained on `train` classifies correctly. The encoder is neither trained nor changed."""
+    torch.manual_seed(seed)
+    encoder.eval()
+    probe = AttentiveProbe(encoder.config.width, train.num_classes)
+    optimizer = torch.optim.AdamW(probe.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+    steps_per_epoch = math.ceil(len(train.labels) / settings.batch_size)
+    total = settings.epochs * steps_per_epoch
+    cache = None if settings.augment else all_features(encoder, train, settings)
+    for step in range(total):
+        if step % steps_per_epoch == 0:
+            order = torch.randperm(len(train.labels))
+        chosen = order[step % steps_per_epoch * settings.batch_size :][: settings.batch_size].tolist()
+        if len(chosen) == 1:
+            continue  # batch normalisation needs two
+        x = encode(encoder, [augmented(train.open(i)) for i in chosen], settings.size) if cache is None else cache[chosen]
+        loss = F.cross_entropy(probe(x), torch.tensor([train.labels[i] for i in chosen]))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, total, settings.warmup_epochs * steps_per_epoch, settings)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    probe.eval()
+    with torch.no_grad():
+        features = all_features(encoder, test, settings)
+        predicted = torch.cat([probe(x).argmax(-1) for x in features.split(settings.batch_size)])
+    return (predicted == torch.tensor(test.labels)).float().mean().item()
+
+
+def learning_rate(step: int, total: int, warmup: float, settings: ProbeSettings) -> float:
+    """Linear warm-up from 0, then half a cosine from `lr` to `min_lr`."""
+    if step < warmup:
+        return settings.lr * (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1.0, total - warmup)
+    return settings.min_lr + (settings.lr - settings.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def all_features(encoder: VisionEncoder, images: LabelledImages, settings: ProbeSettings) -> Tensor:
+    """[n, T, D] of all images, kept in memory."""
+    size = settings.batch_size
+    starts = range(0, len(images.labels), size)
+    ends = (min(start + size, len(images.labels)) for start in starts)
+    return torch.cat([encode(encoder, [images.open(i) for i in range(a, b)], settings.size) for a, b in zip(starts, ends)])
+
+
+@torch.no_grad()
+def encode(encoder: VisionEncoder, images: Sequence[Image.Image], size: int) -> Tensor:
+    """[B, T, D]; the order of the tokens does not matter to the probe."""
+    prepared = [encoder.prepare(image, size=(size, size)) for image in images]
+    features = encoder(torch.cat([patches for patches, _ in prepared]), torch.tensor([grid for _, grid in prepared]))
+    return features.unflatten(0, (len(images), -1))
+
+
+def augmented(image: Image.Image) -> Image.Image:
+    """A random crop, flipped half of the time."""
+    width, height = image.size
+    area = width * height * float(torch.empty(1).uniform_(0.08, 1.0))
+    ratio = math.exp(float(torch.empty(1).uniform_(math.log(3 / 4), math.log(4 / 3))))
+    w = max(1, min(width, round((area * ratio) ** 0.5)))
+    h = max(1, min(height, round((area / ratio) ** 0.5)))
+    x, y = (int(torch.randint(0, n + 1, ())) for n in (width - w, height - h))
+    image = image.crop((x, y, x + w, y + h))
+    return ImageOps.mirror(image) if torch.rand(()) < 0.5 else image
+
+
+def encoders_of(run: Path) -> dict[str, VisionEncoder]:
+    """The encoder that the run in folder `run` started from, and the one it made."""
+    trained = trained_config(run)
+    start = from_dict(json.loads((run / "config.json").read_text()))
+    return {
+        "before": VisionEncoder.from_pretrained(start.vision.path).float(),
+        "after": VisionEncoder.from_pretrained(trained.vision.path).float(),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    defaults = ProbeSettings()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run, for example runs/tiny")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="with train/ and val/ (default: scikit-learn's digits)")
+    parser.add_argument("--seeds", type=int, default=3, help="probes trained per encoder (default: 3)")
+    for name in ("size", "epochs", "batch_size", "lr", "min_lr", "weight_decay"):
+        value = getattr(defaults, name)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, help=f"default: {value}")
+    parser.add_argument("--augment", action="store_true", help="random crops and flips, as for ImageNet")
+    options = parser.parse_args(arguments)
+    settings = ProbeSettings(**{k: v for k, v in vars(options).items() if k not in ("run", "data", "seeds")})
+    try:
+        if options.data is None:
+            train, test, name = digit_images("train"), digit_images("heldout"), "handwritten digits (scikit-learn)"
+        else:
+            train = folder_images(options.data / "train")
+            test = folder_images(options.data / "val", sorted(p.name for p in (options.data / "train").iterdir() if p.is_dir()))
+            name = options.data.name
+        encoders = encoders_of(options.run)
+    except ConfigError as error:
+        parser.error(str(error))
+    rows = []
+    for label, encoder in encoders.items():
+        scores = [100 * probe_accuracy(encoder, train, test, settings, seed) for seed in range(options.seeds)]
+        spread = statistics.stdev(scores) if len(scores) > 1 else math.nan
+        rows.append([label, f"{statistics.mean(scores):.2f}", f"{spread:.2f}"])
+        print("  ".join(rows[-1]))
+    text = (
+        f"Accuracy of an attentive probe on the frozen encoder: {name}, {len(train.labels)} training and "
+        f"{len(test.labels)} test images at {settings.size} pixels, {options.seeds} probes per encoder."
+    )
+    folder = options.run / "probe"
+    folder.mkdir(parents=True, exist_ok=True)
+    table = dict(text=text, header=["encoder", "accuracy, %", "standard deviation over probes"], rows=rows)
+    (folder / "table.json").write_text(json.dumps(table, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
