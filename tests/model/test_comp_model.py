@@ -222,12 +222,15 @@ def test_dummy_image_touches_the_vision_parameters_and_changes_nothing(model):
         assert name.startswith("language_model.") or parameter.grad.eq(0).all(), name
 
 
-def test_frozen_parts_still_train_the_rest(model):
+@pytest.mark.parametrize("samples", [[ONE, TEXT], [TEXT]], ids=["mixed", "text_only"])
+def test_frozen_parts_still_train_the_rest(samples, model):
+    """Stage I: the adapter alone trains; a batch without images then has a loss with gradient zero, not without one."""
     model.language_model.requires_grad_(False)
     model.encoder.requires_grad_(False)
     model.adapter.requires_grad_(True)
-    model(make_batch([ONE, TEXT])).token_loss_sum.backward()
+    model(make_batch(samples)).token_loss_sum.backward()
     assert {name for name, p in model.named_parameters() if p.grad is not None} == set(model.named_parts()["adapter"])
+    assert any(p.grad.abs().max() > 0 for p in model.adapter.parameters()) == (ONE in samples)
 
 
 def greedy(model, batch, steps):
