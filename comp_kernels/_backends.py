@@ -24,8 +24,11 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     },
     "sinkhorn": {
         "cpu": "comp_kernels.ops.sinkhorn.cpu",
+        "triton": "comp_kernels.ops.sinkhorn.triton_backend",
     },
-    "alignment_loss": {},
+    "alignment_loss": {
+        "cpu": "comp_kernels.ops.alignment_loss.cpu",
+    },
 }
 
 _loaded: dict = {}  # module path -> module

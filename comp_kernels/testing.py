@@ -354,3 +354,51 @@ def make_sinkhorn_inputs(case: SinkhornCase, dtype: torch.dtype = torch.float32)
     b *= a.sum(-1, keepdim=True) / b.sum(-1, keepdim=True)
     compute = torch.promote_types(dtype, torch.float32)
     return scores, dict(row_marginals=a.to(compute), col_marginals=b.to(compute))
+
+
+# --- alignment_loss --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AlignmentCase:
+    """One call of alignment_loss, described by sizes; `make_alignment_inputs` builds its tensors."""
+
+    name: str
+    rows: int
+    dim: int
+    words: int
+    prior: bool = True
+    invalid: tuple[int, ...] = ()  # rows that do not count, filled with NaN
+    seed: int = 0
+
+
+ALIGNMENT_CASES = [
+    AlignmentCase("small", 3, 8, 20, prior=False, invalid=(1,)),
+    AlignmentCase("one_row", 1, 8, 300),
+    AlignmentCase("several_tiles", 13, 24, 1100, invalid=(0, 7)),
+]
+ALIGNMENT_CASES = {case.name: case for case in ALIGNMENT_CASES}
+
+
+@dataclass
+class AlignmentInputs:
+    features: tuple[Tensor, Tensor, Tensor]  # vision [n, D], text [n, D], prototypes [V, D]
+    prior: Tensor | None  # [V] int64, a third of the words never seen
+    valid: Tensor | None  # [n] bool
+
+
+def make_alignment_inputs(case: AlignmentCase, dtype: torch.dtype = torch.float32) -> AlignmentInputs:
+    """Features that lean towards some prototypes, so that targets are neither flat nor one-hot."""
+    generator = torch.Generator().manual_seed(case.seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    prototypes = normal(case.words, case.dim) * (0.5 + normal(case.words, 1).abs())
+    vision, text = (normal(case.rows, case.dim) + prototypes[: case.rows] for _ in range(2))
+    counts = torch.randint(-500, 1000, (case.words,), generator=generator).clamp(min=0)
+    valid = torch.ones(case.rows, dtype=torch.bool)
+    for row in case.invalid:
+        vision[row], text[row], valid[row] = torch.nan, torch.nan, False
+    features = tuple(x.to(dtype) for x in (vision, text, prototypes))
+    return AlignmentInputs(features, counts if case.prior else None, valid if case.invalid else None)

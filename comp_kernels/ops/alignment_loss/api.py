@@ -9,6 +9,7 @@ from torch import Tensor
 from ..._backends import choose_backend
 from ..._checks import check_float, check_positive, check_same, check_tensor
 from . import reference
+from .registration import FORWARD
 
 
 def alignment_loss(
@@ -78,18 +79,46 @@ def alignment_loss(
         raise ValueError(f"mode must be one of {reference.MODES}, got {mode!r}")
     for name, value in (("epsilon", epsilon), ("temperature", temperature), ("prior_temperature", prior_temperature)):
         check_positive(name, value)
-    choose_backend("alignment_loss", backend, vision.device)
-    return reference.alignment_loss(
+    backend = choose_backend("alignment_loss", backend, vision.device)
+    if backend == "reference":
+        return reference.alignment_loss(
+            vision,
+            text,
+            prototypes,
+            prior=prior,
+            mode=mode,
+            epsilon=epsilon,
+            temperature=temperature,
+            num_iters=num_iters,
+            prior_temperature=prior_temperature,
+            valid=valid,
+            normalize=normalize,
+            group=group,
+        )
+    compute = torch.promote_types(vision.dtype, torch.float32)
+    vision = prepare_features(vision, valid, normalize, compute)
+    loss, _ = FORWARD.default(
         vision,
-        text,
-        prototypes,
-        prior=prior,
-        mode=mode,
-        epsilon=epsilon,
-        temperature=temperature,
-        num_iters=num_iters,
-        prior_temperature=prior_temperature,
-        valid=valid,
-        normalize=normalize,
-        group=group,
+        prepare_features(text.detach(), valid, normalize, compute),
+        prototypes.detach(),
+        prior,
+        valid,
+        mode,
+        epsilon,
+        temperature,
+        num_iters,
+        prior_temperature,
+        normalize,
+        None if group is None else group.group_name,
+        vision.requires_grad and torch.is_grad_enabled(),
+        backend,
     )
+    return loss
+
+
+def prepare_features(x: Tensor, valid: Tensor | None, normalize: bool, dtype: torch.dtype) -> Tensor:
+    """[n, D] in the computing dtype, with rows of length one; rows that do not count are zero, whatever was in them."""
+    x = x.to(dtype)
+    if valid is not None:
+        x = torch.where(valid.unsqueeze(-1), x, 0.0)
+    return torch.nn.functional.normalize(x, dim=-1) if normalize else x

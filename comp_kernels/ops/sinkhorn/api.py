@@ -61,7 +61,11 @@ def sinkhorn(
         raise ValueError(f"num_iters must be at least 1, got {num_iters}")
     check_gradient(gradient, tol, group, row_marginals, col_marginals)
     check_marginals(scores, row_marginals, col_marginals, group)
-    backend = choose_backend("sinkhorn", backend, scores.device)
+
+    def declines(name: str) -> str | None:
+        return "the Triton kernels have no float64" if name == "triton" and scores.dtype == torch.float64 else None
+
+    backend = choose_backend("sinkhorn", backend, scores.device, declines)
     compute = torch.promote_types(scores.dtype, torch.float32)
     rows, cols = default_marginals(scores, row_marginals, col_marginals, group, compute)
     if gradient == "detach":

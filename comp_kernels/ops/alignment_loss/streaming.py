@@ -1,0 +1,280 @@
+"""The alignment loss over tiles of prototypes: nothing of size [n, V] is needed, and what is kept of that size is budgeted.
+
+Two passes over the prototypes, whatever the backend (README.md derives both):
+
+    potentials   the target as 2^(text score + u2 + v2) * weight with u2, weight [n] and v2 [V], and (maximum, sum) per row
+                 of the vision scores. Mode "sinkhorn" takes num_iters iterations, the others one log-sum-exp.
+    loss         target and prediction of a tile side by side: its share of the loss and, as (prediction - target) @ prototypes,
+                 of the gradient of vision.
+
+Text scores that fit `KEPT_SHARE` of the inputs' size are kept between the passes, the rest are computed again, tile by tile;
+then vision scores, if there is room left. All logarithms are in bits, all potentials of the computing dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import ModuleType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..sinkhorn.over_group import merge_over_group, scale
+
+Pair = tuple[Tensor, Tensor]  # running maximum in bits and sum of 2^(entry - maximum), per row
+
+LOG2E = 1.0 / math.log(2.0)
+NORM_FLOOR = 1e-12  # as torch.nn.functional.normalize
+
+# Bytes of [n, V] scores kept between the passes, as a share of the bytes of (n + V) * D inputs in the computing dtype.
+KEPT_SHARE = 0.3
+# Elements of one score tile, and of one tile of prototypes: both stay in the last level cache of a CPU.
+TILE_ELEMENTS, PROTOTYPE_TILE_ELEMENTS = 1 << 19, 1 << 22
+MIN_TILE_COLS, MAX_TILE_COLS = 512, 8192
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the target is; the arguments of comp_kernels.alignment_loss."""
+
+    mode: str
+    epsilon: float
+    temperature: float
+    num_iters: int
+    prior_temperature: float
+    normalize: bool
+    group: dist.ProcessGroup | None
+
+
+@dataclass(frozen=True)
+class Target:
+    """target_ik = 2^(text_ik + u2_i + v2_k) * weight_i."""
+
+    u2: Tensor  # [n]; -inf: the row has none
+    v2: Tensor | None  # [V]; None: zeros
+    weight: Tensor  # [n]
+
+
+@dataclass
+class Scores:
+    """Products of one feature matrix [n, D] with all prototypes; the first `kept.shape[1]` columns stay in memory."""
+
+    features: Tensor
+    kept: Tensor  # [n, columns kept]
+    scratch: Tensor  # [n, tile columns]
+    filled: int = 0
+
+    def tile(self, columns: slice, prototypes: Tensor) -> Tensor:
+        """[n, columns]; computed unless it was kept before."""
+        if columns.stop > self.kept.shape[1]:
+            return torch.mm(self.features, prototypes.T, out=self.scratch[:, : columns.stop - columns.start])
+        tile = self.kept[:, columns]
+        if columns.stop > self.filled:
+            torch.mm(self.features, prototypes.T, out=tile)
+            self.filled = columns.stop
+        return tile
+
+
+@dataclass
+class Prototypes:
+    """The [V, D] matrix in tiles of the computing dtype, and one over the norm of every row once it was seen."""
+
+    matrix: Tensor
+    dtype: torch.dtype
+    tile_cols: int
+    normalize: bool
+    scales: Tensor | None = None  # [V]
+    scratch: Tensor | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.matrix.dtype != self.dtype:
+            self.scratch = self.matrix.new_empty((self.tile_cols, self.matrix.shape[1]), dtype=self.dtype)
+
+    def tiles(self, begin: int = 0) -> Iterator[tuple[slice, Tensor]]:
+        """(columns, rows of the matrix in the computing dtype) from `begin`, a multiple of the tile, on."""
+        for start in range(begin, self.matrix.shape[0], self.tile_cols):
+            columns = slice(start, min(start + self.tile_cols, self.matrix.shape[0]))
+            rows = self.matrix[columns]
+            yield columns, rows if self.scratch is None else self.scratch[: rows.shape[0]].copy_(rows)
+
+    def measure(self, columns: slice, rows: Tensor) -> None:
+        if self.normalize:
+            if self.scales is None:
+                self.scales = rows.new_empty(self.matrix.shape[0])
+            norms = torch.linalg.vector_norm(rows, dim=1)
+            torch.reciprocal(norms.clamp_(min=NORM_FLOOR), out=self.scales[columns])
+
+    def scale_of(self, columns: slice) -> Tensor | None:
+        return None if self.scales is None else self.scales[columns]
+
+
+def tile_columns(num_rows: int, dim: int, num_words: int) -> int:
+    cols = min(TILE_ELEMENTS // max(num_rows, 1), PROTOTYPE_TILE_ELEMENTS // max(dim, 1))
+    return min(max(cols, MIN_TILE_COLS), MAX_TILE_COLS, max(num_words, 1))
+
+
+def loss_and_gradient(
+    steps: ModuleType,
+    vision: Tensor,
+    text: Tensor,
+    prototypes: Tensor,
+    prior: Tensor | None,
+    valid: Tensor | None,
+    settings: Settings,
+    *,
+    gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """vision, text [n, D] contiguous, of the computing dtype, rows normalised where they should be; prototypes [V, D] as they
+    are. `steps` is the backend (see cpu.py). Returns the loss and its gradient with respect to vision [n, D] (empty when
+    not wanted)."""
+    streamed = Stream(steps, vision, text, prototypes, valid, settings)
+    return streamed.loss(*streamed.potentials(prior), gradient)
+
+
+class Stream:
+    """One evaluation of the loss."""
+
+    def __init__(self, steps, vision, text, prototypes, valid, settings: Settings) -> None:
+        (rows, dim), words = vision.shape, prototypes.shape[0]
+        cols = tile_columns(rows, dim, words)
+        budget = int(KEPT_SHARE * (rows + words) * dim) // max(rows, 1)  # columns
+        kept_text = words if budget >= words else budget // cols * cols
+        kept_vision = words if budget - kept_text >= words else 0
+        self.steps, self.settings = steps, settings
+        self.prototypes = Prototypes(prototypes, vision.dtype, cols, settings.normalize)
+        self.text = Scores(text, text.new_empty((rows, kept_text)), text.new_empty((rows, cols if kept_text < words else 0)))
+        self.vision = Scores(vision, text.new_empty((rows, kept_vision)), text.new_empty((rows, cols)))
+        self.valid = vision.new_ones(rows, dtype=torch.bool) if valid is None else valid
+        self.num_valid = self.valid.sum()
+        if settings.group is not None:
+            dist.all_reduce(self.num_valid, group=settings.group)
+        self.text_factor, self.vision_factor = LOG2E / settings.epsilon, LOG2E / settings.temperature
+
+    def potentials(self, prior: Tensor | None) -> tuple[Target, Pair]:
+        """The target, and (maximum, sum) of each row of the vision scores."""
+        if self.settings.mode != "sinkhorn":
+            v2 = self.prior_bias(prior)
+            vision_pair = self._empty_pair()
+            peaks, sums = self.row_sums(v2, vision_pair)
+            return Target(torch.where(self.valid, -peaks, -torch.inf), v2, sums.reciprocal()), vision_pair
+        frequency = word_frequency(prior, self.text.features, self.prototypes.matrix.shape[0])
+        targets = self.num_valid.to(frequency.dtype) * frequency
+        return self.sinkhorn_over_group(targets) if self.settings.group is not None else self.sinkhorn(targets)
+
+    def prior_bias(self, prior: Tensor | None) -> Tensor | None:
+        """What the modes without iterations add to the text logits per word; None when it is the same for all."""
+        if self.settings.mode == "softmax" or prior is None:
+            return None
+        counts = prior.to(self.text.features.dtype)
+        if self.settings.mode == "literal":
+            return word_frequency(prior, self.text.features, len(prior)).log2()
+        strength = self.settings.num_iters / self.settings.prior_temperature * LOG2E
+        return strength * counts.clamp(min=1) / counts.sum()
+
+    def text_scores(self, vision_pair: Pair | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """(columns, scores) over all words: the kept ones at once, the others tile by tile.
+
+        With vision_pair this is the first pass: every tile by itself, the prototypes' norms are taken and the vision scores
+        are merged into the pair as well.
+        """
+        first = vision_pair is not None
+        if not first and self.text.kept.shape[1]:
+            yield slice(0, self.text.kept.shape[1]), self.text.kept
+        for columns, rows in self.prototypes.tiles(begin=0 if first else self.text.kept.shape[1]):
+            if first:
+                self.prototypes.measure(columns, rows)
+                self._update_rows(self.vision.tile(columns, rows), columns, self.vision_factor, vision_pair)
+            yield columns, self.text.tile(columns, rows)
+
+    def row_sums(self, v2: Tensor | None, vision_pair: Pair | None = None) -> Pair:
+        """Sums over the vocabulary of 2^(text score + v2), [n]."""
+        pair = self._empty_pair()
+        for columns, scores in self.text_scores(vision_pair):
+            self._update_rows(scores, columns, self.text_factor, pair, None if v2 is None else v2[columns])
+        return pair
+
+    def sinkhorn(self, targets: Tensor) -> tuple[Target, Pair]:
+        """Iterations that read the scores once each: every tile scales its columns and returns its share of the row sums."""
+        u2 = torch.where(self.valid, 0.0, -torch.inf).to(targets.dtype)
+        v2 = torch.empty_like(targets)
+        vision_pair = self._empty_pair()
+        for iteration in range(self.settings.num_iters):
+            row_sums = self.steps.RowSums(u2)
+            for columns, scores in self.text_scores(vision_pair if iteration == 0 else None):
+                self.steps.iterate(
+                    scores,
+                    self.text_factor,
+                    self.prototypes.scale_of(columns),
+                    u2,
+                    None if iteration == 0 else v2[columns],
+                    targets[columns],
+                    v2[columns],
+                    row_sums,
+                )
+            u2 = self.steps.scale_rows(u2, row_sums, lambda: _log_sum(self.row_sums(v2)))
+        return Target(u2, v2, torch.ones_like(u2)), vision_pair
+
+    def sinkhorn_over_group(self, targets: Tensor) -> tuple[Target, Pair]:
+        """The same with the columns summed over all processes before any row is scaled: two passes over the scores."""
+        u2 = torch.where(self.valid, 0.0, -torch.inf).to(targets.dtype)
+        v2, peaks, sums = (torch.empty_like(targets) for _ in range(3))
+        vision_pair = self._empty_pair()
+        for iteration in range(self.settings.num_iters):
+            for columns, scores in self.text_scores(vision_pair if iteration == 0 else None):
+                peaks[columns], sums[columns] = self.steps.column_statistics(
+                    scores, self.text_factor, u2, self.prototypes.scale_of(columns)
+                )
+            v2 = scale(targets, merge_over_group(peaks.clone(), sums, self.settings.group))
+            u2 = torch.where(self.valid, -_log_sum(self.row_sums(v2)), -torch.inf)
+        return Target(u2, v2, torch.ones_like(u2)), vision_pair
+
+    def loss(self, target: Target, vision_pair: Pair, gradient: bool) -> tuple[Tensor, Tensor]:
+        """Mean over the group's valid rows of the cross-entropy, and the gradient of the local vision features."""
+        features = self.vision.features
+        row_weight = self.valid.to(features.dtype) / self.num_valid.clamp(min=1)
+        grad_vision = torch.zeros_like(features) if gradient else features.new_empty(0)
+        row_loss2 = torch.zeros(features.shape[0], dtype=torch.float64, device=features.device)
+        for columns, rows in self.prototypes.tiles():
+            text, vision = self.text.tile(columns, rows), self.vision.tile(columns, rows)
+            self.steps.loss_tile(
+                text,
+                vision,
+                col_scale=self.prototypes.scale_of(columns),
+                u2=target.u2,
+                v2=None if target.v2 is None else target.v2[columns],
+                target_weight=target.weight,
+                peaks2=vision_pair[0],
+                sums=vision_pair[1],
+                row_weight=row_weight,
+                row_loss2=row_loss2,
+                text_factor=self.text_factor,
+                vision_factor=self.vision_factor,
+                grad_factor=1.0 / self.settings.temperature,
+                gradient=gradient,
+            )
+            if gradient:
+                grad_vision.addmm_(vision, rows)
+        loss = (row_loss2 * row_weight.double()).sum() / LOG2E
+        if self.settings.group is not None:
+            dist.all_reduce(loss, group=self.settings.group)
+        return loss.to(features.dtype), grad_vision
+
+    def _empty_pair(self) -> Pair:
+        peaks = self.text.features.new_full(self.valid.shape, -torch.inf)
+        return peaks, torch.zeros_like(peaks)
+
+    def _update_rows(self, scores: Tensor, columns: slice, factor: float, pair: Pair, v2: Tensor | None = None) -> None:
+        self.steps.update_row_statistics(scores, factor, *pair, v2, self.prototypes.scale_of(columns))
+
+
+def _log_sum(pair: Pair) -> Tensor:
+    peaks, sums = pair
+    return peaks + sums.log2()
+
+
+def word_frequency(prior: Tensor | None, like: Tensor, num_words: int) -> Tensor:
+    counts = like.new_ones(num_words) if prior is None else prior.to(like.dtype).clamp(min=1)
+    return counts / counts.sum()

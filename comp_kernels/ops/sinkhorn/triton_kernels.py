@@ -1,0 +1,176 @@
+"""Triton kernels of sinkhorn over matrices of scores [G, n, K] or one tile of columns; everything in base-2 logarithms.
+
+One iteration is two launches and one read of the scores from device memory. `column_step_kernel` owns a block of columns: it
+reduces the columns over all rows, scales them, and then, with the block still in the caches, takes each row's (maximum, sum)
+over the block. `merge_rows_kernel` merges those pairs over the blocks and scales the rows.
+
+Names: i_* program index, o_* offsets, m_* mask, BN rows and BK columns of a tile.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def finite_or_zero(x):
+    """The shift to subtract before exp2: a maximum of -inf stands for no mass, and -inf - -inf is not wanted."""
+    return tl.where(x > -float("inf"), x, 0.0)
+
+
+@triton.jit
+def merge_sums(peak, total, other_peak, other_total):
+    """(maximum, sum of 2^(entry - maximum)) of two sets of entries together."""
+    top = tl.maximum(peak, other_peak)
+    shift = finite_or_zero(top)
+    return top, total * tl.exp2(peak - shift) + other_total * tl.exp2(other_peak - shift)
+
+
+@triton.jit
+def load_entries(scores, o_n, o_k, m_n, m_k, row_stride, factor):
+    """[BN, BK] entries in bits, -inf outside; factor is a number or one per column [1, BK]."""
+    tile = tl.load(scores + o_n[:, None] * row_stride + o_k[None, :], mask=m_n[:, None] & m_k[None, :], other=0.0)
+    return tl.where(m_n[:, None] & m_k[None, :], tile.to(tl.float32) * factor, -float("inf"))
+
+
+@triton.jit
+def column_factors(col_scale, o_k, m_k, factor, HAS_COL_SCALE: tl.constexpr, BK: tl.constexpr):
+    """[1, BK] factors that turn scores into bits."""
+    if HAS_COL_SCALE:
+        return (tl.load(col_scale + o_k, mask=m_k, other=0.0) * factor)[None, :]
+    else:
+        return tl.full((1, BK), 1.0, tl.float32) * factor
+
+
+@triton.jit
+def column_step_kernel(
+    scores, col_scale, u, v, b, v_new, row_peaks, row_sums, col_peaks, col_sums, errors, stop,
+    num_rows, num_cols, num_blocks, item_stride, row_stride, b_item_stride, factor,
+    ITERATE: tl.constexpr, FIRST: tl.constexpr, HAS_COL_SCALE: tl.constexpr, HAS_TOL: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Grid (blocks of columns, items). ITERATE: v_new [G, K], and row_peaks, row_sums [G, blocks, n] of the plan with scaled
+    columns; else col_peaks, col_sums [G, K]. HAS_TOL: nothing happens once *stop is set, and errors [G, blocks] receives the L1
+    error of the column sums as they were (not in the FIRST iteration)."""
+    i_block, i_item = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    if HAS_TOL:
+        if tl.load(stop) != 0:
+            return
+    o_k = i_block * BK + tl.arange(0, BK)
+    m_k = o_k < num_cols
+    scores += i_item * item_stride
+    u += i_item * num_rows
+    scale = column_factors(col_scale, o_k, m_k, factor, HAS_COL_SCALE, BK)
+
+    peak = tl.full((BK,), -float("inf"), tl.float32)
+    total = tl.zeros((BK,), tl.float32)
+    for first in range(0, num_rows, BN):
+        o_n = first + tl.arange(0, BN)
+        m_n = o_n < num_rows
+        x = load_entries(scores, o_n, o_k, m_n, m_k, row_stride, scale)
+        x += tl.load(u + o_n, mask=m_n, other=-float("inf"))[:, None]
+        tile_peak = tl.max(x, axis=0)
+        tile_total = tl.sum(tl.exp2(x - finite_or_zero(tile_peak)[None, :]), axis=0)
+        peak, total = merge_sums(peak, total, tile_peak, tile_total)
+
+    if not ITERATE:
+        tl.store(col_peaks + i_item * num_cols + o_k, peak, mask=m_k)
+        tl.store(col_sums + i_item * num_cols + o_k, total, mask=m_k)
+    else:
+        target = tl.load(b + i_item * b_item_stride + o_k, mask=m_k, other=0.0)
+        log_sum = peak + tl.log2(total)
+        if HAS_TOL and not FIRST:
+            old = tl.load(v + i_item * num_cols + o_k, mask=m_k, other=-float("inf"))
+            sums = tl.where(target > 0, tl.exp2(log_sum + old), 0.0)
+            tl.store(errors + i_item * num_blocks + i_block, tl.sum(tl.abs(sums - target)))
+        scaled = tl.where(target > 0, tl.log2(target) - log_sum, -float("inf"))
+        tl.store(v_new + i_item * num_cols + o_k, scaled, mask=m_k)
+
+        # The block is read again, from the caches.
+        row_peaks += (i_item * num_blocks + i_block) * num_rows
+        row_sums += (i_item * num_blocks + i_block) * num_rows
+        for first in range(0, num_rows, BN):
+            o_n = first + tl.arange(0, BN)
+            m_n = o_n < num_rows
+            x = load_entries(scores, o_n, o_k, m_n, m_k, row_stride, scale) + scaled[None, :]
+            row_peak = tl.max(x, axis=1)
+            tl.store(row_peaks + o_n, row_peak, mask=m_n)
+            tl.store(row_sums + o_n, tl.sum(tl.exp2(x - finite_or_zero(row_peak)[:, None]), axis=1), mask=m_n)
+
+
+@triton.jit
+def row_step_kernel(
+    scores, col_scale, v, row_peaks, row_sums,
+    num_rows, num_cols, num_blocks, item_stride, row_stride, factor,
+    HAS_V: tl.constexpr, HAS_COL_SCALE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """row_peaks, row_sums [G, blocks, n] of the entries plus v. Grid (blocks of columns, items, blocks of rows)."""
+    i_block, i_item = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    o_n, o_k = tl.program_id(2) * BN + tl.arange(0, BN), i_block * BK + tl.arange(0, BK)
+    m_n, m_k = o_n < num_rows, o_k < num_cols
+    scale = column_factors(col_scale, o_k, m_k, factor, HAS_COL_SCALE, BK)
+    x = load_entries(scores + i_item * item_stride, o_n, o_k, m_n, m_k, row_stride, scale)
+    if HAS_V:
+        x += tl.load(v + i_item * num_cols + o_k, mask=m_k, other=-float("inf"))[None, :]
+    row_peak = tl.max(x, axis=1)
+    o_out = (i_item * num_blocks + i_block) * num_rows + o_n
+    tl.store(row_peaks + o_out, row_peak, mask=m_n)
+    tl.store(row_sums + o_out, tl.sum(tl.exp2(x - finite_or_zero(row_peak)[:, None]), axis=1), mask=m_n)
+
+
+@triton.jit
+def merge_rows_kernel(
+    row_peaks, row_sums, a, u, peaks, sums, stop,
+    num_rows, num_blocks, a_item_stride,
+    SCALE: tl.constexpr, HAS_TOL: tl.constexpr, BN: tl.constexpr, BB: tl.constexpr,
+):  # fmt: skip
+    """Merge the pairs [G, blocks, n] over the blocks. SCALE: u [G, n] = log2 a - log2 of the sum; else the pairs join peaks,
+    sums [G, n]. Grid (blocks of rows, items)."""
+    i_item = tl.program_id(1).to(tl.int64)
+    if HAS_TOL:
+        if tl.load(stop) != 0:
+            return
+    o_n = tl.program_id(0) * BN + tl.arange(0, BN)
+    m_n = o_n < num_rows
+    o_item = i_item * num_rows + o_n
+    row_peaks += i_item * num_blocks * num_rows
+    row_sums += i_item * num_blocks * num_rows
+    peak = tl.full((BN,), -float("inf"), tl.float32)
+    total = tl.zeros((BN,), tl.float32)
+    for first in range(0, num_blocks, BB):
+        o_b = first + tl.arange(0, BB)
+        mask = (o_b < num_blocks)[:, None] & m_n[None, :]
+        o_pair = o_b[:, None] * num_rows + o_n[None, :]
+        block_peaks = tl.load(row_peaks + o_pair, mask=mask, other=-float("inf"))  # [BB, BN]
+        block_sums = tl.load(row_sums + o_pair, mask=mask, other=0.0)
+        top = tl.max(block_peaks, axis=0)
+        block_total = tl.sum(block_sums * tl.exp2(block_peaks - finite_or_zero(top)[None, :]), axis=0)
+        peak, total = merge_sums(peak, total, top, block_total)
+    if SCALE:
+        mass = tl.load(a + i_item * a_item_stride + o_n, mask=m_n, other=0.0)
+        scaled = tl.where(mass > 0, tl.log2(mass) - (peak + tl.log2(total)), -float("inf"))
+        tl.store(u + o_item, scaled, mask=m_n)
+    else:
+        old_peak = tl.load(peaks + o_item, mask=m_n, other=-float("inf"))
+        old_total = tl.load(sums + o_item, mask=m_n, other=0.0)
+        peak, total = merge_sums(peak, total, old_peak, old_total)
+        tl.store(peaks + o_item, peak, mask=m_n)
+        tl.store(sums + o_item, total, mask=m_n)
+
+
+@triton.jit
+def plan_kernel(
+    scores, u, v, plan,
+    num_rows, num_cols, item_stride, row_stride, factor,
+    BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """plan [G, n, K] = 2^(entry + u + v). Grid (blocks of columns, items, blocks of rows)."""
+    i_item = tl.program_id(1).to(tl.int64)
+    o_n, o_k = tl.program_id(2) * BN + tl.arange(0, BN), tl.program_id(0) * BK + tl.arange(0, BK)
+    m_n, m_k = o_n < num_rows, o_k < num_cols
+    x = load_entries(scores + i_item * item_stride, o_n, o_k, m_n, m_k, row_stride, factor)
+    x += tl.load(u + i_item * num_rows + o_n, mask=m_n, other=-float("inf"))[:, None]
+    x += tl.load(v + i_item * num_cols + o_k, mask=m_k, other=-float("inf"))[None, :]
+    out = plan + i_item * num_rows * num_cols + o_n.to(tl.int64)[:, None] * num_cols + o_k[None, :]
+    tl.store(out, tl.exp2(x), mask=m_n[:, None] & m_k[None, :])

@@ -1,0 +1,203 @@
+"""alignment_loss on every backend: the definition's loss and gradient within its own rounding errors, in every mode."""
+
+import pytest
+import torch
+from test_reference import GOLDEN_COUNTS, GOLDEN_TARGETS, GOLDEN_TEXT, GOLDEN_VISION
+
+import comp_kernels as ck
+from comp_kernels import reference
+from comp_kernels.ops.alignment_loss import streaming
+from comp_kernels.testing import ALIGNMENT_CASES, assert_within_budget, make_alignment_inputs
+
+BACKENDS = [name for name in ck.available_backends("alignment_loss", "cpu") if name != "reference"]
+MODES = ("sinkhorn", "literal", "released", "softmax")
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@pytest.fixture(autouse=True)
+def _narrow_tiles(monkeypatch):
+    """The small cases must span several tiles, the last one narrower."""
+    monkeypatch.setattr(streaming, "MIN_TILE_COLS", 256)
+    monkeypatch.setattr(streaming, "MAX_TILE_COLS", 256)
+
+
+def loss_and_gradient(function, inputs, dtype=None, **kwargs):
+    vision, text, prototypes = (x if dtype is None else x.to(dtype) for x in inputs.features)
+    vision = vision.detach().requires_grad_()
+    loss = function(vision, text, prototypes, prior=inputs.prior, valid=inputs.valid, **kwargs)
+    (gradient,) = torch.autograd.grad(loss, vision)
+    return loss.detach(), gradient
+
+
+def check(name, dtype, backend, mode, **kwargs):
+    inputs = make_alignment_inputs(ALIGNMENT_CASES[name], dtype)
+    settings = dict(mode=mode, epsilon=0.05, temperature=0.05, **kwargs)
+    actual = loss_and_gradient(ck.alignment_loss, inputs, backend=backend, **settings)
+    exact = loss_and_gradient(reference.alignment_loss, inputs, torch.float64, **settings)
+    peer = loss_and_gradient(reference.alignment_loss, inputs, **settings)
+    for label, found, truth, plain in zip(("loss", "gradient"), actual, exact, peer):
+        assert found.dtype == plain.dtype
+        if dtype == torch.float64:
+            torch.testing.assert_close(found, truth, rtol=1e-10, atol=1e-12)
+        else:
+            assert_within_budget(f"{name} {mode} {label}", found, truth, plain)
+
+
+def test_the_compiled_backend_is_there():
+    assert "cpu" in BACKENDS
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ALIGNMENT_CASES)
+def test_matches_the_definition(name, mode, backend):
+    check(name, torch.float32, backend, mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", ("float64", "bfloat16", "float16"))
+def test_matches_the_definition_in_every_dtype(dtype, mode):
+    check("several_tiles", DTYPES[dtype], "cpu", mode)
+
+
+@pytest.mark.parametrize("share", (0.0, 0.02, 0.1, 1.0))
+@pytest.mark.parametrize("mode", ("sinkhorn", "literal"))
+def test_memory_budget_does_not_change_the_result(share, mode, monkeypatch):
+    """Scores computed again, kept in part, kept for text only, kept for both."""
+    monkeypatch.setattr(streaming, "KEPT_SHARE", share)
+    check("several_tiles", torch.float32, "cpu", mode, num_iters=4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_plain_products(mode):
+    check("several_tiles", torch.float32, "cpu", mode, normalize=False)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mode", GOLDEN_TARGETS)
+def test_golden_values(mode, backend):
+    vision, text = torch.tensor(GOLDEN_VISION, requires_grad=True), torch.tensor(GOLDEN_TEXT)
+    target = torch.tensor(GOLDEN_TARGETS[mode])
+    prediction = (vision / 0.05).softmax(-1)
+    loss = ck.alignment_loss(
+        vision,
+        text,
+        torch.eye(5),
+        prior=GOLDEN_COUNTS,
+        mode=mode,
+        epsilon=0.05,
+        temperature=0.05,
+        prior_temperature=1.0,
+        normalize=False,
+        backend=backend,
+    )
+    assert abs(loss - -(target * prediction.log()).sum(-1).mean()) < 3e-6
+    (gradient,) = torch.autograd.grad(loss, vision)
+    torch.testing.assert_close(gradient, ((prediction - target) / 0.05 / 3).detach(), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mode", MODES)
+def test_finite_at_cosine_one_and_invalid_rows_do_not_exist(mode, backend):
+    prototypes = torch.randn(50, 8)
+    vision, text = prototypes[:6].clone(), prototypes[:6].clone()
+    vision[5], text[5] = torch.nan, torch.nan
+    valid = torch.arange(6) < 5
+    vision.requires_grad_()
+    for epsilon in (0.005, 0.001):
+        settings = dict(mode=mode, epsilon=epsilon, temperature=epsilon, backend=backend)
+        loss = ck.alignment_loss(vision, text, prototypes, valid=valid, **settings)
+        (gradient,) = torch.autograd.grad(loss, vision)
+        assert loss.isfinite() and gradient.isfinite().all() and (gradient[5] == 0).all()
+        alone = ck.alignment_loss(vision[:5], text[:5], prototypes, **settings)
+        torch.testing.assert_close(loss, alone)
+    nothing = ck.alignment_loss(vision, text, prototypes, mode=mode, valid=torch.zeros(6, dtype=torch.bool), backend=backend)
+    nothing.backward()
+    assert nothing == 0 and (vision.grad == 0).all()
+
+
+def test_gradcheck():
+    inputs = make_alignment_inputs(ALIGNMENT_CASES["small"], torch.float64)
+    vision, text, prototypes = inputs.features
+    for mode in MODES:
+        assert torch.autograd.gradcheck(
+            lambda vision, mode=mode: ck.alignment_loss(
+                vision, text, prototypes, mode=mode, epsilon=0.3, temperature=0.3, valid=inputs.valid, backend="cpu"
+            ),
+            vision.requires_grad_(),
+            fast_mode=True,
+        )
+
+
+def test_only_vision_receives_a_gradient():
+    vision, text, prototypes = (torch.randn(n, 8, requires_grad=True) for n in (4, 4, 30))
+    ck.alignment_loss(vision, text, prototypes).backward()
+    assert vision.grad is not None and text.grad is None and prototypes.grad is None
+    with torch.no_grad():
+        assert not ck.alignment_loss(vision, text, prototypes).requires_grad
+
+
+def test_autocast_changes_nothing():
+    vision, text, prototypes = (torch.randn(n, 16) for n in (4, 4, 100))
+    expected = ck.alignment_loss(vision, text, prototypes, epsilon=0.05, backend="cpu")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = ck.alignment_loss(vision, text, prototypes, epsilon=0.05, backend="cpu")
+    assert torch.equal(found, expected)
+
+
+def test_double_backward_is_refused():
+    vision, text, prototypes = (torch.randn(n, 8) for n in (4, 4, 30))
+    vision.requires_grad_()
+    (gradient,) = torch.autograd.grad(ck.alignment_loss(vision, text, prototypes, backend="cpu"), vision, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        gradient.sum().backward()
+
+
+# --- as an operator --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ("sinkhorn", "released"))
+def test_opcheck(mode):
+    vision, text, prototypes = (torch.randn(n, 8) for n in (4, 4, 30))
+    arguments = (vision.requires_grad_(), text, prototypes, torch.randint(0, 9, (30,)), torch.arange(4) < 3)
+    settings = (mode, 0.05, 0.05, 3, 0.05, True, None, True, "cpu")
+    torch.library.opcheck(torch.ops.comp_kernels.alignment_loss.default, (*arguments, *settings))
+
+
+def test_compiles_into_one_graph():
+    vision, text, prototypes = (torch.randn(n, 8) for n in (4, 4, 30))
+    vision.requires_grad_()
+
+    def function(vision):
+        return ck.alignment_loss(vision * 2, text, prototypes, epsilon=0.1, valid=torch.arange(4) < 3, normalize=False)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    (expected,) = torch.autograd.grad(function(vision), vision)
+    (found,) = torch.autograd.grad(compiled(vision), vision)
+    torch.testing.assert_close(found, expected)
+
+
+def test_flops_are_counted():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    vision, text, prototypes = (torch.randn(n, 8) for n in (4, 4, 30))
+    with FlopCounterMode(display=False) as counter:
+        ck.alignment_loss(vision.requires_grad_(), text, prototypes, backend="cpu")
+    assert counter.get_total_flops() == 3 * 2 * 4 * 30 * 8
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        (dict(mode="optimal"), "mode must be one of"),
+        (dict(prior=torch.ones(29)), r"prior must have one count per prototype, \(30,\), got \(29,\)"),
+        (dict(valid=torch.ones(4)), r"valid must be bool \(4,\)"),
+        (dict(temperature=-1.0), "temperature must be positive, got -1.0"),
+        (dict(text=torch.ones(3, 8)), r"text must have the shape of vision \(4, 8\), got \(3, 8\)"),
+        (dict(prototypes=torch.ones(30, 9)), r"prototypes must be \[V, 8\] to match vision"),
+    ],
+)
+def test_errors_name_the_argument(kwargs, message):
+    arguments = dict(vision=torch.ones(4, 8), text=torch.ones(4, 8), prototypes=torch.ones(30, 8))
+    with pytest.raises(ValueError, match=message):
+        ck.alignment_loss(**{**arguments, **kwargs})
