@@ -28,6 +28,7 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     },
     "alignment_loss": {
         "cpu": "comp_kernels.ops.alignment_loss.cpu",
+        "triton": "comp_kernels.ops.alignment_loss.triton_backend",
     },
 }
 

@@ -375,7 +375,7 @@ class AlignmentCase:
 ALIGNMENT_CASES = [
     AlignmentCase("small", 3, 8, 20, prior=False, invalid=(1,)),
     AlignmentCase("one_row", 1, 8, 300),
-    AlignmentCase("several_tiles", 13, 24, 1100, invalid=(0, 7)),
+    AlignmentCase("several_tiles", 13, 24, 600, invalid=(0, 7)),
 ]
 ALIGNMENT_CASES = {case.name: case for case in ALIGNMENT_CASES}
 

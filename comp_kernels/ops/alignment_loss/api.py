@@ -79,7 +79,11 @@ def alignment_loss(
         raise ValueError(f"mode must be one of {reference.MODES}, got {mode!r}")
     for name, value in (("epsilon", epsilon), ("temperature", temperature), ("prior_temperature", prior_temperature)):
         check_positive(name, value)
-    backend = choose_backend("alignment_loss", backend, vision.device)
+
+    def declines(name: str) -> str | None:
+        return "the Triton kernels have no float64" if name == "triton" and vision.dtype == torch.float64 else None
+
+    backend = choose_backend("alignment_loss", backend, vision.device, declines)
     if backend == "reference":
         return reference.alignment_loss(
             vision,

@@ -12,8 +12,26 @@ from torch import Tensor
 from ... import _native
 from ..._native import pointer
 from ..sinkhorn.cpu import call_step, column_statistics, unavailable_reason, update_row_statistics
+from .streaming import TileLimits
 
-__all__ = ["RowSums", "column_statistics", "iterate", "loss_tile", "scale_rows", "unavailable_reason", "update_row_statistics"]
+__all__ = [
+    "NEEDS_WIDE_PROTOTYPES",
+    "TILE_LIMITS",
+    "RowSums",
+    "add_products",
+    "column_statistics",
+    "inverse_norms",
+    "iterate",
+    "loss_tile",
+    "products",
+    "scale_rows",
+    "unavailable_reason",
+    "update_row_statistics",
+]
+
+NEEDS_WIDE_PROTOTYPES = True
+# A score tile and a tile of prototypes stay in the last level cache together.
+TILE_LIMITS = TileLimits(score_elements=1 << 19, prototype_elements=1 << 22, min_cols=512, max_cols=8192)
 
 # Row sums below this share of the largest column weight may have lost terms to underflow (as in csrc/cpu/kernels/sinkhorn.cpp).
 LOST_SHARE = {torch.float32: 1e-20, torch.float64: 1e-200}
@@ -29,6 +47,21 @@ class Params(ctypes.Structure):
         *((name, ctypes.c_double) for name in ("text_factor", "vision_factor", "grad_factor")),
         *((name, ctypes.c_int64) for name in ("gradient", "dtype")),
     ]
+
+
+def products(features: Tensor, prototypes: Tensor, out: Tensor) -> None:
+    """out [n, C] = features [n, D] @ prototypes [C, D]^T."""
+    torch.mm(features, prototypes.T, out=out)
+
+
+def add_products(score_gradients: Tensor, prototypes: Tensor, out: Tensor) -> None:
+    """out [n, D] += score_gradients [n, C] @ prototypes [C, D]."""
+    out.addmm_(score_gradients, prototypes)
+
+
+def inverse_norms(prototypes: Tensor, floor: float, out: Tensor) -> None:
+    """out [C] = 1 / max(norm of each row, floor)."""
+    torch.reciprocal(torch.linalg.vector_norm(prototypes, dim=1).clamp_(min=floor), out=out)
 
 
 class RowSums:

@@ -51,7 +51,7 @@ def forward(
             implementation(OPERATOR, backend),
             vision.contiguous(),
             text.contiguous(),
-            prototypes,
+            prototypes if prototypes.stride(-1) == 1 else prototypes.contiguous(),
             prior,
             valid,
             settings,

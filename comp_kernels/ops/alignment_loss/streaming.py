@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
@@ -31,9 +31,16 @@ NORM_FLOOR = 1e-12  # as torch.nn.functional.normalize
 
 # Bytes of [n, V] scores kept between the passes, as a share of the bytes of (n + V) * D inputs in the computing dtype.
 KEPT_SHARE = 0.3
-# Elements of one score tile, and of one tile of prototypes: both stay in the last level cache of a CPU.
-TILE_ELEMENTS, PROTOTYPE_TILE_ELEMENTS = 1 << 19, 1 << 22
-MIN_TILE_COLS, MAX_TILE_COLS = 512, 8192
+
+
+@dataclass(frozen=True)
+class TileLimits:
+    """How many prototypes a backend wants per tile."""
+
+    score_elements: int  # of one [n, columns] tile, at most
+    prototype_elements: int  # of one [columns, D] tile, at most
+    min_cols: int
+    max_cols: int
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,7 @@ class Target:
 class Scores:
     """Products of one feature matrix [n, D] with all prototypes; the first `kept.shape[1]` columns stay in memory."""
 
+    steps: ModuleType
     features: Tensor
     kept: Tensor  # [n, columns kept]
     scratch: Tensor  # [n, tile columns]
@@ -70,50 +78,44 @@ class Scores:
     def tile(self, columns: slice, prototypes: Tensor) -> Tensor:
         """[n, columns]; computed unless it was kept before."""
         if columns.stop > self.kept.shape[1]:
-            return torch.mm(self.features, prototypes.T, out=self.scratch[:, : columns.stop - columns.start])
+            tile = self.scratch[:, : columns.stop - columns.start]
+            self.steps.products(self.features, prototypes, tile)
+            return tile
         tile = self.kept[:, columns]
         if columns.stop > self.filled:
-            torch.mm(self.features, prototypes.T, out=tile)
+            self.steps.products(self.features, prototypes, tile)
             self.filled = columns.stop
         return tile
 
 
-@dataclass
 class Prototypes:
-    """The [V, D] matrix in tiles of the computing dtype, and one over the norm of every row once it was seen."""
+    """The [V, D] matrix in tiles, and one over the norm of every row once it was seen."""
 
-    matrix: Tensor
-    dtype: torch.dtype
-    tile_cols: int
-    normalize: bool
-    scales: Tensor | None = None  # [V]
-    scratch: Tensor | None = field(default=None, repr=False)
-
-    def __post_init__(self) -> None:
-        if self.matrix.dtype != self.dtype:
-            self.scratch = self.matrix.new_empty((self.tile_cols, self.matrix.shape[1]), dtype=self.dtype)
+    def __init__(self, steps: ModuleType, matrix: Tensor, dtype: torch.dtype, tile_cols: int, normalize: bool) -> None:
+        self.steps, self.matrix, self.tile_cols = steps, matrix, tile_cols
+        self.scales = matrix.new_empty(matrix.shape[0], dtype=dtype) if normalize else None  # [V]
+        # One tile in the computing dtype, where the backend's products need it; never a copy of the matrix.
+        wide = matrix.dtype == dtype or not steps.NEEDS_WIDE_PROTOTYPES
+        self.scratch = None if wide else matrix.new_empty((tile_cols, matrix.shape[1]), dtype=dtype)
 
     def tiles(self, begin: int = 0) -> Iterator[tuple[slice, Tensor]]:
-        """(columns, rows of the matrix in the computing dtype) from `begin`, a multiple of the tile, on."""
+        """(columns, rows of the matrix) from `begin`, a multiple of the tile, on."""
         for start in range(begin, self.matrix.shape[0], self.tile_cols):
             columns = slice(start, min(start + self.tile_cols, self.matrix.shape[0]))
             rows = self.matrix[columns]
             yield columns, rows if self.scratch is None else self.scratch[: rows.shape[0]].copy_(rows)
 
     def measure(self, columns: slice, rows: Tensor) -> None:
-        if self.normalize:
-            if self.scales is None:
-                self.scales = rows.new_empty(self.matrix.shape[0])
-            norms = torch.linalg.vector_norm(rows, dim=1)
-            torch.reciprocal(norms.clamp_(min=NORM_FLOOR), out=self.scales[columns])
+        if self.scales is not None:
+            self.steps.inverse_norms(rows, NORM_FLOOR, self.scales[columns])
 
     def scale_of(self, columns: slice) -> Tensor | None:
         return None if self.scales is None else self.scales[columns]
 
 
-def tile_columns(num_rows: int, dim: int, num_words: int) -> int:
-    cols = min(TILE_ELEMENTS // max(num_rows, 1), PROTOTYPE_TILE_ELEMENTS // max(dim, 1))
-    return min(max(cols, MIN_TILE_COLS), MAX_TILE_COLS, max(num_words, 1))
+def tile_columns(num_rows: int, dim: int, num_words: int, limits: TileLimits) -> int:
+    cols = min(limits.score_elements // max(num_rows, 1), limits.prototype_elements // max(dim, 1))
+    return min(max(cols, limits.min_cols), limits.max_cols, max(num_words, 1))
 
 
 def loss_and_gradient(
@@ -139,14 +141,16 @@ class Stream:
 
     def __init__(self, steps, vision, text, prototypes, valid, settings: Settings) -> None:
         (rows, dim), words = vision.shape, prototypes.shape[0]
-        cols = tile_columns(rows, dim, words)
+        cols = tile_columns(rows, dim, words, steps.TILE_LIMITS)
         budget = int(KEPT_SHARE * (rows + words) * dim) // max(rows, 1)  # columns
         kept_text = words if budget >= words else budget // cols * cols
         kept_vision = words if budget - kept_text >= words else 0
         self.steps, self.settings = steps, settings
-        self.prototypes = Prototypes(prototypes, vision.dtype, cols, settings.normalize)
-        self.text = Scores(text, text.new_empty((rows, kept_text)), text.new_empty((rows, cols if kept_text < words else 0)))
-        self.vision = Scores(vision, text.new_empty((rows, kept_vision)), text.new_empty((rows, cols)))
+        self.prototypes = Prototypes(steps, prototypes, vision.dtype, cols, settings.normalize)
+        self.text = Scores(
+            steps, text, text.new_empty((rows, kept_text)), text.new_empty((rows, cols if kept_text < words else 0))
+        )
+        self.vision = Scores(steps, vision, text.new_empty((rows, kept_vision)), text.new_empty((rows, cols)))
         self.valid = vision.new_ones(rows, dtype=torch.bool) if valid is None else valid
         self.num_valid = self.valid.sum()
         if settings.group is not None:
@@ -256,7 +260,7 @@ class Stream:
                 gradient=gradient,
             )
             if gradient:
-                grad_vision.addmm_(vision, rows)
+                self.steps.add_products(vision, rows, grad_vision)
         loss = (row_loss2 * row_weight.double()).sum() / LOG2E
         if self.settings.group is not None:
             dist.all_reduce(loss, group=self.settings.group)

@@ -1,0 +1,159 @@
+"""The steps of alignment_loss over one score tile in Triton. Nothing waits for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..._triton import launch
+from ..sinkhorn.triton_backend import (
+    column_statistics,
+    column_step,
+    merge_rows,
+    unavailable_reason,
+    update_row_statistics,
+)
+from .streaming import TileLimits
+
+__all__ = [
+    "NEEDS_WIDE_PROTOTYPES",
+    "TILE_LIMITS",
+    "RowSums",
+    "add_products",
+    "column_statistics",
+    "inverse_norms",
+    "iterate",
+    "loss_tile",
+    "products",
+    "scale_rows",
+    "unavailable_reason",
+    "update_row_statistics",
+]
+
+NEEDS_WIDE_PROTOTYPES = False
+# A score tile stays in the second level cache of a large GPU; fewer, larger tiles mean fewer launches.
+TILE_LIMITS = TileLimits(score_elements=1 << 22, prototype_elements=1 << 25, min_cols=512, max_cols=32768)
+
+# Three TF32 products stand for one float32 product: its accuracy, on the tensor cores.
+PRECISION = "tf32x3"
+PRODUCT_TILE = dict(BN=64, BK=64, BD=32)
+NUM_WARPS = 4
+
+
+def blocks(size: int, block: int) -> int:
+    return -(-size // block)
+
+
+def products(features: Tensor, prototypes: Tensor, out: Tensor) -> None:
+    """out [n, C] = features [n, D] @ prototypes [C, D]^T, prototypes of any dtype."""
+    from .triton_kernels import products_kernel
+
+    (rows, dim), cols = features.shape, prototypes.shape[0]
+    launch(
+        products_kernel,
+        (blocks(rows, PRODUCT_TILE["BN"]), blocks(cols, PRODUCT_TILE["BK"])),
+        features, prototypes, out,
+        rows, cols, dim, prototypes.stride(0), out.stride(0),
+        PRECISION=PRECISION,
+        **PRODUCT_TILE,
+        num_warps=NUM_WARPS,
+    )  # fmt: skip
+
+
+def add_products(score_gradients: Tensor, prototypes: Tensor, out: Tensor) -> None:
+    """out [n, D] += score_gradients [n, C] @ prototypes [C, D]."""
+    from .triton_kernels import gradient_kernel
+
+    (rows, cols), dim = score_gradients.shape, prototypes.shape[1]
+    tile = dict(BN=PRODUCT_TILE["BN"], BK=PRODUCT_TILE["BD"], BD=PRODUCT_TILE["BK"])
+    launch(
+        gradient_kernel,
+        (blocks(rows, tile["BN"]), blocks(dim, tile["BD"])),
+        score_gradients, prototypes, out,
+        rows, cols, dim, score_gradients.stride(0), prototypes.stride(0),
+        PRECISION=PRECISION,
+        **tile,
+        num_warps=NUM_WARPS,
+    )  # fmt: skip
+
+
+def inverse_norms(prototypes: Tensor, floor: float, out: Tensor) -> None:
+    """out [C] = 1 / max(norm of each row, floor)."""
+    from .triton_kernels import norms_kernel
+
+    cols, dim = prototypes.shape
+    launch(
+        norms_kernel,
+        (blocks(cols, 16),),
+        prototypes, out, cols, dim, prototypes.stride(0), floor,
+        BK=16,
+        BD=128,
+        num_warps=NUM_WARPS,
+    )  # fmt: skip
+
+
+class RowSums:
+    """What the tiles of one iteration add up: (maximum, sum) of each row of the plan."""
+
+    def __init__(self, u2: Tensor) -> None:
+        self.peaks = torch.full_like(u2, -torch.inf)
+        self.sums = torch.zeros_like(u2)
+
+
+def iterate(
+    scores: Tensor,
+    factor: float,
+    col_scale: Tensor | None,
+    u2: Tensor,
+    v2_old: Tensor | None,
+    targets: Tensor,
+    v2_new: Tensor,
+    row_sums: RowSums,
+) -> None:
+    """Scale the columns of one tile [n, C] to `targets`, into v2_new, and merge the rows of the result into row_sums."""
+    pairs = column_step(scores.unsqueeze(0), factor, u2, None, targets, v2_new, col_scale=col_scale)
+    merge_rows(*pairs, peaks=row_sums.peaks, sums=row_sums.sums)
+
+
+def scale_rows(u2: Tensor, row_sums: RowSums, row_log_sums: Callable[[], Tensor]) -> Tensor:
+    """The new u2, with which every row that takes part sums to one; sums in the log domain lose no rows."""
+    return torch.where(u2 > -torch.inf, -(row_sums.peaks + row_sums.sums.log2()), -torch.inf)
+
+
+def loss_tile(
+    text: Tensor,
+    vision: Tensor,
+    *,
+    col_scale: Tensor | None,
+    u2: Tensor,
+    v2: Tensor | None,
+    target_weight: Tensor,
+    peaks2: Tensor,
+    sums: Tensor,
+    row_weight: Tensor,
+    row_loss2: Tensor,
+    text_factor: float,
+    vision_factor: float,
+    grad_factor: float,
+    gradient: bool,
+) -> None:
+    """Add a tile's loss to row_loss2 and, if wanted, turn its vision scores into the gradient; see the kernel."""
+    from .triton_kernels import loss_tile_kernel
+
+    rows, cols = text.shape
+    tile = dict(BN=16, BK=128)
+    partial = u2.new_empty((blocks(cols, tile["BK"]), rows))
+    launch(
+        loss_tile_kernel,
+        (blocks(cols, tile["BK"]), blocks(rows, tile["BN"])),
+        text, vision, col_scale, u2, v2, target_weight, peaks2, sums, row_weight, partial,
+        rows, cols, text.stride(0), vision.stride(0), text_factor, vision_factor, grad_factor,
+        HAS_COL_SCALE=col_scale is not None,
+        HAS_V=v2 is not None,
+        GRADIENT=gradient,
+        **tile,
+        num_warps=NUM_WARPS,
+    )  # fmt: skip
+    row_loss2 += partial.sum(0, dtype=torch.float64)
