@@ -39,7 +39,8 @@ def check(name, dtype, backend, mode, **kwargs):
         if dtype == torch.float64:
             torch.testing.assert_close(found, truth, rtol=1e-10, atol=1e-12)
         else:
-            assert_within_budget(f"{name} {mode} {label}", found, truth, plain)
+            # The peer of a single number can be exact by luck.
+            assert_within_budget(f"{name} {mode} {label}", found, truth, plain, factor=4.0 if label == "loss" else 2.0)
 
 
 def test_the_compiled_backend_is_there():
