@@ -49,10 +49,11 @@ def main() -> None:
     parser.add_argument("--vision-steps", type=int, default=3000)
     parser.add_argument("--language-steps", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--continue-vision", action="store_true", help="start from the tower that is in --out already")
     args = parser.parse_args()
     if "vision" in args.parts:
         torch.manual_seed(args.seed)
-        pretrain_vision(args.out / "vision", args.vision_steps, args.seed)
+        pretrain_vision(args.out / "vision", args.vision_steps, args.seed, continued=args.continue_vision)
     if "language" in args.parts:
         torch.manual_seed(args.seed)
         pretrain_language(args.out / "language", args.language_steps, args.seed)
@@ -61,7 +62,7 @@ def main() -> None:
 # ---------------------------------------------------------------------------------------------------------------- vision
 
 
-def pretrain_vision(folder: Path, steps: int, seed: int, batch_size: int = 32) -> None:
+def pretrain_vision(folder: Path, steps: int, seed: int, batch_size: int = 32, continued: bool = False) -> None:
     """Train the tower with labels and save it without its classification head."""
     config = SiglipVisionConfig(
         hidden_size=96,
@@ -72,7 +73,7 @@ def pretrain_vision(folder: Path, steps: int, seed: int, batch_size: int = 32) -
         patch_size=PATCH_SIZE,
         vision_use_head=False,
     )
-    tower = SiglipVisionModel(config)
+    tower = SiglipVisionModel.from_pretrained(folder, dtype=torch.float32) if continued else SiglipVisionModel(config)
     head = nn.Linear(config.hidden_size, len(CLASSES))
     nn.init.constant_(head.bias, -4.0)  # most patches hold no centre of anything
     parameters = [*tower.parameters(), *head.parameters()]

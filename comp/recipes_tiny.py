@@ -27,6 +27,7 @@ def tiny() -> Config:
     """Handwriting and charts, from a tower that has seen 64 x 64 pixels and a language model that has seen no image."""
     shared = dict(max_visual_tokens=128, max_text_tokens=320, batch_size=32)
     alignment = AlignmentConfig(weight=0.05, mode="sinkhorn")
+    everything = OptimConfig(lr_vision=1.5e-3, lr_adapter=2e-3, lr_language=5e-4, betas=(0.9, 0.98))
     return Config(
         name="tiny",
         vision=VisionConfig(path=str(ASSETS / "vision")),
@@ -37,34 +38,34 @@ def tiny() -> Config:
                 trainable=("adapter",),
                 rope=False,
                 resolution="pretrain",
-                max_steps=60,
-                optim=OptimConfig(lr_adapter=2e-3),
+                max_steps=200,
+                optim=OptimConfig(lr_adapter=4e-3, betas=(0.9, 0.98)),
                 alignment=alignment,
-                data=pages(seed=1),
+                data=[short_strips(seed=1)],
                 **shared,
             ),
             StageConfig(
                 name="II-a",
                 resolution=96,
                 max_steps=60,
-                optim=OptimConfig(lr_vision=1e-3, lr_adapter=2e-3, lr_language=1e-3),
+                optim=everything,
                 alignment=alignment,
-                data=pages(seed=2),
+                data=[short_strips(seed=2), pages(seed=2)],
                 **shared,
             ),
             StageConfig(
                 name="II-b",
                 max_steps=300,
-                optim=OptimConfig(lr_vision=1e-3, lr_adapter=2e-3, lr_language=1e-3),
+                optim=everything,
                 alignment=alignment,
-                data=pages(seed=3),
+                data=[short_strips(seed=3), pages(seed=3)],
                 **shared,
             ),
             StageConfig(
                 name="III",
-                max_steps=60,
-                optim=OptimConfig(lr_vision=2e-4, lr_adapter=2e-4, lr_language=2e-4),
-                data=pages(seed=4),
+                max_steps=80,
+                optim=OptimConfig(lr_vision=5e-4, lr_adapter=5e-4, lr_language=5e-4, betas=(0.9, 0.98)),
+                data=[pages(seed=4)],
                 **shared,
             ),
         ],
@@ -74,13 +75,17 @@ def tiny() -> Config:
             batch_size=65,
             baselines=True,
         ),
-        checkpoint=CheckpointConfig(every_steps=1000),
     )
 
 
-def pages(seed: int) -> list[SourceConfig]:
-    """Training pages that no other stage sees: a seed draws other scans, numbers and charts."""
-    return [SourceConfig(factory="comp.data.tiny:TinyPages", arguments=dict(split="train", size=20000, seed=seed))]
+def short_strips(seed: int) -> SourceConfig:
+    """Strips of two or three digits; each stage draws its own."""
+    return SourceConfig(factory="comp.data.tiny:ShortStrips", arguments=dict(size=20000, seed=seed))
+
+
+def pages(seed: int) -> SourceConfig:
+    """All sorts of pages with several questions each; each stage draws its own."""
+    return SourceConfig(factory="comp.data.tiny:TinyPages", arguments=dict(split="train", size=20000, seed=seed))
 
 
 def smollm2(data: str = "data/smollm2") -> Config:

@@ -55,9 +55,9 @@ class Page:
         self.marks.append(Mark(str(digit), x, y, line))
 
 
-def number_strip(rng: np.random.Generator, split: str) -> Scene:
-    """One number of 2 to 6 digits, written from left to right or, in a third of the pages, from top to bottom."""
-    digits = [int(d) for d in rng.integers(0, 10, size=rng.integers(2, 7))]
+def number_strip(rng: np.random.Generator, split: str, max_digits: int = 6) -> Scene:
+    """One number of 2 or more digits, written from left to right or, in a third of the pages, from top to bottom."""
+    digits = [int(d) for d in rng.integers(0, 10, size=rng.integers(2, max_digits + 1))]
     return Scene(_strip_questions(rng, digits), partial(_draw_strip, new_seed(rng), split, digits))
 
 

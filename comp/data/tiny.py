@@ -52,12 +52,27 @@ class TinyPages(Sequence):
             raise IndexError(f"index must be in [0, {self.size}), got {index}")
         rng = np.random.default_rng([self.seed, self.split == "heldout", index])
         if self.split == "train":
-            scene = random_scene(rng, self.split)
-            questions = [scene.questions[i] for i in rng.permutation(len(scene.questions))[:MAX_TURNS]]
-            return _sample(f"tiny/{self.split}/{index}", scene, questions)
+            return _conversation(f"tiny/{self.split}/{index}", random_scene(rng, self.split), rng)
         kind = list(KINDS)[index % len(KINDS)]
         scene, question = _scene_with(rng, self.split, kind)
         return _sample(f"tiny/{self.split}/{index}", scene, [question])
+
+
+class ShortStrips(Sequence):
+    """`size` training strips of two or three digits with their questions: the easy data that adapters start on, as captions
+    come before documents. Squeezed into a small square they stay readable."""
+
+    def __init__(self, size: int, seed: int = 0):
+        self.size, self.seed = size, seed
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < self.size:
+            raise IndexError(f"index must be in [0, {self.size}), got {index}")
+        rng = np.random.default_rng([self.seed, index])
+        return _conversation(f"tiny/short/{index}", number_strip(rng, "train", max_digits=3), rng)
 
 
 def random_scene(rng: np.random.Generator, split: str) -> Scene:
@@ -73,6 +88,11 @@ def _scene_with(rng: np.random.Generator, split: str, kind: str) -> tuple[Scene,
         for question in scene.questions:
             if question.kind == kind:
                 return scene, question
+
+
+def _conversation(name: str, scene: Scene, rng: np.random.Generator) -> Sample:
+    """Some of the questions about a page, in random order."""
+    return _sample(name, scene, [scene.questions[i] for i in rng.permutation(len(scene.questions))[:MAX_TURNS]])
 
 
 def _sample(name: str, scene: Scene, questions: list[Question]) -> Sample:
