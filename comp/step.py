@@ -121,7 +121,8 @@ def accumulate_gradients(
             alignment += output.alignment_loss.detach()
             loss = loss + stage.alignment.weight * output.alignment_loss
             step_text = replace(step_text, begin=step_text.begin + len(batch.input_ids))
-        (loss * scale).backward()
+        if loss.requires_grad:  # not so for text alone while only vision parts train
+            (loss * scale).backward()
     if step_text is None:
         return token_loss, None
     # in each forward pass the rows of the others counted with a constant: see comp.model.StepText

@@ -223,6 +223,17 @@ def test_non_finite_loss_stops_before_the_update(toy_folder, monkeypatch):
     assert [p.name for p in (toy_folder / "runs" / "toy" / "checkpoints").iterdir()] == ["step-00000002"]
 
 
+def test_text_alone_is_legal_in_every_stage(toy_folder):
+    """Forward passes and whole steps without any image, also while only the adapter trains."""
+    text = "{factory: 'toy:MostlyText', arguments: {size: 16, mixed: false}}"
+    options = ["stages.*.batch_size=4", "stages.*.max_steps=4", "eval.data=[]"]
+    run(toy_folder, f"stages.*.data=[{text}]", *options)
+    train = [r for r in records(toy_folder) if r["event"] == "train"]
+    assert len(train) == 16 and any(r["images"] == 0 for r in train if r["stage"] == "I")
+    for r in train:
+        assert (r["grad_norm"]["adapter"] > 0) == (r["images"] > 0), "no image, nothing to learn for the adapter"
+
+
 def test_bad_samples_are_counted_in_the_summary(toy_folder):
     data = [SourceConfig(factory="toy:ColouredRectangles", arguments=dict(size=8, broken=[3], mixed=False))]
     config = toy_config(toy_folder)

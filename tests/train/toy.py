@@ -57,6 +57,16 @@ class ColouredRectangles:
         return Sample(name=f"rectangle {number}", messages=messages, question_type=kind, metric="exact_match")
 
 
+class MostlyText(ColouredRectangles):
+    """One sample in eight has an image."""
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = super().__getitem__(index)
+        if index % 8:
+            sample.messages[0].images = []
+        return sample
+
+
 class OnlyBadSamples:
     def __len__(self) -> int:
         return 4
