@@ -25,6 +25,7 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     "sinkhorn": {
         "cpu": "comp_kernels.ops.sinkhorn.cpu",
         "triton": "comp_kernels.ops.sinkhorn.triton_backend",
+        "cuda": "comp_kernels.ops.sinkhorn.cuda",
     },
     "alignment_loss": {
         "cpu": "comp_kernels.ops.alignment_loss.cpu",

@@ -43,7 +43,7 @@ constexpr bool kIsFloat<fp32> = true;
 template <typename T>
 constexpr int kScoresPerAccess = kIsFloat<T> ? 4 : 8;
 
-// kVec consecutive scores as floats, in one access of 16 bytes, or one at a time (kVec 1).
+// kVec consecutive scores as floats, in one access: 16 bytes, or 8 (four 16-bit scores), or one score.
 template <typename T, int kVec>
 __device__ __forceinline__ void load_scores(float (&x)[kVec], const void* scores, int64_t at) {
   if constexpr (kVec == 1) {
@@ -56,6 +56,10 @@ __device__ __forceinline__ void load_scores(float (&x)[kVec], const void* scores
   } else if constexpr (kIsFloat<T>) {
     const float4 four = __ldg(reinterpret_cast<const float4*>(static_cast<const float*>(scores) + at));
     x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
+  } else if constexpr (kVec == 4) {
+    const uint2 four = __ldg(reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(scores) + at));
+    unpack<T>(four.x, x[0], x[1]);
+    unpack<T>(four.y, x[2], x[3]);
   } else {
     const uint4 eight = __ldg(reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(scores) + at));
     unpack<T>(eight.x, x[0], x[1]);
@@ -78,9 +82,19 @@ __device__ __forceinline__ void load_potentials(float (&x)[kVec], const float* f
   }
 }
 
+// An entry of the plan in bits, up to the other potential. The product is rounded before the sum, as in the definition: a
+// fused product would leave its rounding error behind where the two cancel.
+__device__ __forceinline__ float entry(float score, float factor, float potential) {
+  return __fadd_rn(__fmul_rn(score, factor), potential);
+}
+
 // A sum of powers of two, sum * 2^peak, that never overflows. Peak is -infinity as long as all entries were.
 struct LogSum {
   float peak = -kInfinity, sum = 0.f;
+
+  LogSum() = default;
+  __device__ __forceinline__ explicit LogSum(float2 pair) : peak(pair.x), sum(pair.y) {}
+  __device__ __forceinline__ float2 pair() const { return float2{peak, sum}; }
 
   static __device__ __forceinline__ float finite(float peak) { return peak == -kInfinity ? 0.f : peak; }
 
@@ -112,7 +126,7 @@ __device__ __forceinline__ float potential(float marginal, float log_sum) {
 template <typename T, int kVec>
 __device__ __forceinline__ void sinkhorn_columns(const SinkhornParams& params) {
   constexpr int kWarps = kSinkhornThreads / 32, kRowsAtOnce = 4;
-  __shared__ LogSum sums[kWarps][32 * kVec];
+  __shared__ float2 sums[kWarps][32 * kVec];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int item = blockIdx.y / params.chunks, chunk = blockIdx.y % params.chunks;
   const int first_col = blockIdx.x * 32 * kVec, col = first_col + lane * kVec;
@@ -136,7 +150,7 @@ __device__ __forceinline__ void sinkhorn_columns(const SinkhornParams& params) {
                          : params.row_marginals[item * params.row_marginals_stride + i] == 0.f ? -kInfinity : 0.f;
         }
 #pragma unroll
-        for (int c = 0; c < kVec; ++c) x[r][c] = i < end ? fmaf(x[r][c], params.factor, u2) : -kInfinity;
+        for (int c = 0; c < kVec; ++c) x[r][c] = i < end ? entry(x[r][c], params.factor, u2) : -kInfinity;
       }
 #pragma unroll
       for (int c = 0; c < kVec; ++c) {
@@ -146,14 +160,14 @@ __device__ __forceinline__ void sinkhorn_columns(const SinkhornParams& params) {
     }
   }
 #pragma unroll
-  for (int c = 0; c < kVec; ++c) sums[warp][c * 32 + lane] = own[c];  // neighbouring lanes, neighbouring banks
+  for (int c = 0; c < kVec; ++c) sums[warp][c * 32 + lane] = own[c].pair();  // neighbouring lanes, neighbouring banks
   __syncthreads();
   for (int i = threadIdx.x; i < 32 * kVec; i += kSinkhornThreads) {
-    LogSum all = sums[0][i];
-    for (int w = 1; w < kWarps; ++w) all.add(sums[w][i]);
+    LogSum all;
+    for (int w = 0; w < kWarps; ++w) all.add(LogSum(sums[w][i]));
     const int k = first_col + i % 32 * kVec + i / 32;
     if (k < params.cols) {
-      params.partial[static_cast<int64_t>(blockIdx.y) * params.cols + k] = float2{all.peak, all.sum};
+      params.partial[static_cast<int64_t>(blockIdx.y) * params.cols + k] = all.pair();
     }
   }
 }
@@ -164,10 +178,7 @@ __device__ __forceinline__ void sinkhorn_merge(const SinkhornParams& params) {
   if (k >= params.cols) return;
   LogSum all;
   for (int chunk = 0; chunk < params.chunks; ++chunk) {
-    const float2 pair = params.partial[(static_cast<int64_t>(item) * params.chunks + chunk) * params.cols + k];
-    LogSum part;
-    part.peak = pair.x, part.sum = pair.y;
-    all.add(part);
+    all.add(LogSum(params.partial[(static_cast<int64_t>(item) * params.chunks + chunk) * params.cols + k]));
   }
   const int64_t at = static_cast<int64_t>(item) * params.cols + k;
   if (params.peaks != nullptr) {
@@ -179,22 +190,22 @@ __device__ __forceinline__ void sinkhorn_merge(const SinkhornParams& params) {
   if (params.v != nullptr) params.v[at] = v2 * kLn2;
 }
 
-// Row `at` of the plan, by all threads of a block.
+// Row `at` of the plan, by all threads of a block; four columns per thread, so that its stores fill whole sectors.
 template <typename T, int kVec>
 __device__ __forceinline__ void write_plan_row(const SinkhornParams& params, int64_t scores, const float* v2, float u2,
                                                int64_t at) {
+  constexpr int kCols = kVec == 1 ? 1 : 4;
   float* plan = params.plan + at * params.cols;
-  for (int k = threadIdx.x * kVec; k < params.cols; k += kSinkhornThreads * kVec) {
-    float x[kVec], v[kVec];
-    load_scores<T, kVec>(x, params.scores, scores + k);
-    load_potentials<kVec>(v, v2 + k);
+  for (int k = threadIdx.x * kCols; k < params.cols; k += kSinkhornThreads * kCols) {
+    float x[kCols], v[kCols];
+    load_scores<T, kCols>(x, params.scores, scores + k);
+    load_potentials<kCols>(v, v2 + k);
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) x[i] = exp2_approx(fmaf(x[i], params.factor, u2) + v[i]);
-    if constexpr (kVec == 1) {
+    for (int i = 0; i < kCols; ++i) x[i] = exp2_approx(entry(x[i], params.factor, u2) + v[i]);
+    if constexpr (kCols == 1) {
       plan[k] = x[0];
     } else {
-#pragma unroll
-      for (int i = 0; i < kVec; i += 4) *reinterpret_cast<float4*>(plan + k + i) = float4{x[i], x[i + 1], x[i + 2], x[i + 3]};
+      *reinterpret_cast<float4*>(plan + k) = float4{x[0], x[1], x[2], x[3]};
     }
   }
 }
@@ -202,7 +213,7 @@ __device__ __forceinline__ void write_plan_row(const SinkhornParams& params, int
 // Grid: [rows, items]; one block per row.
 template <typename T, int kVec>
 __device__ __forceinline__ void sinkhorn_rows(const SinkhornParams& params) {
-  __shared__ LogSum sums[kSinkhornThreads / 32];
+  __shared__ float2 sums[kSinkhornThreads / 32];
   const int row = blockIdx.x, item = blockIdx.y;
   const int64_t scores = item * params.item_stride + row * params.row_stride;
   const float* v2 = params.v2 + static_cast<int64_t>(item) * params.cols;
@@ -212,21 +223,18 @@ __device__ __forceinline__ void sinkhorn_rows(const SinkhornParams& params) {
     load_scores<T, kVec>(x, params.scores, scores + k);
     load_potentials<kVec>(v, v2 + k);
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) x[i] = fmaf(x[i], params.factor, v[i]);
+    for (int i = 0; i < kVec; ++i) x[i] = entry(x[i], params.factor, v[i]);
     own.add(x);
   }
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) {
-    LogSum other;
-    other.peak = __shfl_xor_sync(0xffffffffu, own.peak, step);
-    other.sum = __shfl_xor_sync(0xffffffffu, own.sum, step);
-    own.add(other);
+    own.add(LogSum(float2{__shfl_xor_sync(0xffffffffu, own.peak, step), __shfl_xor_sync(0xffffffffu, own.sum, step)}));
   }
-  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = own;
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = own.pair();
   __syncthreads();
-  LogSum all = sums[0];
+  LogSum all;
 #pragma unroll
-  for (int w = 1; w < kSinkhornThreads / 32; ++w) all.add(sums[w]);
+  for (int w = 0; w < kSinkhornThreads / 32; ++w) all.add(LogSum(sums[w]));
 
   const int64_t at = static_cast<int64_t>(item) * params.rows + row;
   if (params.row_sums != nullptr) {

@@ -1,4 +1,4 @@
-// The kernels of sinkhorn by element type and elements per access (kVec: 16 bytes' worth, or 1); see instantiations/sinkhorn.cu.
+// The kernels of sinkhorn by element type and elements per access (kVec: 16 bytes' worth, or 1); see instantiations/sinkhorn_passes.cu.
 #pragma once
 
 #include "kernel.h"

@@ -17,6 +17,7 @@ from comp_kernels.testing import (
     assert_within_budget,
     check_rope_attention,
     make_attention_inputs,
+    plain_rope_attention,
 )
 
 emulated = [pytest.mark.emulated, needs_cuda_emulation]
@@ -82,6 +83,43 @@ class TestAgainstTheReference:
 
         for one, two in zip(gradients(1), gradients(2)):
             assert torch.equal(one, two)
+
+
+SM90 = [
+    (AttentionCase("tiles", [300, 1, 0, 129], head_dim=64), torch.bfloat16),
+    (AttentionCase("cross", [70, 40], lengths_k=[0, 260], head_dim=64, heads=2, kv_heads=1, slack=5), torch.float16),
+    (AttentionCase("tiles", [290, 33], head_dim=72), torch.bfloat16),
+    (AttentionCase("plain", [140, 0, 300], head_dim=128, layout=None), torch.bfloat16),
+]
+
+
+class TestSm90Forward:
+    """The wgmma kernel: results, and that no register or shared byte is used while an asynchronous product still owns it."""
+
+    pytestmark = emulated
+
+    @pytest.mark.parametrize(("case", "dtype"), SM90, ids=[f"{case.name}_{case.head_dim}" for case, _ in SM90])
+    def test_matches_the_reference(self, case, dtype):
+        inputs = make_attention_inputs(case, dtype)
+        tensors = (inputs.q, inputs.k, inputs.v, inputs.cos, inputs.sin)
+        bounds = dict(cu_seqlens=inputs.cu_seqlens, **inputs.kwargs)
+        reports = []
+        with launches_on_emulator(reports, capability=90, check_wgmma_regs=True, check_proxy=True):
+            actual = rope_attention(*tensors, **bounds, return_lse=True, backend="cuda")
+        widened = {name: x.double() if name in ("cos_k", "sin_k") else x for name, x in bounds.items()}
+        exact = reference.rope_attention(*(x if x is None else x.double() for x in tensors), **widened, return_lse=True)
+        for name, found, truth, peer in zip(("out", "lse"), actual, exact, plain_rope_attention(*tensors, **bounds)):
+            assert_within_budget(f"{case.name} {name}", found, truth, peer)
+        assert [name.split("_")[2] for name, _ in reports] == ["images", "forward"]
+        assert reports[-1][0].startswith("rope_attention_forward_sm90")
+        assert reports[-1][1]["local_bytes"] == 0
+
+    def test_other_head_dims_take_the_sm80_kernel(self):
+        inputs = make_attention_inputs(AttentionCase("small", [20], head_dim=16), torch.bfloat16)
+        reports = []
+        with launches_on_emulator(reports, capability=90), torch.no_grad():
+            rope_attention(inputs.q, inputs.k, inputs.v, backend="cuda")
+        assert [name for name, _ in reports] == ["rope_attention_prepare_bf16", "rope_attention_forward_bf16_32"]
 
 
 # Lengths, heads and warp instructions of flash-attention 2.8.4's forward (sm_80, bf16, without rotary embedding), counted by
