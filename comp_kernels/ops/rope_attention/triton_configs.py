@@ -52,8 +52,8 @@ TABLE: dict[str, dict[str, dict[int, TileConfig]]] = {
         "gfx9": {128: TileConfig(64, 64, 4, 1), 256: TileConfig(64, 32, 4, 1)},
     },
     "key_value_gradient": {
-        "sm_80": {96: TileConfig(64, 64, 4, 2), 256: TileConfig(32, 64, 8, 2)},
-        "sm_90": {96: TileConfig(64, 64, 4, 2), 256: TileConfig(64, 64, 8, 1)},
+        "sm_80": {96: TileConfig(32, 64, 4, 2), 128: TileConfig(64, 64, 8, 2), 256: TileConfig(32, 64, 8, 1)},
+        "sm_90": {128: TileConfig(64, 64, 8, 2), 256: TileConfig(32, 64, 8, 1)},
         "gfx9": {128: TileConfig(64, 64, 4, 1), 256: TileConfig(32, 64, 8, 1)},
     },
 }
