@@ -38,7 +38,7 @@ def tiny() -> Config:
                 trainable=("adapter",),
                 rope=False,
                 resolution="pretrain",
-                max_steps=200,
+                max_steps=250,
                 optim=OptimConfig(lr_adapter=4e-3, betas=(0.9, 0.98)),
                 alignment=alignment,
                 data=[short_strips(seed=1)],
@@ -47,7 +47,7 @@ def tiny() -> Config:
             StageConfig(
                 name="II-a",
                 resolution=96,
-                max_steps=60,
+                max_steps=80,
                 optim=everything,
                 alignment=alignment,
                 data=[short_strips(seed=2), pages(seed=2)],
@@ -63,14 +63,14 @@ def tiny() -> Config:
             ),
             StageConfig(
                 name="III",
-                max_steps=80,
+                max_steps=60,
                 optim=OptimConfig(lr_vision=5e-4, lr_adapter=5e-4, lr_language=5e-4, betas=(0.9, 0.98)),
                 data=[pages(seed=4)],
                 **shared,
             ),
         ],
         eval=EvalConfig(
-            data=[SourceConfig(factory="comp.data.tiny:TinyPages", arguments=dict(split="heldout", size=260))],
+            data=[SourceConfig(factory="comp.data.tiny:TinyPages", arguments=dict(split="heldout", size=195))],
             max_new_tokens=8,
             batch_size=65,
             baselines=True,
@@ -80,12 +80,12 @@ def tiny() -> Config:
 
 def short_strips(seed: int) -> SourceConfig:
     """Strips of two or three digits; each stage draws its own."""
-    return SourceConfig(factory="comp.data.tiny:ShortStrips", arguments=dict(size=20000, seed=seed))
+    return SourceConfig(factory="comp.data.tiny:ShortStrips", arguments=dict(size=8000, seed=seed))
 
 
 def pages(seed: int) -> SourceConfig:
     """All sorts of pages with several questions each; each stage draws its own."""
-    return SourceConfig(factory="comp.data.tiny:TinyPages", arguments=dict(split="train", size=20000, seed=seed))
+    return SourceConfig(factory="comp.data.tiny:TinyPages", arguments=dict(split="train", size=8000, seed=seed))
 
 
 def smollm2(data: str = "data/smollm2") -> Config:
