@@ -24,10 +24,14 @@ def declines(q, k, v, cos, sin, cos_k, sin_k, *, rotary_dim: int, pair_stride: i
 
 
 def head_chunks(head_dim: int) -> tuple[tuple[int, int], ...]:
-    """head_dim rounded up to a multiple of 16, as (first channel, power of two) pieces: 72 -> ((0, 64), (64, 16))."""
+    """head_dim rounded up to a multiple of 16, as (first channel, power of two) pieces: 72 -> ((0, 64), (64, 16)).
+
+    Beyond 128 channels the pieces are at most 64 wide: the rotation of a wider piece would not fit the registers.
+    """
     chunks, first, rest = [], 0, -(-head_dim // 16) * 16
+    widest = 128 if rest <= 128 else 64
     while rest:
-        width = 1 << (rest.bit_length() - 1)
+        width = min(1 << (rest.bit_length() - 1), widest)
         chunks.append((first, width))
         first, rest = first + width, rest - width
     return tuple(chunks)

@@ -1,0 +1,218 @@
+"""The Triton rope_attention: in the interpreter (on the device where there is one), and what the compiler makes of it."""
+
+import dataclasses
+
+import pytest
+import torch
+from emulation import run_compiled
+
+import comp_kernels as ck
+from comp_kernels._triton import launches_go_to
+from comp_kernels.ops.rope_attention import triton_backend, triton_configs
+from comp_kernels.testing import (
+    ATTENTION_CASES,
+    LAYOUTS,
+    AttentionCase,
+    attention_with_gradients,
+    check_rope_attention,
+    make_attention_inputs,
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter has no fused multiply-add, which the scores of a large softmax feel.
+FACTOR = 2.0 if DEVICE == "cuda" else 3.0
+
+
+@pytest.fixture
+def workspace(monkeypatch):
+    """Keys are rotated once, into a workspace, however short the sequences."""
+    monkeypatch.setattr(triton_configs, "INLINE_LENGTH", 0)
+
+
+def gradients(inputs, backend="triton"):
+    return attention_with_gradients(inputs, lambda *a, **k: ck.rope_attention(*a, return_lse=True, backend=backend, **k))
+
+
+def exact_gradients(inputs):
+    return attention_with_gradients(
+        inputs, lambda *a, **k: ck.reference.rope_attention(*a, return_lse=True, **k), torch.float64
+    )
+
+
+# dim_72, 88 and 256 stand for the head dims with one, two and wide chunks; the next two tests have the cases left out.
+SLOW = {"dim_32", "dim_64", "dim_80", "dim_96", "dim_128"} if DEVICE == "cpu" else set()
+
+
+@pytest.mark.parametrize("name", [n for n in ATTENTION_CASES if n not in SLOW | {"one_token", "logits_of_1e4"}])
+def test_matches_definition(name, workspace):
+    check_rope_attention(ATTENTION_CASES[name], torch.float32, "triton", DEVICE, FACTOR)
+
+
+def test_single_token(workspace):
+    """One key: the gradient of the scores cancels to zero, up to the rounding of two sums in different orders."""
+    result = gradients(make_attention_inputs(ATTENTION_CASES["one_token"], device=DEVICE))
+    exact = exact_gradients(make_attention_inputs(ATTENTION_CASES["one_token"], device=DEVICE))
+    for name, value in exact.items():
+        torch.testing.assert_close(result[name].double(), value, rtol=1e-5, atol=2e-6)
+
+
+def test_large_logits(workspace):
+    """Logits of 1e4: lse is stored in float32, so weights recomputed from it are off by about 1e4 roundings in the backward."""
+    inputs = make_attention_inputs(ATTENTION_CASES["logits_of_1e4"], device=DEVICE)
+    result = gradients(inputs)
+    for name, value in exact_gradients(inputs).items():
+        limit = (1e-6 if name == "lse" else 2e4 * torch.finfo(torch.float32).eps) * value.abs().max()
+        assert (result[name] - value).abs().max() <= limit, name
+
+
+@pytest.mark.parametrize(
+    "name", [f"layout_{layout}" for layout in LAYOUTS] + ["dim_72", "gqa_per_head", "cross", "slack_of_nan"]
+)
+def test_rotation_in_the_loop_changes_nothing(name, monkeypatch):
+    """Bit for bit: the same key rows, rotated and rounded in another place."""
+    inputs = make_attention_inputs(ATTENTION_CASES[name], device=DEVICE)
+
+    def forward(inline):
+        monkeypatch.setattr(triton_configs, "rotate_keys_inline", lambda *sizes: inline)
+        return ck.rope_attention(
+            inputs.q, inputs.k, inputs.v, inputs.cos, inputs.sin, inputs.cu_seqlens, backend="triton", **inputs.kwargs
+        )
+
+    assert torch.equal(forward(False), forward(True))
+
+
+@pytest.mark.parametrize("name", ("layout_half_hwhw", "slack_of_nan"))
+def test_half_precision(name, workspace):
+    """float16; bfloat16 runs on the emulator, the interpreter cannot multiply it."""
+    check_rope_attention(ATTENTION_CASES[name], torch.float16, "triton", DEVICE, FACTOR)
+
+
+@pytest.mark.parametrize("name", ("layout_half_hwhw_halfwidth", "layout_not_orthogonal", "gqa_per_head", "slack_of_nan_cross"))
+def test_gradients_with_and_without_those_of_the_tables(name, workspace):
+    """Without them the rotation goes back inside the kernels, with them in a kernel of its own: same numbers."""
+    inputs = make_attention_inputs(ATTENTION_CASES[name], device=DEVICE)
+    with_tables = gradients(inputs)
+    leaves = [x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
+    out, lse = ck.rope_attention(
+        *leaves, inputs.cos, inputs.sin, inputs.cu_seqlens, return_lse=True, backend="triton", **inputs.kwargs
+    )
+    alone = torch.autograd.grad(
+        (out, lse), leaves, (inputs.grad_out, inputs.grad_lse.where(lse.isfinite(), torch.zeros_like(lse)))
+    )
+    for name, gradient in zip(("dq", "dk", "dv"), alone):
+        assert torch.equal(gradient, with_tables[name]), name
+
+
+@pytest.mark.parametrize("scale", (-0.7, 0.0))
+def test_negative_and_zero_scale(scale, workspace):
+    case = AttentionCase("scale", [20, 35], scale=scale)
+    inputs = make_attention_inputs(case, device=DEVICE)
+    inputs.kwargs["scale"] = scale
+    result, exact = gradients(inputs), gradients(inputs, "reference")
+    for name, value in exact.items():
+        torch.testing.assert_close(result[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_agrees_with_the_cpu_kernel(workspace):
+    if "cpu" not in ck.available_backends("rope_attention", "cpu"):
+        pytest.skip("the CPU library is not built")
+    inputs = make_attention_inputs(dataclasses.replace(ATTENTION_CASES["dim_72"], lengths=[33, 20]))
+    triton, cpu = gradients(inputs), gradients(inputs, "cpu")
+    for name in cpu:
+        torch.testing.assert_close(triton[name].cpu(), cpu[name], rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_is_read_from_the_device(workspace, monkeypatch):
+    """No value of a tensor reaches Python on the way: forward and backward never wait for the device."""
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("synchronises with the device")
+
+    inputs = make_attention_inputs(ATTENTION_CASES["layout_half_hwhw"], device=DEVICE)
+    arguments = (inputs.q, inputs.k, inputs.v, inputs.cos, inputs.sin, inputs.cos, inputs.sin)
+    settings = dict(rotary_dim=24, pair_stride=12, scale=0.2)
+    launches = []
+    with launches_go_to(lambda kernel, grid, *args, **kwargs: launches.append(kernel), "sm_80"):
+        for method in ("item", "tolist", "__int__", "__bool__", "__index__", "cpu", "numpy"):
+            monkeypatch.setattr(torch.Tensor, method, forbidden)
+        out, lse = triton_backend.forward(*arguments, inputs.cu_seqlens, inputs.cu_seqlens, **settings)
+        triton_backend.backward(
+            inputs.grad_out, inputs.grad_lse, *arguments[:3], out, lse, *arguments[3:], inputs.cu_seqlens, inputs.cu_seqlens,
+            table_grads=True, **settings,
+        )  # fmt: skip
+        monkeypatch.undo()
+    assert len(launches) == 2 + 7  # rotate, attend; rotate twice, delta, dq, dkv, unrotate twice
+
+
+def test_refusals():
+    x = torch.zeros(3, 1, 16, dtype=torch.float64, device=DEVICE)
+    with pytest.raises(RuntimeError, match="float64"):
+        ck.rope_attention(x, x, x, backend="triton")
+    x = torch.zeros(3, 1, 272, device=DEVICE)
+    with pytest.raises(RuntimeError, match="at most 256, got 272"):
+        ck.rope_attention(x, x, x, backend="triton")
+
+
+# --- sizes and configurations ------------------------------------------------------------------------------------------------
+
+
+def test_head_dims_cost_multiples_of_16():
+    for head_dim in range(1, 257):
+        chunks = triton_backend.head_chunks(head_dim)
+        assert sum(width for _, width in chunks) == -(-head_dim // 16) * 16
+        assert all(width >= 16 and width & (width - 1) == 0 for _, width in chunks)
+        assert [first for first, _ in chunks] == [sum(w for _, w in chunks[:i]) for i in range(len(chunks))]
+
+
+def test_autotuning_keeps_the_fastest_and_skips_what_does_not_fit():
+    configs = triton_configs.candidates("forward", 128, 2, shared_limit=100 * 1024)
+    assert configs and all(triton_configs.fits("forward", config, 128, 2, 100 * 1024) for config in configs)
+    assert not triton_configs.fits("forward", triton_configs.TileConfig(128, 128, 4, 3), 128, 2, 100 * 1024)
+    best = configs[3]
+    assert triton_configs.fastest(configs, lambda config: config, lambda run: float(run() != best)) == best
+
+
+# --- compiled code -----------------------------------------------------------------------------------------------------------
+
+
+def compiled_code(arch, dtype, head_dim, layout, backward):
+    """Facts about the kernels that `arch` would run for packed sequences (see benchmarks/compile_report.py)."""
+    from benchmarks.compile_report import read_code, record_launches
+
+    case = AttentionCase("compiled", [1024, 361], heads=2, head_dim=head_dim, layout=layout)
+    launches = record_launches(arch, dtype, case, backward=backward)
+    return {launch.kernel.__name__: read_code(launch, arch) for launch in launches}
+
+
+SHARED_LIMIT = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}  # KiB per block
+
+
+@pytest.mark.parametrize(
+    "arch, dtype, head_dim, layout, backward",
+    [
+        ("sm_80", torch.bfloat16, 72, "half_hwhw_halfwidth", True),
+        ("sm_90", torch.float16, 80, "interleaved", False),
+        ("sm_100", torch.bfloat16, 64, "half_hwhw", False),
+        ("sm_120", torch.bfloat16, 96, "per_head_interleaved", False),
+        ("gfx942", torch.float16, 88, "partial", True),
+    ],
+    ids=lambda value: str(value).removeprefix("torch."),
+)
+def test_compile_matrix(arch, dtype, head_dim, layout, backward):
+    """A part of the matrix that the report covers: no spills, matrix instructions, shared memory that exists."""
+    for name, code in run_compiled(compiled_code, arch, dtype, head_dim, layout, backward).items():
+        assert code.shared <= SHARED_LIMIT[arch] * 1024, name
+        if name == "attention_forward_kernel" or "gradient" in name:
+            assert code.matrix > 0, name
+        if name == "attention_forward_kernel" and dtype != torch.float32:
+            assert code.spills == 0, name
+
+
+def test_no_trace_of_the_rotation_in_the_loop():
+    """Long sequences: the hottest loop has exactly the instructions that it has without rotary embedding."""
+    rotated, plain = (
+        run_compiled(compiled_code, "sm_80", torch.bfloat16, 64, layout, False)["attention_forward_kernel"]
+        for layout in ("half_hwhw", None)
+    )
+    assert rotated.loop["matrix"] > 0
+    assert rotated.loop == plain.loop
