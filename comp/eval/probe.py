@@ -107,23 +107,38 @@ def folder_images(folder: Path, classes: Sequence[str] | None = None) -> Labelle
 
 
 def probe_accuracy(
-    encoder: VisionEncoder, train: LabelledImages, test: LabelledImages, settings: ProbeSettings, seed: int = 0
+    encoder: VisionEncoder,
+    train: LabelledImages,
+    test: LabelledImages,
+    settings: ProbeSettings,
+    seed: int = 0,
+    cache: dict[str, Tensor] | None = None,
 ) -> float:
-    """Share of `test` that a probe trained on `train` classifies correctly. The encoder is neither trained nor changed."""
+    """Share of `test` that a probe trained on `train` classifies correctly. The encoder is neither trained nor changed.
+
+    cache:  keeps features between calls that differ in `seed` alone; start with an empty one.
+    """
     torch.manual_seed(seed)
     encoder.eval()
+    cache = {} if cache is None else cache
+    if "test" not in cache:
+        cache["test"] = all_features(encoder, test, settings)
+    if "train" not in cache and not settings.augment:
+        cache["train"] = all_features(encoder, train, settings)
     probe = AttentiveProbe(encoder.config.width, train.num_classes)
     optimizer = torch.optim.AdamW(probe.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
     steps_per_epoch = math.ceil(len(train.labels) / settings.batch_size)
     total = settings.epochs * steps_per_epoch
-    cache = None if settings.augment else all_features(encoder, train, settings)
     for step in range(total):
         if step % steps_per_epoch == 0:
             order = torch.randperm(len(train.labels))
         chosen = order[step % steps_per_epoch * settings.batch_size :][: settings.batch_size].tolist()
         if len(chosen) == 1:
             continue  # batch normalisation needs two
-        x = encode(encoder, [augmented(train.open(i)) for i in chosen], settings.size) if cache is None else cache[chosen]
+        if settings.augment:
+            x = encode(encoder, [augmented(train.open(i)) for i in chosen], settings.size)
+        else:
+            x = cache["train"][chosen]
         loss = F.cross_entropy(probe(x), torch.tensor([train.labels[i] for i in chosen]))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, total, settings.warmup_epochs * steps_per_epoch, settings)
@@ -132,8 +147,7 @@ def probe_accuracy(
         optimizer.step()
     probe.eval()
     with torch.no_grad():
-        features = all_features(encoder, test, settings)
-        predicted = torch.cat([probe(x).argmax(-1) for x in features.split(settings.batch_size)])
+        predicted = torch.cat([probe(x).argmax(-1) for x in cache["test"].split(settings.batch_size)])
     return (predicted == torch.tensor(test.labels)).float().mean().item()
 
 
@@ -207,7 +221,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     rows = []
     for label, encoder in encoders.items():
-        scores = [100 * probe_accuracy(encoder, train, test, settings, seed) for seed in range(options.seeds)]
+        cache: dict[str, Tensor] = {}
+        scores = [100 * probe_accuracy(encoder, train, test, settings, seed, cache) for seed in range(options.seeds)]
         spread = statistics.stdev(scores) if len(scores) > 1 else math.nan
         rows.append([label, f"{statistics.mean(scores):.2f}", f"{spread:.2f}"])
         print("  ".join(rows[-1]))
