@@ -1,10 +1,7 @@
 """Timing shared by all suites: peers interleaved with ours round by round, memory, errors, the machine's peak.
 
-A shared or throttled machine changes its speed from second to second. So every round times ours and each peer once, one
-after another, and only ratios of medians of the same run are worth quoting. On a machine that others use, measure processor
-time of one thread instead of the clock on the wall:
-
-    OMP_NUM_THREADS=1 pytest benchmarks/ --benchmark-only --benchmark-timer=time.process_time
+A shared or throttled machine changes its speed from second to second. So every round times ours and each peer once, one after
+another, and only ratios of medians of the same run are worth quoting.
 """
 
 from __future__ import annotations
@@ -42,15 +39,14 @@ def compare(
     group, case:  row and table of the report. operations: floating-point operations of one call, for the share of the peak.
     error: the largest error against float64, measured by the caller. extra: anything else worth keeping.
     """
-    timer = benchmark._timer  # --benchmark-timer: peers are held to the same watch
-    first_calls = {name: _seconds(function, timer) for name, function in {"ours": ours, **peers}.items()}  # compiles
-    warm_ours = _seconds(ours, timer)
+    first_calls = {name: _seconds(function) for name, function in {"ours": ours, **peers}.items()}  # compiles, warms up
+    warm_ours = _seconds(ours)
     seconds: dict[str, list[float]] = {name: [] for name in peers}
 
     def time_peers() -> None:
         for name, function in peers.items():
             if len(seconds[name]) < 2 or statistics.median(seconds[name]) < SLOW_PEER * warm_ours:
-                seconds[name].append(_seconds(function, timer))
+                seconds[name].append(_seconds(function))
 
     gc.collect()
     benchmark.pedantic(ours, setup=time_peers, rounds=rounds)
@@ -63,14 +59,13 @@ def compare(
         "first_call_s": first_calls,
         "memory_mib": {name: peak_memory(function) for name, function in {"ours": ours, **peers}.items()},
         "threads": torch.get_num_threads(),
-        "timer": timer.__name__,
         "torch": torch.__version__,
         "machine": machine(),
         **extra,
     }
     if operations is not None:
         info["gflops"] = operations / milliseconds * 1e-6
-        info["peak_gflops"] = fma_peak(timer)
+        info["peak_gflops"] = fma_peak()
         info["peak_share"] = info["gflops"] / info["peak_gflops"]
     if error is not None:
         info["max_error"] = error
@@ -90,18 +85,17 @@ def describe(info: dict) -> str:
     return "  ".join(parts)
 
 
-def _seconds(function: Callable[[], object], timer: Callable[[], float]) -> float:
-    start = timer()
+def _seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
     function()
-    return timer() - start
+    return time.perf_counter() - start
 
 
-def fma_peak(timer: Callable[[], float] = time.perf_counter) -> float:
+def fma_peak() -> float:
     """GFLOP/s of float32 multiply-adds in registers over torch's threads; measured anew, for the clock may have changed."""
-    function = _native.cpu().comp_kernels_cpu_fma_operations
+    function = _native.cpu().comp_kernels_cpu_fma_peak
     function.restype, function.argtypes = ctypes.c_double, [ctypes.c_int64]
-    operations = function(10_000_000)
-    return operations / statistics.median(_seconds(lambda: function(10_000_000), timer) for _ in range(5)) * 1e-9
+    return function(5) * 1e-9
 
 
 def peak_memory(function: Callable[[], object]) -> float:

@@ -47,9 +47,7 @@ def markdown(rows: list[dict]) -> str:
             cells.append(f"{row['max_error']:.1e}" if "max_error" in row else "")
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
-    machines = dict.fromkeys(
-        f"{row['machine']}, {row['threads']} threads, {row['timer']}, torch {row['torch']}" for row in rows
-    )
+    machines = dict.fromkeys(f"{row['machine']}, {row['threads']} threads, torch {row['torch']}" for row in rows)
     lines.append("Medians of rounds in which ours and every peer run once, one after another. " + "; ".join(machines) + ".")
     return "\n".join(lines)
 

@@ -23,7 +23,7 @@ struct BackwardScratch {
   T *key_panels, *value_panels;      // [D, keys] by blocks
   T *query, *dquery, *dout;          // [kBlocks.queries, D]
   T *probabilities, *dscores;        // [kBlocks.queries, kBlocks.keys]
-  T *row_lse, *row_lse_rest;         // [kBlocks.queries]: lse as a score, before scaling; and what its rounding left, base 2
+  T *row_lse, *row_lse_rest;         // [kBlocks.queries], lse / ln 2 in two parts: rounded, and what the rounding left
   T *row_delta, *row_dlse;           // [kBlocks.queries]
   T *values, *out;                   // [kLanes, D], values on their way into the panels, rows of out
   int64_t packed_key = -1, packed_key_end = -1, packed_head = -1;  // what the keys and panels hold
@@ -69,7 +69,6 @@ void pack_keys_and_values(const Params& p, const AttentionItem& item, BackwardSc
 template <typename S, typename T>
 void load_queries(const Params& p, BackwardScratch<T>& scratch, int64_t token, int64_t queries, int64_t head) {
   const int64_t D = p.head_dim, stride = row_stride<T>(D);
-  const double scale_log2 = static_cast<double>(static_cast<T>(p.scale * kLog2e));
   constexpr int L = kLanes<T>;
   for (int64_t i = 0; i < queries; i += L) {
     const int64_t rows = min(queries - i, L), next = token + i + rows, ahead = min(queries - i - rows, L);
@@ -86,9 +85,9 @@ void load_queries(const Params& p, BackwardScratch<T>& scratch, int64_t token, i
   }
   for (int64_t i = 0; i < queries; ++i) {
     const int64_t statistic = head * p.num_tokens + token + i;
-    const double lse_log2 = static_cast<const double*>(p.lse)[statistic] * kLog2e, as_score = lse_log2 / scale_log2;
-    scratch.row_lse[i] = std::fabs(as_score) < 1e30 ? static_cast<T>(as_score) : T(0);  // a scale of (nearly) zero
-    scratch.row_lse_rest[i] = static_cast<T>(lse_log2 - static_cast<double>(scratch.row_lse[i]) * scale_log2);
+    const double lse_log2 = static_cast<const double*>(p.lse)[statistic] * kLog2e;
+    scratch.row_lse[i] = static_cast<T>(lse_log2);
+    scratch.row_lse_rest[i] = static_cast<T>(lse_log2 - static_cast<double>(scratch.row_lse[i]));
     scratch.row_dlse[i] = p.grad_lse == nullptr ? T(0) : static_cast<T>(static_cast<const double*>(p.grad_lse)[statistic]);
   }
 }
@@ -103,7 +102,7 @@ void softmax_gradients(BackwardScratch<T>& scratch, int64_t queries, int64_t key
     T* ds = scratch.dscores + i * score_stride;
     const T lse = scratch.row_lse[i], lse_rest = scratch.row_lse_rest[i], delta = scratch.row_delta[i], dlse = scratch.row_dlse[i];
     for (int64_t j = 0; j < padded; j += L) {
-      Vec<T> e = exp2((load(p + j) - lse) * scale_log2 - lse_rest);
+      Vec<T> e = exp2(load(p + j) * scale_log2 - lse - lse_rest);
       if (j + L > keys) e = select<T>(first_lanes<T>(keys - j), e, Vec<T>{});
       store(p + j, e);
       store(ds + j, e * (load(ds + j) - delta + dlse));

@@ -24,7 +24,7 @@ struct ForwardScratch {
   T* scores;      // [kBlocks.queries, kBlocks.keys], then probabilities
   T* output;      // [kBlocks.queries, D], unnormalised
   T* row_max;     // [kBlocks.queries], of the scores before scaling
-  T* row_sum;     // [kBlocks.queries], of exp2(scaled (score - maximum))
+  T* row_sum;     // [kBlocks.queries], of exp2(scaled score - scaled maximum)
   int64_t packed_key = -1, packed_head = -1;  // what key_panels and values hold
 
   void carve(Carver& carver, const int64_t& most_keys, const int64_t& head_dim) {
@@ -81,21 +81,21 @@ void online_softmax(ForwardScratch<T>& scratch, int64_t queries, int64_t keys, i
     T top = reduce_max<T>(tops);
     if (!first && !(top > scratch.row_max[i])) top = scratch.row_max[i];
 
-    // The difference first: with scores of 1e4 the rounding of a product would show.
+    const T shift = top * scale_log2;
     Vec<T> sums{};
     for (int64_t j = 0; j < last; j += L) {
-      const Vec<T> e = exp2((load(row + j) - top) * scale_log2);
+      const Vec<T> e = exp2(load(row + j) * scale_log2 - shift);
       sums += e;
       store(row + j, e);
     }
-    const Vec<T> e = select<T>(valid, exp2((load(row + last) - top) * scale_log2), Vec<T>{});
+    const Vec<T> e = select<T>(valid, exp2(load(row + last) * scale_log2 - shift), Vec<T>{});
     store(row + last, e);
     T sum = reduce_sum<T>(sums + e);
 
     if (!first) {
       T fade = 1;
       if (top != scratch.row_max[i]) {
-        fade = exp2(broadcast((scratch.row_max[i] - top) * scale_log2))[0];
+        fade = exp2(broadcast(scratch.row_max[i] * scale_log2 - shift))[0];
         T* out = scratch.output + i * stride;
         for (int64_t d = 0; d < head_dim; d += L) store(out + d, load(out + d) * fade);
       }
@@ -117,7 +117,7 @@ void store_outputs(const Params& p, ForwardScratch<T>& scratch, int64_t token, i
     const T inverse = any_keys ? 1 / scratch.row_sum[i] : T(0);
     for (int64_t d = 0; d < D; ++d) row[d] = any_keys ? row[d] * inverse : T(0);
     narrow_row(row, static_cast<S*>(p.out) + ((token + i) * p.num_heads + head) * D, D);
-    const double shift = static_cast<double>(scratch.row_max[i]) * static_cast<double>(scale_log2);
+    const double shift = static_cast<double>(scratch.row_max[i] * scale_log2);  // rounded as it was subtracted
     lse[i] = any_keys ? shift * kLn2 + std::log(static_cast<double>(scratch.row_sum[i]))
                       : -std::numeric_limits<double>::infinity();
   }
