@@ -55,7 +55,8 @@ struct BackwardConfig {
   static constexpr int kTileBytes = kColumns * kRowBytes;
   static constexpr int kStatsBytes = kKeyRows ? kColumns * 8 : 0;
   static constexpr int kStageBytes = 2 * kTileBytes + kStatsBytes;
-  static constexpr int kStagingFloats = kHeadDim + 4;  // a row of gradients on the way out
+  // A row of gradients on the way out: an odd multiple of 8 floats, so that fragments are written without bank conflicts.
+  static constexpr int kStagingFloats = kHeadDim % 16 == 8 ? kHeadDim : kHeadDim + 8;
   static constexpr int kStagingBytes = kRows * kStagingFloats * 4;
   static constexpr int kUsedBytes = 2 * kRowsBytes + 2 * kStageBytes;
   static constexpr int kSharedBytes = kUsedBytes > kStagingBytes ? kUsedBytes : kStagingBytes;

@@ -78,22 +78,25 @@ struct ConsumerWarp : SoftmaxRows<T, kHeadDim, 1> {
   using Config = ForwardSm90Config<kHeadDim>;
   static constexpr int kColumns = kImageKeys / 8;
   Ring<Config> ring;
-  uint32_t queries;  // this warpgroup's first row in the query image
+  uint64_t queries;  // descriptor of this warpgroup's rows in the query image
 
   __device__ ConsumerWarp(uint32_t base, int group, float scale)
-      : SoftmaxRows<T, kHeadDim, 1>(scale), ring{base}, queries(base + Config::kBarrierBytes + group * 8 * Config::kQueryStride) {}
+      : SoftmaxRows<T, kHeadDim, 1>(scale),
+        ring{base},
+        queries(matrix_descriptor(base + Config::kBarrierBytes + group * 8 * Config::kQueryStride, Config::kQueryLeading,
+                                  Config::kQueryStride)) {}
 
   // Start s = Q K^T for 8 * kCount keys.
   template <int kCount>
   __device__ __forceinline__ void start_scores(Accumulator<1, kCount>& s, uint32_t keys) {
     wgmma_fence();
+    const uint64_t whole = matrix_descriptor(keys, 128, Config::kKeyStride);
+    // The second half of the last step, where the queries are zero, reads the first half again: something finite.
+    const uint64_t last = kHeadDim % 16 == 0 ? whole : matrix_descriptor(keys, 0, Config::kKeyStride);
 #pragma unroll
     for (int k = 0; k < Config::kSteps; ++k) {
-      const uint64_t a =
-          matrix_descriptor(queries + k * 2 * Config::kQueryLeading, Config::kQueryLeading, Config::kQueryStride);
-      // The second half of the last step, where the queries are zero, reads the first half again: something finite.
-      const int leading = k * 16 + 8 < kHeadDim ? 128 : 0;
-      Wgmma<T, kCount * 8>::from_shared(s, a, matrix_descriptor(keys + k * 256, leading, Config::kKeyStride), k > 0);
+      const uint64_t b = advanced(k + 1 < Config::kSteps ? whole : last, k * 256);
+      Wgmma<T, kCount * 8>::from_shared(s, advanced(queries, k * 2 * Config::kQueryLeading), b, k > 0);
     }
     wgmma_commit();
   }
@@ -102,43 +105,76 @@ struct ConsumerWarp : SoftmaxRows<T, kHeadDim, 1> {
   template <int kCount>
   __device__ __forceinline__ void start_output(const uint32_t (&p)[kCount / 2][4], uint32_t values) {
     wgmma_fence();
+    const uint64_t all = matrix_descriptor(values, Config::kKeyStride, 128);
 #pragma unroll
     for (int k = 0; k < kCount / 2; ++k) {
-      const uint64_t b = matrix_descriptor(values + k * 2 * Config::kKeyStride, Config::kKeyStride, 128);
-      Wgmma<T, kHeadDim>::from_registers(this->accumulator, p[k], b);
+      Wgmma<T, kHeadDim>::from_registers(this->accumulator, p[k], advanced(all, k * 2 * Config::kKeyStride));
     }
     wgmma_commit();
   }
 
-  // s -> P, packed. If some row outgrew its reference (or exact), the output so far is waited for and scaled down.
+  // s -> P in place. Where a score exceeds its row's reference by more than 2^12 (or first), the output so far is waited for
+  // and scaled down, and the maximum becomes the reference. Unlike softmax.cuh this looks at every score: to find out from the
+  // sums, as there, the scores would have to be kept, and registers are what the pipeline lives on.
   template <int kCount>
-  __device__ __forceinline__ void weigh(const Accumulator<1, kCount>& s, uint32_t (&p)[kCount / 2][4], bool exact) {
-    float sums[1][2];
-    while (true) {
-      if (exact) {
-        wgmma_wait<0>();
-        pin(this->accumulator);
-        this->template raise_reference<kCount>(s);
-      }
-      Accumulator<1, kCount> weights;
+  __device__ __forceinline__ void weigh(Accumulator<1, kCount>& s, bool first) {
+    float peaks[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float shift = first ? 0.f : this->reference[0][i];
+      peaks[i] = -kInfinity;
 #pragma unroll
       for (int n = 0; n < kCount; ++n) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) weights[0][n][i] = s[0][n][i];
-      }
-      const bool again = this->template exponentials<kCount>(weights, sums);
-#pragma unroll
-      for (int k = 0; k < kCount / 2; ++k) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float(&w)[4] = weights[0][2 * k + i / 2];
-          p[k][i] = pack<T>(w[i % 2 * 2], w[i % 2 * 2 + 1]);
+        for (int j = 0; j < 2; ++j) {
+          float& x = s[0][n][2 * i + j];
+          x = fmaf(x, this->scale_log2, -shift);
+          peaks[i] = fmaxf(peaks[i], x);
         }
       }
-      if (!again || exact) break;
-      exact = true;
     }
-    this->add(sums);
+    if (first || __any_sync(0xffffffffu, fmaxf(peaks[0], peaks[1]) > 12.f)) {
+      wgmma_wait<0>();
+      pin(this->accumulator);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float peak = first ? quad_max(peaks[i]) : fmaxf(quad_max(peaks[i]), 0.f);
+        const float factor = first ? 1.f : exp2_approx(-peak);
+        this->reference[0][i] = first ? peak : this->reference[0][i] + peak;
+        this->total[0][i] *= factor;
+#pragma unroll
+        for (int n = 0; n < kHeadDim / 8; ++n) {
+          this->accumulator[0][n][2 * i] *= factor, this->accumulator[0][n][2 * i + 1] *= factor;
+        }
+#pragma unroll
+        for (int n = 0; n < kCount; ++n) s[0][n][2 * i] -= peak, s[0][n][2 * i + 1] -= peak;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int n = 0; n < kCount; ++n) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          float& x = s[0][n][2 * i + j];
+          x = exp2_approx(x);
+          this->total[0][i] += x;
+        }
+      }
+    }
+  }
+
+  // The left operand of P V. Only between products: it defines registers that one reads.
+  template <int kCount>
+  __device__ __forceinline__ static void pack_weights(uint32_t (&p)[kCount / 2][4], const Accumulator<1, kCount>& s) {
+#pragma unroll
+    for (int k = 0; k < kCount / 2; ++k) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float(&w)[4] = s[0][2 * k + i / 2];
+        p[k][i] = pack<T>(w[i % 2 * 2], w[i % 2 * 2 + 1]);
+      }
+    }
   }
 
   __device__ __forceinline__ void release(int stage, typename Ring<Config>::Half half) {
@@ -165,17 +201,12 @@ struct ConsumerWarp : SoftmaxRows<T, kHeadDim, 1> {
       }
       pin(s);
       release(stage_of(j), R::kKeys);
-      uint32_t next[kColumns / 2][4];
-      weigh<kColumns>(s, next, j == 0);
+      weigh<kColumns>(s, j == 0);
       wgmma_wait<0>();
       pin(this->accumulator);
-      pin(p);  // was still being read: `next` may not take its registers
+      pin(p);  // was still being read: what follows may not take its registers before
       if (j > 0) release(stage_of(j - 1), R::kValues);
-#pragma unroll
-      for (int k = 0; k < kColumns / 2; ++k) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) p[k][i] = next[k][i];
-      }
+      pack_weights<kColumns>(p, s);
     }
     if (whole > 0) {
       const int j = whole - 1;
@@ -197,7 +228,8 @@ struct ConsumerWarp : SoftmaxRows<T, kHeadDim, 1> {
       wgmma_wait<0>();
       pin(few);
       mask_columns<1, kCount>(few, rest - at);
-      weigh<kCount>(few, few_p, whole == 0 && at == 0);
+      weigh<kCount>(few, whole == 0 && at == 0);
+      pack_weights<kCount>(few_p, few);
       start_output<kCount>(few_p, ring.tile(stage_of(whole), R::kValues) + offset);
       wgmma_wait<0>();
       pin(this->accumulator);
@@ -227,11 +259,11 @@ __device__ __forceinline__ void attention_forward_sm90(const ForwardParams& para
   __syncthreads();
 
   if (group == 0) {
-    registers_down_to<40>();
+    registers_down_to<24>();
     if (threadIdx.x == 0) produce<kHeadDim>(params, tile, head / params.heads_per_key_head);
     return;
   }
-  registers_up_to<232>();
+  registers_up_to<240>();
   const int thread = threadIdx.x - 128;
   char* query_image = shared + Config::kBarrierBytes;
   load_queries<T, Config::kQueries, Config::kSteps * 16, Config::kConsumers>(

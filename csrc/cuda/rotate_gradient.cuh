@@ -19,6 +19,17 @@ struct GradientParams {
   int heads;
 };
 
+template <int kCount>
+__device__ __forceinline__ void read_floats(float (&x)[kCount], const float* from) {
+  if constexpr (kCount == 4) {
+    const float4 value = *reinterpret_cast<const float4*>(from);
+    x[0] = value.x, x[1] = value.y, x[2] = value.z, x[3] = value.w;
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) x[i] = from[i];
+  }
+}
+
 // kVec pairs: channels first.. and first + pair_stride.. of one row.
 template <typename T, int kVec>
 __device__ __forceinline__ void rotate_gradient_unit(const GradientParams& params, const float* dy, int64_t token, int head,
@@ -33,14 +44,18 @@ __device__ __forceinline__ void rotate_gradient_unit(const GradientParams& param
   const int64_t table_row = token * tables.token_stride + head * tables.head_stride;
   const int64_t row = token * params.heads + head;
 
-  float dx1[kVec], dx2[kVec];
+  float first_dy[kVec], second_dy[kVec], cos1[kVec], sin1[kVec], cos2[kVec], sin2[kVec], dx1[kVec], dx2[kVec];
+  read_floats(first_dy, dy + first);
+  read_floats(second_dy, dy + first + stride);
+  read_floats(cos1, tables.cos + table_row + table_first);
+  read_floats(sin1, tables.sin + table_row + table_first);
+  read_floats(cos2, tables.cos + table_row + table_second);
+  read_floats(sin2, tables.sin + table_row + table_second);
 #pragma unroll
   for (int i = 0; i < kVec; ++i) {
-    const float dy1 = dy[first + i], dy2 = dy[first + stride + i];
-    const float c1 = __ldg(tables.cos + table_row + table_first + i), s1 = __ldg(tables.sin + table_row + table_first + i);
-    const float c2 = __ldg(tables.cos + table_row + table_second + i), s2 = __ldg(tables.sin + table_row + table_second + i);
-    dx1[i] = dy1 * c1 + dy2 * s2;
-    dx2[i] = dy2 * c2 - dy1 * s1;
+    const float dy1 = first_dy[i], dy2 = second_dy[i];
+    dx1[i] = dy1 * cos1[i] + dy2 * sin2[i];
+    dx2[i] = dy2 * cos2[i] - dy1 * sin1[i];
     if (params.dcos == nullptr) continue;
     const uint16_t* x = params.x + token * params.x_stride_token + head * params.x_stride_head;
     const float x1 = to_float<T>(x[first + i]), x2 = to_float<T>(x[first + stride + i]);
@@ -91,9 +106,9 @@ __device__ void rotate_gradient_rows(const GradientParams& params, const float* 
   }
   for_each_in_rows(threadIdx.x % 32, 32, rows, (head_dim - rotary_dim) / 2, [&](int row, int word) {
     const int channel = rotary_dim + 2 * word;
-    const float* from = dy + row * row_floats + channel;
+    const float2 from = *reinterpret_cast<const float2*>(dy + row * row_floats + channel);
     *reinterpret_cast<uint32_t*>(params.dx + ((token + row) * params.heads + head) * head_dim + channel) =
-        pack<T>(from[0], from[1]);
+        pack<T>(from.x, from.y);
   });
 }
 

@@ -17,6 +17,9 @@ __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t shared, uint32_t 
          static_cast<uint64_t>(stride >> 4 & 0x3fff) << 32;
 }
 
+// The same operand `bytes` (a multiple of 16) further on.
+__device__ __forceinline__ uint64_t advanced(uint64_t descriptor, int bytes) { return descriptor + (bytes >> 4); }
+
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int kPending>

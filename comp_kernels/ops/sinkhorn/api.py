@@ -63,7 +63,7 @@ def sinkhorn(
     check_marginals(scores, row_marginals, col_marginals, group)
 
     def declines(name: str) -> str | None:
-        return "the Triton kernels have no float64" if name == "triton" and scores.dtype == torch.float64 else None
+        return "the GPU kernels have no float64" if name in ("triton", "cuda") and scores.dtype == torch.float64 else None
 
     backend = choose_backend("sinkhorn", backend, scores.device, declines)
     compute = torch.promote_types(scores.dtype, torch.float32)
