@@ -39,7 +39,7 @@ TILE_LIMITS = TileLimits(score_elements=1 << 22, prototype_elements=1 << 25, min
 # Three TF32 products stand for one float32 product: its accuracy, on the tensor cores.
 PRECISION = "tf32x3"
 PRODUCT_TILE = dict(BN=64, BK=64, BD=32)
-NUM_WARPS = 4
+NUM_WARPS, PRODUCT_WARPS = 4, 8  # three TF32 products of a 64 x 64 tile by four warps spill
 
 
 def blocks(size: int, block: int) -> int:
@@ -58,7 +58,7 @@ def products(features: Tensor, prototypes: Tensor, out: Tensor) -> None:
         rows, cols, dim, prototypes.stride(0), out.stride(0),
         PRECISION=PRECISION,
         **PRODUCT_TILE,
-        num_warps=NUM_WARPS,
+        num_warps=PRODUCT_WARPS,
     )  # fmt: skip
 
 
@@ -75,7 +75,7 @@ def add_products(score_gradients: Tensor, prototypes: Tensor, out: Tensor) -> No
         rows, cols, dim, score_gradients.stride(0), prototypes.stride(0),
         PRECISION=PRECISION,
         **tile,
-        num_warps=NUM_WARPS,
+        num_warps=PRODUCT_WARPS,
     )  # fmt: skip
 
 

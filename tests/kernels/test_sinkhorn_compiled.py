@@ -1,0 +1,110 @@
+"""The Triton kernels of sinkhorn and alignment_loss as compiled code: no spills, and right answers when the PTX is executed."""
+
+import pytest
+import torch
+from emulation import emulating_launcher, needs_emulator, run_compiled
+
+import comp_kernels as ck
+from comp_kernels import reference
+from comp_kernels.testing import (
+    ALIGNMENT_CASES,
+    SinkhornCase,
+    assert_within_budget,
+    make_alignment_inputs,
+    make_sinkhorn_inputs,
+)
+
+SHARED_LIMIT = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99}  # KiB per block
+
+
+def all_kernels(dtype: torch.dtype) -> None:
+    """Calls that launch every kernel with the tiles and flags of training."""
+    marginals = dict(col_marginals=torch.full((5000,), 64 / 5000))
+    ck.sinkhorn(torch.zeros(2, 64, 5000, dtype=dtype), epsilon=0.05, num_iters=2, tol=0.01, backend="triton", **marginals)
+    ck.sinkhorn(torch.zeros(64, 5000, dtype=dtype), epsilon=0.05, num_iters=1, backend="triton")
+    vision, text, prototypes = (torch.zeros(n, 576, dtype=dtype) for n in (64, 64, 3000))
+    for mode in ("sinkhorn", "literal"):
+        ck.alignment_loss(vision.requires_grad_(), text, prototypes, prior=torch.ones(3000), mode=mode, backend="triton")
+
+
+def compiled_code(arch: str, dtype: torch.dtype) -> list:
+    from benchmarks.compile_report import Launch, read_code
+    from comp_kernels._triton import launches_go_to
+
+    launches = {}
+
+    def recorder(kernel, grid, *args, num_warps, num_stages, **constexprs):
+        key = (kernel.__name__, *constexprs.values(), *(getattr(x, "dtype", None) for x in args))
+        launches.setdefault(key, Launch(kernel, args, constexprs, num_warps, num_stages))
+
+    with launches_go_to(recorder, arch):
+        all_kernels(dtype)
+    return [read_code(launch, arch) for launch in launches.values()]
+
+
+@pytest.mark.parametrize(
+    "arch, dtype", [("sm_80", torch.float32), ("sm_90", torch.bfloat16), ("sm_100", torch.bfloat16), ("sm_120", torch.float16)]
+)
+def test_compile_matrix(arch, dtype):
+    found = run_compiled(compiled_code, arch, dtype)
+    assert len({code.name for code in found}) == 8
+    for code in found:
+        assert code.spills == 0 and code.shared <= SHARED_LIMIT[arch] * 1024, code.name
+        assert (code.matrix > 0) == (code.name in ("products_kernel", "gradient_kernel")), code.name
+
+
+def emulated_sinkhorn(target: int) -> list[str]:
+    from comp_kernels._triton import launches_go_to
+
+    reports: list = []
+    case = SinkhornCase("emulated", (2, 20, 150), marginals="per_item")
+    scores, marginals = make_sinkhorn_inputs(case, torch.bfloat16)
+    settings = dict(epsilon=0.1, return_potentials=True, **marginals)
+    for tol in (None, 1e-9):
+        with launches_go_to(emulating_launcher(reports, target=target), f"sm_{target}"):
+            actual = ck.sinkhorn(scores, backend="triton", tol=tol, **settings)
+        exact = reference.sinkhorn(scores.double(), **{**settings, **{key: x.double() for key, x in marginals.items()}})
+        peer = reference.sinkhorn(scores, **settings)
+        for label, *triple in zip(("plan", "u", "v"), actual, exact, peer):
+            assert_within_budget(f"sm_{target} {label}", *triple)
+    return [name for name, _ in reports]
+
+
+def emulated_alignment_loss(target: int, dtype: torch.dtype) -> list[str]:
+    from comp_kernels._triton import launches_go_to
+    from comp_kernels.ops.alignment_loss import streaming
+
+    reports: list = []
+    streaming.tile_columns = lambda num_rows, dim, num_words, limits: min(256, num_words)
+    inputs = make_alignment_inputs(ALIGNMENT_CASES["several_tiles"], dtype)
+    vision, text, prototypes = inputs.features
+    settings = dict(prior=inputs.prior, valid=inputs.valid, epsilon=0.05, temperature=0.05)
+
+    def step(function, dtype=dtype, **extra):
+        leaf = vision.to(dtype).requires_grad_()
+        loss = function(leaf, text.to(dtype), prototypes.to(dtype), **settings, **extra)
+        return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+
+    with launches_go_to(emulating_launcher(reports, target=target), f"sm_{target}"):
+        actual = step(ck.alignment_loss, backend="triton")
+    for label, *triple in zip(
+        ("loss", "gradient"), actual, step(reference.alignment_loss, torch.float64), step(reference.alignment_loss)
+    ):
+        assert_within_budget(f"sm_{target} {label}", *triple, factor=4.0 if label == "loss" else 2.0)
+    return [name for name, _ in reports]
+
+
+@needs_emulator
+@pytest.mark.emulated
+@pytest.mark.parametrize("target", (80, 90))
+def test_executed_sinkhorn(target):
+    names = set(run_compiled(emulated_sinkhorn, target))
+    assert names == {"column_step_kernel", "merge_rows_kernel", "plan_kernel"}
+
+
+@needs_emulator
+@pytest.mark.emulated
+@pytest.mark.parametrize("target, dtype", [(80, torch.bfloat16), (90, torch.float32)])
+def test_executed_alignment_loss(target, dtype):
+    names = set(run_compiled(emulated_alignment_loss, target, dtype))
+    assert {"products_kernel", "gradient_kernel", "norms_kernel", "loss_tile_kernel", "column_step_kernel"} <= names
