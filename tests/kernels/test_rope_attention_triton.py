@@ -144,6 +144,21 @@ def test_nothing_is_read_from_the_device(workspace, monkeypatch):
     assert len(launches) == 2 + 7  # rotate, attend; rotate twice, delta, dq, dkv, unrotate twice
 
 
+@pytest.mark.parametrize("arch, in_epilogue", [("sm_80", True), ("gfx942", False)])
+def test_gradients_are_turned_in_the_epilogue_on_nvidia_only(arch, in_epilogue):
+    """The epilogue reads what other threads wrote before a barrier; AMD's does not wait for global memory."""
+    launches = {}
+    inputs = make_attention_inputs(ATTENTION_CASES["layout_half_hwhw"])
+    with launches_go_to(lambda kernel, grid, *args, **kwargs: launches.update({kernel.__name__: kwargs}), arch):
+        triton_backend.backward(
+            inputs.grad_out, None, inputs.q, inputs.k, inputs.v, inputs.q, inputs.grad_lse,
+            inputs.cos, inputs.sin, inputs.cos, inputs.sin, inputs.cu_seqlens, inputs.cu_seqlens,
+            rotary_dim=24, pair_stride=12, scale=0.2, table_grads=False,
+        )  # fmt: skip
+    assert launches["query_gradient_kernel"]["UNROTATE"] == launches["key_value_gradient_kernel"]["UNROTATE"] == in_epilogue
+    assert ("unrotate_kernel" in launches) != in_epilogue
+
+
 def test_refusals():
     x = torch.zeros(3, 1, 16, dtype=torch.float64, device=DEVICE)
     with pytest.raises(RuntimeError, match="float64"):

@@ -104,18 +104,21 @@ def backward(
     delta = output_dot(out, grad_out, grad_lse, cu_seqlens, head)
     tensors = (grad_out, rotated_q, rotated_k, v, lse, delta)
     settings = (cu_seqlens, cu_seqlens_k, scale, head, head_qk, dot_precision(arch, q.dtype))
-    unrotated = cos is not None and not table_grads
+    # AMD's barrier does not wait for stores to global memory, which the epilogue relies on.
+    in_epilogue = cos is not None and not table_grads and not arch.startswith("gfx")
 
     def run_q(config):
-        return query_gradient(*tensors, (cos, sin), rope, unrotated, *settings, config)
+        return query_gradient(*tensors, (cos, sin), rope, in_epilogue, *settings, config)
 
     def run_kv(config):
-        return key_value_gradient(*tensors, (cos_k, sin_k), rope_k, unrotated, *settings, config)
+        return key_value_gradient(*tensors, (cos_k, sin_k), rope_k, in_epilogue, *settings, config)
 
     dq = run_q(choose_config("query_gradient", arch, head_dim, q.dtype, q.device, run_q))
     dk, dv = run_kv(choose_config("key_value_gradient", arch, head_dim, q.dtype, q.device, run_kv))
-    if cos is None or not table_grads:
+    if cos is None or in_epilogue:
         return dq, dk, dv, None, None, None, None
-    dcos, dsin = unrotate(dq, q, cos, sin, cu_seqlens, head, rope)
-    dcos_k, dsin_k = unrotate(dk, k, cos_k, sin_k, cu_seqlens_k, head, rope_k)
-    return dq, dk, dv, dcos, dsin, dcos_k, dsin_k
+    table_gradients = (
+        *unrotate(dq, q, cos, sin, cu_seqlens, head, rope),
+        *unrotate(dk, k, cos_k, sin_k, cu_seqlens_k, head, rope_k),
+    )
+    return dq, dk, dv, *(table_gradients if table_grads else (None,) * 4)
