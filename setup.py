@@ -21,6 +21,7 @@ import ctypes.util
 import os
 import platform
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -34,6 +35,7 @@ from setuptools.command.build import build
 
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
+fingerprint = runpy.run_path(str(ROOT / "comp_kernels" / "_sources.py"))["fingerprint"]
 
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-fno-math-errno", "-fno-trapping-math"]
 CXX_FLAGS += ["-ffp-contract=fast", f"-I{CSRC / 'include'}"]
@@ -199,6 +201,7 @@ class BuildNative(Command):
             reason.unlink(missing_ok=True)
             try:
                 build_library(lib, objects)
+                (lib / f"{name}.sources").write_text(fingerprint(name))
             except LeftOut as error:
                 reason.write_text(str(error))
             except (MissingCompiler, RuntimeError, OSError) as error:

@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ._sources import fingerprint
+
 LIB = Path(__file__).parent / "lib"
 
 # dtype codes of csrc/include
@@ -34,6 +36,9 @@ def load(name: str) -> ctypes.CDLL:
         reason = LIB / f"{name}.missing"
         why = reason.read_text() if reason.exists() else f"{path} does not exist"
         raise Unavailable(f"the compiled {name} library is missing ({why}); {rebuild}")
+    built_from = LIB / f"{name}.sources"
+    if fingerprint(name) not in (None, built_from.read_text() if built_from.exists() else ""):
+        raise Unavailable(f"the compiled {name} library was built from other sources than those in csrc; {rebuild}")
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:

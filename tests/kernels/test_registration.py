@@ -1,5 +1,6 @@
 """rope_attention as a torch operator: opcheck, torch.compile, autocast, FLOP counts, double backward."""
 
+import shutil
 import subprocess
 import sys
 
@@ -9,6 +10,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 import comp_kernels as ck
+from comp_kernels import _native
+from comp_kernels._sources import fingerprint
 from comp_kernels.ops.rope_attention.registration import BACKWARD, FORWARD
 from comp_kernels.testing import AttentionCase, make_attention_inputs
 
@@ -121,10 +124,22 @@ def test_a_missing_library_is_explained(tmp_path):
         "    warnings.simplefilter('always')\n"
         "    ck.rope_attention(q, q, q); ck.rope_attention(q, q, q)\n"
         "assert len(caught) == 1 and 'no C++ compiler found' in str(caught[0].message), caught\n"
-        "assert ck.available_backends('rope_attention') == ['reference']\n"
+        "assert 'cpu' not in ck.available_backends('rope_attention')\n"
         "try: ck.rope_attention(q, q, q, backend='cpu')\n"
         "except RuntimeError as error: print(error)\n"
     )
     result = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "no C++ compiler found" in result.stdout and "build_native" in result.stdout
+
+
+def test_a_library_of_other_sources_is_not_called(tmp_path):
+    """After csrc has changed the old library is refused: its structs may no longer be the ones Python fills."""
+    shutil.copy(_native.LIB / "libcomp_kernels_cpu.so", tmp_path)
+    (tmp_path / "cpu.sources").write_text("0123")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_native, "LIB", tmp_path)
+        with pytest.raises(_native.Unavailable, match=r"other sources.*build_native"):
+            _native.load("cpu")
+        (tmp_path / "cpu.sources").write_text(fingerprint("cpu"))
+        _native.load("cpu")
