@@ -18,6 +18,7 @@ bin/nvcc is, default PATH), TORCH_CUDA_ARCH_LIST (default "8.0;9.0a+PTX").
 from __future__ import annotations
 
 import ctypes.util
+import hashlib
 import os
 import platform
 import re
@@ -86,12 +87,14 @@ def build_cpu(lib: Path, objects: Path) -> None:
     compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("c++") or shutil.which("g++") or ""]
     if not shutil.which(compiler[0]):
         raise MissingCompiler("no C++ compiler found: install g++ or clang++, or set CXX")
+    extra = shlex.split(os.environ.get("CXXFLAGS", ""))
+    objects = objects / hashlib.sha256(shlex.join([*compiler, *CXX_FLAGS, *extra]).encode()).hexdigest()[:12]
+    objects.mkdir(exist_ok=True)
     headers = sorted(CSRC.glob("include/**/*.h")) + sorted(CSRC.glob("cpu/**/*.h")) + [Path(__file__)]
     jobs: list[tuple[Path, Path, list[str]]] = [(source, objects / f"{source.stem}.o", []) for source in CSRC.glob("cpu/*.cpp")]
     for isa, flags in instruction_sets().items():
         flags = [*flags, f"-DCOMP_KERNELS_ISA={isa}"]
         jobs += [(source, objects / f"{source.stem}.{isa}.o", flags) for source in CSRC.glob("cpu/kernels/*.cpp")]
-    extra = shlex.split(os.environ.get("CXXFLAGS", ""))
     run_all(
         [
             [*compiler, *CXX_FLAGS, *flags, *extra, "-c", str(source), "-o", str(target)]
@@ -152,7 +155,8 @@ def build_cuda(lib: Path, objects: Path) -> None:
     try:
         nvcc = find_nvcc()
     except LeftOut:
-        if not newer(library, [*sources, *headers]):  # one of an earlier build stays only while it is the right one
+        built_from = lib / "cuda.sources"  # a library of an earlier build stays only while it is the right one
+        if not (library.exists() and built_from.exists() and built_from.read_text() == fingerprint("cuda")):
             library.unlink(missing_ok=True)
             raise
         return

@@ -9,13 +9,16 @@ import hashlib
 from pathlib import Path
 
 CSRC = Path(__file__).parents[1] / "csrc"
+SUFFIXES = (".h", ".cpp", ".cu", ".cuh")
 
 
 def fingerprint(library: str) -> str | None:
     """Digest of csrc/include and csrc/{library}; None where the sources are not at hand (an installed wheel)."""
-    if not CSRC.is_dir():
+    if not (CSRC / "include" / "comp_kernels").is_dir():
         return None
     digest = hashlib.sha256()
-    for path in sorted(path for folder in ("include", library) for path in (CSRC / folder).rglob("*") if path.is_file()):
+    for path in sorted(path for folder in ("include", library) for path in (CSRC / folder).rglob("*")):
+        if path.suffix not in SUFFIXES:
+            continue
         digest.update(path.relative_to(CSRC).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()

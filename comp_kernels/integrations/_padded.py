@@ -91,7 +91,8 @@ def blocks_of(mask: Tensor | None, batch: int, tokens: int, device: torch.device
 
     Served are masks in which no key is seen by two runs: padding, images packed one after the other, windows. Any other
     mask, a bias in the scores say, raises UnsupportedCall. A query that sees no key gets zeros. Reading a mask needs its
-    values, so on a GPU it waits for them, once per mask: all layers of a model pass the same tensor.
+    values, so on a GPU it waits for them, once per mask: all layers of a model pass the same tensor (a mask
+    made in inference mode is read in every layer).
     """
     if mask is None:
         return Blocks(torch.arange(0, batch * tokens + 1, tokens, dtype=torch.int32, device=device), None, None)
@@ -102,15 +103,18 @@ class _LastMask:
     """The blocks of the mask that was read last."""
 
     def __init__(self):
-        self.mask, self.key, self.result = lambda: None, None, None
+        self.last = (lambda: None, None, None)  # mask, key, blocks: one tuple, so that threads see all of it or nothing
 
     @torch.compiler.disable
     def blocks(self, mask: Tensor, batch: int, tokens: int) -> Blocks:
-        key = (batch, None if mask.is_inference() else mask._version)  # the version tells of a change in place
-        if self.mask() is not mask or self.key != key:
-            self.result = _read_mask(_visible(mask, batch, tokens))
-            self.mask, self.key = weakref.ref(mask), key
-        return self.result
+        if mask.is_inference():  # it counts no versions: a change in place would go unnoticed
+            return _read_mask(_visible(mask, batch, tokens))
+        key = (batch, mask._version, torch.is_inference_mode_enabled())  # blocks made in inference mode cannot be trained on
+        last_mask, last_key, blocks = self.last
+        if last_mask() is not mask or last_key != key:
+            blocks = _read_mask(_visible(mask, batch, tokens))
+            self.last = (weakref.ref(mask), key, blocks)
+        return blocks
 
 
 _LAST_MASK = _LastMask()

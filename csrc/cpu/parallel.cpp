@@ -1,6 +1,8 @@
 // The thread pool's hooks and the fallback to one thread.
 #include "parallel.h"
 
+#include <new>
+
 #include "comp_kernels/export.h"
 
 namespace {
@@ -38,7 +40,8 @@ void parallel_run(int64_t workers, void (*function)(void* context, int64_t worke
   if (workers <= 1 || parallel_for == nullptr) {
     run_range(0, workers, &job);
   } else {
-    parallel_for(0, workers, /*grain=*/1, run_range, &job);
+    // Out of memory is all that a worker can throw; torch turns it into a status.
+    if (parallel_for(0, workers, /*grain=*/1, run_range, &job) != 0) throw std::bad_alloc();
   }
 }
 

@@ -10,10 +10,13 @@ cd "$(dirname "$0")/../.."
 lib=comp_kernels/lib/libcomp_kernels_cpu.so
 sanitizers="-fsanitize=address,undefined -fno-sanitize-recover=undefined"
 saved=$(mktemp -d)
-[ -e "$lib" ] && cp -p "$lib" "$saved/"
+for file in "$lib" "${lib%/*}/cpu.sources"; do
+  if [ -e "$file" ]; then cp -p "$file" "$saved/"; fi
+done
 restore() {
   rm -rf build/native-cpu-"$(uname -m)"
-  [ -e "$saved/${lib##*/}" ] && cp -p "$saved/${lib##*/}" "$lib"
+  rm -f "$lib" "${lib%/*}/cpu.sources"
+  cp -p "$saved"/* "${lib%/*}/" 2>/dev/null || true
   rm -rf "$saved"
 }
 trap restore EXIT
@@ -23,7 +26,8 @@ CXXFLAGS="$sanitizers -O1 -g1 -fno-omit-frame-pointer" python setup.py build_nat
 
 # The interpreter itself is not instrumented: the runtimes come first, and its own leaks are not ours.
 runtimes="$(${CXX:-c++} -print-file-name=libasan.so) $(${CXX:-c++} -print-file-name=libubsan.so)"
-[ $# -gt 0 ] || set -- tests/kernels/test_rope_attention_cpu.py -k "error_budget or float64 or blocks or strides or bits"
+[ $# -gt 0 ] || set -- tests/kernels/test_rope_attention_cpu.py tests/kernels/test_sinkhorn.py tests/kernels/test_alignment_loss.py \
+  -k "error_budget or float64 or blocks or strides or bits or definition or range"
 for isa in baseline avx512; do # the latter means: the best there is
   echo "== $isa"
   LD_PRELOAD="$runtimes" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \

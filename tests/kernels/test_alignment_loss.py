@@ -137,12 +137,21 @@ def test_only_vision_receives_a_gradient():
         assert not ck.alignment_loss(vision, text, prototypes).requires_grad
 
 
-def test_autocast_changes_nothing():
+@pytest.mark.parametrize("backend", ("reference", "cpu"))
+def test_autocast_changes_nothing(backend):
     vision, text, prototypes = (torch.randn(n, 16) for n in (4, 4, 100))
-    expected = ck.alignment_loss(vision, text, prototypes, epsilon=0.05, backend="cpu")
+    expected = ck.alignment_loss(vision, text, prototypes, epsilon=0.05, backend=backend)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = ck.alignment_loss(vision, text, prototypes, epsilon=0.05, backend="cpu")
+        found = ck.alignment_loss(vision, text, prototypes, epsilon=0.05, backend=backend)
     assert torch.equal(found, expected)
+
+
+def test_refuses_what_does_not_fit():
+    features, prototypes = torch.randn(4, 8), torch.randn(30, 8)
+    with pytest.raises(ValueError, match="num_iters must be at least 1, got 0"):
+        ck.alignment_loss(features, features, prototypes, num_iters=0)
+    with pytest.raises(ValueError, match="prototypes is float64 but vision is"):
+        ck.alignment_loss(features, features, prototypes.double())
 
 
 def test_double_backward_is_refused():

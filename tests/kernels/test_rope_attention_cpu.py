@@ -86,6 +86,16 @@ def test_same_bits_again_and_with_two_threads(name):
         torch.set_num_threads(threads)
 
 
+def test_no_keys_before_keys_in_one_thread():
+    """One thread takes its work unsorted: an item without keys comes first and must not pass for the one packed."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        check_rope_attention(ATTENTION_CASES["no_keys_first"], torch.float32, "cpu")
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_many_blocks_of_queries_and_keys():
     """Lengths around and beyond the block sizes of both passes (96 x 128 and 96 x 64)."""
     case = AttentionCase("blocks", [95, 97, 128, 129, 333], heads=1, head_dim=72, seed=3)

@@ -39,7 +39,7 @@ def alignment_loss(
         vision:  [n, D] pooled visual features; the only argument that receives a gradient.
         text:  [n, D] pooled text features.
         prototypes:  [V, D] word embeddings.
-        prior:  [V] word counts of the corpus (integers or floats, zeros allowed; each counts as at least 1). None: uniform.
+        prior:  [V] word counts of the corpus, zeros allowed (not all of them in mode "released"). None: uniform.
         mode:  how the target is made, w = max(prior, 1) / sum max(prior, 1):
             "sinkhorn"  transport plan of c_t / epsilon: rows sum to 1, columns to n w over the group, num_iters iterations
             "literal"   softmax(c_t / epsilon + log w), the paper's Eq. 9 as printed
@@ -63,6 +63,8 @@ def alignment_loss(
         check_tensor(name, x, shape, dim=2)
         check_float(name, x)
         check_same(name, x, "vision", vision, dtype=False)
+        if x.dtype == torch.float64 and vision.dtype != torch.float64:
+            raise ValueError(f"{name} is float64 but vision is {vision.dtype}: pass {name}.to(vision.dtype)")
     if vision.shape != text.shape:
         raise ValueError(f"text must have the shape of vision {tuple(vision.shape)}, got {tuple(text.shape)}")
     if prototypes.shape[1] != vision.shape[1]:
@@ -80,25 +82,29 @@ def alignment_loss(
     for name, value in (("epsilon", epsilon), ("temperature", temperature), ("prior_temperature", prior_temperature)):
         check_positive(name, value)
 
+    if num_iters < 1:
+        raise ValueError(f"num_iters must be at least 1, got {num_iters}")
+
     def declines(name: str) -> str | None:
         return "the Triton kernels have no float64" if name == "triton" and vision.dtype == torch.float64 else None
 
     backend = choose_backend("alignment_loss", backend, vision.device, declines)
     if backend == "reference":
-        return reference.alignment_loss(
-            vision,
-            text,
-            prototypes,
-            prior=prior,
-            mode=mode,
-            epsilon=epsilon,
-            temperature=temperature,
-            num_iters=num_iters,
-            prior_temperature=prior_temperature,
-            valid=valid,
-            normalize=normalize,
-            group=group,
-        )
+        with torch.autocast(vision.device.type, enabled=False):  # the definition is float32 arithmetic
+            return reference.alignment_loss(
+                vision,
+                text,
+                prototypes,
+                prior=prior,
+                mode=mode,
+                epsilon=epsilon,
+                temperature=temperature,
+                num_iters=num_iters,
+                prior_temperature=prior_temperature,
+                valid=valid,
+                normalize=normalize,
+                group=group,
+            )
     compute = torch.promote_types(vision.dtype, torch.float32)
     vision = prepare_features(vision, valid, normalize, compute)
     loss, _ = FORWARD.default(

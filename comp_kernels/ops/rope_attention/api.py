@@ -80,21 +80,22 @@ def rope_attention(
 
     backend = choose_backend("rope_attention", backend, q.device, declines)
     if backend == "reference":
-        return reference.rope_attention(
-            q,
-            k,
-            v,
-            cos,
-            sin,
-            cu_seqlens,
-            rotary_dim=rotary_dim,
-            pair_stride=pair_stride,
-            cos_k=cos_k,
-            sin_k=sin_k,
-            cu_seqlens_k=cu_seqlens_k,
-            scale=scale,
-            return_lse=return_lse,
-        )
+        with torch.autocast(q.device.type, enabled=False):  # the definition is float32 arithmetic
+            return reference.rope_attention(
+                q,
+                k,
+                v,
+                cos,
+                sin,
+                cu_seqlens,
+                rotary_dim=rotary_dim,
+                pair_stride=pair_stride,
+                cos_k=cos_k,
+                sin_k=sin_k,
+                cu_seqlens_k=cu_seqlens_k,
+                scale=scale,
+                return_lse=return_lse,
+            )
     cu_seqlens_k = normalised_bounds(cu_seqlens if cu_seqlens_k is None else cu_seqlens_k, k)
     cu_seqlens = normalised_bounds(cu_seqlens, q)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
@@ -156,8 +157,9 @@ def check_arguments(q, k, v, cos, sin, cu_seqlens, rotary_dim, pair_stride, cos_
             "pass cu_seqlens_k for cross attention"
         )
 
-    rotary_dim = head_dim if rotary_dim is None else rotary_dim
-    if not 0 < rotary_dim <= head_dim or rotary_dim % 2 != 0:
+    if rotary_dim is None:
+        rotary_dim = head_dim if cos is not None else max(head_dim // 2 * 2, 2)  # nothing turns: any even number will do
+    if not 0 < rotary_dim <= max(head_dim, 2) or rotary_dim % 2 != 0:
         raise ValueError(f"rotary_dim must be even, positive and at most D = {head_dim}, got {rotary_dim}")
     pair_stride = rotary_dim // 2 if pair_stride is None else pair_stride
     if pair_stride <= 0 or rotary_dim % (2 * pair_stride) != 0:

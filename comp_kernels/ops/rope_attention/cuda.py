@@ -127,8 +127,8 @@ def _runner(which: str, q: Tensor):
     function.restype = ctypes.c_char_p
 
     def run(params: native.Params) -> None:
-        workspace = q.new_empty(size(ctypes.byref(params), which == "backward"), dtype=torch.uint8)
-        with torch.cuda.device_of(q):
+        with torch.cuda.device_of(q):  # the size depends on the device too
+            workspace = q.new_empty(size(ctypes.byref(params), which == "backward"), dtype=torch.uint8)
             _native.call(function, params, workspace.data_ptr(), _native.stream(q.device))
 
     return run

@@ -43,7 +43,7 @@ def sinkhorn(
             "unrolled"  through the iterations, exactly, whether they converged or not; not with `tol` or `group`
             "implicit"  of the converged plan (implicit function theorem), at a cost that does not grow with num_iters;
                         meaningful once the column marginals are met; not with `group`
-        backend:  "reference", "cpu", "triton" or None (by device).
+        backend:  "reference", "cpu", "triton", "cuda" or None (by device).
         return_potentials:  also return u [..., n] and v [..., K].
 
     Returns:
@@ -67,7 +67,7 @@ def sinkhorn(
 
     backend = choose_backend("sinkhorn", backend, scores.device, declines)
     compute = torch.promote_types(scores.dtype, torch.float32)
-    rows, cols = default_marginals(scores, row_marginals, col_marginals, group, compute)
+    rows, cols = (x.detach() for x in default_marginals(scores, row_marginals, col_marginals, group, compute))
     if gradient == "detach":
         scores = scores.detach()
     plan, u, v = FORWARD.default(

@@ -109,7 +109,7 @@ def _solve_over_group(scores, row_marginals, col_marginals, plan, factor, num_it
 
 def column_statistics(scores: Tensor, factor: float, u2: Tensor, col_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Per column of one matrix [n, K], over its rows: the largest entry in bits and the sum of 2^(entry - largest)."""
-    peaks, sums = u2.new_empty(scores.shape[1]), u2.new_empty(scores.shape[1])
+    peaks, sums = u2.new_full((scores.shape[1],), -torch.inf), u2.new_zeros(scores.shape[1])  # of no rows: no mass
     call_step("column_statistics", scores, factor, col_scale=col_scale, u2=u2, peaks=peaks, sums=sums)
     return peaks, sums
 

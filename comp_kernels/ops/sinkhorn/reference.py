@@ -15,7 +15,7 @@ def log_sum_exp_over_group(x: Tensor, dim: int, group: dist.ProcessGroup | None)
     """
     if group is None:
         return torch.logsumexp(x, dim)
-    peak = x.amax(dim)
+    peak = x.amax(dim) if x.shape[dim] else torch.full_like(x.sum(dim), -torch.inf)
     dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
     shift = torch.where(peak.isfinite(), peak, 0.0)  # a column of -inf: its sum is exp(-inf) = 0, not NaN
     total = (x - shift.unsqueeze(dim)).exp().sum(dim)

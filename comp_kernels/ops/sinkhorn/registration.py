@@ -9,6 +9,8 @@ group's name, for an operator takes no Python objects.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -38,14 +40,17 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     *batch, num_rows, num_cols = scores.shape
     settings = dict(epsilon=epsilon, num_iters=num_iters, tol=tol, group=group_by_name(group))
-    if backend == "reference" or scores.numel() == 0:
+    # A process without rows still takes part in its group's exchanges, in the units of the other processes' backend.
+    takes_part = group is not None and num_rows == 0
+    if backend == "reference" or (scores.numel() == 0 and not takes_part):
         return reference.sinkhorn(
             scores, row_marginals=row_marginals, col_marginals=col_marginals, return_potentials=True, **settings
         )
-    flat = scores.reshape(-1, num_rows, num_cols)
+    items = math.prod(batch)
+    flat = scores.reshape(items, num_rows, num_cols)
     if flat.stride(-1) != 1:
         flat = flat.contiguous()
-    marginals = (x.contiguous() if x.dim() == 1 else x.reshape(-1, x.shape[-1]) for x in (row_marginals, col_marginals))
+    marginals = (x.contiguous() if x.dim() == 1 else x.reshape(items, x.shape[-1]) for x in (row_marginals, col_marginals))
     plan, u, v = implementation(OPERATOR, backend).solve(flat, *marginals, **settings)
     return plan.view(scores.shape), u.view(*batch, num_rows), v.view(*batch, num_cols)
 
@@ -64,10 +69,11 @@ def backward(
     scores, row_marginals, col_marginals, plan, grad_plan, grad_u, grad_v, epsilon: float, num_iters: int, gradient: str
 ) -> Tensor:
     marginals, cotangents = (row_marginals, col_marginals), (grad_plan, grad_u, grad_v)
-    if gradient == "implicit":
-        found = gradients.implicit(plan, *marginals, *cotangents, epsilon=epsilon)
-    else:
-        found = gradients.unrolled(scores, *marginals, *cotangents, epsilon=epsilon, num_iters=num_iters)
+    with torch.autocast(scores.device.type, enabled=False):  # its products stay in float32
+        if gradient == "implicit":
+            found = gradients.implicit(plan, *marginals, *cotangents, epsilon=epsilon)
+        else:
+            found = gradients.unrolled(scores, *marginals, *cotangents, epsilon=epsilon, num_iters=num_iters)
     return found.to(scores.dtype)
 
 

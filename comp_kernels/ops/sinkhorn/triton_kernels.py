@@ -30,7 +30,7 @@ def merge_sums(peak, total, other_peak, other_total):
 @triton.jit
 def load_entries(scores, o_n, o_k, m_n, m_k, row_stride, factor):
     """[BN, BK] entries in bits, -inf outside; factor is a number or one per column [1, BK]."""
-    tile = tl.load(scores + o_n[:, None] * row_stride + o_k[None, :], mask=m_n[:, None] & m_k[None, :], other=0.0)
+    tile = tl.load(scores + o_n.to(tl.int64)[:, None] * row_stride + o_k[None, :], mask=m_n[:, None] & m_k[None, :], other=0.0)
     return tl.where(m_n[:, None] & m_k[None, :], tile.to(tl.float32) * factor, -float("inf"))
 
 

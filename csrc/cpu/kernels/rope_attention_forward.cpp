@@ -25,7 +25,7 @@ struct ForwardScratch {
   T* output;      // [kBlocks.queries, D], unnormalised
   T* row_max;     // [kBlocks.queries], of the scores before scaling
   T* row_sum;     // [kBlocks.queries], of exp2(scaled score - scaled maximum)
-  int64_t packed_key = -1, packed_head = -1;  // what key_panels and values hold
+  int64_t packed_key = -1, packed_key_end = -1, packed_head = -1;  // what key_panels and values hold
 
   void carve(Carver& carver, const int64_t& most_keys, const int64_t& head_dim) {
     const int64_t stride = row_stride<T>(head_dim);
@@ -42,8 +42,9 @@ struct ForwardScratch {
 
 template <typename S, typename T>
 void pack_keys_and_values(const Params& p, const AttentionItem& item, ForwardScratch<T>& scratch) {
-  if (scratch.packed_key == item.key_begin && scratch.packed_head == item.head_k) return;
+  if (scratch.packed_key == item.key_begin && scratch.packed_key_end == item.key_end && scratch.packed_head == item.head_k) return;
   scratch.packed_key = item.key_begin;
+  scratch.packed_key_end = item.key_end;
   scratch.packed_head = item.head_k;
   constexpr int L = kLanes<T>;
   const int64_t stride = row_stride<T>(p.head_dim), count = item.key_end - item.key_begin;

@@ -117,7 +117,8 @@ CK_INLINE T reduce_sum(Vec<T> x) {
 }
 
 // 2^x for x <= 0 (larger x up to the overflow threshold work too), relative error about one rounding. Exactly 0 for -inf; below the
-// range of normal numbers it fades to 0; NaN stays NaN.
+// range of normal numbers it fades to 0; NaN stays NaN when the low
+// 9 bits of its payload are zero (double: 12), as in every NaN that arithmetic makes.
 CK_INLINE Vec<float> exp2(Vec<float> x) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
   x = max<float>(broadcast(-127.0f), x);

@@ -189,7 +189,12 @@ class Block {
       totals.largest_weight = std::max(totals.largest_weight, weight);
     }
     if (v_old != nullptr) {
-      for (int64_t k = 0; k < cols_; ++k) totals.error += std::abs(static_cast<double>(scratch_.sum[k] - b[begin_ + k]));
+      for (int64_t k = 0; k < cols_; ++k) {
+        if (!(b[begin_ + k] > 0)) continue;
+        const T old = v_old[begin_ + k], shift = scratch_.shift[k];  // they differ where a sum was taken again below its peak
+        const T sum = shift == old ? scratch_.sum[k] : scratch_.sum[k] * std::exp2(old - shift);
+        totals.error += std::abs(static_cast<double>(sum - b[begin_ + k]));
+      }
     }
     for (int64_t k = 0; k < padded_; k += kLanes<T>) {
       store(scratch_.sum + k, load(scratch_.shift + k) + log2<T>(load(scratch_.weight + k)));
