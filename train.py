@@ -10,6 +10,7 @@ import sys
 
 from comp.config import Config, ConfigError
 from comp.config_io import apply_overrides
+from comp.parallel import stop_world
 from comp.recipes import RECIPES
 from comp.step import NonFiniteLossError
 from comp.summary import result_table
@@ -25,15 +26,25 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
-    say = print if trainer.world.is_main else (lambda *_: None)
-    where = f"{trainer.folder}/checkpoints"
+    code = run(trainer)
+    stop_world(trainer.world)
+    return code
+
+
+def run(trainer: Trainer) -> int:
+    """Train, say how it ended, and return the exit code."""
+    say = print if trainer.world.is_main else (lambda *_, **__: None)
     try:
         summary = trainer.run()
     except StopRequested:
-        say(f"stopped on SIGTERM after step {trainer.state.step}; the state is saved in {where}, continue with --resume")
+        checkpoint = trainer.store.latest()
+        saved = f"the state is saved in {checkpoint}" if checkpoint else "nothing was learned yet"
+        say(f"stopped on SIGTERM after step {trainer.state.step}; {saved}, continue with --resume")
         return 0
     except NonFiniteLossError as error:
-        say(f"stopped before step {trainer.state.step + 1}: {error}\nThe last good checkpoint is in {where}.", file=sys.stderr)
+        checkpoint = trainer.store.latest()
+        saved = f"The last good checkpoint is {checkpoint}." if checkpoint else "No checkpoint was written before."
+        say(f"stopped before step {trainer.state.step + 1}: {error}\n{saved}", file=sys.stderr)
         return 1
     if trainer.world.is_main:
         if summary["evaluations"]:

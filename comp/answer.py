@@ -37,9 +37,14 @@ def answer(
 ) -> str:
     """Greedy answer to a question about images (pictures or file names; none is fine too), at native resolution.
 
-    min_visual_tokens, max_visual_tokens:  smaller images are scaled up, larger ones down; the images share the maximum.
+    min_visual_tokens, max_visual_tokens:  smaller images are scaled up, larger ones down; the images share the maximum,
+        or what question and answer leave of the language model's positions where that is less.
     Raises comp.data.datasets.BadSampleError for an image that cannot be read.
     """
+    sample = Sample(name="question", messages=[Message(role="user", text=question, images=list(images))])
+    limit = model.language_model.config.max_position_embeddings
+    # what text and answer leave of the positions that the language model knows
+    room = limit - len(template.encode_prompt(sample.messages, [0] * len(images))) - max_new_tokens
     vision = model.encoder.config
     settings = ImageSettings(
         patch_size=vision.patch_size,
@@ -48,11 +53,9 @@ def answer(
         std=vision.image_std,
         resolution=None,
         min_visual_tokens=min_visual_tokens,
-        max_visual_tokens=max_visual_tokens,
+        max_visual_tokens=max(0, min(max_visual_tokens, room)),
     )
-    limit = model.language_model.config.max_position_embeddings
     encoder = SampleEncoder(template, settings, max_text_tokens=limit)
-    sample = Sample(name="question", messages=[Message(role="user", text=question, images=list(images))])
     batch = collate([encoder.encode_prompt(sample)], pad_id=template.pad_id, patch_features=encoder.patch_features)
     batch = batch.to(model.adapter.fc2.weight.device)
     ids = model.generate(batch, max_new_tokens=max_new_tokens, eos_token_id=template.turn_end)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import AutoModelForCausalLM
 
-from .config import Config, StageConfig
+from .config import Config, ConfigError, StageConfig
 from .data.encode import ImageSettings, SampleEncoder
 from .data.template import ChatTemplate, load_tokenizer
 from .model import VisionEncoder
@@ -21,15 +23,19 @@ def build_model(config: Config, *, dummy_image: bool = False) -> tuple[CoMP, Cha
     The word embeddings get exactly one row per entry of the tokenizer, as the authors' code does: the vocabulary prior and
     the prototypes of the alignment loss then agree, and padding rows that some checkpoints carry take no mass.
     """
-    template = ChatTemplate(load_tokenizer(config.language.tokenizer or config.language.path))
-    language_model = AutoModelForCausalLM.from_pretrained(config.language.path, dtype="float32")
+    tokenizer = config.language.tokenizer or config.language.path
+    with _loading(tokenizer):
+        template = ChatTemplate(load_tokenizer(tokenizer))
+    with _loading(config.language.path):
+        language_model = AutoModelForCausalLM.from_pretrained(config.language.path, dtype="float32")
     if language_model.get_input_embeddings().num_embeddings != len(template.tokenizer):
         language_model.resize_token_embeddings(len(template.tokenizer), mean_resizing=False)
-    encoder = VisionEncoder.from_pretrained(
-        config.vision.path,
-        abs_pos_order=config.vision.abs_pos_order,
-        abs_pos_interp=config.vision.abs_pos_interp,
-    ).float()
+    with _loading(config.vision.path):
+        encoder = VisionEncoder.from_pretrained(
+            config.vision.path,
+            abs_pos_order=config.vision.abs_pos_order,
+            abs_pos_interp=config.vision.abs_pos_interp,
+        ).float()
     model = CoMP(
         encoder,
         language_model,
@@ -46,6 +52,15 @@ def build_model(config: Config, *, dummy_image: bool = False) -> tuple[CoMP, Cha
         enable = getattr(language_model, "activation_checkpointing_enable", language_model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
     return model, template
+
+
+@contextmanager
+def _loading(path: str) -> Iterator[None]:
+    """What cannot be loaded is a mistake of the configuration that names it."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be loaded: {error}") from error
 
 
 def set_position_mode(model: CoMP, config: Config, stage: StageConfig) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .eval.metrics import METRICS
+
 PARTS = ("vision", "adapter", "language")
 ALIGNMENT_MODES = ("sinkhorn", "literal", "released", "softmax")
 POS_MODES = ("abs", "rope", "abs+rope")
@@ -38,8 +40,8 @@ class VisionConfig:
     """Position signal while a stage has `rope` on: "abs+rope" (CoMP) or "rope". Stages with `rope` off use "abs"."""
     abs_pos_order: str | None = None
     """Order of the position table: "merge", "raster_legacy", or None for the one the checkpoint needs."""
-    abs_pos_interp: str = "bicubic"
-    """Resampling of the position table: "bicubic" (released code) or "bilinear" (paper)."""
+    abs_pos_interp: str | None = None
+    """Resampling of the position table: "bicubic" (released code), "bilinear" (paper), or None for the tower's own."""
     pretrain_resolution: int | None = None
     """Side in pixels of the images the tower was pre-trained on; None: what its position table covers."""
     adapter_init: str = "lecun"
@@ -49,7 +51,7 @@ class VisionConfig:
         need_choice("vision.pos_mode", self.pos_mode, POS_MODES)
         need_choice("vision.abs_pos_order", self.abs_pos_order, (None, "merge", "raster_legacy"))
         need_choice("vision.adapter_init", self.adapter_init, ("lecun", "truncated"))
-        need_choice("vision.abs_pos_interp", self.abs_pos_interp, ("bicubic", "bilinear"))
+        need_choice("vision.abs_pos_interp", self.abs_pos_interp, (None, "bicubic", "bilinear"))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -202,6 +204,9 @@ class StageConfig:
     data: list[SourceConfig]
 
     def __post_init__(self) -> None:
+        # names files and folders of the stage; "before" names the evaluation before the first
+        valid = self.name not in ("", ".", "..", "before") and "/" not in self.name
+        need(valid, f'the name of a stage must be a folder name other than "before", got {self.name!r}')
         for part in self.trainable:
             need_choice(f"trainable of stage {self.name}", part, PARTS)
         need(len(self.trainable) > 0, f"stage {self.name}: trainable names no part; choose from {', '.join(PARTS)}")
@@ -255,6 +260,7 @@ class EvalConfig:
     answers of the last stage's data."""
 
     def __post_init__(self) -> None:
+        need_choice("eval.metric", self.metric, tuple(METRICS))
         for name in ("max_new_tokens", "batch_size"):
             need(getattr(self, name) > 0, f"eval.{name} must be positive, got {getattr(self, name)}")
 

@@ -99,6 +99,10 @@ class Progress:
         values["tok/s"] = f"{record['tokens_per_s']:.0f}"
         values["s/step"] = f"{record['step_time']:.2f}"
         self._bar.set_postfix(values, refresh=False)
+        self.advance()
+
+    def advance(self) -> None:
+        """One step, whatever came of it."""
         self._bar.update(1)
 
     def print(self, text: str) -> None:

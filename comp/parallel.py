@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from .config import Config
+from .config import Config, ConfigError
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -62,7 +62,7 @@ def start_world(device: str = "auto") -> World:
     """Join the processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK and so on); without those, be alone."""
     use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     if use_cuda and not torch.cuda.is_available():
-        raise RuntimeError("device=cuda, but torch finds no GPU; use device=cpu or device=auto")
+        raise ConfigError("device=cuda, but torch finds no GPU; use device=cpu or device=auto")
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if use_cuda else torch.device("cpu")
     if use_cuda:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,20 @@ from .config import Config, ConfigError
 from .config_io import differences, to_dict
 from .parallel import World
 
-MAY_DIFFER_ON_RESUME = ("output_dir", "num_workers", "tensorboard", "checkpoint", "device", "parallel")
+# What does not change what is learned, up to rounding; "checkpoint" stands for all its fields.
+MAY_DIFFER_ON_RESUME = (
+    "output_dir",
+    "num_workers",
+    "tensorboard",
+    "checkpoint",
+    "device",
+    "parallel",
+    "activation_checkpointing",
+    "bad_samples",
+    "eval.batch_size",
+    "stages.*.forward_visual_tokens",
+    "stages.*.forward_text_tokens",
+)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -34,16 +48,22 @@ class RunState:
 def find_state(folder: Path, config: Config, store: CheckpointStore, *, resume: bool) -> tuple[RunState, Path | None]:
     """Where a run in `folder` begins: at its newest checkpoint when resuming, else at the start.
 
-    ConfigError: the folder holds results and `resume` is false, or the run in it was started with another configuration.
+    ConfigError: the folder holds results and `resume` is false, the run in it was started with another configuration, or its
+    records are gone while its checkpoints are there.
     """
     metrics, stored = folder / "metrics.jsonl", folder / "config.json"
     holds_results = stored.is_file() and metrics.is_file() and metrics.stat().st_size > 0
     if not holds_results:
+        if store.latest() is not None:
+            lacks = " and ".join(path.name for path in (stored, metrics) if not path.is_file() or path.stat().st_size == 0)
+            raise ConfigError(
+                f"{store.folder} holds checkpoints, but {folder} lacks {lacks}; restore it, or choose another name=NAME"
+            )
         return RunState(), None
     if not resume:
         raise ConfigError(f"{folder} holds a run already; continue it with --resume, or choose another name=NAME")
     changed = differences(json.loads(stored.read_text()), to_dict(config))
-    changed = [name for name in changed if name.split(".")[0] not in MAY_DIFFER_ON_RESUME]
+    changed = [name for name in changed if not {name.split(".")[0], re.sub(r"\.\d+\.", ".*.", name)} & {*MAY_DIFFER_ON_RESUME}]
     if changed:
         raise ConfigError(f"--resume needs the configuration the run was started with; these differ: {', '.join(changed)}")
     checkpoint = store.latest()

@@ -36,7 +36,7 @@ BEFORE = "before"
 
 
 class StopRequested(Exception):
-    """SIGTERM arrived and the state is saved."""
+    """SIGTERM arrived; what was learned so far is saved."""
 
 
 class Trainer:
@@ -105,6 +105,8 @@ class Trainer:
                 self._save(optimizer)
             if stop:
                 raise StopRequested
+        if state.samples == 0:
+            raise ValueError(f"no sample of stage {stage.name} can be learned from: {list(state.skipped)[:3]}")
         optimizer.zero_grad(set_to_none=True)
         self._evaluate(stage.name, stage)
         if self.world.is_main:
@@ -117,6 +119,8 @@ class Trainer:
         stage, num_steps = self.config.stages[state.stage], len(self.datasets[state.stage])
         data_time = time.monotonic() - begun
         totals = StepTotals.gather(data, self.world, stop=self._stop)
+        if totals.tokens == 0 and totals.skipped:
+            return self._skip_step(data, totals)
         seed_step(self.config.seed, state.stage, state.step_in_stage, self.world.rank)
         rates = set_learning_rates(optimizer, lr_multiplier(state.step_in_stage, num_steps, stage.optim))
         losses = train_step(self.model, optimizer, data, totals, stage, self.world, pad_id=self.template.pad_id, bf16=self.bf16)
@@ -148,6 +152,14 @@ class Trainer:
         if self.world.is_main:
             self.log.write(record)
             self.progress.update(stage.name, record)
+        return totals.stop
+
+    def _skip_step(self, data: StepData, totals: StepTotals) -> bool:
+        """A step without any usable sample is named and counted; nothing is updated."""
+        self.state.step += 1
+        self.state.step_in_stage += 1
+        self._note_skipped(data.skipped)
+        self.progress.advance()
         return totals.stop
 
     def _note_skipped(self, messages: list[str]) -> None:
@@ -186,8 +198,10 @@ class Trainer:
                 max_new_tokens=settings.max_new_tokens,
                 batch_size=settings.batch_size,
                 device=world.device,
-                after_batch=self._stop_if_asked,
+                after_batch=lambda: self._stop,
             )
+        if world.max([int(self._stop)])[0]:  # agreed on by all: no process may wait for one that left
+            raise StopRequested  # the steps so far are saved, and resuming repeats the evaluation
         shares = world.gather(share)
         predictions = [p for predictions, _ in shares for p in predictions]
         skipped = [message for _, messages in shares for message in messages]
@@ -265,11 +279,6 @@ class Trainer:
         summary = summarize(config, state, baselines, self.folder / "metrics.jsonl", self.world, self.model)
         write_json(self.folder / "summary.json", summary)
         return summary
-
-    def _stop_if_asked(self) -> None:
-        """Leave an evaluation: the steps before it are saved, and resuming repeats it."""
-        if self._stop:
-            raise StopRequested
 
     @contextmanager
     def _sigterm_asks_to_stop(self) -> Iterator[None]:

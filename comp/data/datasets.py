@@ -9,6 +9,7 @@ Optional fields for evaluation: "answers" (list of accepted answers), "question_
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import mmap
 from collections.abc import Iterable
@@ -43,6 +44,10 @@ def dataset_from_factory(factory: str, arguments: dict[str, Any]) -> Dataset:
         function = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"data.factory {factory!r} cannot be imported: {error}") from error
+    try:
+        inspect.signature(function).bind(**arguments)  # apart from the call, whose own errors should stay what they are
+    except TypeError as error:
+        raise ConfigError(f"data.factory {factory!r} does not take the arguments {arguments}: {error}") from error
     return function(**arguments)
 
 
@@ -76,7 +81,15 @@ def sample_from_record(record: Any, place: str, images: Path) -> Sample:
         raise BadSampleError(f'{place}: needs an object with a list "conversations", got {str(record)[:80]}')
     name = f"{place} {record['id']}" if "id" in record else place
     paths = record.get("image") or []
-    waiting = [str(images / p) for p in ([paths] if isinstance(paths, str) else paths)]
+    paths = [paths] if isinstance(paths, str) else paths
+    answers = record.get("answers") or []
+    for field, texts in (("image", paths), ("answers", answers)):
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise BadSampleError(f'{name}: "{field}" must be a list of texts, got {str(record[field])[:80]}')
+    for field in ("question_type", "metric"):
+        if not isinstance(record.get(field, ""), str):
+            raise BadSampleError(f'{name}: "{field}" must be a text or absent, got {str(record[field])[:80]}')
+    waiting = [str(images / path) for path in paths]
     num_images = len(waiting)
     messages = []
     for turn in record["conversations"]:
@@ -92,7 +105,7 @@ def sample_from_record(record: Any, place: str, images: Path) -> Sample:
     return Sample(
         name=name,
         messages=messages,
-        answers=record.get("answers", []),
+        answers=answers,
         question_type=record.get("question_type", "all"),
         metric=record.get("metric"),
     )

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from PIL import Image
 from torch import Tensor
 
+from ..config import ConfigError
 from .batch import LazyImage, Message, Sample
 from .datasets import BadSampleError
-from .images import prepare_image
+from .images import prepare_image, to_rgb
 from .packing import EncodedSample
 from .template import ChatTemplate
 
@@ -31,7 +32,7 @@ class ImageSettings:
 
     def __post_init__(self) -> None:
         if self.resolution is not None and self.tokens_at_resolution() > self.max_visual_tokens:
-            raise ValueError(
+            raise ConfigError(
                 f"resolution {self.resolution} gives {self.tokens_at_resolution()} visual tokens per image, "
                 f"max_visual_tokens allows {self.max_visual_tokens}"
             )
@@ -138,15 +139,12 @@ def reference_answers(sample: Sample) -> list[str]:
 
 
 def load_image(image: LazyImage, name: str) -> Image.Image:
-    """Read or make a picture completely, so that damage shows here; `name` is for the message."""
+    """Read or make an RGB picture completely, so that damage shows here; `name` is for the message."""
     try:
-        if callable(image):
-            return image()
         if isinstance(image, str):
             with Image.open(image) as opened:
-                opened.load()
-                return opened
-        return image
+                return to_rgb(opened)
+        return to_rgb(image() if callable(image) else image)
     except Exception as error:  # decoders raise nearly anything on damaged files
         where = image if isinstance(image, str) else "(made on demand)"
         raise BadSampleError(f"{name}: image {where}: {type(error).__name__}: {error}") from error

@@ -91,12 +91,18 @@ def patchify(frames: Tensor, patch_size: int, merge_size: int) -> Tensor:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An upright RGB image: EXIF rotation applied, transparent parts on white."""
+    """An upright RGB image: EXIF rotation applied, transparent parts on white, 16-bit grey scaled to 8."""
     image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # converting as it is would clip everything above 255 to white
+        image = Image.fromarray((np.asarray(image, dtype=np.float32) / 257).round().astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode} have no fixed range; store 8 or 16 bits per channel")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    image.info = {}  # applied above; damaged EXIF that Pillow lets pass once would fail when it is read again
+    return image
 
 
 def prepare_image(

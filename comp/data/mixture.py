@@ -80,11 +80,16 @@ def _open_yaml(source: SourceConfig) -> Iterator[tuple[Dataset, str]]:
         raise ConfigError(f"data.sampling of {path} must be all: the entries of a YAML mixture carry their own strategies")
     if not path.is_file():
         raise ConfigError(f"data.path {path} is not a file")
-    content = yaml.safe_load(path.read_text())
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"data.path {path} is not valid YAML: {error}") from error
     entries = content.get("datasets") if isinstance(content, dict) else None
     if not isinstance(entries, list):
         raise ConfigError(f'{path} must hold a list "datasets"')
     for number, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            raise ConfigError(f"{path}, datasets[{number}] must be a mapping, got {entry!r}")
         unknown = set(entry) - {"json_path", "sampling_strategy", "images"}
         if unknown or "json_path" not in entry:
             raise ConfigError(
@@ -93,7 +98,7 @@ def _open_yaml(source: SourceConfig) -> Iterator[tuple[Dataset, str]]:
         images = entry.get("images", source.images)
         yield (
             LlavaDataset(path.parent / entry["json_path"], None if images is None else path.parent / images),
-            entry.get("sampling_strategy", "all"),
+            str(entry.get("sampling_strategy", "all")),
         )
 
 

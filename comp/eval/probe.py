@@ -190,9 +190,10 @@ def augmented(image: Image.Image) -> Image.Image:
 def encoders_of(run: Path) -> dict[str, VisionEncoder]:
     """The encoder that the run in folder `run` started from, and the one it made."""
     trained = trained_config(run)
-    start = from_dict(json.loads((run / "config.json").read_text()))
+    start = from_dict(json.loads((run / "config.json").read_text())).vision
+    before = VisionEncoder.from_pretrained(start.path, abs_pos_order=start.abs_pos_order, abs_pos_interp=start.abs_pos_interp)
     return {
-        "before": VisionEncoder.from_pretrained(start.vision.path).float(),
+        "before": before.float(),
         "after": VisionEncoder.from_pretrained(trained.vision.path).float(),
     }
 

@@ -16,11 +16,8 @@ from ..data.batch import Batch, Sample
 from ..data.datasets import BadSampleError, Dataset
 from ..data.encode import SampleEncoder, prompt_messages, reference_answers
 from ..data.packing import EncodedSample, collate
-from . import metrics
+from .metrics import METRICS
 
-METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
-    name: getattr(metrics, name) for name in ("relaxed_accuracy", "anls", "exact_match", "vqa_accuracy")
-}
 OVERALL = "overall"
 
 
@@ -45,12 +42,12 @@ def answer_questions(
     max_new_tokens: int,
     batch_size: int,
     device: torch.device | str = "cpu",
-    after_batch: Callable[[], None] | None = None,
+    after_batch: Callable[[], bool] | None = None,
 ) -> tuple[list[Prediction], list[str]]:
     """Greedy answers of `model` to the questions `indices` of `samples`, scored.
 
     metric:       for samples that name none, one of `METRICS`.
-    after_batch:  called between batches, for example to stop early by raising.
+    after_batch:  called after every batch; true ends the evaluation there.
     Returns the predictions in the order of `indices`, and a message for every sample that could not be used.
     """
     predictions: dict[int, Prediction] = {}
@@ -60,8 +57,8 @@ def answer_questions(
         answers = model.generate(batch, max_new_tokens=max_new_tokens, eos_token_id=encoder.template.turn_end)
         for (index, sample, _), ids in zip(members, answers):
             predictions[index] = _score(sample, encoder.template.decode(ids), metric)
-        if after_batch is not None:
-            after_batch()
+        if after_batch is not None and after_batch():
+            break
     return [predictions[i] for i in indices if i in predictions], skipped
 
 

@@ -242,7 +242,6 @@ class VisionEncoder(nn.Module):
         for layer in return_layers or ():
             if not -num_layers <= layer < num_layers:
                 raise ValueError(f"return_layers must lie in {-num_layers} .. {num_layers - 1}, got {layer}")
-        wanted = {layer % num_layers: layer for layer in return_layers or ()}
         taps = {}
         for index, block in enumerate(self.blocks):
             arguments = (x_TD, layout.cos_TR, layout.sin_TR, layout.cu_seqlens, self.backend)
@@ -250,8 +249,9 @@ class VisionEncoder(nn.Module):
                 x_TD = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 x_TD = block(*arguments)
-            if index in wanted:
-                taps[wanted[index]] = layout.only_patches(x_TD)
+            for layer in return_layers or ():  # one block may go by two numbers, 3 and -1 of four
+                if layer % num_layers == index:
+                    taps[layer] = layout.only_patches(x_TD)
         x_ND = layout.only_patches(x_TD)
         features_ND = x_ND if self.norm is None else self.norm(x_ND)
         return features_ND if return_layers is None else (features_ND, taps)

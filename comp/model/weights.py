@@ -151,7 +151,13 @@ DROPPED = (
     r"(text_model|visual_projection|text_projection|classifier)\..*",  # the rest of a two-tower model or classifier
     r"logit_(scale|bias)",
 )
-PREFIXES = ("vision_model.", "dinov2.", "dinov2_with_registers.")  # of the tower inside a larger model
+PREFIXES = (
+    "vision_model.",
+    "dinov2.",
+    "dinov2_with_registers.",
+    "visual.vision_model.",
+    "visual.",
+)  # of the tower inside a larger model
 
 
 @dataclass
@@ -205,7 +211,7 @@ class Checkpoint:
 
     @property
     def has_adapter(self) -> bool:
-        return any(name.startswith("merger.") for name in self.files)
+        return any(re.match(r"(visual\.)?merger\.", name) for name in self.files)
 
     @property
     def is_released_comp(self) -> bool:
@@ -261,7 +267,10 @@ def read_tensors(
     missing, tensors = [], {}
 
     def fetch(name: str) -> Tensor | None:
-        name = name if name.startswith("merger.") else prefix + name
+        if name.startswith("merger."):  # beside the tower: at the top, or under visual. in a whole CoMP-MM
+            name = name if name in checkpoint or not prefix.startswith("visual.") else "visual." + name
+        else:
+            name = prefix + name
         if name in checkpoint:
             return checkpoint.get(name)
         missing.append(name)
@@ -301,6 +310,8 @@ def expected_shapes(cls: type[VisionEncoder], checkpoint: Checkpoint, config: Vi
 
 
 def is_dropped(name: str, prefix: str) -> bool:
+    if prefix.startswith("visual.") and name.startswith(("model.", "lm_head.")):  # the language model of a CoMP-MM checkpoint
+        return True
     return any(re.fullmatch(pattern, candidate) for pattern in DROPPED for candidate in {name, name.removeprefix(prefix)})
 
 

@@ -1,10 +1,11 @@
 """Resizing, patches and their order, on cases small enough to write down."""
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from comp.data.images import merge_order, patchify, prepare_image, smart_resize, to_merge_order, to_raster
+from comp.data.images import merge_order, patchify, prepare_image, smart_resize, to_merge_order, to_raster, to_rgb
 
 # Grid 4 x 6, blocks of 2 x 2: (row, column) of every patch, in order
 MERGE_ORDER_4x6 = [
@@ -88,6 +89,13 @@ def test_prepare_image_fixed_size_and_colour_modes():
         assert grid == (1, 4, 6) and patches.shape == (24, 48)
     transparent = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
     assert prepare_image(transparent, **settings)[0].eq(1).all(), "transparent parts show white"
+
+
+def test_grey_of_16_bits_keeps_its_shades(tmp_path):
+    shades = np.array([[0, 257 * 10, 257 * 128, 65535]], dtype=np.uint16)
+    Image.fromarray(shades).save(tmp_path / "deep.png")
+    with Image.open(tmp_path / "deep.png") as image:
+        assert np.asarray(to_rgb(image))[0, :, 0].tolist() == [0, 10, 128, 255]
 
 
 def test_upright_by_exif():

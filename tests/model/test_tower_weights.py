@@ -222,6 +222,26 @@ def test_released_comp_layout(name, adapter, tower_directory, tmp_path):
     assert chosen.config.abs_pos_order == "merge"
 
 
+@pytest.mark.parametrize("name", ["siglip", "dinov2"])
+def test_the_tower_of_a_whole_comp_mm(name, tower_directory, tmp_path):
+    """Tower and adapter under visual., beside a language model that is left out."""
+
+    def change(tensors, config):
+        tensors, vision = released(tensors, config, adapter=True, use_rope=True)
+        tensors = {f"visual.{name}": tensor for name, tensor in tensors.items()}
+        language = {"model.embed_tokens.weight": torch.zeros(5, 64), "lm_head.weight": torch.zeros(5, 64)}
+        return {**tensors, **language}, {"model_type": "comp_mm", "vision_config": vision}
+
+    path = rewrite(tower_directory(name), tmp_path / "whole", change)
+    with pytest.warns(UserWarning, match="raster_legacy"):
+        encoder = VisionEncoder.from_pretrained(path)
+    assert (encoder.pos_mode, encoder.config.abs_pos_order) == ("abs+rope", "raster_legacy")
+    assert torch.equal(encoder.adapter.fc2.weight, load_file(path / "model.safetensors")["visual.merger.mlp.2.weight"])
+    plain = VisionEncoder.from_pretrained(tower_directory(name), pos_mode="abs+rope", abs_pos_order="raster_legacy")
+    patches = torch.randn(24, 48)
+    assert torch.equal(features(encoder, patches), features(plain, patches))
+
+
 def test_released_layout_without_rope(tower_directory, tmp_path):
     change = lambda tensors, config: released(tensors, config, adapter=True, use_rope=False)  # noqa: E731
     path = rewrite(tower_directory("siglip"), tmp_path / "released", change)

@@ -284,6 +284,8 @@ def test_return_layers():
         shorter = copy.deepcopy(encoder)
         shorter.blocks = shorter.blocks[:1]
         assert torch.equal(taps[-1], features) and torch.equal(taps[0], shorter(pixel_values, grid_thw))
+        _, both = encoder(pixel_values, grid_thw, return_layers=[1, -1])
+        assert torch.equal(both[1], features) and torch.equal(both[-1], features), "two numbers of one block"
     with pytest.raises(ValueError, match=r"return_layers must lie in -2 .. 1, got 2"):
         encoder(pixel_values, grid_thw, return_layers=[2])
 

@@ -40,6 +40,12 @@ def test_an_exported_model_answers_as_before(exported):
     assert len(answers) == 3 and all(answers)
 
 
+def test_a_large_image_leaves_room_for_question_and_answer(exported):
+    """1200 x 900 would be 16,875 visual tokens; the toy knows 512 positions."""
+    model, template, _ = exported
+    assert answer.answer(model, template, [Image.new("RGB", (1200, 900), "red")], "What colour?", max_new_tokens=4)
+
+
 def test_command_line(exported, tmp_path, monkeypatch, capsys):
     model, template, folder = exported
     Image.new("RGB", (40, 24), "red").save(tmp_path / "red.png")

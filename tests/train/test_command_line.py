@@ -13,6 +13,7 @@ from toy import toy_config
 
 import train
 from comp.metrics import read_records
+from comp.step import NonFiniteLossError
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parent.parent
@@ -44,6 +45,21 @@ def test_mistakes_end_with_a_message(toy_recipe, capsys, arguments, message):
     with pytest.raises(SystemExit) as caught:
         train.main(["--recipe", "toy", *arguments])
     assert caught.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_what_cannot_be_loaded_is_named(toy_recipe, capsys):
+    (toy_recipe / "empty").mkdir()
+    assert train.main(["--recipe", "toy", f"vision.path={toy_recipe / 'empty'}"]) == 2
+    assert "empty cannot be loaded: path must hold a config.json" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_ends_with_one(toy_recipe, capsys):
+    def fails(*args, **kwargs):
+        raise NonFiniteLossError("loss nan")
+
+    with patch("comp.trainer.train_step", fails):
+        assert train.main(["--recipe", "toy", "eval.data=[]"]) == 1
+    assert "stopped before step 1: loss nan\nNo checkpoint was written before." in capsys.readouterr().err
 
 
 def test_a_finished_run_is_not_overwritten_and_may_be_resumed(toy_recipe, capsys):

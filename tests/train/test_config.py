@@ -69,6 +69,9 @@ def test_overrides_reach_every_kind_of_field(config):
         ("stages.0.data.0.sampling=some:3", "data.sampling must be"),
         ("stages.0.optim.betas=[0.9]", "stages.0.optim.betas must be"),
         ("stages.1.name=I", "different names"),
+        ("stages.1.name=before", "the name of a stage must be"),
+        ("stages.1.name=a/b", "the name of a stage must be"),
+        ("eval.metric=bleu", "eval.metric must be one of 'relaxed_accuracy'"),
     ],
 )
 def test_wrong_overrides_name_the_field_and_what_is_valid(config, override, message):

@@ -102,6 +102,9 @@ def test_images_of_later_turns_stay_there(tmp_path):
         ({"conversations": [{"from": "robot", "value": "q"}]}, 'a turn needs "from"'),
         (record("q", answer=""), "every answer is empty"),
         (record("q", answer="<image>", image="a.png"), "only allowed in user turns"),
+        (record("q", image={"bytes": ""}), '"image" must be a list of texts'),
+        (record("q", answers=[3]), '"answers" must be a list of texts'),
+        (record("q", question_type=["a"]), '"question_type" must be a text'),
     ],
 )
 def test_unusable_records_are_named(tmp_path, bad, message):
@@ -161,6 +164,11 @@ def test_mixture_mistakes_are_named(tmp_path):
         open_sources([SourceConfig(factory="toy:Missing")], 0)
     with pytest.raises(ValueError, match="no sample"):
         open_sources([SourceConfig(factory="toy:ColouredRectangles", arguments={"size": 0})], 0)
+    with pytest.raises(ConfigError, match="does not take the arguments"):
+        open_sources([SourceConfig(factory="toy:ColouredRectangles", arguments={"length": 1})], 0)
+    (tmp_path / "torn.yaml").write_text("datasets: [")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        open_sources([SourceConfig(path=str(tmp_path / "torn.yaml"))], 0)
 
 
 def test_random_draw_follows_the_seed():
@@ -193,6 +201,29 @@ def test_placeholders_equal_merged_patches(template):
     assert encoded.grids == [(1, 4, 6), (1, 2, 2)]
     assert [tuple(p.shape) for p in encoded.patches] == [(24, 48), (4, 48)]
     assert encoded.input_ids.count(template.image_id) == encoded.num_visual_tokens == 7
+
+
+def test_damage_that_shows_on_conversion_is_named(template, tmp_path):
+    """EXIF that is none, and pixels that are no colours."""
+    block = b"Exif\0\0no TIFF header"
+    odd = Image.new("RGB", (8, 8))
+    odd.info["exif"] = block
+    images = [
+        (odd, "SyntaxError"),
+        (Image.new("F", (8, 8)), "no fixed range"),
+        (lambda: Image.new("I", (8, 8)), "no fixed range"),
+    ]
+    for image, message in images:
+        sample = picture_sample((8, 8))
+        sample.messages[0].images = [image]
+        with pytest.raises(BadSampleError, match=f"s: image .*{message}"):
+            make_encoder(template).encode(sample)
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "odd.jpg")
+    data, segment = (tmp_path / "odd.jpg").read_bytes(), b"\xff\xe1" + (len(block) + 2).to_bytes(2, "big") + block
+    (tmp_path / "odd.jpg").write_bytes(data[:2] + segment + data[2:])
+    sample.messages[0].images = [str(tmp_path / "odd.jpg")]  # Pillow reads this one as a picture without EXIF
+    assert make_encoder(template).encode(sample).num_visual_tokens == 1
 
 
 def test_fixed_resolution_gives_squares(template):

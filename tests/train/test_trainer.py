@@ -202,6 +202,21 @@ def test_sigterm_saves_and_resume_repeats(unbroken, toy_folder, monkeypatch):
     assert records(toy_folder) == records(folder)
 
 
+def test_sigterm_during_an_evaluation_ends_it(toy_folder, monkeypatch):
+    generate, calls = comp.trainer.answer_questions, []
+
+    def with_signal(*args, **kwargs):
+        signal.raise_signal(signal.SIGTERM)
+        calls.append(generate(*args, **kwargs))
+        return calls[-1]
+
+    monkeypatch.setattr(comp.trainer, "answer_questions", with_signal)
+    with pytest.raises(StopRequested):
+        run(toy_folder)
+    assert len(calls[0][0]) == 4, "one batch of four, the other two questions are left out"
+    assert not records(toy_folder)
+
+
 def test_non_finite_loss_stops_before_the_update(toy_folder, monkeypatch):
     train_step, seen = comp.trainer.train_step, {}
 
@@ -245,8 +260,12 @@ def test_bad_samples_are_counted_in_the_summary(toy_folder):
     assert summary["samples"] == 14
     assert len(read_records(toy_folder / "runs" / "toy" / "metrics.jsonl", "skipped")) == 1, "each is named once"
 
+    config.name, config.stages[0].batch_size = "one-by-one", 1
+    summary = Trainer(config).run()
+    assert summary["samples"] == 14 and summary["steps"] == 16, "a step of one bad sample updates nothing"
+
     config.name, config.stages[0].data = "all-bad", [SourceConfig(factory="toy:OnlyBadSamples")]
-    with pytest.raises(ValueError, match=r"no sample of this step can be learned from: .*bad \d: on purpose"):
+    with pytest.raises(ValueError, match=r"no sample of stage I can be learned from: .*bad \d: on purpose"):
         Trainer(config).run()
 
 
@@ -258,7 +277,12 @@ def test_a_run_is_not_overwritten_and_resumes_only_itself(toy_folder):
         run(toy_folder, *short)
     with pytest.raises(ConfigError, match=r"these differ: seed, stages\.1\.batch_size"):
         run(toy_folder, *short, "seed=1", "stages.1.batch_size=3", resume=True)
-    assert run(toy_folder, *short, "num_workers=1", resume=True)["steps"] == 4
+    free = ["num_workers=1", "stages.*.forward_text_tokens=256", "eval.batch_size=3", "bad_samples=stop"]
+    assert run(toy_folder, *short, *free, resume=True)["steps"] == 4
+    (toy_folder / "runs" / "toy" / "metrics.jsonl").unlink()
+    for resume in (False, True):
+        with pytest.raises(ConfigError, match=r"holds checkpoints, but .* lacks metrics\.jsonl"):
+            run(toy_folder, *short, resume=resume)
 
 
 def test_wrong_paths_are_found_before_the_weights_are_loaded(toy_folder, monkeypatch):
