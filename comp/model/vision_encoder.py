@@ -190,7 +190,8 @@ class VisionEncoder(nn.Module):
         merge_size: int | None = None,
         dtype: torch.dtype | None = None,
     ) -> VisionEncoder:
-        """Load a tower in Hugging Face layout (SigLIP, SigLIP 2, DINOv2, AIMv2, CLIP) or a CoMP checkpoint.
+        """Load a tower in Hugging Face layout (SigLIP, SigLIP 2, DINOv2, AIMv2, CLIP) or a CoMP checkpoint,
+        also out of a whole CoMP-MM (`visual.*` beside the language model, which is left out).
 
         path:  a directory with config.json and weights (.safetensors, sharded or not, or pytorch_model.bin), or a hub id.
         The choices are fields of comp.model.ViTConfig. None takes the stored choice of a directory that `save_pretrained`

@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 from toy import toy_config
 
 import comp.trainer
+from comp import VisionEncoder
 from comp.build import build_model
-from comp.config import ConfigError, SourceConfig
+from comp.config import ConfigError, SourceConfig, VisionConfig
 from comp.config_io import apply_overrides
 from comp.metrics import TIMING, read_records
 from comp.step import NonFiniteLossError
@@ -308,6 +309,15 @@ def test_exported_models_load_and_start_another_run(unbroken, toy_folder):
         saved_again["vision", key] = value
     assert saved_again and all(torch.equal(expected[key], value) for key, value in saved_again.items())
     assert any("merger" in key for _, key in saved_again)
+
+
+def test_the_tower_keeps_its_own_interpolation_unless_told(toy_folder):
+    config = toy_config(toy_folder)
+    encoder = VisionEncoder.from_pretrained(config.vision.path, abs_pos_interp="bilinear")
+    encoder.save_pretrained(toy_folder / "bilinear")
+    for chosen, used in ((None, "bilinear"), ("bicubic", "bicubic")):
+        config.vision = VisionConfig(path=str(toy_folder / "bilinear"), abs_pos_interp=chosen)
+        assert build_model(config)[0].encoder.config.abs_pos_interp == used
 
 
 def test_recomputing_activations_changes_nothing(unbroken, toy_folder):
