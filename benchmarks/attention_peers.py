@@ -84,11 +84,13 @@ def nested_jagged(case: AttentionCase, inputs: AttentionInputs) -> Attention:
     return attention
 
 
-compiled_flex_attention = torch.compile(flex_attention, dynamic=True)
-
-
 def flex(case: AttentionCase, inputs: AttentionInputs) -> Attention:
-    """flex_attention with a mask per image; it has no backward on the CPU. The block mask is built beforehand."""
+    """flex_attention with a mask per image; it has no backward on the CPU. The block mask is built beforehand.
+
+    Compiled for the shapes of the case: with dynamic shapes torch 2.13 writes C++ that does not compile (cur_qSplitSize8).
+    """
+    torch.compiler.reset()  # else the cases before count against the limit of recompilations
+    compiled_flex_attention = torch.compile(flex_attention, dynamic=False)
     document = torch.repeat_interleave(torch.arange(len(case.lengths)), torch.tensor(case.lengths))
     tokens = len(document)
     block_mask = create_block_mask(lambda b, h, i, j: document[i] == document[j], None, None, tokens, tokens, device="cpu")
