@@ -50,8 +50,6 @@ def implementation(op: str, backend: str):
     return _loaded[path]
 
 
-# torch.compile takes the answer as a constant; asking also loads the module, which tracing itself could not do.
-@torch.compiler.assume_constant_result
 def unavailable_reason(op: str, backend: str, device: torch.device) -> str | None:
     """Why `backend` cannot run `op` on `device`, in words for the user; None when it can."""
     if backend == "reference":
@@ -59,6 +57,11 @@ def unavailable_reason(op: str, backend: str, device: torch.device) -> str | Non
     if backend not in IMPLEMENTATIONS[op]:
         return f"{op} has no {backend} implementation"
     return implementation(op, backend).unavailable_reason(device)
+
+
+# torch.compile takes the answer as a constant; asking also loads the module, which tracing itself could not do. This is what
+# torch.compiler.assume_constant_result sets, without importing the whole compiler for it (half of torch's own import time).
+unavailable_reason._dynamo_marked_constant = True
 
 
 def available_backends(op: str, device: torch.device | str = "cpu") -> list[str]:

@@ -143,3 +143,12 @@ def test_a_library_of_other_sources_is_not_called(tmp_path):
             _native.load("cpu")
         (tmp_path / "cpu.sources").write_text(fingerprint("cpu"))
         _native.load("cpu")
+
+
+def test_import_is_light():
+    """The compiler and the integrated libraries are imported when they are used, not by `import comp_kernels`."""
+    program = (
+        "import sys, comp_kernels; print([m for m in ('torch._dynamo', 'transformers', 'timm', 'comp') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
