@@ -135,7 +135,7 @@ def siglip_so400m_qwen2_5_7b() -> Config:
     return paper(
         "siglip-so400m_qwen2.5-7b",
         VisionConfig(path="google/siglip-so400m-patch14-384", pretrain_resolution=384, adapter_init="lecun"),
-        LanguageConfig(path="Qwen/Qwen2.5-7B-Instruct"),
+        LanguageConfig(path="Qwen/Qwen2.5-7B"),  # [P], the base model; the 1B models take the instructed one
     )
 
 
