@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .eval.metrics import METRICS
+from .model.vit_config import ABS_POS_INTERPS, ABS_POS_ORDERS, POS_MODES
 
 PARTS = ("vision", "adapter", "language")
 ALIGNMENT_MODES = ("sinkhorn", "literal", "released", "softmax")
-POS_MODES = ("abs", "rope", "abs+rope")
 
 
 class ConfigError(ValueError):
@@ -49,9 +49,9 @@ class VisionConfig:
 
     def __post_init__(self) -> None:
         need_choice("vision.pos_mode", self.pos_mode, POS_MODES)
-        need_choice("vision.abs_pos_order", self.abs_pos_order, (None, "merge", "raster_legacy"))
+        need_choice("vision.abs_pos_order", self.abs_pos_order, (None, *ABS_POS_ORDERS))
         need_choice("vision.adapter_init", self.adapter_init, ("lecun", "truncated"))
-        need_choice("vision.abs_pos_interp", self.abs_pos_interp, (None, "bicubic", "bilinear"))
+        need_choice("vision.abs_pos_interp", self.abs_pos_interp, (None, *ABS_POS_INTERPS))
 
 
 @dataclass(kw_only=True, slots=True)

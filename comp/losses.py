@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-IGNORED_LABEL = -100
+from .data.batch import IGNORED
+
 LOGITS_AT_ONCE = 2**25
 """Elements of the largest [tokens, vocabulary] tensor that is made at a time: 128 MiB in float32."""
 
@@ -20,13 +21,13 @@ def next_token_loss(
     """Sum of -log p(label | what precedes it) over the learned positions, and how many they are.
 
     hidden:      [B, L, D] last hidden states.
-    labels:      [B, L] int64, not shifted: hidden[:, i] predicts labels[:, i + 1]. -100 is not learned.
+    labels:      [B, L] int64, not shifted: hidden[:, i] predicts labels[:, i + 1]. IGNORED is not learned.
     lm_head:     [n, D] -> [n, vocabulary]. It is applied to learned positions only, in chunks whose logits have at most
                  `logits_at_once` elements and are recomputed in the backward pass where there is more than one chunk.
     Returns (float32 scalar, count). Without learned positions the loss is 0, still attached to the graph of `hidden`.
     """
     targets = labels[:, 1:]
-    learned = targets != IGNORED_LABEL
+    learned = targets != IGNORED
     predictors, targets = hidden[:, :-1][learned], targets[learned]
 
     def summed(rows: Tensor, wanted: Tensor) -> Tensor:

@@ -28,11 +28,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
-from .data.batch import Message
+from .data.batch import IGNORED, Message
 from .data.charts import COLOURS
 from .data.digits import ROW_NAMES
 from .data.scenes import Drawing, Mark, Scene
-from .data.template import IGNORED, SPECIAL_TOKENS, ChatTemplate
+from .data.template import SPECIAL_TOKENS, ChatTemplate
 from .data.tiny import MAX_TURNS, random_scene
 
 IMAGE_SIZE, PATCH_SIZE = 64, 8

@@ -139,11 +139,30 @@ def siglip_so400m_qwen2_5_7b() -> Config:
     )
 
 
+def comp_siglip_so400m_qwen2_5_0_5b() -> Config:
+    """CoMP-MM-1B that starts from the released CoMP-SigLIP ([S] comp_1b_comp_siglip.sh): the tower knows native resolution and
+    words already, so rotary embedding is on from the first step, Stage II is one native pass, and nothing is aligned."""
+    config = paper(
+        "comp-siglip-so400m_qwen2.5-0.5b",
+        VisionConfig(path="SliMM-X/CoMP-SigLIP-So400M", adapter_init="lecun"),
+        LanguageConfig(path="Qwen/Qwen2.5-0.5B-Instruct"),
+    )
+    adapter_only, _, native, instruction = config.stages
+    adapter_only.rope, adapter_only.resolution = True, None
+    native.name = "II"
+    instruction.optim.lr_vision = 5e-6
+    config.stages = [adapter_only, native, instruction]
+    for stage in config.stages:
+        stage.alignment = None
+    return config
+
+
 RECIPES: dict[str, Callable[[], Config]] = {
     "tiny": tiny,
     "smollm2": smollm2,
     "siglip-so400m_qwen2.5-0.5b": siglip_so400m_qwen2_5_0_5b,
     "dinov2-large_qwen2.5-0.5b": dinov2_large_qwen2_5_0_5b,
     "aimv2-large_qwen2.5-0.5b": aimv2_large_qwen2_5_0_5b,
+    "comp-siglip-so400m_qwen2.5-0.5b": comp_siglip_so400m_qwen2_5_0_5b,
     "siglip-so400m_qwen2.5-7b": siglip_so400m_qwen2_5_7b,
 }

@@ -10,6 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+IGNORED = -100
+"""Label of a position that is not learned."""
+
 LazyImage = str | Image.Image | Callable[[], Image.Image]
 """A file name, a picture, or a function that makes one when it is needed."""
 
@@ -45,7 +48,7 @@ class Batch:
 
     input_ids: Tensor  # [B, L] int64, right padded
     attention_mask: Tensor  # [B, L] bool, False on padding
-    labels: Tensor  # [B, L] int64, -100 = not learned; not shifted, the model shifts
+    labels: Tensor  # [B, L] int64, IGNORED = not learned; not shifted, the model shifts
     pixel_values: Tensor  # [N, C*P*P] float32, patches of all images in merge-block order
     grid_thw: Tensor  # [M, 3] int64, (frames, rows, columns) of patches of each image
     image_sample: Tensor  # [M] int64, row of input_ids the image belongs to, non-decreasing
@@ -63,7 +66,7 @@ class Batch:
 
     def num_learned_tokens(self) -> int:
         """Tokens with a next-token loss: labels after the first position."""
-        return int((self.labels[:, 1:] != -100).sum())
+        return int((self.labels[:, 1:] != IGNORED).sum())
 
     def aligned_rows(self) -> Tensor:
         """[B] bool: samples that enter the alignment loss, those with an image and a non-empty answer."""

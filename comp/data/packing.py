@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .batch import Batch
-from .template import IGNORED
+from .batch import IGNORED, Batch
 
 
 @dataclass(kw_only=True, slots=True)

@@ -13,12 +13,11 @@ from collections.abc import Sequence
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from .batch import Message
+from .batch import IGNORED, Message
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 VISION_START, VISION_END, IMAGE = "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"
 SPECIAL_TOKENS = (END_OF_TEXT, TURN_START, TURN_END, VISION_START, VISION_END, IMAGE)
-IGNORED = -100
 ROLES = ("system", "user", "assistant")
 
 
@@ -64,7 +63,7 @@ class ChatTemplate:
     def encode(self, messages: Sequence[Message], visual_tokens: Sequence[int]) -> tuple[list[int], list[int]]:
         """(input ids, labels) of a conversation; `visual_tokens` counts the tokens of its images, in order.
 
-        Labels are the ids themselves where they are learned, -100 elsewhere; not shifted.
+        Labels are the ids themselves where they are learned, IGNORED elsewhere; not shifted.
         """
         ids: list[int] = []
         labels: list[int] = []

@@ -108,7 +108,7 @@ def test_every_recipe_builds_validates_and_survives_json(name):
     assert RECIPES[name]() is not RECIPES[name](), "each call gives a fresh configuration"
 
 
-@pytest.mark.parametrize("name", [n for n in sorted(RECIPES) if "qwen" in n])
+@pytest.mark.parametrize("name", [n for n in sorted(RECIPES) if "qwen" in n and not n.startswith("comp-")])
 def test_paper_recipes_carry_table_11(name):
     one, fixed, native, three = RECIPES[name]().stages
     assert one.trainable == ("adapter",) and not one.rope and one.resolution == "pretrain" and one.optim.lr_adapter == 1e-3
@@ -119,3 +119,10 @@ def test_paper_recipes_carry_table_11(name):
     assert (three.optim.lr_vision, three.optim.lr_adapter, three.optim.lr_language) == (2e-5, 1e-5, 1e-5)
     assert three.batch_size == 128 and three.alignment is None
     assert all(s.alignment.weight == 0.05 and s.alignment.epsilon == 0.005 for s in (one, fixed, native))
+
+
+def test_recipe_from_the_released_tower_trains_native_and_unaligned():
+    one, two, three = RECIPES["comp-siglip-so400m_qwen2.5-0.5b"]().stages
+    assert one.trainable == ("adapter",)
+    assert all(stage.rope and stage.resolution is None and stage.alignment is None for stage in (one, two, three))
+    assert (two.optim.lr_vision, three.optim.lr_vision) == (1e-4, 5e-6)
