@@ -13,8 +13,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from .build import native_encoder
 from .data.batch import Message, Sample
-from .data.encode import ImageSettings, SampleEncoder
 from .data.packing import collate
 from .data.template import ChatTemplate, load_tokenizer
 from .model import CoMP
@@ -45,17 +45,13 @@ def answer(
     limit = model.language_model.config.max_position_embeddings
     # what text and answer leave of the positions that the language model knows
     room = limit - len(template.encode_prompt(sample.messages, [0] * len(images))) - max_new_tokens
-    vision = model.encoder.config
-    settings = ImageSettings(
-        patch_size=vision.patch_size,
-        merge_size=vision.merge_size,
-        mean=vision.image_mean,
-        std=vision.image_std,
-        resolution=None,
+    encoder = native_encoder(
+        model,
+        template,
+        max_text_tokens=limit,
         min_visual_tokens=min_visual_tokens,
         max_visual_tokens=max(0, min(max_visual_tokens, room)),
     )
-    encoder = SampleEncoder(template, settings, max_text_tokens=limit)
     batch = collate([encoder.encode_prompt(sample)], pad_id=template.pad_id, patch_features=encoder.patch_features)
     batch = batch.to(model.adapter.fc2.weight.device)
     ids = model.generate(batch, max_new_tokens=max_new_tokens, eos_token_id=template.turn_end)

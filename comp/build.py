@@ -86,6 +86,23 @@ def sample_encoder(model: CoMP, template: ChatTemplate, config: Config, stage: S
     return SampleEncoder(template, images, max_text_tokens=stage.max_text_tokens)
 
 
+def native_encoder(
+    model: CoMP, template: ChatTemplate, *, max_text_tokens: int, min_visual_tokens: int = 4, max_visual_tokens: int = 3000
+) -> SampleEncoder:
+    """Turns questions into what the model eats, images at native size within the bounds, which those of a question share."""
+    vision = model.encoder.config
+    images = ImageSettings(
+        patch_size=vision.patch_size,
+        merge_size=vision.merge_size,
+        mean=tuple(vision.image_mean),
+        std=tuple(vision.image_std),
+        resolution=None,
+        min_visual_tokens=min_visual_tokens,
+        max_visual_tokens=max_visual_tokens,
+    )
+    return SampleEncoder(template, images, max_text_tokens=max_text_tokens)
+
+
 def export_model(model: CoMP, template: ChatTemplate, config: Config, world: World, folder: Path) -> None:
     """Write `folder`/vision (with the adapter) and `folder`/language (with the tokenizer) for CoMP.from_pretrained.
 

@@ -39,7 +39,11 @@ class Sample:
     question_type: str = "all"
     """Evaluation reports one row per type."""
     metric: str | None = None
-    """Name of a function of `comp.eval.metrics`; None: the metric of the configuration."""
+    """One of `comp.eval.metrics.METRICS` or `comp.eval.choices.CHOICE_METRICS`; None: the metric of the configuration."""
+    options: list[str] = field(default_factory=list)
+    """Texts of the options A, B, ... of a multiple-choice question, for metrics that need them."""
+    group: str | None = None
+    """Questions of one group are one question to the score, right only if all are: MMBench's circular evaluation."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -3,7 +3,7 @@
     {"id": "...", "image": "a.png" or ["a.png", "b.png"] or absent,
      "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cat."}]}
 
-Optional fields for evaluation: "answers" (list of accepted answers), "question_type", "metric".
+Optional fields for evaluation: "answers" (list of accepted answers), "question_type", "metric", "options" (texts of A, B, ...).
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def sample_from_record(record: Any, place: str, images: Path) -> Sample:
     name = f"{place} {record['id']}" if "id" in record else place
     paths = record.get("image") or []
     paths = [paths] if isinstance(paths, str) else paths
-    answers = record.get("answers") or []
-    for field, texts in (("image", paths), ("answers", answers)):
+    answers, options = record.get("answers") or [], record.get("options") or []
+    for field, texts in (("image", paths), ("answers", answers), ("options", options)):
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise BadSampleError(f'{name}: "{field}" must be a list of texts, got {str(record[field])[:80]}')
     for field in ("question_type", "metric"):
@@ -108,6 +108,7 @@ def sample_from_record(record: Any, place: str, images: Path) -> Sample:
         answers=answers,
         question_type=record.get("question_type", "all"),
         metric=record.get("metric"),
+        options=options,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 # --- relaxed accuracy (ChartQA) ----------------------------------------------------------------------------------------------
 
@@ -64,46 +65,30 @@ def levenshtein(a: str, b: str) -> int:
     return row[-1]
 
 
-# --- exact match (AI2D, GQA, RealWorldQA) ------------------------------------------------------------------------------------
+# --- exact match (GQA, and AI2D and RealWorldQA in choices.py) ---------------------------------------------------------------
 
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
-_NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-_DIGITS = {word: str(i) for i, word in enumerate(_NUMBER_WORDS)}
+NUMBER_WORDS = {
+    word: str(i)
+    for i, word in enumerate(("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"))
+}
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
     """1 if the prediction equals a reference up to case and ASCII punctuation. Spaces count: strip the prediction first."""
-    text = _plain(prediction)
-    return _best(lambda answer: float(text == _plain(answer)), answers)
+    text = plain(prediction)
+    return _best(lambda answer: float(text == plain(answer)), answers)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
+    """Lower case without ASCII punctuation."""
     return text.lower().translate(_WITHOUT_PUNCTUATION)
-
-
-def option_letter(prediction: str) -> str:
-    """AI2D: the letter of a prediction that starts like "B. the leaf", else the prediction as it is ("A) leaf" stays)."""
-    match = re.match(r"\s*([A-Z])\.", prediction)
-    return match.group(1) if match else prediction
-
-
-def option_letter_from_text(prediction: str, question: str) -> str:
-    """RealWorldQA: the letter of the first option of `question` (lines "B. Left") whose text occurs in the prediction.
-
-    Without such an option the prediction comes back with punctuation removed, a lone number word as a digit ("Two." -> "2").
-    """
-    text = _plain(prediction).strip()
-    text = _DIGITS.get(text, text)
-    for letter, option in re.findall(r"^\s*([A-Z])\.\s*(.*\S)", question, flags=re.MULTILINE):
-        if _plain(option) and _plain(option) in text:
-            return letter
-    return text
 
 
 # --- VQA accuracy (VQAv2, OK-VQA, TextVQA) -----------------------------------------------------------------------------------
 
 _ARTICLES = ("a", "an", "the")
-_VQA_NUMBERS = {"none": "0", **_DIGITS}
+_VQA_NUMBERS = {"none": "0", **NUMBER_WORDS}
 _VQA_PUNCTUATION = ';/[]"{}()=+\\_->@`,?!<'
 _CONTRACTIONS = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
@@ -200,4 +185,6 @@ METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "anls": anls,
     "exact_match": exact_match,
     "vqa_accuracy": vqa_accuracy,
+    "vqav2_accuracy": partial(vqa_accuracy, variant="vqav2"),
 }
+"""Metrics of open answers; those of multiple choice are `comp.eval.choices.CHOICE_METRICS`."""

@@ -6,16 +6,18 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..data.batch import Batch, Sample
+from ..data.batch import Sample
 from ..data.datasets import BadSampleError, Dataset
 from ..data.encode import SampleEncoder, prompt_messages, reference_answers
 from ..data.packing import EncodedSample, collate
+from .choices import CHOICE_METRICS
 from .metrics import METRICS
 
 OVERALL = "overall"
@@ -30,6 +32,8 @@ class Prediction:
     prediction: str
     metric: str
     score: float
+    group: str | None = None
+    """See `Sample.group`."""
 
 
 def answer_questions(
@@ -46,49 +50,79 @@ def answer_questions(
 ) -> tuple[list[Prediction], list[str]]:
     """Greedy answers of `model` to the questions `indices` of `samples`, scored.
 
-    metric:       for samples that name none, one of `METRICS`.
+    metric:       for samples that name none, one of `comp.eval.metrics.METRICS`.
     after_batch:  called after every batch; true ends the evaluation there.
     Returns the predictions in the order of `indices`, and a message for every sample that could not be used.
     """
-    predictions: dict[int, Prediction] = {}
-    skipped: list[str] = []
-    for members in _batches(samples, encoder, indices, batch_size, skipped):
-        batch = _prompt_batch([encoded for _, _, encoded in members], encoder).to(device)
-        answers = model.generate(batch, max_new_tokens=max_new_tokens, eos_token_id=encoder.template.turn_end)
-        for (index, sample, _), ids in zip(members, answers):
-            predictions[index] = _score(sample, encoder.template.decode(ids), metric)
+    results: list[Prediction | str] = []
+    for batch in answer_batches(
+        model,
+        samples,
+        encoder,
+        indices=indices,
+        metric=metric,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        device=device,
+    ):
+        results += batch
         if after_batch is not None and after_batch():
             break
-    return [predictions[i] for i in indices if i in predictions], skipped
+    return [r for r in results if isinstance(r, Prediction)], [r for r in results if isinstance(r, str)]
 
 
-def _batches(
-    samples: Dataset, encoder: SampleEncoder, indices: Sequence[int], batch_size: int, skipped: list[str]
-) -> Iterator[list[tuple[int, Sample, EncodedSample]]]:
-    members = []
-    for index in indices:
-        try:
-            sample = samples[index]
-            reference_answers(sample)
-            members.append((index, sample, encoder.encode_prompt(sample)))
-        except BadSampleError as error:
-            skipped.append(str(error))
-        if len(members) == batch_size:
-            yield members
-            members = []
-    if members:
-        yield members
+def answer_batches(
+    model: Any,
+    samples: Dataset,
+    encoder: SampleEncoder,
+    *,
+    indices: Sequence[int],
+    metric: str,
+    max_new_tokens: int,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+) -> Iterator[list[Prediction | str]]:
+    """`answer_questions` batch by batch: for each index, in order, its prediction, or a message that it cannot be used."""
+    for begin in range(0, len(indices), batch_size):
+        chunk = indices[begin : begin + batch_size]
+        results: dict[int, Prediction | str] = {}
+        members: list[tuple[int, Sample]] = []
+        prompts: list[EncodedSample] = []
+        for index in chunk:
+            try:
+                sample = samples[index]
+                reference_answers(sample)
+                prompts.append(encoder.encode_prompt(sample))
+                members.append((index, sample))
+            except BadSampleError as error:
+                results[index] = str(error)
+        answers = generate_answers(model, prompts, encoder, max_new_tokens=max_new_tokens, device=device)
+        for (index, sample), answer in zip(members, answers):
+            results[index] = _score(sample, answer, metric)
+        yield [results[index] for index in chunk]
 
 
-def _prompt_batch(encoded: Sequence[EncodedSample], encoder: SampleEncoder) -> Batch:
-    return collate(encoded, pad_id=encoder.template.pad_id, patch_features=encoder.patch_features)
+def generate_answers(
+    model: Any, prompts: Sequence[EncodedSample], encoder: SampleEncoder, *, max_new_tokens: int, device: torch.device | str
+) -> list[str]:
+    """Greedy answers to encoded prompts, all in one batch: images packed, text padded on the right."""
+    if not prompts:
+        return []
+    batch = collate(prompts, pad_id=encoder.template.pad_id, patch_features=encoder.patch_features).to(device)
+    answers = model.generate(batch, max_new_tokens=max_new_tokens, eos_token_id=encoder.template.turn_end)
+    return [encoder.template.decode(ids) for ids in answers]
 
 
 def _score(sample: Sample, text: str, default_metric: str) -> Prediction:
     name = sample.metric or default_metric
-    if name not in METRICS:
-        raise ValueError(f"{sample.name}: metric must be one of {', '.join(METRICS)}, got {name!r}")
     answers = reference_answers(sample)
+    if name in METRICS:
+        score = METRICS[name](text, answers)
+    elif name in CHOICE_METRICS:
+        score = CHOICE_METRICS[name](text, answers, sample.options)
+    else:
+        known = ", ".join((*METRICS, *CHOICE_METRICS))
+        raise ValueError(f"{sample.name}: metric must be one of {known}, got {name!r}")
     return Prediction(
         name=sample.name,
         question_type=sample.question_type,
@@ -96,25 +130,37 @@ def _score(sample: Sample, text: str, default_metric: str) -> Prediction:
         answers=answers,
         prediction=text,
         metric=name,
-        score=METRICS[name](text, answers),
+        score=score,
+        group=sample.group,
     )
 
 
 def scores_by_type(predictions: Iterable[Prediction]) -> dict[str, dict[str, Any]]:
-    """{question type: {"score": mean in [0, 1], "count": n, "metric": name}}, types sorted, "overall" (mean over all) last."""
-    groups: dict[str, list[Prediction]] = defaultdict(list)
-    for prediction in predictions:
-        groups[prediction.question_type].append(prediction)
-    everything = [p for group in groups.values() for p in group]
-    table = {name: _summary(groups[name]) for name in sorted(groups)}
+    """{question type: {"score": mean in [0, 1], "count": n, "metric": name}}, types sorted, "overall" (mean over all) last.
+
+    Predictions of one group (`Sample.group`) count once, with the product of their scores.
+    """
+    by_type: dict[str, list[list[Prediction]]] = defaultdict(list)
+    for group in _groups(predictions):
+        by_type[group[0].question_type].append(group)
+    everything = [group for groups in by_type.values() for group in groups]
+    table = {name: _summary(by_type[name]) for name in sorted(by_type)}
     return table | {OVERALL: _summary(everything)} if everything else {}
 
 
-def _summary(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    names = sorted({p.metric for p in predictions})
+def _groups(predictions: Iterable[Prediction]) -> list[list[Prediction]]:
+    """Predictions of one group together, each other one alone."""
+    groups: dict[Any, list[Prediction]] = defaultdict(list)
+    for number, prediction in enumerate(predictions):
+        groups[number if prediction.group is None else prediction.group].append(prediction)
+    return list(groups.values())
+
+
+def _summary(groups: Sequence[Sequence[Prediction]]) -> dict[str, Any]:
+    names = sorted({p.metric for group in groups for p in group})
     return {
-        "score": sum(p.score for p in predictions) / len(predictions),
-        "count": len(predictions),
+        "score": sum(prod(p.score for p in group) for group in groups) / len(groups),
+        "count": len(groups),
         "metric": " / ".join(names),
     }
 

@@ -88,21 +88,6 @@ def test_exact_match(prediction, answers, expected):
     assert metrics.exact_match(prediction, answers) == expected
 
 
-def test_option_letter():
-    assert metrics.option_letter(" B. the leaf") == "B"
-    assert metrics.option_letter("B") == "B"
-    assert metrics.option_letter("A) foo") == "A) foo"
-    assert metrics.option_letter("b. leaf") == "b. leaf"
-
-
-def test_option_letter_from_text():
-    question = "Which way?\nA. Left\nB. Straight on\nC. Right"
-    assert metrics.option_letter_from_text("You can go straight on!", question) == "B"
-    assert metrics.option_letter_from_text("RIGHT.", question) == "C"
-    assert metrics.option_letter_from_text("Two.", "How many cars?") == "2"
-    assert metrics.option_letter_from_text("two cars", "How many cars?") == "two cars"
-
-
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

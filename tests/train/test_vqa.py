@@ -57,6 +57,25 @@ def test_answers_are_scored_by_type(encoder):
     assert list(scores) == ["colour", "shape", "overall"]
 
 
+def multiple_choice(number, answer, group):
+    messages = [Message(role="user", text="q"), Message(role="assistant", text=answer)]
+    return Sample(name=f"{number}", messages=messages, metric="mmbench", options=["red", "blue"], group=group)
+
+
+def test_a_group_is_right_only_if_all_its_questions_are(encoder):
+    """The model says "red": option A everywhere."""
+    samples = [
+        multiple_choice(1, "A", "x"),
+        multiple_choice(2, "B", "x"),
+        multiple_choice(3, "A", "y"),
+        multiple_choice(4, "A", "y"),
+    ]
+    samples += [multiple_choice(5, "B", None), multiple_choice(6, "B", None)]
+    _, (predictions, _) = ask(encoder, samples)
+    assert [p.score for p in predictions] == [1, 0, 1, 1, 0, 0]
+    assert scores_by_type(predictions)["overall"] == {"score": 0.25, "count": 4, "metric": "mmbench"}
+
+
 def test_the_answer_is_not_shown_to_the_model(encoder):
     model, _ = ask(encoder, ColouredRectangles(4, mixed=False))
     for row in model.batches[0].input_ids:
@@ -88,6 +107,7 @@ def test_predictions_are_one_json_per_line(encoder, tmp_path):
         "prediction": "red",
         "metric": "exact_match",
         "score": 0.0,
+        "group": None,
     }
 
 

@@ -1,0 +1,188 @@
+"""Answer benchmarks with a trained model: predictions are saved as they come, and the same command goes on where it stopped.
+
+    python -m comp.eval.evaluate runs/tiny/models/III chartqa=/data/ChartQA docvqa=/data/DocVQA
+    python -m comp.eval.evaluate runs/tiny/models/III mine=questions.jsonl --output runs/mine-eval
+
+MODEL is the export of a stage. NAME=PATH is a benchmark (`comp.eval.benchmarks`) in a folder of the Hugging Face `datasets`
+library, or any name with a LLaVA-format .json, .jsonl or .yaml file. Writes OUTPUT/NAME.jsonl, a line per question, and
+OUTPUT/scores.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ..answer import load
+from ..build import native_encoder
+from ..checkpoint import write_json
+from ..config import ConfigError, SourceConfig
+from ..data.datasets import Dataset
+from ..data.encode import SampleEncoder
+from ..data.mixture import open_sources
+from ..metrics import table
+from ..model import CoMP
+from .benchmarks import BENCHMARKS, open_benchmark
+from .vqa import Prediction, answer_batches, scores_by_type
+
+FILES = (".json", ".jsonl", ".yaml", ".yml")
+DEFAULT_ANSWER_TOKENS = 64
+
+
+def open_questions(name: str, path: str, split: str | None = None) -> tuple[Dataset, int]:
+    """The questions that NAME=PATH of the command line means, and the tokens of their longest answer."""
+    if Path(path).suffix in FILES:
+        return open_sources([SourceConfig(path=path)], seed=0), DEFAULT_ANSWER_TOKENS
+    return open_benchmark(name, path, split), BENCHMARKS[name].max_new_tokens
+
+
+def answer_into(
+    path: Path,
+    model: CoMP,
+    questions: Dataset,
+    encoder: SampleEncoder,
+    *,
+    count: int,
+    max_new_tokens: int,
+    batch_size: int,
+    metric: str = "exact_match",
+    device: torch.device | str = "cpu",
+) -> tuple[list[Prediction], list[str]]:
+    """Answer the first `count` questions and append a line for each to the file `path`, which may hold the first of them.
+
+    metric: for questions that name none. Returns all predictions, and a message for every question that cannot be asked.
+    """
+    done = _read_lines(path)[:count]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in done))  # a torn last line goes
+    with path.open("a") as file, tqdm(total=count, initial=len(done), desc=path.stem, unit="question") as progress:
+        for batch in answer_batches(
+            model,
+            questions,
+            encoder,
+            indices=range(len(done), count),
+            metric=metric,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            device=device,
+        ):
+            records = [asdict(r) if isinstance(r, Prediction) else {"skipped": r} for r in batch]
+            file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+            file.flush()
+            done += records
+            progress.update(len(batch))
+    return [Prediction(**r) for r in done if "skipped" not in r], [r["skipped"] for r in done if "skipped" in r]
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a file that may be missing or end in the middle of a line."""
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+
+
+def claim_output(folder: Path, settings: dict[str, dict[str, Any]]) -> None:
+    """Note the settings of each source in `folder`; ConfigError where it holds answers of a source under others."""
+    note = folder / "settings.json"
+    known = json.loads(note.read_text()) if note.is_file() else {}
+    for name, wanted in settings.items():
+        before = known.get(name, wanted)
+        changed = [f"{key}={before.get(key)!r}" for key in wanted if before.get(key) != wanted[key]]
+        if changed:
+            raise ConfigError(f"{folder} holds answers to {name} made with {', '.join(changed)}; choose another --output")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(note, known | settings)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, metavar="MODEL", help="a stage's export: runs/NAME/models/STAGE")
+    parser.add_argument("questions", nargs="+", metavar="NAME=PATH", help=f"benchmarks: {', '.join(BENCHMARKS)}")
+    parser.add_argument("--output", type=Path, help="default: MODEL/evaluation")
+    parser.add_argument("--split", help="default: the one that papers report")
+    parser.add_argument("--count", type=int, help="only the first questions of each")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--max-new-tokens", type=int, help=f"default: the benchmark's, {DEFAULT_ANSWER_TOKENS} for files")
+    parser.add_argument("--min-visual-tokens", type=int, default=4, help="smaller images are scaled up")
+    parser.add_argument("--max-visual-tokens", type=int, default=3000, help="of a question, at most 3/4 of the context")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args(arguments)
+    try:
+        evaluate(options)
+    except ConfigError as error:
+        parser.error(str(error))
+    return 0
+
+
+def evaluate(options: argparse.Namespace) -> dict[str, dict[str, dict[str, Any]]]:
+    """What the command does; returns {NAME: scores by question type}."""
+    sources = _open_all(options.questions, options.split)  # before the weights: a wrong path should not wait
+    if not (options.model / "language").is_dir():
+        raise ConfigError(f"MODEL must be a folder with vision/ and language/ as a stage exports it, got {options.model}")
+    output = options.output or options.model / "evaluation"
+    keys = ("model", "split", "max_new_tokens", "min_visual_tokens", "max_visual_tokens")
+    settings = {key: getattr(options, key) for key in keys} | {"model": str(options.model.resolve())}
+    claim_output(output, {name: settings | {"path": path} for name, (path, _, _) in sources.items()})
+    model, template = load(options.model)
+    model.to(options.device)
+    context = model.language_model.config.max_position_embeddings
+    scores = {}
+    for name, (_, questions, answer_tokens) in sources.items():
+        answer_tokens = options.max_new_tokens or answer_tokens
+        encoder = native_encoder(
+            model,
+            template,
+            max_text_tokens=context - answer_tokens,
+            min_visual_tokens=options.min_visual_tokens,
+            max_visual_tokens=min(options.max_visual_tokens, context * 3 // 4),
+        )
+        with torch.autocast(torch.device(options.device).type, torch.bfloat16, enabled="cuda" in options.device):
+            predictions, skipped = answer_into(
+                output / f"{name}.jsonl",
+                model,
+                questions,
+                encoder,
+                count=min(options.count or len(questions), len(questions)),
+                max_new_tokens=answer_tokens,
+                batch_size=options.batch_size,
+                device=options.device,
+            )
+        if skipped:
+            print(f"{name}: {len(skipped)} questions could not be asked and do not count: {skipped[0]}", file=sys.stderr)
+        scores[name] = scores_by_type(predictions)
+    _report(output / "scores.json", scores)
+    return scores
+
+
+def _open_all(pairs: Sequence[str], split: str | None) -> dict[str, tuple[str, Dataset, int]]:
+    """{NAME: (PATH, questions, tokens of an answer)}"""
+    sources: dict[str, tuple[str, Dataset, int]] = {}
+    for pair in pairs:
+        name, _, path = pair.partition("=")
+        if not path or "/" in name or name in sources:
+            raise ConfigError(f"questions must be NAME=PATH with different names that can be file names, got {pair!r}")
+        sources[name] = (path, *open_questions(name, path, split))
+    return sources
+
+
+def _report(path: Path, scores: dict[str, dict[str, dict[str, Any]]]) -> None:
+    """Print the scores, and add them to those of other sources in the file `path`."""
+    write_json(path, (json.loads(path.read_text()) if path.is_file() else {}) | scores)
+    rows = [
+        [name, kind, f"{s['count']}", s["metric"], f"{100 * s['score']:.1f}"]
+        for name, kinds in scores.items()
+        for kind, s in kinds.items()
+    ]
+    print(table(["source", "question type", "count", "metric", "score (%)"], rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
