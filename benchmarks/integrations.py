@@ -23,7 +23,8 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTra
 
 from comp_kernels.integrations import patch_transformers
 
-GRIDS = ((24, 42), (32, 24), (14, 20))  # patches of three images of different size and aspect ratio
+GRIDS = ((50, 36), (24, 42), (16, 60), (32, 24), (14, 20), (10, 10))
+"""Rows and columns of patches of a batch at native resolution: a page, photographs, a strip, icons; 4,916 patches."""
 
 
 def siglip2(layers: int) -> tuple[nn.Module, dict[str, Tensor], str]:
@@ -37,7 +38,7 @@ def siglip2(layers: int) -> tuple[nn.Module, dict[str, Tensor], str]:
 
 
 def pixtral(layers: int) -> tuple[nn.Module, dict[str, Tensor], str]:
-    """Three images in one row behind a dense mask of blocks."""
+    """Six images in one row behind a dense mask of blocks."""
     config = transformers.PixtralVisionConfig(num_hidden_layers=layers)
     height, width = (16 * max(grid[axis] for grid in GRIDS) for axis in (0, 1))
     sizes = [(16 * rows, 16 * columns) for rows, columns in GRIDS]

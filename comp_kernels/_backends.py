@@ -74,6 +74,11 @@ def available_backends(op: str, device: torch.device | str = "cpu") -> list[str]
     return [name for name in ordered if unavailable_reason(op, name, device) is None]
 
 
+def transforms_active() -> bool:
+    """Whether a torch.func transform (grad, vmap, jvp, ...) is running."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def choose_backend(
     op: str, backend: str | None, device: torch.device, declines: Callable[[str], str | None] | None = None
 ) -> str:
@@ -82,19 +87,27 @@ def choose_backend(
     backend:  the user's choice; None takes the environment variable COMP_KERNELS_BACKEND, else the device's preference.
     declines: for one backend name, why it cannot serve *this* call (a dtype, a head size), or None.
 
-    An automatic choice skips backends that decline. A named one is used or refused: never silently replaced.
+    An automatic choice skips backends that decline. A named one is used or refused: never silently replaced. Under torch.func
+    transforms (grad, vmap, jvp) only the reference serves: for a registered operator without rules for them, torch.func.jvp
+    returns zeros without a word.
     """
+
+    def cannot(name: str) -> str | None:
+        if transforms_active() and name != "reference":
+            return "its kernels have no rules for torch.func transforms"
+        return unavailable_reason(op, name, device) or (declines and declines(name))
+
     named_by = "backend"
     if backend is None:
         backend, named_by = os.environ.get(ENVIRONMENT_VARIABLE) or None, ENVIRONMENT_VARIABLE
     if backend in (None, "auto"):
         for name in PREFERENCE.get(device.type, ("triton", "reference")):
-            if unavailable_reason(op, name, device) is None and (declines is None or declines(name) is None):
+            if not cannot(name):
                 return name
         return "reference"
     if backend not in BACKENDS:
         raise ValueError(f"{named_by} must be one of {BACKENDS} or 'auto', got {backend!r}")
-    reason = unavailable_reason(op, backend, device) or (declines and declines(backend))
+    reason = cannot(backend)
     if reason:
         raise RuntimeError(f"{named_by}={backend!r} cannot run {op} on {device}: {reason}")
     return backend

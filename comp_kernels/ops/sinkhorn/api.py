@@ -6,9 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..._backends import choose_backend
+from ..._backends import choose_backend, transforms_active
 from ..._checks import check_float, check_positive, check_same, check_tensor
-from . import gradients
+from . import gradients, reference
 from .registration import FORWARD
 
 
@@ -70,6 +70,17 @@ def sinkhorn(
     rows, cols = (x.detach() for x in default_marginals(scores, row_marginals, col_marginals, group, compute))
     if gradient == "detach":
         scores = scores.detach()
+    if transforms_active():  # nothing has rules for them but plain PyTorch
+        return reference.sinkhorn(
+            scores,
+            epsilon=epsilon,
+            num_iters=num_iters,
+            row_marginals=rows,
+            col_marginals=cols,
+            tol=tol,
+            group=group,
+            return_potentials=return_potentials,
+        )
     plan, u, v = FORWARD.default(
         scores, rows, cols, epsilon, num_iters, tol, None if group is None else group.group_name, gradient, backend
     )
@@ -99,6 +110,8 @@ def check_gradient(gradient: str, tol: float | None, group: dist.ProcessGroup | 
         raise ValueError(f"gradient must be one of {gradients.MODES}, got {gradient!r}")
     if gradient == "detach":
         return
+    if gradient == "implicit" and transforms_active():
+        raise ValueError("gradient='implicit' has no rules for torch.func transforms: use gradient='unrolled'")
     if group is not None:
         raise ValueError(f"gradient={gradient!r} works within one process: group must be None, got {group}")
     if gradient == "unrolled" and tol is not None:
