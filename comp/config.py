@@ -14,7 +14,7 @@ from .eval.metrics import METRICS
 from .model.vit_config import ABS_POS_INTERPS, ABS_POS_ORDERS, POS_MODES
 
 PARTS = ("vision", "adapter", "language")
-ALIGNMENT_MODES = ("sinkhorn", "literal", "released", "softmax")
+ALIGNMENT_MODES = ("sinkhorn", "literal", "released", "softmax", "contrastive")
 
 
 class ConfigError(ValueError):
@@ -76,7 +76,8 @@ class AlignmentConfig:
     weight: float = 0.05
     """alpha of arXiv 2503.18931v2, Eq. 11."""
     mode: str = "sinkhorn"
-    """How the target distribution is made; formulas in `comp_kernels.alignment_loss`."""
+    """How the target distribution is made; formulas in `comp_kernels.alignment_loss`. "contrastive" has no distribution over
+    words: images pick their texts (`comp.losses.contrastive_loss`), and of the fields below `temperature` alone counts."""
     epsilon: float = 0.005
     """Temperature of the text scores; v2 appendix C: "all temperature coefficients are 0.005"."""
     temperature: float = 0.005

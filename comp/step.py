@@ -126,7 +126,9 @@ def accumulate_gradients(
     if step_text is None:
         return token_loss, None
     # in each forward pass the rows of the others counted with a constant: see comp.model.StepText
-    constant = math.log(len(model.prototypes(stage.alignment.prototype_source))) if totals.aligned_rows else 0.0
+    contrastive = stage.alignment.mode == "contrastive"
+    choices = totals.aligned_rows if contrastive else len(model.prototypes(stage.alignment.prototype_source))
+    constant = math.log(choices) if totals.aligned_rows else 0.0
     return token_loss, alignment - (len(batches) - 1) * constant
 
 

@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from ..data.batch import Sample
 from ..data.datasets import BadSampleError, Dataset
 from ..data.encode import SampleEncoder, prompt_messages, reference_answers
 from ..data.packing import EncodedSample, collate
+from ..model.comp import evaluation_mode
 from .choices import CHOICE_METRICS
 from .metrics import METRICS
 
@@ -111,6 +113,31 @@ def generate_answers(
     batch = collate(prompts, pad_id=encoder.template.pad_id, patch_features=encoder.patch_features).to(device)
     answers = model.generate(batch, max_new_tokens=max_new_tokens, eos_token_id=encoder.template.turn_end)
     return [encoder.template.decode(ids) for ids in answers]
+
+
+@torch.no_grad()
+def answer_loss(
+    model: nn.Module,
+    samples: Dataset,
+    encoder: SampleEncoder,
+    *,
+    indices: Sequence[int],
+    batch_size: int,
+    device: torch.device | str = "cpu",
+) -> float:
+    """Mean next-token loss of the reference answers, in nats per learned token: less noisy than a score.
+
+    Learned tokens are those of training: the answers of all turns and the end of each. Raises BadSampleError at the first sample
+    that cannot be used, as a mean over the others would be another number.
+    """
+    total, count = 0.0, 0
+    with evaluation_mode(model):
+        for begin in range(0, len(indices), batch_size):
+            encoded = [encoder.encode(samples[i]) for i in indices[begin : begin + batch_size]]
+            batch = collate(encoded, pad_id=encoder.template.pad_id, patch_features=encoder.patch_features)
+            output = model(batch.to(device))
+            total, count = total + output.token_loss_sum.item(), count + output.num_tokens
+    return total / count
 
 
 def _score(sample: Sample, text: str, default_metric: str) -> Prediction:

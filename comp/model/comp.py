@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from comp_kernels import alignment_loss
 
-from ..losses import masked_mean, mean_by_segment, next_token_loss
+from ..losses import contrastive_loss, masked_mean, mean_by_segment, next_token_loss
 from .adapter import Adapter
 from .mrope import install_mrope, mrope_position_ids
 from .vision_encoder import VisionEncoder
@@ -58,8 +58,9 @@ class CoMPOutput:
 class StepText:
     """Text side of the alignment loss of all batches of an optimiser step, so that targets couple the samples of all.
 
-    Where there are several, the alignment loss of one batch has log(vocabulary) in place of each loss of the other batches'
-    rows: over M batches the sum of the values minus (M - 1) * log(vocabulary) is the loss of the step.
+    Where there are several, the alignment loss of one batch has log(choices) in place of each loss of the other batches' rows:
+    over M batches the sum of the values minus (M - 1) * log(choices) is the loss of the step. The choices are the words of the
+    vocabulary, in mode "contrastive" the valid texts of the step.
     """
 
     features: Tensor
@@ -294,6 +295,9 @@ class CoMP(nn.Module):
         with torch.autocast(visual_VE.device.type, enabled=False):
             before, after = step_text.begin, len(step_text.features) - step_text.begin - len(lengths)
             vision = F.pad(mean_by_segment(visual_VE, lengths), (0, 0, before, after))
+            if settings.mode == "contrastive":
+                text, valid = step_text.features, step_text.valid
+                return contrastive_loss(vision, text, temperature=settings.temperature, valid=valid, group=group)
             return alignment_loss(
                 vision,
                 step_text.features,

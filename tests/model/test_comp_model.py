@@ -154,7 +154,7 @@ def test_alignment_trains_vision_and_adapter_only(model):
     assert all(p.grad is None for p in parts["language"].values())
 
 
-@pytest.mark.parametrize("mode", ["sinkhorn", "literal", "released", "softmax"])
+@pytest.mark.parametrize("mode", ["sinkhorn", "literal", "released", "softmax", "contrastive"])
 def test_alignment_is_finite_at_cosine_one(mode, model):
     """exp(1 / 0.005) overflows float32; here vision, text and a prototype are one direction."""
     direction = torch.randn(64)

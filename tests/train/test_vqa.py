@@ -3,12 +3,14 @@
 import json
 
 import pytest
+import torch
 from toy import ColouredRectangles, make_tokenizer
 
 from comp.data.batch import Message, Sample
 from comp.data.encode import ImageSettings, SampleEncoder
 from comp.data.template import ChatTemplate, load_tokenizer
-from comp.eval.vqa import answer_questions, blind_baselines, scores_by_type, write_predictions
+from comp.eval.vqa import answer_loss, answer_questions, blind_baselines, scores_by_type, write_predictions
+from comp.model.comp import CoMPOutput
 from comp.summary import result_table
 
 
@@ -93,6 +95,25 @@ def test_unknown_metric_is_refused(encoder):
     messages = [Message(role="user", text="q"), Message(role="assistant", text="a")]
     with pytest.raises(ValueError, match=r"odd one: metric must be one of .*, got 'bleu'"):
         ask(encoder, [Sample(name="odd one", messages=messages, metric="bleu")])
+
+
+class CountsLabels(torch.nn.Module):
+    """Stands in for a model: a learned token with id i costs i nats."""
+
+    def forward(self, batch):
+        assert not self.training and not torch.is_grad_enabled()
+        learned = batch.labels[batch.labels != -100]
+        return CoMPOutput(token_loss_sum=learned.sum().float(), num_tokens=len(learned), alignment_loss=None)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_answer_loss_is_the_mean_over_the_tokens_of_the_answers(encoder, batch_size):
+    samples, indices, template = ColouredRectangles(8, mixed=False), [0, 3, 4, 7], encoder.template
+    answers = [samples[i].messages[-1].text for i in indices]
+    ids = [i for answer in answers for i in (*template.encode_text(answer), template.turn_end)]
+    model = CountsLabels().train()
+    loss = answer_loss(model, samples, encoder, indices=indices, batch_size=batch_size)
+    assert loss == pytest.approx(sum(ids) / len(ids)) and model.training
 
 
 def test_predictions_are_one_json_per_line(encoder, tmp_path):

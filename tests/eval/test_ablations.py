@@ -1,0 +1,181 @@
+"""Ablations: what a variant changes, sharing of the first stage, going on after an interruption, and the table's arithmetic."""
+
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "train"))
+from toy import save_toy_models, toy_config
+
+from comp.config import EvalConfig
+from comp.config_io import differences, to_dict
+from comp.eval import ablations
+from comp.eval.ablation_table import difference, main, pooled_standard_error, values_by_variant
+from comp.eval.ablations import BASELINE, VARIANTS, baseline, claimed, configure, result_path, run_all, stage_one_key
+
+CHANGED = {  # written out by hand: what each variant may differ in, beside its name
+    "align-off": {"stages.0.alignment", "stages.1.alignment"},
+    "table-native": {"stages.1.rope"},
+    "rope-native": {"vision.pos_mode"},
+    "crope-fixed": {"stages.1.resolution"},
+    "table-fixed": {"stages.1.rope", "stages.1.resolution"},
+    "rope-fixed": {"vision.pos_mode", "stages.1.resolution"},
+    "align-softmax": {"stages.0.alignment.mode", "stages.1.alignment.mode"},
+    "align-literal": {"stages.0.alignment.mode", "stages.1.alignment.mode"},
+    "align-released": {"stages.0.alignment.mode", "stages.1.alignment.mode"},
+    "align-contrastive": {f"stages.{i}.alignment.{field}" for i in range(2) for field in ("mode", "temperature")},
+    "rope-from-I": {"stages.0.rope"},
+    "rope-from-I-tower": {"stages.0.rope", "stages.0.trainable", "stages.0.optim.lr_vision"},
+    "raster-crope": {"vision.abs_pos_order"},
+    "raster-table": {"vision.abs_pos_order", "stages.1.rope"},
+    "tower": {"stages.0.trainable", "stages.0.optim.lr_vision"},
+}
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name != BASELINE])
+def test_a_variant_differs_in_exactly_the_named_fields(name, tmp_path):
+    a, b = to_dict(baseline(5, tmp_path)), to_dict(configure(name, 5, tmp_path))
+    assert set(differences(a, b)) == CHANGED[name] | {"name"}
+
+
+def test_seeds_change_the_seed_alone(tmp_path):
+    a, b = to_dict(configure("rope-native", 0, tmp_path)), to_dict(configure("rope-native", 1, tmp_path))
+    assert differences(a, b) == ["name", "seed"]
+
+
+def test_who_shares_the_first_stage(tmp_path):
+    keys = {name: stage_one_key(configure(name, 0, tmp_path)) for name in VARIANTS}
+    sharing = {name for name, key in keys.items() if key == keys[BASELINE]}
+    assert sharing == {BASELINE, *(f"{a}-{b}" for a in ("table", "rope", "crope") for b in ("native", "fixed"))} - {
+        "crope-native"
+    }
+    assert keys["raster-crope"] == keys["raster-table"] != keys[BASELINE]
+    assert keys["tower"] != keys["rope-from-I-tower"]
+    assert stage_one_key(configure(BASELINE, 1, tmp_path)) != keys[BASELINE]
+    rope_first = dataclasses.replace(configure("rope-from-I", 0, tmp_path))
+    without_table = dataclasses.replace(rope_first, vision=dataclasses.replace(rope_first.vision, pos_mode="rope"))
+    assert stage_one_key(rope_first) != stage_one_key(without_table), "with RoPE on, the first stage depends on the mode"
+
+
+# --- runs of a toy model ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    save_toy_models(folder)
+    return folder
+
+
+@pytest.fixture
+def toy(models):
+    """(seed, folder) -> two short stages of the toy recipe, in place of `baseline`."""
+
+    def base(seed, folder):
+        config = toy_config(models, seed=seed, output_dir=str(folder), eval=EvalConfig())
+        one, _, two, _ = config.stages
+        stages = [dataclasses.replace(one, max_steps=3), dataclasses.replace(two, name="II", max_steps=3)]
+        checkpoint = dataclasses.replace(config.checkpoint, every_steps=2, keep=100)
+        return dataclasses.replace(config, stages=stages, checkpoint=checkpoint)
+
+    with patch("comp.trainer.plot_run"):
+        yield base
+
+
+def measured(folder, name, seed=0):
+    result = json.loads(result_path(folder, name, seed).read_text())
+    return {key: value for key, value in result.items() if key != "cpu_seconds"}
+
+
+def trained_stages(folder, name):
+    records = [json.loads(line) for line in (folder / f"{name}-0" / "metrics.jsonl").read_text().splitlines()]
+    return [r["stage"] for r in records if r["event"] == "train"]
+
+
+def test_a_shared_first_stage_changes_nothing(toy, tmp_path):
+    shared, alone = tmp_path / "shared", tmp_path / "alone"
+    run_all(shared, [BASELINE], [0], base=toy, num_questions=3)
+    with patch.object(ablations, "start_after_stage_one", wraps=ablations.start_after_stage_one) as start:
+        run_all(shared, ["table-native"], [0], base=toy, num_questions=3)
+    assert start.call_count == 1
+    run_all(alone, ["table-native"], [0], base=toy, num_questions=3)
+    assert measured(shared, "table-native") == measured(alone, "table-native") != measured(shared, BASELINE)
+    assert trained_stages(shared, "table-native") == trained_stages(alone, "table-native") == ["I"] * 3 + ["II"] * 3
+    assert [p.name for p in (shared / "table-native-0" / "checkpoints").iterdir()] == ["step-00000003"]
+
+
+def test_an_interrupted_run_goes_on_and_a_finished_one_is_kept(toy, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run_all(whole, ["align-off"], [0], base=toy, num_questions=3)
+    with patch.object(ablations, "answer_loss", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        run_all(broken, ["align-off"], [0], base=toy, num_questions=3)
+    assert not result_path(broken, "align-off", 0).exists()
+    with patch("comp.trainer.train_step", side_effect=AssertionError("every step was done before")):
+        run_all(broken, ["align-off"], [0], base=toy, num_questions=3)
+    assert measured(broken, "align-off") == measured(whole, "align-off")
+    with patch.object(ablations, "train_and_score", side_effect=AssertionError("the result is there")):
+        run_all(broken, ["align-off"], [0], base=toy, num_questions=3)
+
+
+def test_a_claim_is_exclusive_and_ends(tmp_path):
+    with claimed(tmp_path / "a") as first, claimed(tmp_path / "a") as second, claimed(tmp_path / "b") as other:
+        assert (first, second, other) == (True, False, True)
+    with claimed(tmp_path / "a") as again:
+        assert again
+
+
+# --- the table ----------------------------------------------------------------------------------------------------------------
+
+
+def made_up(losses):
+    """Results with the given {variant: [loss of seed 0, of seed 1, ...]}."""
+    variants = {
+        name: dict(group="" if name == BASELINE else "a group", label=f"label of {name}", overrides=[]) for name in losses
+    }
+    runs = [
+        dict(variant=name, seed=seed, loss=loss, accuracy=0.25, by_type={}, visual_tokens_per_image=20.0, cpu_seconds=1.0)
+        for name, row in losses.items()
+        for seed, loss in enumerate(row)
+    ]
+    return dict(schedule=[], questions=13, variants=variants, runs=runs)
+
+
+def test_differences_are_paired_by_seed():
+    values = values_by_variant(made_up({BASELINE: [1.0, 2.0, 3.0], "a": [1.5, 2.6, 3.7], "b": [5.0]}), "loss")
+    found = difference(values, "a")
+    assert found.by_seed == pytest.approx({0: 0.5, 1: 0.6, 2: 0.7})
+    assert found.mean == pytest.approx(0.6) and found.standard_error == pytest.approx(0.1 / math.sqrt(3))
+    single = difference(values, "b")
+    assert single.by_seed == {0: 4.0} and single.standard_error is None
+    assert difference(values, BASELINE) is None
+
+
+def test_pooled_error_of_two_variants_is_the_paired_one():
+    """With two variants the residuals hold what the differences hold; the variant that lacks a seed is left out."""
+    values = values_by_variant(made_up({BASELINE: [1.0, 2.0, 3.0], "a": [1.5, 2.9, 3.7], "b": [9.0]}), "loss")
+    error, freedom = pooled_standard_error(values)
+    assert freedom == 2 and error == pytest.approx(difference(values, "a").standard_error)
+
+
+def test_pooled_error_by_hand():
+    values = {BASELINE: {0: 0.0, 1: 0.0}, "a": {0: 1.0, 1: 3.0}, "b": {0: 2.0, 1: 2.0}}
+    # row means 0, 2, 2; column means 1, 5/3; mean 4/3: residuals +-1/3, -+2/3, +-1/3
+    error, freedom = pooled_standard_error(values)
+    assert freedom == 2 and error == pytest.approx(math.sqrt(2 / 2 * 2 * (1 + 4 + 1) / 9 / 2))
+    assert pooled_standard_error({BASELINE: {0: 1.0}, "a": {0: 2.0}}) is None
+
+
+def test_the_command_draws_what_the_json_holds(tmp_path, capsys):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(made_up({BASELINE: [1.0, 2.0], "a": [1.25, 2.75], "b": [0.5]})))
+    assert main([str(path), "--folder", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out" / "ablations.md").read_text()
+    assert "| label of a |  | 2 | 20.0 | 25.0 ± 0.0 | +0.0 (0.0) | 2.0000 ± 1.0607 | +0.5000 (0.2500) |" in text
+    assert "| label of b |  | 1 | 20.0 | 25.0 | +0.0 | 0.5000 | -0.5000 |" in text
+    assert "standard error of a difference in loss (nats per token) is 0.2500 (1 degrees of freedom)" in text
+    assert (tmp_path / "out" / "ablations.png").stat().st_size > 10_000
