@@ -127,8 +127,8 @@ def answer_loss(
 ) -> float:
     """Mean next-token loss of the reference answers, in nats per learned token: less noisy than a score.
 
-    Learned tokens are those of training: the answers of all turns and the end of each. Raises BadSampleError at the first sample
-    that cannot be used, as a mean over the others would be another number.
+    Learned tokens are those of training: the answers of all turns and the end of each. Raises BadSampleError at the first
+    sample that cannot be used: a mean over the others would be another number.
     """
     total, count = 0.0, 0
     with evaluation_mode(model):
