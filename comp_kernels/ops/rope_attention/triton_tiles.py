@@ -266,6 +266,8 @@ def load_rotated_tile(base, rows, num_rows, stride, cos, sin, table_stride, HEAD
     keep = rows < num_rows
     tile = ()
     for c in tl.static_range(len(HEAD.chunks)):
+        if c > 0 and len(HEAD.chunks) > 2:
+            tl.debug_barrier()  # or the compiler loads all chunks at once, and the registers do not hold them
         if HEAD.chunks[c][0] < 2 * ROPE.num_pairs:
             chunk = load_rotated_chunk(base, rows, keep, stride, cos, sin, table_stride, HEAD.chunks[c][0], HEAD.chunks[c][1],
                                        HEAD, ROPE)  # fmt: skip
