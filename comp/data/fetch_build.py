@@ -68,16 +68,23 @@ def emoji(places: Places, output: Path) -> Iterator[tuple[str, Record]]:
         yield split_of(code), record("emoji", name, [("What does this emoji show?", row["annotation"])], "emoji", "anls")
 
 
+def stamp_files(places: Places) -> Iterator[tuple[str, Path, str]]:
+    """(category, picture, caption) of Tux Paint's stamps, mirror images and those without a caption left out."""
+    root = places["tuxpaint-stamps-default"] / "usr/share/tuxpaint/stamps"
+    for path in sorted(root.rglob("*.png")):
+        text = path.with_suffix(".txt")
+        if text.is_file() and not path.stem.endswith("_mirror"):
+            caption = text.read_text(encoding="utf-8").splitlines()[0].strip()
+            if caption:
+                yield path.relative_to(root).parts[0], path, caption
+
+
 def stamps(places: Places, output: Path) -> Iterator[tuple[str, Record]]:
     """Tux Paint's stamps: cut-out photos and drawings of 12 to 2,348 pixels, with one sentence each. Letters are left out."""
     root = places["tuxpaint-stamps-default"] / "usr/share/tuxpaint/stamps"
-    for path in sorted(root.rglob("*.png")):
-        category, text = path.relative_to(root).parts[0], path.with_suffix(".txt")
-        if category == "symbols" or path.stem.endswith("_mirror") or not text.is_file():
-            continue
-        caption = text.read_text(encoding="utf-8").splitlines()[0].strip()
+    for category, path, caption in stamp_files(places):
         name = "-".join(path.relative_to(root).with_suffix(".jpg").parts)
-        if caption and min(save_on_white(path, output / "stamps" / name)) >= 8:
+        if category != "symbols" and min(save_on_white(path, output / "stamps" / name)) >= 8:
             yield split_of(caption), record("stamps", name, [("What is in this picture?", caption)], "stamp", "anls")
 
 

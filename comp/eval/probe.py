@@ -1,19 +1,18 @@
-"""Frozen classification: `python -m comp.eval.probe RUN` trains attentive probes on the encoder of a run, before and after.
+"""Frozen classification: `python -m comp.eval.probe RUN` trains attentive probes on the encoders of a run, before and after.
 
 The encoder does not change; the probe is what sees the labels (CoMP, arXiv 2503.18931, Table 3a; the head is AIM's, as the
 paper names none). Data: scikit-learn's digits, or a folder in ImageNet layout: train/CLASS/*.png and val/CLASS/*.png. Writes
-RUN/probe/table.json, which the report page shows; the encoder that the run started from is always a row.
+RUN/probes/NAME/table.json, which the report page shows; the encoder that the run started from is always a row.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import dataclasses
 import math
-import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -22,12 +21,21 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from ..config import ConfigError
-from ..config_io import from_dict
 from ..data.digits import load_scans
 from ..model import VisionEncoder
-from .sweep import trained_config
-
-IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+from .frozen import (
+    IMAGE_ENDINGS,
+    Measure,
+    Trial,
+    add_options,
+    data_key,
+    describe_table,
+    encoders_of,
+    learning_rate,
+    run_trial,
+    settings_from,
+    subset,
+)
 
 
 @dataclass(frozen=True)
@@ -42,8 +50,7 @@ class ProbeSettings:
     lr: float = 1e-3  # [1e-4 / 1e-5]
     min_lr: float = 1e-5  # [2e-5 / 5e-6]
     weight_decay: float = 0.05  # [0.05]
-    augment: bool = False
-    """Crop (area 8% to 100%, aspect ratio 3/4 to 4/3) and flip at random, as the paper does."""
+    augment: bool = field(default=False, metadata={"help": "crop (area 8%% to 100%%) and flip at random, as the paper does"})
 
 
 class AttentiveProbe(nn.Module):
@@ -72,6 +79,9 @@ class AttentiveProbe(nn.Module):
         return self.classifier(pooled.transpose(1, 2).flatten(1))
 
 
+# --- data --------------------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class LabelledImages:
     images: Sequence[Image.Image | Path]
@@ -81,6 +91,11 @@ class LabelledImages:
     def open(self, index: int) -> Image.Image:
         image = self.images[index]
         return (Image.open(image) if isinstance(image, Path) else image).convert("RGB")
+
+    def first(self, count: int | None) -> LabelledImages:
+        """`count` of the images, drawn from all of them."""
+        chosen = subset(range(len(self.labels)), count)
+        return LabelledImages([self.images[i] for i in chosen], [self.labels[i] for i in chosen], self.num_classes)
 
 
 def digit_images(split: str) -> LabelledImages:
@@ -103,29 +118,35 @@ def folder_images(folder: Path, classes: Sequence[str] | None = None) -> Labelle
         for path in sorted((folder / name).iterdir())
         if path.suffix.lower() in IMAGE_ENDINGS
     ]
+    if not pairs:
+        raise ConfigError(f"{folder} holds no image ({', '.join(IMAGE_ENDINGS)}) in its folders {found}")
     return LabelledImages([path for path, _ in pairs], [label for _, label in pairs], len(classes))
 
 
-def probe_accuracy(
+# --- training ----------------------------------------------------------------------------------------------------------------
+
+
+def correct_answers(
     encoder: VisionEncoder,
     train: LabelledImages,
     test: LabelledImages,
     settings: ProbeSettings,
     seed: int = 0,
     cache: dict[str, Tensor] | None = None,
-) -> float:
-    """Share of `test` that a probe trained on `train` classifies correctly. The encoder is neither trained nor changed.
+) -> Tensor:
+    """Which images of `test` a probe trained on `train` classifies correctly, [n] bool. The encoder is not changed.
 
     cache:  keeps features between calls that differ in `seed` alone; start with an empty one.
     """
     torch.manual_seed(seed)
     encoder.eval()
+    device = encoder.patch_embed.weight.device
     cache = {} if cache is None else cache
     if "test" not in cache:
         cache["test"] = all_features(encoder, test, settings)
     if "train" not in cache and not settings.augment:
         cache["train"] = all_features(encoder, train, settings)
-    probe = AttentiveProbe(encoder.config.width, train.num_classes)
+    probe = AttentiveProbe(encoder.config.width, train.num_classes).to(device)
     optimizer = torch.optim.AdamW(probe.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
     steps_per_epoch = math.ceil(len(train.labels) / settings.batch_size)
     total = settings.epochs * steps_per_epoch
@@ -139,44 +160,38 @@ def probe_accuracy(
             x = encode(encoder, [augmented(train.open(i)) for i in chosen], settings.size)
         else:
             x = cache["train"][chosen]
-        loss = F.cross_entropy(probe(x), torch.tensor([train.labels[i] for i in chosen]))
+        loss = F.cross_entropy(probe(x.to(device)), torch.tensor([train.labels[i] for i in chosen], device=device))
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, total, settings.warmup_epochs * steps_per_epoch, settings)
+            group["lr"] = learning_rate(step, total, settings.warmup_epochs * steps_per_epoch, settings, cosine=True)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     probe.eval()
     with torch.no_grad():
-        predicted = torch.cat([probe(x).argmax(-1) for x in cache["test"].split(settings.batch_size)])
-    return (predicted == torch.tensor(test.labels)).float().mean().item()
-
-
-def learning_rate(step: int, total: int, warmup: float, settings: ProbeSettings) -> float:
-    """Linear warm-up from 0, then half a cosine from `lr` to `min_lr`."""
-    if step < warmup:
-        return settings.lr * (step + 1) / (warmup + 1)
-    progress = (step - warmup) / max(1.0, total - warmup)
-    return settings.min_lr + (settings.lr - settings.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+        predicted = torch.cat([probe(x.to(device)).argmax(-1).cpu() for x in cache["test"].split(settings.batch_size)])
+    return predicted == torch.tensor(test.labels)
 
 
 def all_features(encoder: VisionEncoder, images: LabelledImages, settings: ProbeSettings) -> Tensor:
-    """[n, T, D] of all images, kept in memory."""
+    """[n, T, D] of all images, kept in main memory."""
     size = settings.batch_size
     starts = range(0, len(images.labels), size)
     ends = (min(start + size, len(images.labels)) for start in starts)
-    return torch.cat([encode(encoder, [images.open(i) for i in range(a, b)], settings.size) for a, b in zip(starts, ends)])
+    parts = (encode(encoder, [images.open(i) for i in range(a, b)], settings.size).cpu() for a, b in zip(starts, ends))
+    return torch.cat(list(parts))
 
 
 @torch.no_grad()
 def encode(encoder: VisionEncoder, images: Sequence[Image.Image], size: int) -> Tensor:
     """[B, T, D]; the order of the tokens does not matter to the probe."""
     prepared = [encoder.prepare(image, size=(size, size)) for image in images]
-    features = encoder(torch.cat([patches for patches, _ in prepared]), torch.tensor([grid for _, grid in prepared]))
+    pixel_values = torch.cat([patches for patches, _ in prepared]).to(encoder.patch_embed.weight.device)
+    features = encoder(pixel_values, torch.tensor([grid for _, grid in prepared]))
     return features.unflatten(0, (len(images), -1))
 
 
 def augmented(image: Image.Image) -> Image.Image:
-    """A random crop, flipped half of the time."""
+    """A random crop, flipped half of the time: area 8% to 100%, aspect ratio 3/4 to 4/3."""
     width, height = image.size
     area = width * height * float(torch.empty(1).uniform_(0.08, 1.0))
     ratio = math.exp(float(torch.empty(1).uniform_(math.log(3 / 4), math.log(4 / 3))))
@@ -187,54 +202,54 @@ def augmented(image: Image.Image) -> Image.Image:
     return ImageOps.mirror(image) if torch.rand(()) < 0.5 else image
 
 
-def encoders_of(run: Path) -> dict[str, VisionEncoder]:
-    """The encoder that the run in folder `run` started from, and the one it made."""
-    trained = trained_config(run)
-    start = from_dict(json.loads((run / "config.json").read_text())).vision
-    before = VisionEncoder.from_pretrained(start.path, abs_pos_order=start.abs_pos_order, abs_pos_interp=start.abs_pos_interp)
-    return {
-        "before": before.float(),
-        "after": VisionEncoder.from_pretrained(trained.vision.path).float(),
-    }
+# --- program -----------------------------------------------------------------------------------------------------------------
+
+ACCURACY = Measure("accuracy", lambda sums: sums[..., 0] / sums[..., 1])
+
+
+def classification_trial(
+    name: str, described: str, train: LabelledImages, test: LabelledImages, settings: ProbeSettings, seeds: int
+) -> Trial:
+    def run(encoder: VisionEncoder) -> dict[str, Tensor]:
+        cache: dict[str, Tensor] = {}
+        correct = torch.stack([correct_answers(encoder, train, test, settings, seed, cache) for seed in range(seeds)])
+        return {"counts": torch.stack((correct, torch.ones_like(correct)), dim=-1).int()}
+
+    text = (
+        f"Attentive probe on {described}: {len(train.labels):,} training and {len(test.labels):,} test images at "
+        f"{settings.size} pixels, {settings.epochs} epochs. Accuracy as mean ± standard deviation of {seeds} probes; change "
+        "against the first row ± standard error over test images."
+    )
+    data = data_key(*train.images, *train.labels, *test.images, *test.labels)
+    key = f"{dataclasses.asdict(settings)} {seeds} {data}"
+    return Trial(name, f"Classification: {name}", text, [ACCURACY], key, run)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    defaults = ProbeSettings()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run, for example runs/tiny")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="with train/ and val/ (default: scikit-learn's digits)")
-    parser.add_argument("--seeds", type=int, default=3, help="probes trained per encoder (default: 3)")
-    for name in ("size", "epochs", "batch_size", "lr", "min_lr", "weight_decay"):
-        value = getattr(defaults, name)
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, help=f"default: {value}")
-    parser.add_argument("--augment", action="store_true", help="random crops and flips, as for ImageNet")
+    add_options(parser, ProbeSettings())
     options = parser.parse_args(arguments)
-    settings = ProbeSettings(**{k: v for k, v in vars(options).items() if k not in ("run", "data", "seeds")})
     try:
+        settings = settings_from(options, ProbeSettings)
         if options.data is None:
-            train, test, name = digit_images("train"), digit_images("heldout"), "handwritten digits (scikit-learn)"
+            train, test, name, described = (
+                digit_images("train"),
+                digit_images("heldout"),
+                "digits",
+                "handwritten digits (scikit-learn)",
+            )
         else:
             train = folder_images(options.data / "train")
             test = folder_images(options.data / "val", sorted(p.name for p in (options.data / "train").iterdir() if p.is_dir()))
-            name = options.data.name
-        encoders = encoders_of(options.run)
+            name = described = options.data.name
+        trial = classification_trial(
+            name, described, train.first(options.train_images), test.first(options.test_images), settings, options.seeds
+        )
+        run_trial(trial, options.run, encoders_of(options.run, options.stages), options.device)
     except ConfigError as error:
         parser.error(str(error))
-    rows = []
-    for label, encoder in encoders.items():
-        cache: dict[str, Tensor] = {}
-        scores = [100 * probe_accuracy(encoder, train, test, settings, seed, cache) for seed in range(options.seeds)]
-        spread = statistics.stdev(scores) if len(scores) > 1 else math.nan
-        rows.append([label, f"{statistics.mean(scores):.2f}", f"{spread:.2f}"])
-        print("  ".join(rows[-1]))
-    text = (
-        f"Accuracy of an attentive probe on the frozen encoder: {name}, {len(train.labels)} training and "
-        f"{len(test.labels)} test images at {settings.size} pixels, {options.seeds} probes per encoder."
-    )
-    folder = options.run / "probe"
-    folder.mkdir(parents=True, exist_ok=True)
-    table = dict(text=text, header=["encoder", "accuracy, %", "standard deviation over probes"], rows=rows)
-    (folder / "table.json").write_text(json.dumps(table, indent=1))
+    print(describe_table(options.run / "probes" / name))
     return 0
 
 

@@ -1,7 +1,8 @@
 """The page of a run: `python -m comp.eval.report RUN` writes RUN/report.html (one file) and RUN/report.md.
 
 Shown is what the run left behind: stages and losses, held-out scores, example questions with their pictures, and, where these
-were made, the resolution sweep (`comp.eval.sweep`) and frozen probes before and after (`comp.eval.probe`).
+were made, the resolution sweep (`comp.eval.sweep`) and probes of the frozen encoder before and after (`comp.eval.probe`,
+`comp.eval.segment`).
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def write_report(run: Path, *, num_examples: int = 12, pictures: bool = True) ->
         *stage_section(config, summary),
         *loss_section(run),
         *result_section(run / "sweep", "Resolution sweep"),
-        *result_section(run / "probe", "Frozen probes, before and after"),
+        *probe_section(run / "probes"),
     ]
     if pictures:
         blocks += encoder_section(run, folder, config, samples)
@@ -149,13 +150,22 @@ def example_section(
     return [Heading("Examples"), Text(text), Gallery(examples)] if examples else []
 
 
-def result_section(folder: Path, title: str) -> list[Block]:
-    """A page section that another program left: folder/table.json {"text", "header", "rows"}, and pictures beside it."""
+def result_section(folder: Path, title: str = "", level: int = 2) -> list[Block]:
+    """A page section that another program left: folder/table.json {"text", "header", "rows"}, with its title or `title`, and
+    pictures beside it."""
     if not (folder / "table.json").is_file():
         return []
     result = json.loads((folder / "table.json").read_text())
     pictures = [Picture(path) for path in sorted(folder.glob("*.png"))]
-    return [Heading(title), Text(result["text"]), Table(result["header"], result["rows"]), *pictures]
+    heading = Heading(result.get("title", title), level)
+    return [heading, Text(result["text"]), Table(result["header"], result["rows"]), *pictures]
+
+
+def probe_section(folder: Path) -> list[Block]:
+    """The probes below `folder`, each as its program left it."""
+    trials = [block for place in sorted(folder.glob("*")) for block in result_section(place, level=3)]
+    text = "Small heads trained on the features of the frozen encoder: what it still sees, and sees anew, without the language model."
+    return [Heading("Frozen probes, before and after"), Text(text), *trials] if trials else []
 
 
 def encoder_section(run: Path, folder: Path, config: Config, samples: dict[str, Sample]) -> list[Block]:
