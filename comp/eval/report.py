@@ -164,7 +164,7 @@ def result_section(folder: Path, title: str = "", level: int = 2) -> list[Block]
 def probe_section(folder: Path) -> list[Block]:
     """The probes below `folder`, each as its program left it."""
     trials = [block for place in sorted(folder.glob("*")) for block in result_section(place, level=3)]
-    text = "Small heads trained on the features of the frozen encoder: what it still sees, and sees anew, without the language model."
+    text = "Small heads trained on features of the frozen encoder: what it sees without the language model."
     return [Heading("Frozen probes, before and after"), Text(text), *trials] if trials else []
 
 

@@ -1,4 +1,4 @@
-"""The attentive probe learns what is in frozen features, and the sweep and probe programs read a run and write its tables."""
+"""The attentive probe learns what is in frozen features; the sweep and probe programs read a run and write its tables."""
 
 import dataclasses
 import json
@@ -15,8 +15,9 @@ from toy import save_toy_models, toy_config
 
 from comp.config import ConfigError
 from comp.config_io import to_dict
-from comp.eval import probe, sweep
-from comp.eval.probe import AttentiveProbe, LabelledImages, ProbeSettings, folder_images, learning_rate, probe_accuracy
+from comp.eval import frozen, probe, sweep
+from comp.eval.frozen import Measure, change_of, learning_rate, make_table, subset
+from comp.eval.probe import ACCURACY, AttentiveProbe, LabelledImages, ProbeSettings, correct_answers, folder_images
 from comp.model import VisionEncoder
 
 SETTINGS = ProbeSettings(size=16, epochs=8, batch_size=16, lr=1e-2)
@@ -47,15 +48,15 @@ def coloured(count: int, colours=("red", "blue", "white")) -> LabelledImages:
 
 def test_probe_finds_what_the_features_hold(encoder):
     before = {name: p.clone() for name, p in encoder.state_dict().items()}
-    assert probe_accuracy(encoder, coloured(48), coloured(30), SETTINGS) == 1.0
+    assert correct_answers(encoder, coloured(48), coloured(30), SETTINGS).all()
     assert all(torch.equal(p, before[name]) for name, p in encoder.state_dict().items())
     augmented = dataclasses.replace(SETTINGS, augment=True)
-    assert probe_accuracy(encoder, coloured(48), coloured(30), augmented) == 1.0
+    assert correct_answers(encoder, coloured(48), coloured(30), augmented).all()
 
 
 def test_probe_cannot_find_what_they_do_not_hold(encoder):
     train, test = coloured(48, ("red", "red")), coloured(30, ("red", "red"))
-    assert probe_accuracy(encoder, train, test, SETTINGS) == 0.5
+    assert correct_answers(encoder, train, test, SETTINGS).float().mean() == 0.5
 
 
 def test_probe_pools_with_attention():
@@ -74,9 +75,10 @@ def test_probe_pools_with_attention():
 
 def test_learning_rate_schedule():
     settings = ProbeSettings(lr=1.0, min_lr=0.1)
-    rates = [learning_rate(step, 100, 10, settings) for step in range(101)]
-    assert rates[0] == pytest.approx(1 / 11) and rates[10] == pytest.approx(1) and rates[55] == pytest.approx(0.55)
-    assert rates[100] == pytest.approx(0.1)
+    for cosine, quarter in ((True, 0.1 + 0.9 * (0.5 + 0.5**1.5)), (False, 0.775)):
+        rates = [learning_rate(step, 90, 10, settings, cosine=cosine) for step in range(91)]
+        assert rates[0] == pytest.approx(1 / 11) and rates[10] == pytest.approx(1) and rates[50] == pytest.approx(0.55)
+        assert rates[30] == pytest.approx(quarter) and rates[90] == pytest.approx(0.1)
 
 
 def test_folder_in_imagenet_layout(tmp_path):
@@ -91,6 +93,10 @@ def test_folder_in_imagenet_layout(tmp_path):
         folder_images(tmp_path / "val", ["cat", "dog"])
     with pytest.raises(ConfigError, match="must hold"):
         folder_images(tmp_path / "missing")
+    for name in ("cat", "ant"):
+        (tmp_path / "val" / name / "1.png").unlink()
+    with pytest.raises(ConfigError, match="no image"):
+        folder_images(tmp_path / "val")
 
 
 def test_probe_program(run, tmp_path, monkeypatch):
@@ -99,10 +105,67 @@ def test_probe_program(run, tmp_path, monkeypatch):
         for index, (image, label) in enumerate(zip(images.images, images.labels)):
             (tmp_path / split / str(label)).mkdir(parents=True, exist_ok=True)
             image.save(tmp_path / split / str(label) / f"{index}.png")
-    assert probe.main([str(run), "--data", str(tmp_path), "--size", "16", "--epochs", "1", "--seeds", "2"]) == 0
-    table = json.loads((run / "probe" / "table.json").read_text())
-    assert [row[0] for row in table["rows"]] == ["before", "after"] and table["rows"][0] == ["before", *table["rows"][1][1:]]
-    assert "6 training and 3 test images" in " ".join(table["text"].split())
+    command = [str(run), "--data", str(tmp_path), "--size", "16", "--epochs", "1", "--seeds", "2", "--device", "cpu"]
+    assert probe.main(command) == 0
+    folder = run / "probes" / tmp_path.name
+    table = json.loads((folder / "table.json").read_text())
+    (before, after) = table["rows"]
+    assert before[0] == "before" and after[0] == "III" and before[1] == after[1] and after[2] == "+0.00 ± 0.00"
+    assert "6 training and 3 test images" in table["text"]
+
+    # finished encoders are not measured again, unless what they depend on has changed
+    measured = []
+    original = probe.correct_answers
+    monkeypatch.setattr(probe, "correct_answers", lambda *args: measured.append(args[4]) or original(*args))
+    (folder / "III.pt").unlink()
+    assert probe.main(command) == 0 and measured == [0, 1]
+    assert probe.main([*command, "--train-images", "5"]) == 0 and measured == [0, 1, 0, 1, 0, 1]
+    assert "5 training and 3 test images" in (folder / "table.json").read_text()
+    with pytest.raises(SystemExit):
+        probe.main([*command, "--test-images", "0"])
+
+
+def test_table_of_outcomes():
+    """Two probes on four images: 75% and 50% before, always right after."""
+    hits = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
+    before = torch.stack((hits, torch.ones_like(hits)), dim=-1)
+    table = make_table(
+        {"before": before, "III": torch.ones_like(before)}, [ACCURACY, Measure("twice", lambda s: s[..., 0] / 2)]
+    )
+    assert table["header"] == ["encoder", "accuracy, %", "change", "twice, %"]
+    assert table["rows"][0] == ["before", "62.50 ± 17.68", "", "125.0"]
+    assert table["rows"][1][:2] == ["III", "100.00 ± 0.00"] and table["rows"][1][2].startswith("+37.50 ± ")
+
+
+def test_standard_error_of_a_change_is_that_of_the_paired_difference():
+    """Of an accuracy, that is the standard deviation of the differences over the root of their number."""
+    generator = torch.Generator().manual_seed(0)
+    before, after = (torch.rand(3, 400, generator=generator).add(p).floor() for p in (0.6, 0.7))
+    counts = [torch.stack((hits, torch.ones_like(hits)), dim=-1) for hits in (before, after)]
+    change, error = change_of(*counts, ACCURACY)
+    differences = 100 * (after - before).double().mean(0)
+    assert change == pytest.approx(differences.mean().item(), abs=1e-6)
+    assert error == pytest.approx(differences.std().item() / 20, rel=0.1)
+    assert change_of(counts[0], counts[0], ACCURACY) == (0, 0)
+
+
+def test_subset_keeps_order_and_stays_the_same():
+    chosen = subset(range(100), 10)
+    assert chosen == sorted(set(chosen)) == subset(range(100), 10) and len(chosen) == 10 and chosen != list(range(10))
+    assert subset(range(3), 5) == subset(range(3), None) == [0, 1, 2]
+
+
+def test_fingerprint_sees_weights_and_choices(encoder):
+    first = frozen.fingerprint(encoder)
+    mode = encoder.pos_mode
+    encoder.pos_mode = "rope"
+    assert frozen.fingerprint(encoder) != first
+    encoder.pos_mode = mode
+    assert frozen.fingerprint(encoder) == first
+    with torch.no_grad():
+        encoder.patch_embed.weight[0, 0] += 1
+        assert frozen.fingerprint(encoder) != first
+        encoder.patch_embed.weight[0, 0] -= 1
 
 
 def test_sweep_program(run):

@@ -115,6 +115,14 @@ def test_results_of_other_programs_are_shown(tmp_path):
     (run / "sweep" / "table.json").write_text(json.dumps(table))
     html = write_report(run, pictures=False)[0].read_text()
     assert "Resolution sweep" in html and "12.5" in html and "Frozen probes" not in html
+    for name in ("digits", "shapes-linear"):
+        (run / "probes" / name).mkdir(parents=True)
+        table = dict(title=f"Trial: {name}", text="", header=["encoder", "score"], rows=[["III", "99.5 ± 0.5"]])
+        (run / "probes" / name / "table.json").write_text(json.dumps(table))
+    Image.new("RGB", (4, 4)).save(run / "probes" / "shapes-linear" / "examples.png")
+    html, markdown = (page.read_text() for page in write_report(run, pictures=False))
+    assert html.count("<h3>Trial: ") == 2 and html.count("99.5 ± 0.5") == 2
+    assert "](probes/shapes-linear/examples.png)" in markdown
 
 
 def test_not_a_run(tmp_path, capsys):
