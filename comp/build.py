@@ -103,6 +103,25 @@ def native_encoder(
     return SampleEncoder(template, images, max_text_tokens=max_text_tokens)
 
 
+def question_encoder(
+    model: CoMP, template: ChatTemplate, *, answer_tokens: int, min_visual_tokens: int = 4, max_visual_tokens: int = 3000
+) -> SampleEncoder:
+    """`native_encoder` that leaves `answer_tokens` of the language model's positions, and a quarter of them for text."""
+    positions = model.language_model.config.max_position_embeddings
+    return native_encoder(
+        model,
+        template,
+        max_text_tokens=positions - answer_tokens,
+        min_visual_tokens=min_visual_tokens,
+        max_visual_tokens=min(max_visual_tokens, positions * 3 // 4),
+    )
+
+
+def longest_answer(model: CoMP) -> int:
+    """Tokens of an answer that leave half of the language model's positions to the question."""
+    return model.language_model.config.max_position_embeddings // 2
+
+
 def export_model(model: CoMP, template: ChatTemplate, config: Config, world: World, folder: Path) -> None:
     """Write `folder`/vision (with the adapter) and `folder`/language (with the tokenizer) for CoMP.from_pretrained.
 

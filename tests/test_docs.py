@@ -1,6 +1,7 @@
 """The examples of the documentation: Python blocks are run, commands are parsed by the programs they start."""
 
 import argparse
+import inspect
 import re
 import runpy
 import shlex
@@ -58,6 +59,18 @@ class Parsed(Exception):
     """A program has accepted its command line."""
 
 
+def check_lmms_eval(arguments):
+    """The harness parses with all its dependencies; what is ours are the name and the arguments of the model."""
+    options = dict(zip(arguments[::2], arguments[1::2], strict=True))
+    assert options["--model"] == "comp"
+    try:
+        from comp.eval.lmms_adapter import CoMPForLmmsEval
+    except ImportError:
+        pytest.skip("lmms-eval is not installed (pip install --no-deps lmms-eval loguru pytz)")
+    model_arguments = dict(pair.split("=") for pair in options["--model_args"].split(","))
+    inspect.signature(CoMPForLmmsEval).bind(**model_arguments, batch_size=options["--batch_size"])
+
+
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 @pytest.mark.parametrize("words", commands())
 def test_command_is_understood(words, monkeypatch):
@@ -68,6 +81,8 @@ def test_command_is_understood(words, monkeypatch):
         read_command_line(options.training_script_args)
     elif arguments[0] == "train.py":
         read_command_line(arguments[1:])
+    elif arguments[:2] == ["-m", "lmms_eval"]:
+        check_lmms_eval(arguments[2:])
     else:
         assert arguments[0] == "-m", words
         parse_args = argparse.ArgumentParser.parse_args

@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from ..answer import load
-from ..build import native_encoder
+from ..build import longest_answer, question_encoder
 from ..checkpoint import write_json
 from ..config import ConfigError, SourceConfig
 from ..data.datasets import Dataset
@@ -112,7 +112,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--max-new-tokens", type=int, help=f"default: the benchmark's, {DEFAULT_ANSWER_TOKENS} for files")
     parser.add_argument("--min-visual-tokens", type=int, default=4, help="smaller images are scaled up")
-    parser.add_argument("--max-visual-tokens", type=int, default=3000, help="of a question, at most 3/4 of the context")
+    parser.add_argument(
+        "--max-visual-tokens", type=int, default=3000, help="of a question, at most 3/4 of the model's positions"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
     try:
@@ -133,16 +135,15 @@ def evaluate(options: argparse.Namespace) -> dict[str, dict[str, dict[str, Any]]
     claim_output(output, {name: settings | {"path": path} for name, (path, _, _) in sources.items()})
     model, template = load(options.model)
     model.to(options.device)
-    context = model.language_model.config.max_position_embeddings
     scores = {}
     for name, (_, questions, answer_tokens) in sources.items():
-        answer_tokens = options.max_new_tokens or answer_tokens
-        encoder = native_encoder(
+        answer_tokens = min(options.max_new_tokens or answer_tokens, longest_answer(model))
+        encoder = question_encoder(
             model,
             template,
-            max_text_tokens=context - answer_tokens,
+            answer_tokens=answer_tokens,
             min_visual_tokens=options.min_visual_tokens,
-            max_visual_tokens=min(options.max_visual_tokens, context * 3 // 4),
+            max_visual_tokens=options.max_visual_tokens,
         )
         with torch.autocast(torch.device(options.device).type, torch.bfloat16, enabled="cuda" in options.device):
             predictions, skipped = answer_into(

@@ -115,6 +115,21 @@ def save_toy_models(folder: Path) -> None:
     tokenizer.save_pretrained(folder / "language")
 
 
+def export_toy_model(folder: Path) -> Path:
+    """folder/export, as a stage exports it, from the models in `folder`; its answers depend on question and images."""
+    from comp.build import build_model
+
+    torch.manual_seed(0)
+    model, template = build_model(toy_config(folder))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "_proj" in name or "adapter.fc2" in name:  # at their initial size the last token alone decides
+                parameter.mul_(6)
+    model.save_pretrained(folder / "export")
+    template.tokenizer.save_pretrained(folder / "export" / "language")
+    return folder / "export"
+
+
 def toy_config(folder: Path, **changes) -> Config:
     """All four stages on rectangles, two or three steps each."""
     data = [SourceConfig(factory="toy:ColouredRectangles", arguments=dict(size=24))]
