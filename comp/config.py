@@ -268,6 +268,8 @@ class EvalConfig:
 
 @dataclass(kw_only=True, slots=True)
 class CheckpointConfig:
+    """When a run saves itself."""
+
     every_steps: int = 1000
     """A checkpoint after this many steps, and one at the end of every stage."""
     keep: int = 1

@@ -19,6 +19,8 @@ LazyImage = str | Image.Image | Callable[[], Image.Image]
 
 @dataclass(kw_only=True, slots=True)
 class Message:
+    """One turn of a conversation."""
+
     role: str
     """"system", "user" or "assistant"."""
     text: str

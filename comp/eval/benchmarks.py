@@ -87,9 +87,13 @@ class BenchmarkDataset:
 
 
 def open_benchmark(name: str, path: str, split: str | None = None, cache_dir: str | None = None) -> BenchmarkDataset:
-    """The questions of benchmark `name` (a key of `BENCHMARKS`) in folder `path`; for the `factory` of a data source.
+    """The questions of a benchmark as `Sample`s; also for the `factory` of a data source.
 
-    split: None for the one that papers report. cache_dir: see `comp.data.hf_folder.open_folder`.
+    name:       a key of `BENCHMARKS`: chartqa, docvqa, infovqa, textvqa, okvqa, vqav2, gqa, ai2d, realworldqa, seed, mmmu or
+                mmbench.
+    path:       a folder of the Hugging Face `datasets` library: parquet files as on the hub, or what save_to_disk wrote.
+    split:      None: the one that papers report.
+    cache_dir:  where the library keeps its memory-mapped copy of parquet files; None: its own default.
     Raises ConfigError for an unknown name, a folder in neither layout, and missing columns.
     """
     return BenchmarkDataset(name, path, split, cache_dir)

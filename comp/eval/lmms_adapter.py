@@ -50,7 +50,8 @@ class CoMPForLmmsEval(lmms):
     pretrained:         folder with vision/ and language/, runs/NAME/models/STAGE.
     device:             default: the GPU of this process (LOCAL_RANK), else the CPU.
     batch_size:         questions answered at a time; answers do not depend on it.
-    min_visual_tokens:  smaller images are scaled up. max_visual_tokens: of a question, shared by its images.
+    min_visual_tokens:  smaller images are scaled up.
+    max_visual_tokens:  of a question, shared by its images.
     """
 
     is_simple = True

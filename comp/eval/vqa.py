@@ -50,8 +50,11 @@ def answer_questions(
     device: torch.device | str = "cpu",
     after_batch: Callable[[], bool] | None = None,
 ) -> tuple[list[Prediction], list[str]]:
-    """Greedy answers of `model` to the questions `indices` of `samples`, scored.
+    """Greedy answers to questions, scored.
 
+    model:        a CoMP, or anything with its `generate`.
+    encoder:      what turns a sample into ids and patches (comp.build.question_encoder).
+    indices:      of the questions in `samples`.
     metric:       for samples that name none, one of `comp.eval.metrics.METRICS`.
     after_batch:  called after every batch; true ends the evaluation there.
     Returns the predictions in the order of `indices`, and a message for every sample that could not be used.

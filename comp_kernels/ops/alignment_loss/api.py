@@ -57,7 +57,8 @@ def alignment_loss(
         A float32 scalar (float64 for float64 features).
 
     Raises:
-        ValueError: shapes, dtypes, devices or a mode that do not fit. RuntimeError: a named backend cannot run this call.
+        ValueError: shapes, dtypes, devices or a mode that do not fit.
+        RuntimeError: a named backend cannot run this call; the message says why.
     """
     for name, x, shape in (("vision", vision, "[n, D]"), ("text", text, "[n, D]"), ("prototypes", prototypes, "[V, D]")):
         check_tensor(name, x, shape, dim=2)

@@ -48,7 +48,8 @@ def rope_attention(
         cu_seqlens:  [B + 1] int32 or int64, sequence b owns rows cu_seqlens[b]:cu_seqlens[b + 1]. Empty sequences are
             fine. Rows from cu_seqlens[-1] on are never read; their out and gradients are zero. None: one sequence of all rows.
         max_seqlen, max_seqlen_k:  hints, accepted for drop-in use and never needed.
-        rotary_dim:  channels that turn, default D. pair_stride: default rotary_dim / 2 ("rotate half"); 1 is "interleaved".
+        rotary_dim:  channels that turn, default D.
+        pair_stride:  channels between the two of a pair: default rotary_dim / 2 ("rotate half"); 1 is "interleaved".
         cos_k, sin_k:  tables of the keys, [Tk, R] or [Tk, Hkv, R]. Default: those of the queries.
         cu_seqlens_k:  [B + 1], key sequences for cross attention. Default: those of the queries.
         scale:  softmax scale, default D ** -0.5.

@@ -50,7 +50,8 @@ def sinkhorn(
         P [..., n, K] in float32 (float64 for float64 scores), or (P, u, v).
 
     Raises:
-        ValueError: shapes, dtypes or marginals that do not fit. RuntimeError: a named backend cannot run this call.
+        ValueError: shapes, dtypes or marginals that do not fit.
+        RuntimeError: a named backend cannot run this call; the message says why.
     """
     check_tensor("scores", scores, "[..., n, K]")
     if scores.dim() < 2:
