@@ -30,7 +30,7 @@ def plot_run(metrics: Path, folder: Path) -> list[Path]:
         written.append(_figure(folder / "losses.png", train, panels))
         written.append(_figure(folder / "learning_rates.png", train, [draw_learning_rates]))
         written.append(_figure(folder / "gradient_norms.png", train, [draw_gradient_norms]))
-        written.append(_figure(folder / "speed.png", train, [draw_speed]))
+        written.append(_figure(folder / "speed.png", train, [draw_images_per_second, draw_tokens_per_second]))
     if evaluations:
         written.append(plot_scores(folder / "scores.png", evaluations))
     return written
@@ -71,22 +71,21 @@ def draw_alignment_loss(ax: Axes, train: Records) -> None:
 
 
 def _draw_loss(ax: Axes, train: Records, key: str, colour: str) -> None:
-    """Faint raw values, and their exponential mean restarted at every stage."""
+    """Faint raw values, and their running mean within every stage."""
     for name in dict.fromkeys(r["stage"] for r in train):
         points = [(r["step"], r[key]) for r in train if r["stage"] == name and key in r]
         if points:
             steps, values = zip(*points)
             ax.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
-            ax.plot(steps, exponential_mean(values), color=colour, linewidth=1.6)
+            ax.plot(steps, running_mean(values), color=colour, linewidth=1.6)
 
 
-def exponential_mean(values: Sequence[float], decay: float = 0.95) -> np.ndarray:
-    """Bias-corrected exponential moving average."""
-    mean, out = 0.0, []
-    for count, value in enumerate(values, start=1):
-        mean = decay * mean + (1 - decay) * value
-        out.append(mean / (1 - decay**count))
-    return np.array(out)
+def running_mean(values: Sequence[float], reach: int = 10) -> np.ndarray:
+    """Mean of every value and up to `reach` on each side of it, fewer and evenly near the ends: it does not lag behind."""
+    sums = np.concatenate(([0.0], np.cumsum(values)))
+    places = np.arange(len(values))
+    reaches = np.minimum(reach, np.minimum(places, places[::-1]))
+    return (sums[places + reaches + 1] - sums[places - reaches]) / (2 * reaches + 1)
 
 
 def draw_learning_rates(ax: Axes, train: Records) -> None:
@@ -109,26 +108,27 @@ def _draw_parts(ax: Axes, train: Records, key: str) -> None:
     ax.legend(loc="best", fontsize=9)
 
 
-def draw_speed(ax: Axes, train: Records) -> None:
-    steps = [r["step"] for r in train]
-    ax.plot(steps, [r["images_per_s"] for r in train], color="tab:purple", linewidth=1)
-    ax.set_ylabel("images per second", color="tab:purple")
-    twin = ax.twinx()
-    twin.plot(steps, [r["tokens_per_s"] for r in train], color="tab:gray", linewidth=1)
-    twin.set_ylabel("tokens per second", color="tab:gray")
+def draw_images_per_second(ax: Axes, train: Records) -> None:
+    ax.plot([r["step"] for r in train], [r["images_per_s"] for r in train], color="tab:purple", linewidth=1)
+    ax.set_ylabel("images per second")
+
+
+def draw_tokens_per_second(ax: Axes, train: Records) -> None:
+    ax.plot([r["step"] for r in train], [r["tokens_per_s"] for r in train], color="tab:gray", linewidth=1)
+    ax.set_ylabel("tokens per second")
 
 
 def plot_scores(path: Path, evaluations: Records) -> Path:
     """Bars per question type, one colour per evaluation, in order of time."""
     types = list(evaluations[-1]["scores"])
-    figure, ax = plt.subplots(figsize=(max(6.0, 1.6 * len(types)), 4))
+    figure, ax = plt.subplots(figsize=(min(11.0, max(6.0, 1.6 * len(types))), 4))  # wider would be shrunk until unreadable
     width = 0.8 / len(evaluations)
     colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(evaluations)))
     for number, record in enumerate(evaluations):
         places = np.arange(len(types)) + (number - (len(evaluations) - 1) / 2) * width
         values = [100 * record["scores"][name]["score"] if name in record["scores"] else np.nan for name in types]
         ax.bar(places, values, width, label=record["label"], color=colours[number])
-    ax.set_xticks(np.arange(len(types)), types, rotation=20, ha="right")
+    ax.set_xticks(np.arange(len(types)), types, rotation=30, ha="right")
     ax.set_ylabel("held-out score (%)")
     ax.set_ylim(0, 100)
     ax.grid(axis="y", alpha=0.3)

@@ -90,9 +90,9 @@ def run_trial(trial: Trial, run: Path, encoders: Iterator[tuple[str, VisionEncod
     """The outcome per encoder, kept in RUN/probes/NAME: an interrupted trial goes on with the encoders that are missing.
     Writes table.json there, which the report page shows."""
     folder = run / "probes" / trial.name
-    folder.mkdir(parents=True, exist_ok=True)
     outcomes: dict[str, dict] = {}
-    for label, encoder in encoders:
+    for label, encoder in encoders:  # the first one has found RUN to be a run
+        folder.mkdir(parents=True, exist_ok=True)
         kept, key = folder / f"{label}.pt", f"{trial.key} {fingerprint(encoder)}"
         outcome = torch.load(kept, weights_only=True) if kept.is_file() else {}
         if outcome.get("key") != key:

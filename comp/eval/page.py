@@ -78,6 +78,7 @@ p { margin: .4rem 0 1rem; color: var(--soft); max-width: 46rem; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .42rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } th { color: var(--soft); font-weight: 600; }
+td.prose { white-space: normal; min-width: 11rem; }
 tr.total td { border-top: 2px solid var(--ink); font-weight: 600; }
 figure { margin: 1rem 0; } figure img { max-width: 100%; border-radius: .4rem; }
 figcaption { color: var(--soft); font-size: .88rem; }
@@ -120,12 +121,18 @@ def _html(block: Block) -> str:
             lines = ["<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in header) + "</tr>"]
             for number, row in enumerate(rows):
                 css = ' class="total"' if total and number == len(rows) - 1 else ""
-                lines.append(f"<tr{css}>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>")
+                cells = (f"<td{_wrapping(cell)}>{escape(cell)}</td>" for cell in row)
+                lines.append(f"<tr{css}>" + "".join(cells) + "</tr>")
             return '<div class="scroll"><table>\n' + "\n".join(lines) + "\n</table></div>"
         case Picture(path, caption):
             return f"<figure>{_image(path, caption)}<figcaption>{escape(caption)}</figcaption></figure>"
         case Gallery(examples):
             return '<div class="gallery">' + "\n".join(_card(example) for example in examples) + "</div>"
+
+
+def _wrapping(cell: str) -> str:
+    """Words may go over several lines; figures stay on one."""
+    return ' class="prose"' if len(cell) > 24 else ""
 
 
 def _card(example: Example) -> str:

@@ -49,17 +49,16 @@ def write_report(run: Path, *, num_examples: int = 12, pictures: bool = True) ->
     folder = run / "report"
     folder.mkdir(exist_ok=True)
     samples = held_out_samples(config)
-    blocks: list[Block] = [
+    blocks = [
         *head(config, summary, evaluations),
         *score_section(run, summary, evaluations),
         *example_section(run, folder, samples, [e["label"] for e in evaluations], num_examples),
-        *stage_section(config, summary),
-        *loss_section(run),
         *result_section(run / "sweep", "Resolution sweep"),
         *probe_section(run / "probes"),
+        *(encoder_section(run, folder, config, samples) if pictures else []),
+        *stage_section(config, summary),
+        *loss_section(run),
     ]
-    if pictures:
-        blocks += encoder_section(run, folder, config, samples)
     return write_page(blocks, f"{config.name}: report", run, "report")
 
 
@@ -80,16 +79,17 @@ def head(config: Config, summary: dict[str, Any], evaluations: Sequence[dict[str
             (f"{summary['text_tokens']:,}", "text tokens"),
             (
                 f"{summary['seconds'] / 60:.1f} min",
-                f"on {machine['processes']} x {machine['device']}, {machine['threads']} threads",
+                f"on {count_of(machine['processes'], 'process', 'processes')}, {machine['device']}, "
+                + count_of(machine["threads"], "thread", "threads"),
             ),
         ]
         if summary["skipped"]["samples"]:
             facts.append((str(summary["skipped"]["samples"]), "unusable samples skipped; messages in summary.json"))
     else:
         blocks.append(Text("This run is not finished: figures are those of its last record."))
-    start = (
-        f"Vision tower {Path(config.vision.path).name}, language model {Path(config.language.path).name}, seed {config.seed}."
-    )
+    # a folder of a start is called after its part more often than not: its parent tells more
+    towers = ("/".join(Path(part.path).parts[-2:]) for part in (config.vision, config.language))
+    start = "Vision tower {}, language model {}, seed {}.".format(*towers, config.seed)
     return [*blocks, Text(start), Facts(facts)]
 
 
@@ -98,7 +98,12 @@ def score_section(run: Path, summary: dict[str, Any], evaluations: Sequence[dict
         return []
     columns = {**summary.get("baselines", {}), **{e["label"]: e["scores"] for e in evaluations}}
     rows = [
-        [name, str(entry["count"]), entry["metric"], *(percent(column.get(name)) for column in columns.values())]
+        [
+            name,
+            str(entry["count"]),
+            entry["metric"].replace("_", " "),
+            *(percent(column.get(name)) for column in columns.values()),
+        ]
         for name, entry in evaluations[-1]["scores"].items()
     ]
     text = "Mean score in per cent per kind of question, on questions never trained on, after each stage."
@@ -170,14 +175,28 @@ def probe_section(folder: Path) -> list[Block]:
 
 def encoder_section(run: Path, folder: Path, config: Config, samples: dict[str, Sample]) -> list[Block]:
     trained = run / "models" / config.stages[-1].name / "vision"
-    images = [open_picture(image) for sample in samples.values() for image in pictures_of(sample)[:1]][:3]
-    if not trained.is_dir() or not images:
+    if not trained.is_dir():
+        return []
+    images = telling_pictures(samples, 3)
+    if not images:
         return []
     drawn = draw_encoders(config, trained, images, folder)
     return [Heading("What the encoder sees"), *(Picture(path, caption) for path, caption in drawn)]
 
 
 # --- parts -------------------------------------------------------------------------------------------------------------------
+
+
+def count_of(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
+
+
+def telling_pictures(samples: dict[str, Sample], count: int) -> list[Image.Image]:
+    """Of the first pictures, the kinds of question in turn, the `count` that a square holds best: narrow ones show little."""
+    names = [dict(name=name, question_type=sample.question_type) for name, sample in samples.items() if pictures_of(sample)]
+    pictures = (open_picture(pictures_of(samples[name])[0]) for name in choose_names(names, 4 * count))
+    different = {picture.tobytes(): picture for picture in pictures}
+    return sorted(different.values(), key=lambda picture: min(picture.size) / max(picture.size), reverse=True)[:count]
 
 
 def percent(entry: dict[str, Any] | None) -> str:

@@ -16,9 +16,10 @@ from toy import save_toy_models, toy_config
 
 from comp.config import ConfigError, SourceConfig
 from comp.config_io import to_dict
+from comp.data.batch import Message, Sample
 from comp.eval.page import Example, Gallery, Heading, Table, write_page
 from comp.eval.pictures import centre_attention, feature_colours
-from comp.eval.report import choose_names, main, write_report
+from comp.eval.report import choose_names, main, telling_pictures, write_report
 from comp.model import VisionEncoder
 
 LABELS = ("before", "I", "III")
@@ -138,6 +139,19 @@ def test_examples_take_the_kinds_in_turn():
     assert choose_names(predictions, 5) == ["0", "3", "5", "1", "4"]
     assert choose_names(predictions, 99) == ["0", "3", "5", "1", "4", "2"]
     assert choose_names([], 3) == []
+
+
+def test_pictures_that_tell_something():
+    """The squarest, one of each kind before a second of any; text and repeated pictures do not count."""
+    sizes = [(90, 10), (40, 40), (40, 40), (30, 20), (10, 80), (20, 21)]
+
+    def sample(name: str, kind: str, images: list[Image.Image]) -> Sample:
+        return Sample(name=name, messages=[Message(role="user", text="?", images=images)], question_type=kind)
+
+    samples = {str(i): sample(str(i), "ab"[i % 2], [Image.new("RGB", size)]) for i, size in enumerate(sizes)}
+    samples["text"] = sample("text", "c", [])
+    assert [picture.size for picture in telling_pictures(samples, 2)] == [(40, 40), (20, 21)]
+    assert telling_pictures({"text": samples["text"]}, 2) == []
 
 
 def test_page_in_both_forms(tmp_path):

@@ -211,3 +211,6 @@ def test_program(run, tmp_path, capsys):
         with pytest.raises(SystemExit):
             segment.main([*command, *wrong])
         assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        segment.main([str(tmp_path / "nowhere"), *command[1:]])
+    assert "config.json" in capsys.readouterr().err and not (tmp_path / "nowhere").exists()
