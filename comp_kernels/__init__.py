@@ -5,7 +5,7 @@ sinkhorn          batched optimal-transport codes in the log domain
 alignment_loss    cross-entropy between text and vision features over a vocabulary, nothing of size [batch, vocabulary] kept
 """
 
-from . import reference
+from . import layers, reference
 from ._backends import available_backends
 from .ops.alignment_loss import alignment_loss
 from .ops.rope_attention import axial_freqs, rope_attention, rope_tables
@@ -16,6 +16,7 @@ __all__ = [
     "alignment_loss",
     "available_backends",
     "axial_freqs",
+    "layers",
     "reference",
     "rope_attention",
     "rope_tables",

@@ -15,21 +15,21 @@ import torch
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "COMP_KERNELS_BACKEND"
 
-# operator -> backend -> module with `unavailable_reason(device: torch.device) -> str | None` (None = it can run)
+# operator -> backend -> module of this package with `unavailable_reason(device: torch.device) -> str | None` (None: it can run)
 IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     "rope_attention": {
-        "cpu": "comp_kernels.ops.rope_attention.cpu",
-        "triton": "comp_kernels.ops.rope_attention.triton_backend",
-        "cuda": "comp_kernels.ops.rope_attention.cuda",
+        "cpu": ".ops.rope_attention.cpu",
+        "triton": ".ops.rope_attention.triton_backend",
+        "cuda": ".ops.rope_attention.cuda",
     },
     "sinkhorn": {
-        "cpu": "comp_kernels.ops.sinkhorn.cpu",
-        "triton": "comp_kernels.ops.sinkhorn.triton_backend",
-        "cuda": "comp_kernels.ops.sinkhorn.cuda",
+        "cpu": ".ops.sinkhorn.cpu",
+        "triton": ".ops.sinkhorn.triton_backend",
+        "cuda": ".ops.sinkhorn.cuda",
     },
     "alignment_loss": {
-        "cpu": "comp_kernels.ops.alignment_loss.cpu",
-        "triton": "comp_kernels.ops.alignment_loss.triton_backend",
+        "cpu": ".ops.alignment_loss.cpu",
+        "triton": ".ops.alignment_loss.triton_backend",
     },
 }
 
@@ -46,7 +46,7 @@ def implementation(op: str, backend: str):
     """The module that implements `op` on `backend`; imported on first use, so that `import comp_kernels` stays light."""
     path = IMPLEMENTATIONS[op][backend]
     if path not in _loaded:
-        _loaded[path] = importlib.import_module(path)
+        _loaded[path] = importlib.import_module(path, __package__)
     return _loaded[path]
 
 

@@ -28,11 +28,12 @@ CHAPTERS = [
     ),
     (
         "Other people's models",
-        "from comp_kernels.integrations import ...",
+        "from comp_kernels.integrations import ...; from comp_kernels.layers import RopeAttention",
         {
             "comp_kernels/integrations/transformers.py": "patch_transformers register_attention",
             "comp_kernels/integrations/timm.py": "patch_timm",
             "comp_kernels/integrations/_patching.py": "unpatch UnsupportedCall",
+            "comp_kernels/layers.py": "RopeAttention",
         },
     ),
     (
@@ -80,6 +81,7 @@ CHAPTERS = [
                 "comp/eval/report.py",
                 "comp/pretrain_tiny.py",
                 "comp_kernels/info.py",
+                "comp_kernels/hf_kernels.py",
             )
         ),
     ),

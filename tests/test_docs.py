@@ -1,6 +1,7 @@
 """The examples of the documentation: Python blocks are run, commands are parsed by the programs they start."""
 
 import argparse
+import importlib.util
 import inspect
 import re
 import runpy
@@ -51,6 +52,8 @@ def test_python_example_runs(code, tmp_path, monkeypatch):
             import_timm()
         except ImportError:
             pytest.skip("timm is not installed (pip install --no-deps timm)")
+    if "from kernels import" in code and importlib.util.find_spec("kernels") is None:
+        pytest.skip("kernels is not installed (pip install kernels)")
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "example", "exec"), {"__name__": "example"})
 

@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..._backends import implementation
+from ..._namespace import NAMESPACE, OPS
 from ..sinkhorn.registration import group_by_name
 from . import streaming
 
 OPERATOR = "alignment_loss"
-LIBRARY = torch.library.Library("comp_kernels", "FRAGMENT")
+LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 LIBRARY.define(
     "alignment_loss(Tensor vision, Tensor text, Tensor prototypes, Tensor? prior, Tensor? valid, str mode, float epsilon, "
@@ -93,13 +94,13 @@ for name, kernel, fake in (
     ("alignment_loss_backward", backward, backward_fake),
 ):
     LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"comp_kernels::{name}", fake, lib=LIBRARY)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
 
-torch.library.register_autograd("comp_kernels::alignment_loss", autograd, setup_context=setup_context, lib=LIBRARY)
-torch.library.register_autograd("comp_kernels::alignment_loss_backward", refuse_double_backward, lib=LIBRARY)
+torch.library.register_autograd(f"{NAMESPACE}::alignment_loss", autograd, setup_context=setup_context, lib=LIBRARY)
+torch.library.register_autograd(f"{NAMESPACE}::alignment_loss_backward", refuse_double_backward, lib=LIBRARY)
 
-FORWARD = torch.ops.comp_kernels.alignment_loss
-BACKWARD = torch.ops.comp_kernels.alignment_loss_backward
+FORWARD = OPS.alignment_loss
+BACKWARD = OPS.alignment_loss_backward
 
 
 @register_flop_formula(FORWARD)

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..._backends import implementation
+from ..._namespace import NAMESPACE, OPS
 
 OPERATOR = "rope_attention"
-LIBRARY = torch.library.Library("comp_kernels", "FRAGMENT")
+LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 TABLES = "Tensor? cos, Tensor? sin, Tensor? cos_k, Tensor? sin_k"
 BOUNDS = "Tensor cu_seqlens, Tensor cu_seqlens_k"
@@ -137,7 +138,7 @@ def autograd(ctx, grad_out, grad_lse) -> tuple[Tensor | None, ...]:
     table_grads = any(ctx.needs_input_grad[3:7])
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    gradients = torch.ops.comp_kernels.rope_attention_backward.default(
+    gradients = OPS.rope_attention_backward.default(
         grad_out, grad_lse, q, k, v, out, lse, *tables_and_bounds, *settings, table_grads
     )
     wanted = ctx.needs_input_grad[:7]
@@ -156,13 +157,13 @@ for name, kernel, fake in (
     ("rope_attention_backward", backward, backward_fake),
 ):
     LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"comp_kernels::{name}", fake, lib=LIBRARY)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
 
-torch.library.register_autograd("comp_kernels::rope_attention_forward", autograd, setup_context=setup_context, lib=LIBRARY)
-torch.library.register_autograd("comp_kernels::rope_attention_backward", refuse_double_backward, lib=LIBRARY)
+torch.library.register_autograd(f"{NAMESPACE}::rope_attention_forward", autograd, setup_context=setup_context, lib=LIBRARY)
+torch.library.register_autograd(f"{NAMESPACE}::rope_attention_backward", refuse_double_backward, lib=LIBRARY)
 
-FORWARD = torch.ops.comp_kernels.rope_attention_forward
-BACKWARD = torch.ops.comp_kernels.rope_attention_backward
+FORWARD = OPS.rope_attention_forward
+BACKWARD = OPS.rope_attention_backward
 
 
 def attention_flops(q: Tensor, k: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor) -> int:

@@ -16,10 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..._backends import implementation
+from ..._namespace import NAMESPACE, OPS
 from . import gradients, reference
 
 OPERATOR = "sinkhorn"
-LIBRARY = torch.library.Library("comp_kernels", "FRAGMENT")
+LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 LIBRARY.define(
     "sinkhorn(Tensor scores, Tensor row_marginals, Tensor col_marginals, float epsilon, int num_iters, float? tol, "
@@ -98,10 +99,10 @@ def refuse_double_backward(ctx, *grads):
 
 for name, kernel, fake in (("sinkhorn", forward, forward_fake), ("sinkhorn_backward", backward, backward_fake)):
     LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"comp_kernels::{name}", fake, lib=LIBRARY)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
 
-torch.library.register_autograd("comp_kernels::sinkhorn", autograd, setup_context=setup_context, lib=LIBRARY)
-torch.library.register_autograd("comp_kernels::sinkhorn_backward", refuse_double_backward, lib=LIBRARY)
+torch.library.register_autograd(f"{NAMESPACE}::sinkhorn", autograd, setup_context=setup_context, lib=LIBRARY)
+torch.library.register_autograd(f"{NAMESPACE}::sinkhorn_backward", refuse_double_backward, lib=LIBRARY)
 
-FORWARD = torch.ops.comp_kernels.sinkhorn
-BACKWARD = torch.ops.comp_kernels.sinkhorn_backward
+FORWARD = OPS.sinkhorn
+BACKWARD = OPS.sinkhorn_backward
