@@ -11,7 +11,7 @@ import re
 import string
 from collections.abc import Callable, Iterator, Sequence
 
-from .metrics import NUMBER_WORDS, exact_match, plain
+from .metrics import NUMBER_WORDS, exact_match
 
 LETTERS = string.ascii_uppercase
 
@@ -41,21 +41,19 @@ def realworldqa(prediction: str, answers: Sequence[str], options: Sequence[str] 
 
 
 def option_letter_from_text(prediction: str, options: Sequence[str]) -> str:
-    """The letter of the first option whose text occurs in the prediction.
+    """The letter of the option whose text comes first in the prediction; without one the prediction without punctuation.
 
-    Without such an option the prediction comes back with punctuation removed, a lone number word as a digit ("Two." -> "2").
+    As published, case counts ("right" is not "Right"), an option with punctuation of its own ("Left.") is never found, and only
+    a prediction that is nothing but a number word becomes a digit ("Two" is "2", "Two." stays).
     """
-    text = plain(prediction).strip()
-    text = NUMBER_WORDS.get(text, text)
-    for letter, option in lettered(options).items():
-        if plain(option) and plain(option) in text:
-            return letter
-    return text
+    text = re.sub(r"[^\w\s]", "", NUMBER_WORDS.get(prediction.lower(), prediction)).strip()
+    found = [(text.find(option), letter) for letter, option in lettered(options).items() if option and option in text]
+    return min(found)[1] if found else text
 
 
 def listed_options(question: str) -> list[str]:
-    """The options that a question lists in lines of its own: "A. Left" gives "Left"."""
-    return re.findall(r"^\s*[A-Z]\.\s*(.*\S)", question, flags=re.MULTILINE)
+    """What stands behind "A. ", "B. " and so on to the end of the line: "A. Left" gives "Left"."""
+    return [option.strip() for option in re.findall(r"\b[A-Z]\.\s+([^\n]*)", question)]
 
 
 def seed(prediction: str, answers: Sequence[str], options: Sequence[str] = ()) -> float:

@@ -18,12 +18,19 @@ def test_ai2d_reads_a_letter_before_a_full_stop():
 def test_realworldqa_reads_the_text_of_an_option():
     options = choices.listed_options("Which way?\nA. Left\n B. Straight on \nC. Right\nPlease answer.")
     assert options == ["Left", "Straight on", "Right"]
-    assert choices.option_letter_from_text("You can go straight on!", options) == "B"
-    assert choices.option_letter_from_text("RIGHT.", options) == "C"
-    assert choices.option_letter_from_text("Two.", []) == "2"
-    assert choices.option_letter_from_text("two cars", []) == "two cars"
-    assert choices.realworldqa("Three.", ["3"]) == 1
-    assert choices.realworldqa("right", ["C"], options) == 1
+    for text, expected in {
+        "You can go Straight on!": "B",
+        "Right, not Left.": "C",  # what comes first in the answer
+        "RIGHT.": "RIGHT",  # case counts
+        "Two": "2",
+        "Two.": "Two",  # more than the word alone
+        "two cars": "two cars",
+    }.items():
+        assert choices.option_letter_from_text(text, options) == expected
+    assert choices.option_letter_from_text("Turn left.", ["Turn left."]) == "Turn left"  # the answer has lost its full stop
+    assert choices.realworldqa("Three", ["3"]) == 1
+    assert choices.realworldqa("Right", ["C"], options) == 1
+    assert choices.realworldqa("c.", ["C"], options) == 1
 
 
 @pytest.mark.parametrize(("prediction", "expected"), [("B", 1), (" b)", 1), ("Because", 1), ("The B", 0), ("", 0), ("(B)", 0)])
