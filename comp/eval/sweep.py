@@ -95,11 +95,14 @@ def write_sweep(results: dict[int, dict[str, dict[str, Any]]], folder: Path) -> 
     table = dict(text=text, header=["visual tokens at most", *types], rows=rows)
     (folder / "table.json").write_text(json.dumps(table, indent=1))
 
-    figure, ax = plt.subplots(figsize=(7, 4))
-    for name in types:
+    figure, ax = plt.subplots(figsize=(8, 4.6))
+    colours = plt.get_cmap("tab20").colors[::2] + plt.get_cmap("tab20").colors[1::2]
+    at_last = list(results.values())[-1]
+    for number, name in enumerate(sorted(types, key=lambda name: -at_last[name]["score"])):  # the legend in the lines' order
         values = [100 * scores[name]["score"] for scores in results.values()]
         strong = name == OVERALL
-        ax.plot(list(results), values, "o-", label=name, color="black" if strong else None, linewidth=2.2 if strong else 1.0)
+        style = dict(color="black", linewidth=2.4, zorder=3) if strong else dict(color=colours[number % 20], linewidth=1.1)
+        ax.plot(list(results), values, marker="osD^v"[number % 5], markersize=5, label=name, **style)
     ax.set_xscale("log", base=2)
     ax.set_xticks(list(results), [str(cap) for cap in results])
     ax.set_xlabel("visual tokens per question at most")
