@@ -81,11 +81,11 @@ def _draw_loss(ax: Axes, train: Records, key: str, colour: str) -> None:
 
 
 def running_mean(values: Sequence[float], reach: int = 10) -> np.ndarray:
-    """Mean of every value and up to `reach` on each side of it, fewer and evenly near the ends: it does not lag behind."""
+    """Mean of every value and of those up to `reach` before and after it, which does not lag behind."""
     sums = np.concatenate(([0.0], np.cumsum(values)))
     places = np.arange(len(values))
-    reaches = np.minimum(reach, np.minimum(places, places[::-1]))
-    return (sums[places + reaches + 1] - sums[places - reaches]) / (2 * reaches + 1)
+    first, end = np.maximum(places - reach, 0), np.minimum(places + reach + 1, len(values))
+    return (sums[end] - sums[first]) / (end - first)
 
 
 def draw_learning_rates(ax: Axes, train: Records) -> None:

@@ -77,6 +77,7 @@ CHAPTERS = [
                 "comp/eval/sweep.py",
                 "comp/eval/probe.py",
                 "comp/eval/segment.py",
+                "comp/data/fetch_probes.py",
                 "comp/eval/ablations.py",
                 "comp/eval/report.py",
                 "comp/pretrain_tiny.py",

@@ -126,10 +126,10 @@ def data_key(*items: Image.Image | Path | int) -> str:
 
 
 def make_table(counts: dict[str, Tensor], measures: Sequence[Measure]) -> dict[str, list]:
-    """Rows of encoders: the first measure as mean ± standard deviation over probes, its change against the first encoder ±
-    standard error over test images, the means of the other measures."""
+    """Rows of encoders, all in per cent: the first measure as mean ± standard deviation over probes, its change against the
+    first encoder ± standard error over test images, the means of the other measures."""
     first, *others = measures
-    header = ["encoder", f"{first.name}, %", "change", *(f"{measure.name}, %" for measure in others)]
+    header = ["encoder", first.name, "change", *(measure.name for measure in others)]
     baseline = next(iter(counts.values()))
     rows = []
     for label, own in counts.items():

@@ -76,7 +76,7 @@ p { margin: .4rem 0 1rem; color: var(--soft); max-width: 46rem; }
 .facts b { display: block; font-size: 1.5rem; color: var(--ink); font-variant-numeric: tabular-nums; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .42rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th, td { padding: .42rem .55rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } th { color: var(--soft); font-weight: 600; }
 td.prose { white-space: normal; min-width: 11rem; }
 tr.total td { border-top: 2px solid var(--ink); font-weight: 600; }

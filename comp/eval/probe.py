@@ -217,8 +217,8 @@ def classification_trial(
 
     text = (
         f"Attentive probe on {described}: {len(train.labels):,} training and {len(test.labels):,} test images at "
-        f"{settings.size} pixels, {settings.epochs} epochs. Accuracy as mean ± standard deviation of {seeds} probes; change "
-        "against the first row ± standard error over test images."
+        f"{settings.size} pixels, {settings.epochs} epochs. In per cent, accuracy as mean ± standard deviation of {seeds} "
+        "probes; change against the first row ± standard error over test images."
     )
     data = data_key(*train.images, *train.labels, *test.images, *test.labels)
     key = f"{dataclasses.asdict(settings)} {seeds} {data}"

@@ -156,14 +156,14 @@ def example_section(
 
 
 def result_section(folder: Path, title: str = "", level: int = 2) -> list[Block]:
-    """A page section that another program left: folder/table.json {"text", "header", "rows"}, with its title or `title`, and
-    pictures beside it."""
+    """A page section that another program left: folder/table.json {"text", "header", "rows"}, where given with a "title" of its
+    own and "total" for the last row, and pictures beside it."""
     if not (folder / "table.json").is_file():
         return []
     result = json.loads((folder / "table.json").read_text())
     pictures = [Picture(path) for path in sorted(folder.glob("*.png"))]
     heading = Heading(result.get("title", title), level)
-    return [heading, Text(result["text"]), Table(result["header"], result["rows"]), *pictures]
+    return [heading, Text(result["text"]), Table(result["header"], result["rows"], result.get("total", False)), *pictures]
 
 
 def probe_section(folder: Path) -> list[Block]:

@@ -251,8 +251,8 @@ def segmentation_trial(
     text = (
         f"{dict(upernet='UperNet', linear='Linear')[settings.head]} head on the frozen encoder: {len(train.pairs):,} training "
         f"and {len(test.pairs):,} validation pictures at native resolution, {len(train.classes)} classes, "
-        f"{settings.iterations:,} iterations. mIoU as mean ± standard deviation of {seeds} heads; change against the first row "
-        "± standard error over validation pictures."
+        f"{settings.iterations:,} iterations. In per cent, mIoU as mean ± standard deviation of {seeds} heads; change against "
+        "the first row ± standard error over validation pictures."
     )
     if len(train.classes) <= MOST_CLASSES_SHOWN:
         text += " The last columns are the IoU of each class."

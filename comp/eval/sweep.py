@@ -84,15 +84,15 @@ def sweep(config: Config, caps: Sequence[int], num_questions: int | None = None)
 
 
 def write_sweep(results: dict[int, dict[str, dict[str, Any]]], folder: Path) -> None:
-    """folder/table.json, a row per cap and a column per question type, and folder/sweep.png."""
+    """folder/table.json, a row per question type and a column per cap, and folder/sweep.png."""
     folder.mkdir(parents=True, exist_ok=True)
     types = list(next(iter(results.values())))
-    rows = [[str(cap), *(f"{100 * scores[name]['score']:.1f}" for name in types)] for cap, scores in results.items()]
+    rows = [[name, *(f"{100 * scores[name]['score']:.1f}" for scores in results.values())] for name in types]
     count = next(iter(results.values()))[OVERALL]["count"]
     text = (
         f"Score in per cent on {count} held-out questions at native resolution, against the cap on visual tokens per question."
     )
-    table = dict(text=text, header=["visual tokens at most", *types], rows=rows)
+    table = dict(text=text, header=["visual tokens at most", *map(str, results)], rows=rows, total=True)
     (folder / "table.json").write_text(json.dumps(table, indent=1))
 
     figure, ax = plt.subplots(figsize=(8, 4.6))

@@ -204,7 +204,7 @@ def test_program(run, tmp_path, capsys):
     assert segment.main(command) == 0
     result = run / "probes" / "shapes-upernet"
     table = json.loads((result / "table.json").read_text())
-    assert table["header"][:5] == ["encoder", "mIoU, %", "change", "mAcc, %", "aAcc, %"] and "nan" not in table["rows"][0][1]
+    assert table["header"][:5] == ["encoder", "mIoU", "change", "mAcc", "aAcc"] and "nan" not in table["rows"][0][1]
     assert [row[0] for row in table["rows"]] == ["before", "III"] and table["rows"][1][2] == "+0.00 ± 0.00"
     assert (result / "examples.png").is_file() and "mIoU" in capsys.readouterr().out
     for wrong, message in ((["--crop", "15"], "multiple of"), (["--batch-size", "1"], "at least 2")):
