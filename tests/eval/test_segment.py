@@ -104,6 +104,8 @@ def test_folder_in_ade20k_layout(tmp_path):
     assert labels.shape == (picture.height, picture.width) and set(labels.unique().tolist()) == {IGNORED, 0, 1}
     assert (np.array(picture)[(labels == 1).numpy()] == COLOURS[1]).all()
     assert len(images.first(2).pairs) == 2
+    (tmp_path / "classes.txt").write_text("paper\nred\nblue")  # no line end after the last
+    assert list(annotated_folder(tmp_path, "training").classes) == ["paper", "red", "blue"]
 
 
 def test_refused_folders(tmp_path):
