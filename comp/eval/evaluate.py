@@ -11,7 +11,9 @@ OUTPUT/scores.json.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -25,8 +27,8 @@ from ..answer import load
 from ..build import longest_answer, question_encoder
 from ..checkpoint import write_json
 from ..config import ConfigError, SourceConfig
-from ..data.datasets import Dataset
-from ..data.encode import SampleEncoder
+from ..data.datasets import BadSampleError, Dataset
+from ..data.encode import SampleEncoder, prompt_messages, reference_answers
 from ..data.mixture import open_sources
 from ..metrics import table
 from ..model import CoMP
@@ -56,13 +58,14 @@ def answer_into(
     metric: str = "exact_match",
     device: torch.device | str = "cpu",
 ) -> tuple[list[Prediction], list[str]]:
-    """Answer the first `count` questions and append a line for each to the file `path`, which may hold the first of them.
+    """Answer the first `count` questions and append a line for each to the file `path`, which may hold some of them or more.
 
-    metric: for questions that name none. Returns all predictions, and a message for every question that cannot be asked.
+    metric: for questions that name none. Returns their predictions, and a message for every question that cannot be asked.
+    Raises ConfigError where the file answers other questions.
     """
-    done = _read_lines(path)[:count]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in done))  # a torn last line goes
+    done = _read_lines(path)[:count]
+    _check_same_questions(path, done, questions)
     with path.open("a") as file, tqdm(total=count, initial=len(done), desc=path.stem, unit="question") as progress:
         for batch in answer_batches(
             model,
@@ -83,10 +86,31 @@ def answer_into(
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a file that may be missing or end in the middle of a line."""
+    """The records of a file that may be missing. A last line that was torn by an interruption is cut off."""
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+    text = path.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
+    if whole != text:
+        os.truncate(path, len(whole))
+    return [json.loads(line) for line in whole.decode().split("\n")[:-1]]
+
+
+def _check_same_questions(path: Path, done: Sequence[dict[str, Any]], questions: Dataset) -> None:
+    """ConfigError where a record is not of the question in its place: the source was edited since."""
+    for index, record in enumerate(done):
+        if "skipped" in record:
+            continue
+        try:
+            sample = questions[index]
+            now = (prompt_messages(sample)[-1].text, reference_answers(sample))
+        except BadSampleError as error:
+            raise ConfigError(f"{path}, line {index + 1} answers a question that cannot be read any more: {error}") from error
+        if now != (record["question"], record["answers"]):
+            was = (record["question"], record["answers"])
+            raise ConfigError(
+                f"{path}, line {index + 1} answers {was}, question {index + 1} is now {now}; choose another --output"
+            )
 
 
 def claim_output(folder: Path, settings: dict[str, dict[str, Any]]) -> None:
@@ -108,12 +132,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("questions", nargs="+", metavar="NAME=PATH", help=f"benchmarks: {', '.join(BENCHMARKS)}")
     parser.add_argument("--output", type=Path, help="default: MODEL/evaluation")
     parser.add_argument("--split", help="default: the one that papers report")
-    parser.add_argument("--count", type=int, help="only the first questions of each")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--max-new-tokens", type=int, help=f"default: the benchmark's, {DEFAULT_ANSWER_TOKENS} for files")
-    parser.add_argument("--min-visual-tokens", type=int, default=4, help="smaller images are scaled up")
+    parser.add_argument("--count", type=positive_int, help="only the first questions of each")
+    parser.add_argument("--batch-size", type=positive_int, default=16)
     parser.add_argument(
-        "--max-visual-tokens", type=int, default=3000, help="of a question, at most 3/4 of the model's positions"
+        "--max-new-tokens", type=positive_int, help=f"default: the benchmark's, {DEFAULT_ANSWER_TOKENS} for files"
+    )
+    parser.add_argument("--min-visual-tokens", type=positive_int, default=4, help="smaller images are scaled up")
+    parser.add_argument(
+        "--max-visual-tokens", type=positive_int, default=3000, help="of a question, at most 3/4 of the model's positions"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
@@ -124,6 +150,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def positive_int(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
 def evaluate(options: argparse.Namespace) -> dict[str, dict[str, dict[str, Any]]]:
     """What the command does; returns {NAME: scores by question type}."""
     sources = _open_all(options.questions, options.split)  # before the weights: a wrong path should not wait
@@ -131,7 +164,8 @@ def evaluate(options: argparse.Namespace) -> dict[str, dict[str, dict[str, Any]]
         raise ConfigError(f"MODEL must be a folder with vision/ and language/ as a stage exports it, got {options.model}")
     output = options.output or options.model / "evaluation"
     keys = ("model", "split", "max_new_tokens", "min_visual_tokens", "max_visual_tokens")
-    settings = {key: getattr(options, key) for key in keys} | {"model": str(options.model.resolve())}
+    settings = {key: getattr(options, key) for key in keys}
+    settings |= {"model": str(options.model.resolve()), "weights": weights_digest(options.model)}
     claim_output(output, {name: settings | {"path": path} for name, (path, _, _) in sources.items()})
     model, template = load(options.model)
     model.to(options.device)
@@ -161,6 +195,16 @@ def evaluate(options: argparse.Namespace) -> dict[str, dict[str, dict[str, Any]]
         scores[name] = scores_by_type(predictions)
     _report(output / "scores.json", scores)
     return scores
+
+
+def weights_digest(model: Path) -> str:
+    """SHA-256 of the weight files: a folder can be trained anew, and its old answers are not the new model's."""
+    digest = hashlib.sha256()
+    for path in sorted(model.rglob("*.safetensors")):
+        with path.open("rb") as file:
+            while block := file.read(2**24):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def _open_all(pairs: Sequence[str], split: str | None) -> dict[str, tuple[str, Dataset, int]]:

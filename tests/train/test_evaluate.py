@@ -92,6 +92,37 @@ def test_an_interrupted_evaluation_goes_on(exported, charts, monkeypatch):
     assert len(asked) == 5  # nothing left to ask
 
 
+def test_asking_fewer_questions_keeps_the_other_answers(exported, charts):
+    arguments = [str(exported), f"chartqa={charts}", "--max-visual-tokens", "64", "--max-new-tokens", "4"]
+    command.main(arguments)
+    path = exported / "evaluation" / "chartqa.jsonl"
+    before = path.read_text()
+    command.main([*arguments, "--count", "2"])
+    assert path.read_text() == before
+    assert json.loads((path.parent / "scores.json").read_text())["chartqa"]["overall"]["count"] == 2
+
+
+def test_answers_of_another_model_or_to_other_questions_are_not_taken(exported, tmp_path, capsys):
+    def ask(*questions):
+        turns = [[{"from": "human", "value": q}, {"from": "gpt", "value": "A"}] for q in questions]
+        lines = (json.dumps({"conversations": conversation}) for conversation in turns)
+        (tmp_path / "mine.jsonl").write_text("".join(f"{line}\n" for line in lines))
+        return command.main([str(exported), f"mine={tmp_path / 'mine.jsonl'}", "--max-new-tokens", "2"])
+
+    assert ask("Is it\x85green?", "Is it\u2028blue?") == 0
+    assert ask("Is it\x85green?", "Is it\u2028blue?", "Is it red?") == 0  # more of them: the first are kept
+    with pytest.raises(SystemExit):
+        ask("Is it red?", "Is it blue?")
+    assert "line 1 answers ('Is it\\x85green?', ['A']), question 1 is now ('Is it red?', ['A'])" in capsys.readouterr().err
+    weights = exported / "vision" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(SystemExit):
+        ask("Is it\x85green?")
+    assert "answers to mine made with weights=" in capsys.readouterr().err
+
+
 def test_llava_file_beside_a_benchmark(exported, charts, tmp_path):
     Image.new("RGB", (24, 16), "blue").save(tmp_path / "blue.png")
     record = {
@@ -123,6 +154,13 @@ def test_mistakes_on_the_command_line(exported, charts, questions, message, caps
     with pytest.raises(SystemExit):
         command.main([str(exported), *(q.replace("CHARTS", str(charts)) for q in questions)])
     assert message in capsys.readouterr().err
+
+
+def test_numbers_must_be_positive(exported, charts, capsys):
+    for option in ("--count", "--batch-size", "--max-new-tokens", "--min-visual-tokens", "--max-visual-tokens"):
+        with pytest.raises(SystemExit):
+            command.main([str(exported), f"chartqa={charts}", option, "0"])
+        assert f"argument {option}: must be at least 1, got 0" in capsys.readouterr().err
 
 
 def test_answers_of_other_settings_are_not_mixed(exported, charts, capsys):
