@@ -12,10 +12,10 @@ int64_t num_workers();
 // Calls function(context, worker) once for every worker in 0 .. workers - 1, on as many threads as there are.
 void parallel_run(int64_t workers, void (*function)(void* context, int64_t worker), void* context);
 
-// Calls body(worker, item) for every item; idle workers take the next item, so long and short items balance. Which worker
-// takes an item must not change the result. A worker runs its items one after another: scratch memory may be per worker.
+// Calls body(worker, draw) once per worker; draw() hands out the items 0 .. items - 1, each once, and then -1. Idle workers draw
+// the next item, so long and short items balance. Which worker draws an item must not change the result.
 template <typename Body>
-void parallel_items(int64_t workers, int64_t items, Body&& body) {
+void parallel_draws(int64_t workers, int64_t items, Body&& body) {
   struct Context {
     Body& body;
     int64_t items;
@@ -26,11 +26,20 @@ void parallel_items(int64_t workers, int64_t items, Body&& body) {
       workers,
       [](void* opaque, int64_t worker) {
         Context& context = *static_cast<Context*>(opaque);
-        for (int64_t item; (item = context.next.fetch_add(1, std::memory_order_relaxed)) < context.items;) {
-          context.body(worker, item);
-        }
+        context.body(worker, [&context]() -> int64_t {
+          const int64_t item = context.next.fetch_add(1, std::memory_order_relaxed);
+          return item < context.items ? item : -1;
+        });
       },
       &context);
+}
+
+// Calls body(worker, item) for every item. A worker runs its items one after another: scratch memory may be per worker.
+template <typename Body>
+void parallel_items(int64_t workers, int64_t items, Body&& body) {
+  parallel_draws(workers, items, [&](int64_t worker, auto draw) {
+    for (int64_t item; (item = draw()) >= 0;) body(worker, item);
+  });
 }
 
 }  // namespace comp_kernels

@@ -6,6 +6,7 @@
 // one after another, or in place from rows.
 #pragma once
 
+#include "rows_ahead.h"
 #include "simd.h"
 
 namespace comp_kernels::COMP_KERNELS_ISA {
@@ -57,42 +58,60 @@ CK_INLINE void product_tile(int64_t depth, const T* a, int64_t a_stride, const T
   }
 }
 
-// One panel of C, all its rows: full tiles, then halves of them for the rest.
+// One panel of C, all its rows: full tiles, then one of just the rows that are left.
 template <typename T, int kRows, int kVectors, RowsOfA kA, Result kResult>
 void product_rows(int64_t rows, int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* c,
-                  int64_t c_stride) {
+                  int64_t c_stride, RowsAhead& ahead) {
   for (; rows >= kRows; rows -= kRows) {
+    ahead.step();
     product_tile<T, kRows, kVectors, kA, kResult>(depth, a, a_stride, b, b_stride, c, c_stride);
     a += kRows * (kA == RowsOfA::strided ? a_stride : 1);
     c += kRows * c_stride;
   }
   if constexpr (kRows > 1) {
-    constexpr int kRest = kRows > 8 ? 8 : kRows > 4 ? 4 : kRows > 2 ? 2 : 1;
-    if (rows > 0) product_rows<T, kRest, kVectors, kA, kResult>(rows, depth, a, a_stride, b, b_stride, c, c_stride);
+    if (rows > 0) product_rows<T, kRows - 1, kVectors, kA, kResult>(rows, depth, a, a_stride, b, b_stride, c, c_stride, ahead);
   }
 }
 
 // Widths of the panels that `vectors` columns are cut into: twos, and for an odd number a three (or a single one) at the end.
 constexpr int64_t panel_vectors(int64_t vectors_left) { return vectors_left == 3 || vectors_left == 1 ? vectors_left : 2; }
 
-// C [rows, vectors * kLanes] (+)= A [rows, depth] B [depth, vectors * kLanes]. b_stride is for RowsOfB::in_rows alone.
 template <typename T, RowsOfA kA, RowsOfB kB, Result kResult>
-void product(int64_t rows, int64_t vectors, int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* c,
-             int64_t c_stride) {
+void product_panels(int64_t rows, int64_t vectors, int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* c,
+                    int64_t c_stride, RowsAhead& ahead) {
   while (vectors > 0) {
     const int64_t width = panel_vectors(vectors);
     const int64_t stride = kB == RowsOfB::in_panels ? width * kLanes<T> : b_stride;
     if (width == 2) {
-      product_rows<T, tile_rows(2), 2, kA, kResult>(rows, depth, a, a_stride, b, stride, c, c_stride);
+      product_rows<T, tile_rows(2), 2, kA, kResult>(rows, depth, a, a_stride, b, stride, c, c_stride, ahead);
     } else if (width == 3) {
-      product_rows<T, tile_rows(3), 3, kA, kResult>(rows, depth, a, a_stride, b, stride, c, c_stride);
+      product_rows<T, tile_rows(3), 3, kA, kResult>(rows, depth, a, a_stride, b, stride, c, c_stride, ahead);
     } else {
-      product_rows<T, tile_rows(1), 1, kA, kResult>(rows, depth, a, a_stride, b, stride, c, c_stride);
+      product_rows<T, tile_rows(1), 1, kA, kResult>(rows, depth, a, a_stride, b, stride, c, c_stride, ahead);
     }
     b += width * kLanes<T> * (kB == RowsOfB::in_panels ? depth : 1);
     c += width * kLanes<T>;
     vectors -= width;
   }
+}
+
+// C [rows, vectors * kLanes] (+)= A [rows, depth] B [depth, vectors * kLanes]. b_stride is for RowsOfB::in_rows alone. `ahead` makes
+// a step with every tile.
+template <typename T, RowsOfA kA, RowsOfB kB>
+void product(Result result, int64_t rows, int64_t vectors, int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t b_stride,
+             T* c, int64_t c_stride, RowsAhead& ahead) {
+  if (result == Result::overwritten) {
+    product_panels<T, kA, kB, Result::overwritten>(rows, vectors, depth, a, a_stride, b, b_stride, c, c_stride, ahead);
+  } else {
+    product_panels<T, kA, kB, Result::accumulated>(rows, vectors, depth, a, a_stride, b, b_stride, c, c_stride, ahead);
+  }
+}
+
+// About how many tiles a product has.
+template <typename T>
+int64_t count_tiles(int64_t rows, int64_t columns) {
+  constexpr int64_t kTileColumns = 2 * kLanes<T>;
+  return (rows / tile_rows(2) + 1) * ((columns + kTileColumns - 1) / kTileColumns);
 }
 
 // Rows of `columns` elements are kept this far apart: whole cache lines, an odd number of them, so that a column of a matrix

@@ -3,7 +3,7 @@
 //
 //   P = exp(scale S - lse)    dP = dO V'    dS = P (dP - delta + dlse)    delta = sum_d dO O
 //   dV = P' dO                dK = scale dS' Q        dQ = scale dS K        then the transposed rotation
-#include <cmath>
+#include <algorithm>
 
 #include "../parallel.h"
 #include "../rope_attention_schedule.h"
@@ -14,6 +14,7 @@ namespace comp_kernels::COMP_KERNELS_ISA {
 namespace {
 
 constexpr BlockSizes kBlocks{/*queries=*/96, /*keys=*/64};
+constexpr int kTogether = 2;  // vectors of scores whose exponentials are taken together
 constexpr double kLog2e = 1.44269504088896340736;
 
 // Scratch of one worker. Rows are row_stride apart; panels as in the forward pass.
@@ -26,6 +27,7 @@ struct BackwardScratch {
   T *row_lse, *row_lse_rest;         // [kBlocks.queries], lse / ln 2 in two parts: rounded, and what the rounding left
   T *row_delta, *row_dlse;           // [kBlocks.queries]
   T *values, *out;                   // [kLanes, D], values on their way into the panels, rows of out
+  RowsAhead ahead;
   int64_t packed_key = -1, packed_key_end = -1, packed_head = -1;  // what the keys and panels hold
 
   void carve(Carver& carver, const int64_t& most_keys, const int64_t& head_dim) {
@@ -52,9 +54,6 @@ void pack_keys_and_values(const Params& p, const AttentionItem& item, BackwardSc
     const int64_t columns = round_up_to_lanes<T>(in_block);
     for (int64_t j = 0; j < in_block; j += L) {
       const int64_t rows = min(in_block - j, L), token = item.key_begin + block + j;
-      const int64_t ahead = min(item.key_end - token - rows, L);
-      prefetch_rows<S>(p.k, p.k_stride_token, p.k_stride_head, token + rows, ahead, item.head_k, p);
-      prefetch_rows<S>(p.v, p.v_stride_token, p.v_stride_head, token + rows, ahead, item.head_k, p);
       T* keys = scratch.keys + (block + j) * stride;
       load_rows<S>(p.k, p.k_stride_token, p.k_stride_head, token, rows, item.head_k, key_tables<T>(p), keys, stride, p);
       load_rows<S>(p.v, p.v_stride_token, p.v_stride_head, token, rows, item.head_k, Tables<T>{}, scratch.values, stride, p);
@@ -71,10 +70,7 @@ void load_queries(const Params& p, BackwardScratch<T>& scratch, int64_t token, i
   const int64_t D = p.head_dim, stride = row_stride<T>(D);
   constexpr int L = kLanes<T>;
   for (int64_t i = 0; i < queries; i += L) {
-    const int64_t rows = min(queries - i, L), next = token + i + rows, ahead = min(queries - i - rows, L);
-    prefetch_rows<S>(p.q, p.q_stride_token, p.q_stride_head, next, ahead, head, p);
-    prefetch_rows<S>(p.grad_out, p.grad_out_stride_token, p.grad_out_stride_head, next, ahead, head, p);
-    prefetch_rows<S>(p.out, p.num_heads * D, D, next, ahead, head, p);
+    const int64_t rows = min(queries - i, L);
     T* dout = scratch.dout + i * stride;
     load_rows<S>(p.q, p.q_stride_token, p.q_stride_head, token + i, rows, head, query_tables<T>(p), scratch.query + i * stride,
                  stride, p);
@@ -101,11 +97,18 @@ void softmax_gradients(BackwardScratch<T>& scratch, int64_t queries, int64_t key
     T* p = scratch.probabilities + i * score_stride;
     T* ds = scratch.dscores + i * score_stride;
     const T lse = scratch.row_lse[i], lse_rest = scratch.row_lse_rest[i], delta = scratch.row_delta[i], dlse = scratch.row_dlse[i];
-    for (int64_t j = 0; j < padded; j += L) {
-      Vec<T> e = exp2(load(p + j) * scale_log2 - lse - lse_rest);
-      if (j + L > keys) e = select<T>(first_lanes<T>(keys - j), e, Vec<T>{});
-      store(p + j, e);
-      store(ds + j, e * (load(ds + j) - delta + dlse));
+    for (int64_t j = 0; j < padded; j += kTogether * L) {
+      Vec<T> e[kTogether];
+#pragma GCC unroll 8
+      for (int n = 0; n < kTogether; ++n) e[n] = load(p + j + n * L) * scale_log2 - lse - lse_rest;
+      exp2(e);
+#pragma GCC unroll 8
+      for (int n = 0; n < kTogether; ++n) {
+        const int64_t at = j + n * L;
+        if (at + L > keys) e[n] = select<T>(first_lanes<T>(keys - at), e[n], Vec<T>{});
+        store(p + at, e[n]);
+        store(ds + at, e[n] * (load(ds + at) - delta + dlse));
+      }
     }
   }
 }
@@ -117,69 +120,118 @@ void backward_block(const Params& p, const AttentionItem& item, BackwardScratch<
   const int64_t D = p.head_dim, stride = row_stride<T>(D), score_stride = row_stride<T>(kBlocks.keys);
   const int64_t vectors = round_up_to_lanes<T>(D) / L, count = item.key_end - item.key_begin;
   load_queries<S>(p, scratch, token, queries, head);
-  if (item.query_gradients) {
-    for (int64_t i = 0; i < queries * stride; ++i) scratch.dquery[i] = 0;
-  }
+  // The first block of queries of the item's first head begins the sums over queries, the first block of keys those over keys.
+  const bool first = token == item.query_begin && head == item.head_k * (p.num_heads / p.num_heads_k);
+  const Result onto_keys = first ? Result::overwritten : Result::accumulated;
   for (int64_t block = 0; block < count; block += kBlocks.keys) {
     const int64_t keys = min(count - block, kBlocks.keys);
     const int64_t key_vectors = round_up_to_lanes<T>(keys) / L;
-    product<T, RowsOfA::strided, RowsOfB::in_panels, Result::overwritten>(
-        queries, key_vectors, D, scratch.query, stride, scratch.key_panels + block * D, 0, scratch.probabilities, score_stride);
-    product<T, RowsOfA::strided, RowsOfB::in_panels, Result::overwritten>(
-        queries, key_vectors, D, scratch.dout, stride, scratch.value_panels + block * D, 0, scratch.dscores, score_stride);
+    product<T, RowsOfA::strided, RowsOfB::in_panels>(Result::overwritten, queries, key_vectors, D, scratch.query, stride,
+                                                     scratch.key_panels + block * D, 0, scratch.probabilities, score_stride,
+                                                     scratch.ahead);
+    product<T, RowsOfA::strided, RowsOfB::in_panels>(Result::overwritten, queries, key_vectors, D, scratch.dout, stride,
+                                                     scratch.value_panels + block * D, 0, scratch.dscores, score_stride,
+                                                     scratch.ahead);
     softmax_gradients(scratch, queries, keys, static_cast<T>(p.scale * kLog2e));
     if (item.key_gradients) {
-      product<T, RowsOfA::transposed, RowsOfB::in_rows, Result::accumulated>(keys, vectors, queries, scratch.probabilities,
-                                                                            score_stride, scratch.dout, stride,
-                                                                            scratch.dvalues + block * stride, stride);
-      product<T, RowsOfA::transposed, RowsOfB::in_rows, Result::accumulated>(keys, vectors, queries, scratch.dscores, score_stride,
-                                                                            scratch.query, stride, scratch.dkeys + block * stride,
-                                                                            stride);
+      product<T, RowsOfA::transposed, RowsOfB::in_rows>(onto_keys, keys, vectors, queries, scratch.probabilities, score_stride,
+                                                        scratch.dout, stride, scratch.dvalues + block * stride, stride,
+                                                        scratch.ahead);
+      product<T, RowsOfA::transposed, RowsOfB::in_rows>(onto_keys, keys, vectors, queries, scratch.dscores, score_stride,
+                                                        scratch.query, stride, scratch.dkeys + block * stride, stride,
+                                                        scratch.ahead);
     }
     if (item.query_gradients) {
-      product<T, RowsOfA::strided, RowsOfB::in_rows, Result::accumulated>(queries, vectors, keys, scratch.dscores, score_stride,
-                                                                         scratch.keys + block * stride, stride, scratch.dquery,
-                                                                         stride);
+      product<T, RowsOfA::strided, RowsOfB::in_rows>(block == 0 ? Result::overwritten : Result::accumulated, queries, vectors, keys,
+                                                     scratch.dscores, score_stride, scratch.keys + block * stride, stride,
+                                                     scratch.dquery, stride, scratch.ahead);
     }
   }
   if (item.query_gradients) {
+    if (count == 0) std::fill(scratch.dquery, scratch.dquery + queries * stride, T(0));
     store_rotated_gradients<S>(scratch.dquery, stride, static_cast<T>(p.scale), p.q, p.q_stride_token, p.q_stride_head, token,
                                queries, head, p.num_heads, query_tables<T>(p), p.dq, p);
   }
 }
 
+// Plans what the products of one block ask for: the rows the next block reads, be it of `item` or of `next` (null: none), and
+// those that are written when this one is done.
 template <typename S, typename T>
-void backward_item(const Params& p, const AttentionItem& item, BackwardScratch<T>& scratch) {
+void look_ahead(const Params& p, const AttentionItem& item, bool last, const AttentionItem* next, BackwardScratch<T>& scratch,
+                int64_t token, int64_t queries, int64_t head) {
+  const int64_t D = p.head_dim, group = p.num_heads / p.num_heads_k, keys = item.key_end - item.key_begin, end = token + queries;
+  RowsAhead& ahead = scratch.ahead;
+  const auto add_queries = [&](int64_t begin, int64_t query_end, int64_t of_head) {
+    const int64_t rows = min(query_end - begin, kBlocks.queries);
+    add_rows<S>(ahead, p.q, p.q_stride_token, p.q_stride_head, begin, rows, of_head, D);
+    add_rows<S>(ahead, p.grad_out, p.grad_out_stride_token, p.grad_out_stride_head, begin, rows, of_head, D);
+    add_rows<S>(ahead, p.out, p.num_heads, begin, rows, of_head, D);
+  };
+  ahead.clear();
+  if (item.query_gradients) add_rows<S>(ahead, p.dq, p.num_heads, token, queries, head, D);
+  if (last && item.key_gradients) {
+    add_rows<S>(ahead, p.dk, p.num_heads_k, item.key_begin, keys, item.head_k, D);
+    add_rows<S>(ahead, p.dv, p.num_heads_k, item.key_begin, keys, item.head_k, D);
+  }
+  if (end < item.query_end) {
+    add_queries(end, item.query_end, head);
+  } else if (!last) {
+    add_queries(item.query_begin, item.query_end, head + 1);
+  } else if (next != nullptr) {
+    const int64_t next_keys = next->key_end - next->key_begin;
+    add_rows<S>(ahead, p.k, p.k_stride_token, p.k_stride_head, next->key_begin, next_keys, next->head_k, D);
+    add_rows<S>(ahead, p.v, p.v_stride_token, p.v_stride_head, next->key_begin, next_keys, next->head_k, D);
+    add_queries(next->query_begin, next->query_end, next->head_k * group);
+  }
+  const int64_t blocks = (keys + kBlocks.keys - 1) / kBlocks.keys;
+  int64_t tiles = 2 * count_tiles<T>(queries, keys);
+  if (item.key_gradients) tiles += 2 * blocks * count_tiles<T>(kBlocks.keys, D);
+  if (item.query_gradients) tiles += blocks * count_tiles<T>(queries, D);
+  ahead.spread(tiles);
+}
+
+// Writes dk and dv of an item.
+template <typename S, typename T>
+void store_key_gradients(const Params& p, const AttentionItem& item, BackwardScratch<T>& scratch) {
   const int64_t D = p.head_dim, stride = row_stride<T>(D), count = item.key_end - item.key_begin;
-  const int64_t group = p.num_heads / p.num_heads_k;
-  pack_keys_and_values<S>(p, item, scratch);
-  if (item.key_gradients) {
-    for (int64_t i = 0; i < count * stride; ++i) scratch.dkeys[i] = scratch.dvalues[i] = 0;
+  if (item.query_begin == item.query_end) {  // no block of queries wrote any
+    for (T* rows : {scratch.dkeys, scratch.dvalues}) std::fill(rows, rows + count * stride, T(0));
   }
-  for (int64_t head = item.head_k * group; head < (item.head_k + 1) * group; ++head) {
-    for (int64_t token = item.query_begin; token < item.query_end; token += kBlocks.queries) {
-      backward_block<S>(p, item, scratch, token, min(item.query_end - token, kBlocks.queries), head);
-    }
-  }
-  if (item.key_gradients) {
-    store_rotated_gradients<S>(scratch.dkeys, stride, static_cast<T>(p.scale), p.k, p.k_stride_token, p.k_stride_head,
-                               item.key_begin, count, item.head_k, p.num_heads_k, key_tables<T>(p), p.dk, p);
-    for (int64_t j = 0; j < count; ++j) {
-      narrow_row(scratch.dvalues + j * stride, static_cast<S*>(p.dv) + ((item.key_begin + j) * p.num_heads_k + item.head_k) * D, D);
-    }
+  store_rotated_gradients<S>(scratch.dkeys, stride, static_cast<T>(p.scale), p.k, p.k_stride_token, p.k_stride_head, item.key_begin,
+                             count, item.head_k, p.num_heads_k, key_tables<T>(p), p.dk, p);
+  for (int64_t j = 0; j < count; ++j) {
+    narrow_row(scratch.dvalues + j * stride, static_cast<S*>(p.dv) + ((item.key_begin + j) * p.num_heads_k + item.head_k) * D, D);
   }
 }
 
 template <typename S>
 const char* backward(const Params& p) {
   using T = Compute<S>;
-  const int64_t workers = num_workers();
+  const int64_t workers = num_workers(), group = p.num_heads / p.num_heads_k;
   const std::vector<AttentionItem> items = backward_items(p, workers, kBlocks);
   if (items.empty()) return nullptr;
   PerWorker<BackwardScratch<T>> scratch(workers, max_keys(p), p.head_dim);
   if (!scratch.allocated()) return "out of memory for the packed keys and their gradients";
-  parallel_items(workers, static_cast<int64_t>(items.size()),
-                 [&](int64_t worker, int64_t index) { backward_item<S>(p, items[index], scratch[worker]); });
+  parallel_draws(workers, static_cast<int64_t>(items.size()), [&](int64_t worker, auto draw) {
+    BackwardScratch<T>& mine = scratch[worker];
+    for (int64_t index = draw(), next = -1; index >= 0; index = next) {
+      const AttentionItem& item = items[index];
+      pack_keys_and_values<S>(p, item, mine);
+      if (item.query_begin == item.query_end) next = draw();
+      const int64_t last_head = (item.head_k + 1) * group - 1;
+      for (int64_t head = item.head_k * group; head <= last_head; ++head) {
+        for (int64_t token = item.query_begin; token < item.query_end; token += kBlocks.queries) {
+          const int64_t queries = min(item.query_end - token, kBlocks.queries);
+          // The next item is drawn when this one's last block begins: early enough to ask for its rows, late enough to balance.
+          const bool last = head == last_head && token + queries == item.query_end;
+          if (last) next = draw();
+          look_ahead<S>(p, item, last, last && next >= 0 ? &items[next] : nullptr, mine, token, queries, head);
+          backward_block<S>(p, item, mine, token, queries, head);
+        }
+      }
+      if (item.key_gradients) store_key_gradients<S>(p, item, mine);
+    }
+  });
   return nullptr;
 }
 

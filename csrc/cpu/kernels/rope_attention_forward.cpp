@@ -11,7 +11,18 @@
 namespace comp_kernels::COMP_KERNELS_ISA {
 namespace {
 
-constexpr BlockSizes kBlocks{/*queries=*/96, /*keys=*/128};
+constexpr int64_t kQueries = 96;  // of a block
+constexpr int64_t kKeys = 192, kMostKeys = kKeys * 3 / 2;  // of a block: about, at most
+
+// Keys per block of a sequence with `keys` of them: equal parts, for a short last block would cost a pass of its own. It depends
+// on the sequence alone, not on the number of threads.
+template <typename T>
+int64_t keys_per_block(int64_t keys) {
+  const int64_t blocks = (keys + kKeys / 2) / kKeys, panel = 2 * kLanes<T>;
+  return blocks <= 1 ? kMostKeys : ((keys + blocks - 1) / blocks + panel - 1) / panel * panel;
+}
+
+constexpr int kTogether = 2;  // vectors of scores whose exponentials are taken together
 constexpr double kLog2e = 1.44269504088896340736, kLn2 = 0.693147180559945309417;
 
 // Scratch of one worker. Rows are row_stride apart; the keys of a block are the columns of packed panels [D, keys].
@@ -20,11 +31,12 @@ struct ForwardScratch {
   T* key_panels;  // all keys of the packed (sequence, head), block by block
   T* values;      // [keys, D]
   T* keys;        // [kLanes, D], rotated keys on their way into the panels
-  T* query;       // [kBlocks.queries, D]
-  T* scores;      // [kBlocks.queries, kBlocks.keys], then probabilities
-  T* output;      // [kBlocks.queries, D], unnormalised
-  T* row_max;     // [kBlocks.queries], of the scores before scaling
-  T* row_sum;     // [kBlocks.queries], of exp2(scaled score - scaled maximum)
+  T* query;       // [kQueries, D]
+  T* scores;      // [kQueries, kMostKeys], then probabilities
+  T* output;      // [kQueries, D], unnormalised
+  T* row_shift;   // [kQueries], maximum of the scaled scores, in bits, rounded as it is subtracted
+  T* row_sum;     // [kQueries], of exp2(scaled score - shift)
+  RowsAhead ahead;
   int64_t packed_key = -1, packed_key_end = -1, packed_head = -1;  // what key_panels and values hold
 
   void carve(Carver& carver, const int64_t& most_keys, const int64_t& head_dim) {
@@ -32,11 +44,11 @@ struct ForwardScratch {
     carver.take(key_panels, round_up_to_lanes<T>(most_keys) * head_dim);
     carver.take(values, most_keys * stride);
     carver.take(keys, kLanes<T> * stride);
-    carver.take(query, kBlocks.queries * stride);
-    carver.take(scores, kBlocks.queries * row_stride<T>(kBlocks.keys));
-    carver.take(output, kBlocks.queries * stride);
-    carver.take(row_max, kBlocks.queries);
-    carver.take(row_sum, kBlocks.queries);
+    carver.take(query, kQueries * stride);
+    carver.take(scores, kQueries * row_stride<T>(kMostKeys));
+    carver.take(output, kQueries * stride);
+    carver.take(row_shift, kQueries);
+    carver.take(row_sum, kQueries);
   }
 };
 
@@ -48,92 +60,110 @@ void pack_keys_and_values(const Params& p, const AttentionItem& item, ForwardScr
   scratch.packed_head = item.head_k;
   constexpr int L = kLanes<T>;
   const int64_t stride = row_stride<T>(p.head_dim), count = item.key_end - item.key_begin;
-  for (int64_t block = 0; block < count; block += kBlocks.keys) {
-    const int64_t in_block = min(count - block, kBlocks.keys);
+  const int64_t step = keys_per_block<T>(count);
+  for (int64_t block = 0; block < count; block += step) {
+    const int64_t in_block = min(count - block, step);
     for (int64_t j = 0; j < in_block; j += L) {
       const int64_t rows = min(in_block - j, L), token = item.key_begin + block + j;
-      prefetch_rows<S>(p.k, p.k_stride_token, p.k_stride_head, token + rows, min(item.key_end - token - rows, L), item.head_k, p);
-      prefetch_rows<S>(p.v, p.v_stride_token, p.v_stride_head, token, rows, item.head_k, p);
       load_rows<S>(p.k, p.k_stride_token, p.k_stride_head, token, rows, item.head_k, key_tables<T>(p), scratch.keys, stride, p);
       for (int64_t i = rows * stride; i < L * stride; ++i) scratch.keys[i] = 0;
       transpose_into_panels(scratch.keys, stride, p.head_dim, scratch.key_panels + block * p.head_dim,
                             round_up_to_lanes<T>(in_block), j);
     }
   }
-  for (int64_t j = 0; j < count; j += L) {
-    const int64_t rows = min(count - j, L), token = item.key_begin + j;
-    load_rows<S>(p.v, p.v_stride_token, p.v_stride_head, token, rows, item.head_k, Tables<T>{}, scratch.values + j * stride, stride,
-                 p);
-  }
+  load_rows<S>(p.v, p.v_stride_token, p.v_stride_head, item.key_begin, count, item.head_k, Tables<T>{}, scratch.values, stride, p);
 }
 
-// One block of scores -> probabilities, unnormalised; rescales what was accumulated before when a row's maximum grows.
+// One block of scores -> probabilities, unnormalised; rescales what was accumulated before where a row's maximum grows. kLanes
+// rows go together: what is one number per row is one lane of a vector, and no row waits for another's maximum.
 template <typename T>
 void online_softmax(ForwardScratch<T>& scratch, int64_t queries, int64_t keys, int64_t head_dim, T scale_log2, bool first) {
   constexpr int L = kLanes<T>;
   constexpr T kLowest = -std::numeric_limits<T>::infinity();
-  const int64_t score_stride = row_stride<T>(kBlocks.keys), stride = row_stride<T>(head_dim);
+  const int64_t score_stride = row_stride<T>(kMostKeys), stride = row_stride<T>(head_dim);
   const int64_t last = round_up_to_lanes<T>(keys) - L;  // the vector that may hold columns beyond the keys
   const BitVec<T> valid = first_lanes<T>(keys - last);
-  for (int64_t i = 0; i < queries; ++i) {
-    T* row = scratch.scores + i * score_stride;
-    Vec<T> tops = select<T>(valid, load(row + last), broadcast(kLowest));
-    for (int64_t j = 0; j < last; j += L) tops = max<T>(load(row + j), tops);
-    T top = reduce_max<T>(tops);
-    if (!first && !(top > scratch.row_max[i])) top = scratch.row_max[i];
+  for (int64_t i = 0; i < queries; i += L) {
+    const int64_t rows = min(queries - i, L);
+    T* scores[L];
+    for (int64_t r = 0; r < L; ++r) scores[r] = scratch.scores + (i + min(r, rows - 1)) * score_stride;
 
-    const T shift = top * scale_log2;
-    Vec<T> sums{};
+    Vec<T> tops[L], sums[L];
+#pragma GCC unroll 16
+    for (int r = 0; r < L; ++r) tops[r] = select<T>(valid, load(scores[r] + last), broadcast(kLowest));
     for (int64_t j = 0; j < last; j += L) {
-      const Vec<T> e = exp2(load(row + j) * scale_log2 - shift);
-      sums += e;
-      store(row + j, e);
+#pragma GCC unroll 16
+      for (int r = 0; r < L; ++r) tops[r] = max<T>(load(scores[r] + j), tops[r]);
     }
-    const Vec<T> e = select<T>(valid, exp2(load(row + last) * scale_log2 - shift), Vec<T>{});
-    store(row + last, e);
-    T sum = reduce_sum<T>(sums + e);
+    transpose_square<T>(tops);
+    Vec<T> top = tops[0];
+#pragma GCC unroll 16
+    for (int r = 1; r < L; ++r) top = max<T>(tops[r], top);
+    const Vec<T> old_shift = first ? broadcast(kLowest) : load(scratch.row_shift + i);
+    const Vec<T> shift = max<T>(top * scale_log2, old_shift), fade = exp2(old_shift - shift);
+    store(scratch.row_shift + i, shift);
 
-    if (!first) {
-      T fade = 1;
-      if (top != scratch.row_max[i]) {
-        fade = exp2(broadcast(scratch.row_max[i] * scale_log2 - shift))[0];
-        T* out = scratch.output + i * stride;
-        for (int64_t d = 0; d < head_dim; d += L) store(out + d, load(out + d) * fade);
+    for (int64_t r = 0; r < rows; ++r) {
+      T* row = scores[r];
+      const T shift_r = scratch.row_shift[i + r];
+      Vec<T> sum{};
+      for (int64_t j = 0; j < keys; j += kTogether * L) {
+        Vec<T> e[kTogether];
+#pragma GCC unroll 8
+        for (int n = 0; n < kTogether; ++n) e[n] = load(row + j + n * L) * scale_log2 - shift_r;
+        if (j + kTogether * L > keys) {
+          for (int n = 0; n < kTogether; ++n) e[n] = select<T>(first_lanes<T>(keys - j - n * L), e[n], broadcast(kLowest));
+        }
+        exp2(e);
+#pragma GCC unroll 8
+        for (int n = 0; n < kTogether; ++n) {
+          sum += e[n];
+          store(row + j + n * L, e[n]);
+        }
       }
-      sum += scratch.row_sum[i] * fade;
+      sums[r] = sum;
     }
-    scratch.row_max[i] = top;
-    scratch.row_sum[i] = sum;
+    for (int64_t r = rows; r < L; ++r) sums[r] = Vec<T>{};
+    transpose_square<T>(sums);
+    Vec<T> sum = sums[0];
+#pragma GCC unroll 16
+    for (int r = 1; r < L; ++r) sum += sums[r];
+    if (!first) {
+      sum += load(scratch.row_sum + i) * fade;
+      for (int64_t r = 0; r < rows; ++r) {
+        if (fade[r] == 1) continue;
+        T* out = scratch.output + (i + r) * stride;
+        for (int64_t d = 0; d < head_dim; d += L) store(out + d, load(out + d) * fade[r]);
+      }
+    }
+    store(scratch.row_sum + i, sum);
   }
 }
 
 // Divides by the sums and writes out and lse.
 template <typename S, typename T>
-void store_outputs(const Params& p, ForwardScratch<T>& scratch, int64_t token, int64_t queries, int64_t head, bool any_keys,
-                   T scale_log2) {
+void store_outputs(const Params& p, ForwardScratch<T>& scratch, int64_t token, int64_t queries, int64_t head, bool any_keys) {
   const int64_t D = p.head_dim, stride = row_stride<T>(D);
-  double* lse = static_cast<double*>(p.lse) + head * p.num_tokens + token;
   for (int64_t i = 0; i < queries; ++i) {
     T* row = scratch.output + i * stride;
     const T inverse = any_keys ? 1 / scratch.row_sum[i] : T(0);
     for (int64_t d = 0; d < D; ++d) row[d] = any_keys ? row[d] * inverse : T(0);
     narrow_row(row, static_cast<S*>(p.out) + ((token + i) * p.num_heads + head) * D, D);
-    const double shift = static_cast<double>(scratch.row_max[i] * scale_log2);  // rounded as it was subtracted
-    lse[i] = any_keys ? shift * kLn2 + std::log(static_cast<double>(scratch.row_sum[i]))
-                      : -std::numeric_limits<double>::infinity();
+  }
+  double* lse = static_cast<double*>(p.lse) + head * p.num_tokens + token;
+  constexpr int L = kLanes<double>;
+  for (int64_t i = 0; i < queries; i += L) {
+    Vec<double> shift, sum;
+    for (int n = 0; n < L; ++n) shift[n] = scratch.row_shift[i + n], sum[n] = scratch.row_sum[i + n];
+    const Vec<double> value = any_keys ? (shift + log2<double>(sum)) * kLn2 : broadcast(-std::numeric_limits<double>::infinity());
+    std::memcpy(lse + i, &value, min(queries - i, L) * sizeof(double));
   }
 }
 
 template <typename S, typename T>
 void load_queries(const Params& p, ForwardScratch<T>& scratch, int64_t token, int64_t queries, int64_t head) {
-  constexpr int L = kLanes<T>;
   const int64_t stride = row_stride<T>(p.head_dim);
-  for (int64_t i = 0; i < queries; i += L) {
-    const int64_t rows = min(queries - i, L);
-    prefetch_rows<S>(p.q, p.q_stride_token, p.q_stride_head, token + i + rows, min(queries - i - rows, L), head, p);
-    load_rows<S>(p.q, p.q_stride_token, p.q_stride_head, token + i, rows, head, query_tables<T>(p), scratch.query + i * stride,
-                 stride, p);
-  }
+  load_rows<S>(p.q, p.q_stride_token, p.q_stride_head, token, queries, head, query_tables<T>(p), scratch.query, stride, p);
   if (p.scale < 0) {  // the maximum is taken before scaling
     for (int64_t i = 0; i < queries * stride; ++i) scratch.query[i] = -scratch.query[i];
   }
@@ -143,43 +173,72 @@ template <typename S, typename T>
 void forward_block(const Params& p, const AttentionItem& item, ForwardScratch<T>& scratch, int64_t token, int64_t queries,
                    int64_t head) {
   constexpr int L = kLanes<T>;
-  const int64_t D = p.head_dim, stride = row_stride<T>(D), score_stride = row_stride<T>(kBlocks.keys);
+  const int64_t D = p.head_dim, stride = row_stride<T>(D), score_stride = row_stride<T>(kMostKeys);
   const int64_t count = item.key_end - item.key_begin;
   const T scale_log2 = static_cast<T>(std::fabs(p.scale) * kLog2e);
   load_queries<S>(p, scratch, token, queries, head);
-  for (int64_t block = 0; block < count; block += kBlocks.keys) {
-    const int64_t keys = min(count - block, kBlocks.keys);
-    product<T, RowsOfA::strided, RowsOfB::in_panels, Result::overwritten>(queries, round_up_to_lanes<T>(keys) / L, D, scratch.query,
-                                                                         stride, scratch.key_panels + block * D, 0,
-                                                                         scratch.scores, score_stride);
+  const int64_t step = keys_per_block<T>(count);
+  for (int64_t block = 0; block < count; block += step) {
+    const int64_t keys = min(count - block, step);
+    product<T, RowsOfA::strided, RowsOfB::in_panels>(Result::overwritten, queries, round_up_to_lanes<T>(keys) / L, D, scratch.query,
+                                                     stride, scratch.key_panels + block * D, 0, scratch.scores, score_stride,
+                                                     scratch.ahead);
     online_softmax(scratch, queries, keys, D, scale_log2, block == 0);
-    const T* values = scratch.values + block * stride;
-    const int64_t vectors = round_up_to_lanes<T>(D) / L;
-    if (block == 0) {
-      product<T, RowsOfA::strided, RowsOfB::in_rows, Result::overwritten>(queries, vectors, keys, scratch.scores, score_stride,
-                                                                         values, stride, scratch.output, stride);
-    } else {
-      product<T, RowsOfA::strided, RowsOfB::in_rows, Result::accumulated>(queries, vectors, keys, scratch.scores, score_stride,
-                                                                         values, stride, scratch.output, stride);
-    }
+    product<T, RowsOfA::strided, RowsOfB::in_rows>(block == 0 ? Result::overwritten : Result::accumulated, queries,
+                                                   round_up_to_lanes<T>(D) / L, keys, scratch.scores, score_stride,
+                                                   scratch.values + block * stride, stride, scratch.output, stride, scratch.ahead);
   }
-  store_outputs<S>(p, scratch, token, queries, head, count > 0, scale_log2);
+  store_outputs<S>(p, scratch, token, queries, head, count > 0);
+}
+
+// Plans what the products of one block ask for: the rows the next block reads, be it of `item` or of `next` (null: none), and
+// those this one writes.
+template <typename S, typename T>
+void look_ahead(const Params& p, const AttentionItem& item, const AttentionItem* next, ForwardScratch<T>& scratch, int64_t token,
+                int64_t queries, int64_t head) {
+  const int64_t D = p.head_dim, group = p.num_heads / p.num_heads_k, keys = item.key_end - item.key_begin, end = token + queries;
+  RowsAhead& ahead = scratch.ahead;
+  const auto add_queries = [&](int64_t begin, int64_t query_end, int64_t of_head) {
+    add_rows<S>(ahead, p.q, p.q_stride_token, p.q_stride_head, begin, min(query_end - begin, kQueries), of_head, D);
+  };
+  ahead.clear();
+  add_rows<S>(ahead, p.out, p.num_heads, token, queries, head, D);
+  if (end < item.query_end) {
+    add_queries(end, item.query_end, head);
+  } else if (head + 1 < (item.head_k + 1) * group) {
+    add_queries(item.query_begin, item.query_end, head + 1);
+  } else if (next != nullptr) {
+    const int64_t next_keys = next->key_end - next->key_begin;
+    add_rows<S>(ahead, p.k, p.k_stride_token, p.k_stride_head, next->key_begin, next_keys, next->head_k, D);
+    add_rows<S>(ahead, p.v, p.v_stride_token, p.v_stride_head, next->key_begin, next_keys, next->head_k, D);
+    add_queries(next->query_begin, next->query_end, next->head_k * group);
+  }
+  ahead.spread(count_tiles<T>(queries, keys) + (keys + kKeys - 1) / kKeys * count_tiles<T>(queries, D));
 }
 
 template <typename S>
 const char* forward(const Params& p) {
   using T = Compute<S>;
   const int64_t workers = num_workers(), group = p.num_heads / p.num_heads_k;
-  const std::vector<AttentionItem> items = forward_items(p, workers, kBlocks);
+  const std::vector<AttentionItem> items = forward_items(p, workers, {kQueries, kKeys});
   if (items.empty()) return nullptr;
   PerWorker<ForwardScratch<T>> scratch(workers, max_keys(p), p.head_dim);
   if (!scratch.allocated()) return "out of memory for the packed keys";
-  parallel_items(workers, static_cast<int64_t>(items.size()), [&](int64_t worker, int64_t index) {
-    const AttentionItem& item = items[index];
-    pack_keys_and_values<S>(p, item, scratch[worker]);
-    for (int64_t head = item.head_k * group; head < (item.head_k + 1) * group; ++head) {
-      for (int64_t token = item.query_begin; token < item.query_end; token += kBlocks.queries) {
-        forward_block<S>(p, item, scratch[worker], token, min(item.query_end - token, kBlocks.queries), head);
+  parallel_draws(workers, static_cast<int64_t>(items.size()), [&](int64_t worker, auto draw) {
+    ForwardScratch<T>& mine = scratch[worker];
+    for (int64_t index = draw(), next = -1; index >= 0; index = next) {
+      const AttentionItem& item = items[index];
+      pack_keys_and_values<S>(p, item, mine);
+      const int64_t last_head = (item.head_k + 1) * group - 1;
+      for (int64_t head = item.head_k * group; head <= last_head; ++head) {
+        for (int64_t token = item.query_begin; token < item.query_end; token += kQueries) {
+          const int64_t queries = min(item.query_end - token, kQueries);
+          // The next item is drawn when this one's last block begins: early enough to ask for its rows, late enough to balance.
+          const bool last = head == last_head && token + queries == item.query_end;
+          if (last) next = draw();
+          look_ahead<S>(p, item, last && next >= 0 ? &items[next] : nullptr, mine, token, queries, head);
+          forward_block<S>(p, item, mine, token, queries, head);
+        }
       }
     }
   });

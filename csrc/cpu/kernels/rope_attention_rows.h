@@ -121,22 +121,23 @@ CK_INLINE void rotate_row_transposed(T* g, const T* cos, const T* sin, const Par
   }
 }
 
-// Gradients of one table row: g is the gradient of the rotated row, x the row before rotation.
+// Gradients of one table row: scale * g is the gradient of the rotated row, x the row before rotation.
 template <typename T>
-void table_row_gradients(const T* g, const T* x, T* dcos, T* dsin, const Params& p) {
+void table_row_gradients(const T* g, T scale, const T* x, T* dcos, T* dsin, const Params& p) {
   const bool one_per_pair = p.table_width != p.rotary_dim;
   for (int64_t block = 0; block < p.rotary_dim; block += 2 * p.pair_stride) {
     for (int64_t j = 0; j < p.pair_stride; ++j) {
       const PairIndex t(p, block, j);
       const int64_t a = block + j, b = a + p.pair_stride;
+      const T first = g[a] * scale, second = g[b] * scale;
       if (one_per_pair) {
-        dcos[t.first] = g[a] * x[a] + g[b] * x[b];
-        dsin[t.first] = g[b] * x[a] - g[a] * x[b];
+        dcos[t.first] = first * x[a] + second * x[b];
+        dsin[t.first] = second * x[a] - first * x[b];
       } else {
-        dcos[t.first] = g[a] * x[a];
-        dcos[t.second] = g[b] * x[b];
-        dsin[t.first] = -g[a] * x[b];
-        dsin[t.second] = g[b] * x[a];
+        dcos[t.first] = first * x[a];
+        dcos[t.second] = second * x[b];
+        dsin[t.first] = -first * x[b];
+        dsin[t.second] = second * x[a];
       }
     }
   }
@@ -163,15 +164,18 @@ CK_INLINE void load_row(const S* x, T* y, int64_t columns, const T* cos, const T
   for (int64_t d = D; d < columns; ++d) y[d] = 0;
 }
 
-// Asks for rows of one head, token .. token + rows, ahead of their use. They are short and far apart, no hardware prefetcher
-// follows them; windows of 64 tokens have too little arithmetic to hide a wait for each.
+// Adds rows token .. token + rows of one head of x [*, heads, D] with the given strides.
 template <typename S>
-void prefetch_rows(const void* x, int64_t token_stride, int64_t head_stride, int64_t token, int64_t rows, int64_t head,
-                   const Params& p) {
-  const S* row = static_cast<const S*>(x) + token * token_stride + head * head_stride;
-  for (int64_t i = 0; i < rows; ++i, row += token_stride) {
-    for (int64_t d = 0; d < p.head_dim; d += 64 / static_cast<int64_t>(sizeof(S))) __builtin_prefetch(row + d);
-  }
+void add_rows(RowsAhead& ahead, const void* x, int64_t token_stride, int64_t head_stride, int64_t token, int64_t rows, int64_t head,
+              int64_t head_dim) {
+  constexpr int64_t kSize = sizeof(S);
+  ahead.add(static_cast<const S*>(x) + token * token_stride + head * head_stride, head_dim * kSize, token_stride * kSize, rows);
+}
+
+// The same for a contiguous tensor.
+template <typename S>
+void add_rows(RowsAhead& ahead, const void* x, int64_t heads, int64_t token, int64_t rows, int64_t head, int64_t head_dim) {
+  add_rows<S>(ahead, x, heads * head_dim, head_dim, token, rows, head, head_dim);
 }
 
 // Rows token .. token + rows of one head, from x [*, heads, D] with the given strides, to y with rows `stride` apart.
@@ -194,18 +198,18 @@ void store_rotated_gradients(T* g, int64_t stride, T scale, const void* x, int64
   const int64_t D = p.head_dim;
   const S* from = static_cast<const S*>(x) + token * token_stride + head * head_stride;
   for (int64_t i = 0; i < rows; ++i, from += token_stride, g += stride) {
-    for (int64_t d = 0; d < D; ++d) g[d] *= scale;
     const int64_t row = (token + i) * heads + head;
     if (tables.rotate()) {
       const int64_t table = tables.row(token + i, head, p.table_width);
       if (tables.dcos != nullptr) {
         T widened[kMaxHeadDim];
         widen_row(from, widened, D);
-        table_row_gradients(g, widened, tables.dcos + row * p.table_width, tables.dsin + row * p.table_width, p);
+        table_row_gradients(g, scale, widened, tables.dcos + row * p.table_width, tables.dsin + row * p.table_width, p);
       }
       rotate_row_transposed(g, tables.cos + table, tables.sin + table, p);
     }
-    narrow_row(g, static_cast<S*>(dx) + row * D, D);
+    S* to = static_cast<S*>(dx) + row * D;
+    for (int64_t d = 0; d < D; ++d) narrow(g[d] * scale, to[d]);
   }
 }
 

@@ -1,5 +1,4 @@
-// A block of scores as the kernels of sinkhorn and alignment_loss read it: wide loads from any storage format, and base-2
-// logarithms.
+// A block of scores as the kernels of sinkhorn and alignment_loss read it: wide loads from any storage format.
 #pragma once
 
 #include <algorithm>
@@ -48,28 +47,6 @@ CK_INLINE Vec<float> load_widened(const float16* p) {
   for (int i = 0; i < kLanes<float>; ++i) wide[i] = widen(p[i]);
   return wide;
 #endif
-}
-
-// log2(x) for x >= 0: relative error of a few roundings; log2(0) = -inf, log2(inf) = inf. Subnormal numbers count as 0.
-template <typename T>
-CK_INLINE Vec<T> log2(Vec<T> x) {
-  using Int = BitsOf<T>;
-  typedef Int Bits __attribute__((vector_size(kVectorBytes)));
-  constexpr int kMantissa = sizeof(T) == 4 ? 23 : 52;
-  constexpr T kSqrtHalf = T(0.70710678118654752440);
-  // x = m 2^e with m in [sqrt(1/2), sqrt(2)); log m = 2 atanh(f), f = (m - 1) / (m + 1), |f| <= 0.1716.
-  const Bits bits = (Bits)x;
-  const Bits below = (Bits)broadcast(kSqrtHalf);
-  const Bits exponent = (bits - below) >> kMantissa;
-  const Vec<T> m = (Vec<T>)(bits - (exponent << kMantissa));
-  const Vec<T> f = (m - T(1)) / (m + T(1)), g = f * f;
-  constexpr int kTerms = sizeof(T) == 4 ? 5 : 11;
-  Vec<T> series = broadcast(T(1) / T(2 * kTerms + 1));
-  for (int j = kTerms - 1; j >= 0; --j) series = series * g + T(1) / T(2 * j + 1);
-  constexpr T kTwoLog2e = T(2.88539008177792681472);
-  const Vec<T> result = __builtin_convertvector(exponent, Vec<T>) + f * series * kTwoLog2e;
-  const Vec<T> tiny = broadcast(std::numeric_limits<T>::min()), huge = broadcast(std::numeric_limits<T>::max());
-  return x < tiny ? broadcast(kMinusInfinity<T>) : x > huge ? x : result;
 }
 
 // A matrix of scores, or a tile of one: entry (i, k) is scores_ik * col_scale_k * factor, in bits.

@@ -8,8 +8,13 @@
 
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 #include <utility>
+
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 
 #ifndef COMP_KERNELS_ISA
 #define COMP_KERNELS_ISA baseline
@@ -75,6 +80,9 @@ CK_INLINE Vec<T> broadcast(T x) {
 // The larger of each pair; b where either is NaN.
 template <typename T>
 CK_INLINE Vec<T> max(Vec<T> a, Vec<T> b) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm256_max_ps(a, b);  // the compiler takes two instructions
+#endif
   return a > b ? a : b;
 }
 
@@ -119,20 +127,29 @@ CK_INLINE T reduce_sum(Vec<T> x) {
 // 2^x for x <= 0 (larger x up to the overflow threshold work too), relative error about one rounding. Exactly 0 for -inf; below the
 // range of normal numbers it fades to 0; NaN stays NaN when the low
 // 9 bits of its payload are zero (double: 12), as in every NaN that arithmetic makes.
-CK_INLINE Vec<float> exp2(Vec<float> x) {
+//
+// N vectors at once, step by step: one vector's chain of a dozen dependent operations would fill the scheduler with waiting ones.
+template <int N>
+CK_INLINE void exp2(Vec<float> (&x)[N]) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
-  x = max<float>(broadcast(-127.0f), x);
-  const Vec<float> shifted = x + kRound;
-  const Vec<float> f = x - (shifted - kRound);  // in [-1/2, 1/2]
   // Minimax polynomial of 2^f on [-1/2, 1/2], 1 at 0: relative error 2e-9 before rounding.
-  Vec<float> y = broadcast(1.535336182e-4f);
-  y = y * f + 1.339887445e-3f;
-  y = y * f + 9.618437358e-3f;
-  y = y * f + 5.550332471e-2f;
-  y = y * f + 2.402264791e-1f;
-  y = y * f + 6.931472029e-1f;
-  y = y * f + 1.0f;
-  return (Vec<float>)((BitVec<float>)y + ((BitVec<float>)shifted << 23));
+  constexpr float kCoefficients[] = {1.339887445e-3f, 9.618437358e-3f, 5.550332471e-2f, 2.402264791e-1f, 6.931472029e-1f, 1.0f};
+  Vec<float> shifted[N], y[N];
+  for (int i = 0; i < N; ++i) x[i] = max<float>(broadcast(-127.0f), x[i]);
+  for (int i = 0; i < N; ++i) shifted[i] = x[i] + kRound;
+  for (int i = 0; i < N; ++i) x[i] -= shifted[i] - kRound;  // in [-1/2, 1/2]
+  for (int i = 0; i < N; ++i) y[i] = x[i] * 1.535336182e-4f + kCoefficients[0];
+#pragma GCC unroll 8
+  for (int c = 1; c < 6; ++c) {
+    for (int i = 0; i < N; ++i) y[i] = y[i] * x[i] + kCoefficients[c];
+  }
+  for (int i = 0; i < N; ++i) x[i] = (Vec<float>)((BitVec<float>)y[i] + ((BitVec<float>)shifted[i] << 23));
+}
+
+CK_INLINE Vec<float> exp2(Vec<float> x) {
+  Vec<float> one[1] = {x};
+  exp2(one);
+  return one[0];
 }
 
 CK_INLINE Vec<double> exp2(Vec<double> x) {
@@ -156,6 +173,33 @@ CK_INLINE Vec<double> exp2(Vec<double> x) {
   y = y * f + 1.0;
   y = y * f + 1.0;
   return (Vec<double>)((BitVec<double>)y + ((BitVec<double>)shifted << 52));
+}
+
+template <int N>
+CK_INLINE void exp2(Vec<double> (&x)[N]) {
+  for (int i = 0; i < N; ++i) x[i] = exp2(x[i]);
+}
+
+// log2(x) for x >= 0: relative error of a few roundings; log2(0) = -inf, log2(inf) = inf. Subnormal numbers count as 0.
+template <typename T>
+CK_INLINE Vec<T> log2(Vec<T> x) {
+  using Int = BitsOf<T>;
+  typedef Int Bits __attribute__((vector_size(kVectorBytes)));
+  constexpr int kMantissa = sizeof(T) == 4 ? 23 : 52;
+  constexpr T kSqrtHalf = T(0.70710678118654752440);
+  // x = m 2^e with m in [sqrt(1/2), sqrt(2)); log m = 2 atanh(f), f = (m - 1) / (m + 1), |f| <= 0.1716.
+  const Bits bits = (Bits)x;
+  const Bits below = (Bits)broadcast(kSqrtHalf);
+  const Bits exponent = (bits - below) >> kMantissa;
+  const Vec<T> m = (Vec<T>)(bits - (exponent << kMantissa));
+  const Vec<T> f = (m - T(1)) / (m + T(1)), g = f * f;
+  constexpr int kTerms = sizeof(T) == 4 ? 5 : 11;
+  Vec<T> series = broadcast(T(1) / T(2 * kTerms + 1));
+  for (int j = kTerms - 1; j >= 0; --j) series = series * g + T(1) / T(2 * j + 1);
+  constexpr T kTwoLog2e = T(2.88539008177792681472);
+  const Vec<T> result = __builtin_convertvector(exponent, Vec<T>) + f * series * kTwoLog2e;
+  const Vec<T> tiny = broadcast(std::numeric_limits<T>::min()), huge = broadcast(std::numeric_limits<T>::max());
+  return x < tiny ? broadcast(-std::numeric_limits<T>::infinity()) : x > huge ? x : result;
 }
 
 }  // namespace comp_kernels::COMP_KERNELS_ISA
