@@ -5,7 +5,7 @@
 
 The harness finds it by the entry point "lmms_eval.models" of this package. Images are read at native size between
 `min_visual_tokens` and `max_visual_tokens`, and every image of a question is shown; the authors' released adapter scales small
-images up to 800 tokens and shows the first image alone. Several GPUs: start the same command with `accelerate launch`.
+images up to 800 tokens and shows the first image alone.
 """
 
 from __future__ import annotations
