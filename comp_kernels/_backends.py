@@ -75,8 +75,8 @@ def available_backends(op: str, device: torch.device | str = "cpu") -> list[str]
 
 
 def transforms_active() -> bool:
-    """Whether a torch.func transform (grad, vmap, jvp, ...) is running."""
-    return torch._C._are_functorch_transforms_active()
+    """Whether a torch.func transform (grad, vmap, jvp, ...) or forward-mode differentiation is running."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def choose_backend(
@@ -88,13 +88,13 @@ def choose_backend(
     declines: for one backend name, why it cannot serve *this* call (a dtype, a head size), or None.
 
     An automatic choice skips backends that decline. A named one is used or refused: never silently replaced. Under torch.func
-    transforms (grad, vmap, jvp) only the reference serves: for a registered operator without rules for them, torch.func.jvp
-    returns zeros without a word.
+    transforms (grad, vmap, jvp) and forward-mode differentiation only the reference serves: torch drops the tangents of
+    registered operators that have no rules for them, without a word.
     """
 
     def cannot(name: str) -> str | None:
         if transforms_active() and name != "reference":
-            return "its kernels have no rules for torch.func transforms"
+            return "its kernels have no rules for torch.func transforms and forward-mode differentiation"
         return unavailable_reason(op, name, device) or (declines and declines(name))
 
     named_by = "backend"

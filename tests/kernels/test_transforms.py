@@ -1,7 +1,9 @@
-"""torch.func transforms: served by the definition, since registered operators have no rules for them, or refused by name."""
+"""torch.func transforms and forward-mode differentiation: served by the definition, since registered operators have no rules
+for them, or refused by name."""
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import comp_kernels as ck
 from comp_kernels.testing import AttentionCase, make_attention_inputs
@@ -41,6 +43,15 @@ def test_jvp_is_the_slope_along_the_tangent(make):
     tangent, step = torch.randn_like(x), 1e-6
     slope = (call(x + step * tangent) - call(x - step * tangent)) / (2 * step)
     torch.testing.assert_close(torch.func.jvp(call, (x,), (tangent,))[1], slope, atol=1e-7, rtol=1e-6)
+
+
+@OPERATORS
+def test_forward_mode_equals_jvp(make):
+    call, x = make()
+    tangent = torch.randn_like(x)
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(call(forward_ad.make_dual(x, tangent))).tangent
+    torch.testing.assert_close(found, torch.func.jvp(call, (x,), (tangent,))[1])
 
 
 @OPERATORS

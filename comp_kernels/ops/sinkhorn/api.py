@@ -112,7 +112,10 @@ def check_gradient(gradient: str, tol: float | None, group: dist.ProcessGroup | 
     if gradient == "detach":
         return
     if gradient == "implicit" and transforms_active():
-        raise ValueError("gradient='implicit' has no rules for torch.func transforms: use gradient='unrolled'")
+        raise ValueError(
+            "gradient='implicit' has no rules for torch.func transforms and forward-mode differentiation: "
+            "use gradient='unrolled'"
+        )
     if group is not None:
         raise ValueError(f"gradient={gradient!r} works within one process: group must be None, got {group}")
     if gradient == "unrolled" and tol is not None:
