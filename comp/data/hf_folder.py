@@ -6,6 +6,7 @@ Read with that library (`pip install 'comp-kernels[eval]'`), never from the netw
 from __future__ import annotations
 
 import io
+import re
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,7 +62,8 @@ def _library() -> Any:
 def _parquet_files(root: Path, split: str) -> list[str]:
     """test-00000-of-00002.parquet, test.parquet or test/0000.parquet, anywhere below `root`."""
     everything = sorted(root.rglob("*.parquet"))
-    files = [p for p in everything if p.stem == split or p.stem.startswith(f"{split}-") or p.parent.name == split]
+    numbered = re.compile(re.escape(split) + r"(-\d+-of-\d+.*)?")  # some copies put a digest behind the number
+    files = [p for p in everything if numbered.fullmatch(p.stem) or p.parent.name == split]
     if not files:
         found = ", ".join(str(p.relative_to(root)) for p in everything[:5])
         raise ConfigError(

@@ -133,7 +133,7 @@ def _images(doc_to_visual: Callable[[Any], Any], doc: Any, name: str) -> list[La
 
 def _decoding(settings: dict[str, Any]) -> tuple[int, list[str]]:
     """(longest answer in tokens, texts that end an answer) of a task's generation settings; they must be greedy."""
-    if settings.get("do_sample") or settings.get("num_beams", 1) > 1:
+    if settings.get("do_sample") or (settings.get("num_beams") or 1) > 1:
         raise ValueError(f"the model comp decodes greedily; the task asks for sampling or beams: {settings}")
     unknown = set(settings) - _WITHOUT_EFFECT - {"max_new_tokens", "until"}
     if unknown:

@@ -73,7 +73,8 @@ def check_charts(samples):
 )
 def test_parquet_as_the_hub_stores_it(tmp_path, files):
     write_parquet(CHART, *(tmp_path / "hub" / file for file in files))
-    write_parquet([dict(unrelated=1)], tmp_path / "hub" / "data" / "train-00000-of-00001.parquet")
+    for other in ("train", "test-dev"):
+        write_parquet([dict(unrelated=1)], tmp_path / "hub" / "data" / f"{other}-00000-of-00001.parquet")
     check_charts(list(open_benchmark("chartqa", str(tmp_path / "hub"))))
 
 
