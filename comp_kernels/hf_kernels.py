@@ -22,6 +22,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from . import _native
+
 PACKAGE = Path(__file__).parent
 # Commands and test tools stay behind, and what imports other libraries than torch.
 LEFT_OUT = ("hf_kernels.py", "info.py", "testing.py", "integrations", "lib", "__pycache__")
@@ -40,7 +42,7 @@ def emit(out: Path, version: int = 1) -> list[Path]:
     sources = [path.relative_to(PACKAGE) for path in sorted(PACKAGE.rglob("*.py"))]
     sources = [path for path in sources if path.parts[0] not in LEFT_OUT]
     variants = {name: (backend, sources) for name, backend in NOARCH.items()}
-    if all((PACKAGE / path).is_file() for path in CPU_LIBRARY):
+    if _native.cpu_unavailable_reason() is None:  # neither missing nor built from other sources; warns where it is
         variants[_with_cpu_library()] = ("cpu", sources + [Path(path) for path in CPU_LIBRARY])
     for name, (backend, files) in variants.items():
         _write_variant(build / name, backend, files, version)
