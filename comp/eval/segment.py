@@ -136,11 +136,11 @@ class AugmentedCrops:
     """Squares of randomly scaled, flipped and recoloured pictures, encoded anew each time."""
 
     def __init__(self, encoder: VisionEncoder, images: AnnotatedImages, settings: SegmentationSettings):
-        self.encoder, self.images, self.side = encoder, images, settings.crop
+        self.encoder, self.images, self.side, self.max_tokens = encoder, images, settings.crop, settings.max_tokens
 
     def __call__(self, chosen: Sequence[int]) -> Batch:
         cut = [augmented_square(*self.images.open(i), self.side) for i in chosen]
-        maps = feature_maps(self.encoder, [image for image, _ in cut])
+        maps = feature_maps(self.encoder, [image for image, _ in cut], self.max_tokens)
         return torch.stack(maps, dim=1), torch.stack([self.images.labels(annotation) for _, annotation in cut])
 
 
