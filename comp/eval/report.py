@@ -19,6 +19,7 @@ from PIL import Image
 from ..config import Config, ConfigError
 from ..config_io import from_dict
 from ..data.batch import LazyImage, Sample
+from ..data.datasets import BadSampleError
 from ..data.mixture import open_sources
 from ..metrics import read_records
 from ..plots import plot_run
@@ -148,7 +149,7 @@ def example_section(
     last = list(by_label.values())[-1]
     examples = []
     for name in choose_names([p for p in last.values() if p["name"] in samples], num_examples):
-        pictures = save_pictures(samples[name], folder / f"example{len(examples)}")
+        pictures = save_pictures(open_pictures(samples[name]), folder / f"example{len(examples)}")
         shown = [(label, p[name]["prediction"], p[name]["score"]) for label, p in by_label.items() if name in p]
         examples.append(Example(pictures, last[name]["question"], last[name]["answers"], shown))
     text = "Picked by kind of question, not by success; answers before training and after each stage."
@@ -194,8 +195,8 @@ def count_of(number: int, one: str, many: str) -> str:
 def telling_pictures(samples: dict[str, Sample], count: int) -> list[Image.Image]:
     """Of the first pictures, the kinds of question in turn, the `count` that a square holds best: narrow ones show little."""
     names = [dict(name=name, question_type=sample.question_type) for name, sample in samples.items() if pictures_of(sample)]
-    pictures = (open_picture(pictures_of(samples[name])[0]) for name in choose_names(names, 4 * count))
-    different = {picture.tobytes(): picture for picture in pictures}
+    opened = (open_pictures(samples[name])[:1] for name in choose_names(names, 4 * count))
+    different = {picture.tobytes(): picture for pictures in opened for picture in pictures}
     return sorted(different.values(), key=lambda picture: min(picture.size) / max(picture.size), reverse=True)[:count]
 
 
@@ -208,7 +209,7 @@ def first_to_last(loss: dict[str, float] | None) -> str:
 
 
 def held_out_samples(config: Config) -> dict[str, Sample]:
-    """Held-out samples by name; empty when their files are no longer there."""
+    """Held-out samples by name, without those that cannot be read; empty when their files are no longer there."""
     if not config.eval.data:
         return {}
     try:
@@ -216,13 +217,21 @@ def held_out_samples(config: Config) -> dict[str, Sample]:
     except (OSError, ValueError) as error:
         print(f"no example pictures: {error}", file=sys.stderr)
         return {}
-    return {sample.name: sample for sample in (samples[i] for i in range(len(samples)))}
+    by_name = {}
+    for index in range(len(samples)):
+        try:
+            sample = samples[index]
+        except BadSampleError as error:
+            print(f"no example: {error}", file=sys.stderr)
+        else:
+            by_name[sample.name] = sample
+    return by_name
 
 
 def read_predictions(path: Path) -> dict[str, dict[str, Any]]:
     if not path.is_file():
         return {}
-    return {p["name"]: p for p in map(json.loads, path.read_text().splitlines())}
+    return {p["name"]: p for p in map(json.loads, path.read_bytes().splitlines())}
 
 
 def choose_names(predictions: Sequence[dict[str, Any]], count: int) -> list[str]:
@@ -238,16 +247,24 @@ def pictures_of(sample: Sample) -> list[LazyImage]:
     return [image for message in sample.messages for image in message.images]
 
 
+def open_pictures(sample: Sample) -> list[Image.Image]:
+    """All of a sample, or none where one cannot be read."""
+    try:
+        return [open_picture(image) for image in pictures_of(sample)]
+    except (OSError, ValueError) as error:
+        print(f"no pictures of {sample.name}: {error}", file=sys.stderr)
+        return []
+
+
 def open_picture(image: LazyImage) -> Image.Image:
     if isinstance(image, str):
         image = Image.open(image)
     return (image if isinstance(image, Image.Image) else image()).convert("RGB")
 
 
-def save_pictures(sample: Sample, stem: Path) -> list[Path]:
+def save_pictures(pictures: Sequence[Image.Image], stem: Path) -> list[Path]:
     paths = []
-    for number, image in enumerate(pictures_of(sample)):
-        picture = open_picture(image)
+    for number, picture in enumerate(pictures):
         picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
         paths.append(stem.with_name(f"{stem.name}_{number}.png"))
         picture.save(paths[-1])

@@ -19,7 +19,7 @@ from comp.config_io import to_dict
 from comp.data.batch import Message, Sample
 from comp.eval.page import Example, Gallery, Heading, Table, write_page
 from comp.eval.pictures import centre_attention, feature_colours
-from comp.eval.report import choose_names, main, telling_pictures, write_report
+from comp.eval.report import choose_names, held_out_samples, main, telling_pictures, write_report
 from comp.model import VisionEncoder
 
 LABELS = ("before", "I", "III")
@@ -107,6 +107,26 @@ def test_data_that_is_gone_costs_only_the_examples(tmp_path, capsys):
     html = write_report(run, pictures=False)[0].read_text()
     assert "Examples" not in html and "Held-out questions" in html
     assert "/nowhere/data.jsonl" in capsys.readouterr().err
+
+
+def test_single_bad_questions_cost_only_themselves(tmp_path, capsys):
+    """As in training, which names and counts them; and an answer may hold what Unicode calls a line end."""
+    for number in range(3):
+        Image.new("RGB", (20, 20), "red").save(tmp_path / f"{number}.png")
+    turns = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "red"}]
+    records = [json.dumps({"id": str(i), "image": f"{i}.png", "conversations": turns}) for i in range(3)]
+    (tmp_path / "held_out.jsonl").write_text("\n".join(["{torn", *records]) + "\n")
+    (tmp_path / "1.png").unlink()
+    config = toy_config(tmp_path)
+    data = [SourceConfig(path=str(tmp_path / "held_out.jsonl"))]
+    run = write_run(tmp_path, eval=dataclasses.replace(config.eval, data=data))
+    found = held_out_samples(toy_config(tmp_path, eval=dataclasses.replace(config.eval, data=data)))
+    assert len(found) == 3 and "held_out.jsonl[0]: not valid JSON" in capsys.readouterr().err
+    assert len(telling_pictures(found, 3)) == 1  # the picture that is left, once
+    last = [prediction(0, "one\u2028two", 0.0) | dict(name=name) for name in found]
+    lines = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in last)
+    (run / "predictions" / "III.jsonl").write_text(lines)
+    assert write_report(run, pictures=False)[0].read_text().count("one\u2028two") == 3
 
 
 def test_results_of_other_programs_are_shown(tmp_path):
