@@ -1,12 +1,14 @@
-// Sinkhorn: a full iteration in one read of the scores and one exponential per element.
+// Sinkhorn: exponentials once per solve, then iterations on the plan itself.
 //
-// The scaled plan itself is the numerically stable quantity. With potentials u, v of the iteration before,
-//     E_ik = 2^(s_ik + u_i + v_k)       its rows sum to the row marginals, so E never overflows
-//     c_k  = sum_i E_ik,  w_k = b_k / c_k,  v_k += log2 w_k                  the columns are brought to b
-//     r_i  = sum_k E_ik w_k,  u_i += log2(a_i / r_i)                         then the rows to a
-// so the same exponentials serve both half steps. A block of columns is read once, its E kept in cache until its row sums
-// are taken. The first iteration has no potentials yet: it subtracts each column's maximum instead. Sums that fall to the
-// edge of the floating point range, where E loses terms, are detected and taken again in the log domain.
+// With potentials u, v,
+//     E_ik = 2^(s_ik + u_i + v_k),    P_ik = x_i E_ik w_k                            x, w = 1 so far
+//     c_k  = sum_i x_i E_ik,          w_k = b_k / c_k                                the columns are brought to b
+//     r_i  = sum_k E_ik w_k,          x_i = a_i / r_i                                then the rows to a
+// The first iteration has no potentials: E is taken as it is where its column sums stay well inside the range of floating point,
+// else with each column's maximum subtracted. E is written to the memory of the result and serves all iterations: a
+// block of columns is read once per iteration, its columns summed, scaled, and its share of the row sums taken from the
+// cache. Where x grows too uneven for E to hold every term that counts, E is taken again from the scores with the potentials
+// reached, u_i + log2 x_i and v_k + log2 w_k; that is also how tiles of scores are iterated that have no memory for E.
 #include "../sinkhorn.h"
 
 #include <algorithm>
@@ -16,18 +18,24 @@
 
 #include "../parallel.h"
 #include "score_tile.h"
+#include "sinkhorn_loops.h"
 
 namespace comp_kernels::COMP_KERNELS_ISA {
 namespace {
 
 constexpr int64_t kTileBytes = 256 * 1024;  // E of one block of columns: stays in the second level cache
 constexpr int64_t kMaxBlockCols = 1024, kMinBlockCols = 32;
-constexpr int64_t kStreamingBytes = 16 << 20;  // results beyond this are written past the caches
+constexpr int64_t kStreamingBytes = 16 << 20;  // matrices beyond this are written past the caches
 constexpr int64_t kMaxChunks = 64;      // pieces of the columns, fixed, so that sums do not depend on the number of threads
 constexpr int64_t kPlanCols = 2048, kPlanRows = 64;
 // A row sum below this share of the largest weight may have lost terms below the smallest normal number: take it again.
 template <typename T>
 constexpr T kLost = sizeof(T) == 4 ? T(1e-20) : T(1e-200);
+// E serves while the largest x is at most this many times the smallest: what E lost below 2^-126 then stays without weight.
+constexpr double kUneven = 1e12;
+// Column sums of E without a shift must lie between these, and it is not tried where a sample of entries exceeds so many bits.
+constexpr double kLeastSum = 1e-12, kLargestSum = 1e18;
+constexpr double kSampleBits = 40;
 
 template <typename S>
 int64_t block_cols(int64_t num_rows) {
@@ -41,101 +49,60 @@ template <typename T>
 struct Scratch {
   explicit Scratch(int64_t num_rows, int64_t cols) : plan(num_rows * cols) {}
   std::vector<T> plan;  // [n, cols]
-  alignas(64) T scale[kMaxBlockCols], shift[kMaxBlockCols], sum[kMaxBlockCols], weight[kMaxBlockCols];
+  alignas(64) T scale[kMaxBlockCols], shift[kMaxBlockCols], sum[kMaxBlockCols], weight[kMaxBlockCols], target[kMaxBlockCols];
+};
+
+// One iteration over all columns: where E comes from, what is wanted, and where it goes.
+template <typename T>
+struct Pass {
+  const T* u;        // [n] E comes from the scores with these potentials; null: from kept_plan
+  const T* v;        // [K] the same; null: no iteration yet
+  const T* x;        // [n] weights of the rows of kept_plan
+  const T* b;        // [K] target of the columns
+  T* base_v;         // [K] v of E: written when E comes from the scores
+  T* w;              // [K] written
+  T* kept_plan = nullptr;  // [n, K] E: written when it comes from the scores; null: there is no memory for it
+  bool streaming = false;  // kept_plan is written past the caches
+  bool peaks_first = false;  // without v: shift by the columns' maxima at once
+  bool measure = false;    // add up the columns' error
+  bool backwards = false;  // last columns first: they are still in the caches from the pass before
 };
 
 // What a pass over some columns adds up.
 template <typename T>
 struct Totals {
-  double* row_sums;      // [n]
+  double* row_sums;      // [n] sum_k E_ik w_k
   T largest_weight = 0;
-  double error = 0;      // sum_k |c_k - b_k| before the columns were scaled; only meaningful after the first iteration
+  double error = 0;      // sum_k |c_k - b_k| before the columns were scaled; not in the first iteration
 };
-
-// shift_k = - max_i (s_ik scale_k + u_i), 0 for a column without any mass. cols is a multiple of kLanes.
-template <typename S, typename T = Compute<S>>
-void column_peaks(const S* scores, int64_t stride, int64_t rows, int64_t cols, const T* __restrict scale, const T* u,
-                  T* __restrict shift) {
-  std::fill_n(shift, cols, kMinusInfinity<T>);
-  int64_t i = 0;
-  for (; i + 4 <= rows; i += 4) {
-    const S* s0 = scores + i * stride;
-    const S *s1 = s0 + stride, *s2 = s1 + stride, *s3 = s2 + stride;
-    const Vec<T> u0 = broadcast(u[i]), u1 = broadcast(u[i + 1]), u2 = broadcast(u[i + 2]), u3 = broadcast(u[i + 3]);
-    for (int64_t k = 0; k < cols; k += kLanes<T>) {
-      const Vec<T> c = load(scale + k);
-      const Vec<T> x = max<T>(load_widened(s0 + k) * c + u0, load_widened(s1 + k) * c + u1);
-      const Vec<T> y = max<T>(load_widened(s2 + k) * c + u2, load_widened(s3 + k) * c + u3);
-      store(shift + k, max<T>(load(shift + k), max<T>(x, y)));
-    }
-  }
-  for (; i < rows; ++i) {
-    for (int64_t k = 0; k < cols; k += kLanes<T>) {
-      store(shift + k, max<T>(load(shift + k), load_widened(scores + i * stride + k) * load(scale + k) + u[i]));
-    }
-  }
-  for (int64_t k = 0; k < cols; ++k) shift[k] = std::isfinite(shift[k]) ? -shift[k] : T(0);
-}
-
-// E_ik = 2^(s_ik scale_k + u_i + shift_k), [rows, width], and its column sums. scores may be e itself.
-template <typename S, typename T = Compute<S>>
-void column_exponentials(const S* scores, int64_t stride, int64_t rows, int64_t cols, const T* scale, const T* shift, const T* u,
-                         T* e, int64_t width, T* sum) {
-  std::fill_n(sum, cols, T(0));
-  int64_t i = 0;
-  for (; i + 2 <= rows; i += 2) {
-    const S *s0 = scores + i * stride, *s1 = s0 + stride;
-    T *e0 = e + i * width, *e1 = e0 + width;
-    const Vec<T> u0 = broadcast(u[i]), u1 = broadcast(u[i + 1]);
-    for (int64_t k = 0; k < cols; k += kLanes<T>) {
-      __builtin_prefetch(s0 + k + cols);  // the same rows of the next block: each row is a stream of its own
-      __builtin_prefetch(s1 + k + cols);
-      const Vec<T> c = load(scale + k), d = load(shift + k);
-      const Vec<T> x = exp2(load_widened(s0 + k) * c + (d + u0)), y = exp2(load_widened(s1 + k) * c + (d + u1));
-      store(e0 + k, x);
-      store(e1 + k, y);
-      store(sum + k, load(sum + k) + (x + y));
-    }
-  }
-  for (; i < rows; ++i) {
-    const Vec<T> u0 = broadcast(u[i]);
-    for (int64_t k = 0; k < cols; k += kLanes<T>) {
-      const Vec<T> x = exp2(load_widened(scores + i * stride + k) * load(scale + k) + (load(shift + k) + u0));
-      store(e + i * width + k, x);
-      store(sum + k, load(sum + k) + x);
-    }
-  }
-}
 
 template <typename S>
 class Block {
  public:
   using T = Compute<S>;
   Block(const Scores<S>& scores, int64_t begin, int64_t cols, int64_t width, Scratch<T>& scratch)
-      : scores_(scores), begin_(begin), cols_(cols), width_(width), padded_(round_up(cols, kLanes<T>)), scratch_(scratch) {
-    for (int64_t k = 0; k < padded_; ++k) {
-      scratch_.scale[k] = scores.factor * (k < cols && scores.col_scale ? scores.col_scale[begin + k] : T(1));
-    }
-  }
+      : scores_(scores), begin_(begin), cols_(cols), width_(width), padded_(round_up(cols, kLanes<T>)), scratch_(scratch) {}
 
-  // One iteration on these columns. v_old null: first iteration.
-  void iterate(const T* u, const T* v_old, const T* b, T* v_new, Totals<T>& totals) {
-    if (v_old == nullptr) {
-      take_peaks(u);
+  void iterate(const Pass<T>& pass, Totals<T>& totals) {
+    std::copy_n(pass.b + begin_, cols_, scratch_.target);
+    std::fill(scratch_.target + cols_, scratch_.target + padded_, T(0));
+    if (pass.u == nullptr) {
+      recall(pass);
+    } else if (pass.v == nullptr) {
+      first_exponentials(pass);
     } else {
-      for (int64_t k = 0; k < padded_; ++k) scratch_.shift[k] = k < cols_ ? v_old[begin_ + k] : kMinusInfinity<T>;
+      next_exponentials(pass);
     }
-    exponentials(u);
-    if (v_old != nullptr && lost_columns(b)) {
-      take_peaks(u);
-      exponentials(u);
-    }
-    scale_columns(b, v_old, v_new, totals);
-    add_row_sums(totals);
+    if (pass.measure) totals.error += error(pass);
+    weigh(totals);
+    std::copy_n(scratch_.weight, cols_, pass.w + begin_);
+    if (pass.u != nullptr) std::copy_n(scratch_.shift, cols_, pass.base_v + begin_);
+    add_row_sums(pass, totals.row_sums);
   }
 
   // Per column the largest entry (-inf: no mass) and the sum of 2^(entry - largest).
   void statistics(const T* u, T* peaks, T* sums) {
+    set_scales();
     take_peaks(u);
     exponentials(u);
     for (int64_t k = 0; k < cols_; ++k) {
@@ -145,81 +112,113 @@ class Block {
   }
 
  private:
-  // E of the last, narrower block is padded, so rows are copied there first.
-  template <typename F>
-  CK_INLINE void with_rows(F&& f) {
-    if (padded_ == cols_) {
-      f(scores_.data + begin_, scores_.row_stride);
-    } else {
-      for (int64_t i = 0; i < scores_.num_rows; ++i) {
-        for (int64_t k = 0; k < padded_; ++k) {
-          scratch_.plan[i * width_ + k] =
-              k < cols_ ? widen(scores_.data[i * scores_.row_stride + begin_ + k]) : kMinusInfinity<T>;
-        }
-      }
-      f(static_cast<const T*>(scratch_.plan.data()), width_);
+  void set_scales() {
+    for (int64_t k = 0; k < padded_; ++k) {
+      scratch_.scale[k] = scores_.factor * (k < cols_ && scores_.col_scale ? scores_.col_scale[begin_ + k] : T(1));
     }
   }
 
+  void first_exponentials(const Pass<T>& pass) {
+    set_scales();
+    if (!pass.peaks_first) {
+      std::fill_n(scratch_.shift, padded_, T(0));
+      exponentials(pass.u);
+      if (sums_within(T(kLeastSum), T(kLargestSum))) return;
+    }
+    take_peaks(pass.u);
+    exponentials(pass.u);
+  }
+
+  void next_exponentials(const Pass<T>& pass) {
+    set_scales();
+    for (int64_t k = 0; k < padded_; ++k) scratch_.shift[k] = k < cols_ ? pass.v[begin_ + k] : kMinusInfinity<T>;
+    exponentials(pass.u);
+    if (lost_columns()) {
+      take_peaks(pass.u);
+      exponentials(pass.u);
+    }
+  }
+
+  // Calls f with rows of whole vectors: those of the last, narrower block are copied and padded first.
+  template <typename Row, typename F>
+  CK_INLINE void with_rows(const Row* rows, int64_t stride, T padding, F&& f) {
+    if (padded_ == cols_) {
+      f(rows + begin_, stride);
+      return;
+    }
+    for (int64_t i = 0; i < scores_.num_rows; ++i) {
+      for (int64_t k = 0; k < padded_; ++k) {
+        scratch_.plan[i * width_ + k] = k < cols_ ? widen(rows[i * stride + begin_ + k]) : padding;
+      }
+    }
+    f(static_cast<const T*>(scratch_.plan.data()), width_);
+  }
+
   void take_peaks(const T* u) {
-    with_rows([&](auto* scores, int64_t stride) {
+    with_rows(scores_.data, scores_.row_stride, kMinusInfinity<T>, [&](auto* scores, int64_t stride) {
       column_peaks(scores, stride, scores_.num_rows, padded_, scratch_.scale, u, scratch_.shift);
     });
   }
 
   void exponentials(const T* u) {
-    with_rows([&](auto* scores, int64_t stride) {
+    with_rows(scores_.data, scores_.row_stride, kMinusInfinity<T>, [&](auto* scores, int64_t stride) {
       column_exponentials(scores, stride, scores_.num_rows, padded_, scratch_.scale, scratch_.shift, u, scratch_.plan.data(), width_,
                           scratch_.sum);
     });
   }
 
-  bool lost_columns(const T* b) const {
+  void recall(const Pass<T>& pass) {
+    with_rows(pass.kept_plan, scores_.num_cols, T(0), [&](const T* kept, int64_t stride) {
+      weighted_column_sums(kept, stride, scores_.num_rows, padded_, pass.x, scratch_.plan.data(), width_, scratch_.sum);
+    });
+  }
+
+  bool sums_within(T least, T largest) const {
+    bool within = true;
+    for (int64_t k = 0; k < cols_; ++k) within &= scratch_.sum[k] >= least && scratch_.sum[k] <= largest;
+    return within;
+  }
+
+  bool lost_columns() const {
+    bool lost = false;
+    for (int64_t k = 0; k < cols_; ++k) lost |= scratch_.sum[k] < kLost<T> && scratch_.target[k] > 0;
+    return lost;
+  }
+
+  double error(const Pass<T>& pass) const {
+    double error = 0;
     for (int64_t k = 0; k < cols_; ++k) {
-      if (scratch_.sum[k] < kLost<T> && b[begin_ + k] > 0) return true;
+      if (!(scratch_.target[k] > 0)) continue;
+      T sum = scratch_.sum[k];
+      if (pass.u == nullptr) {
+        sum *= pass.w[begin_ + k];
+      } else if (scratch_.shift[k] != pass.v[begin_ + k]) {  // the sum was taken again, below its peak
+        sum *= std::exp2(pass.v[begin_ + k] - scratch_.shift[k]);
+      }
+      error += std::abs(static_cast<double>(sum - scratch_.target[k]));
     }
-    return false;
+    return error;
   }
 
-  void scale_columns(const T* b, const T* v_old, T* v_new, Totals<T>& totals) {
-    for (int64_t k = 0; k < padded_; ++k) {
-      const T target = k < cols_ ? b[begin_ + k] : T(0);
-      const T weight = target > 0 ? target / scratch_.sum[k] : T(0);
-      scratch_.weight[k] = weight;
-      totals.largest_weight = std::max(totals.largest_weight, weight);
-    }
-    if (v_old != nullptr) {
-      for (int64_t k = 0; k < cols_; ++k) {
-        if (!(b[begin_ + k] > 0)) continue;
-        const T old = v_old[begin_ + k], shift = scratch_.shift[k];  // they differ where a sum was taken again below its peak
-        const T sum = shift == old ? scratch_.sum[k] : scratch_.sum[k] * std::exp2(old - shift);
-        totals.error += std::abs(static_cast<double>(sum - b[begin_ + k]));
-      }
-    }
+  void weigh(Totals<T>& totals) {
+    Vec<T> largest = broadcast(totals.largest_weight);
     for (int64_t k = 0; k < padded_; k += kLanes<T>) {
-      store(scratch_.sum + k, load(scratch_.shift + k) + log2<T>(load(scratch_.weight + k)));
+      const Vec<T> target = load(scratch_.target + k);
+      const Vec<T> weight = target > Vec<T>{} ? target / load(scratch_.sum + k) : Vec<T>{};
+      store(scratch_.weight + k, weight);
+      largest = max<T>(weight, largest);
     }
-    std::copy_n(scratch_.sum, cols_, v_new + begin_);
+    totals.largest_weight = reduce_max<T>(largest);
   }
 
-  // r_i += sum_k E_ik w_k
-  void add_row_sums(Totals<T>& totals) {
-    const T* w = scratch_.weight;
-    const T* plan = scratch_.plan.data();
-    const int64_t rows = scores_.num_rows, width = width_, padded = padded_;
-    double* row_sums = totals.row_sums;
+  // r_i += sum_k E_ik w_k; and E is kept where there is room.
+  void add_row_sums(const Pass<T>& pass, double* row_sums) {
+    const T *e = scratch_.plan.data(), *w = scratch_.weight;
+    T* kept = pass.u != nullptr && pass.kept_plan != nullptr ? pass.kept_plan + begin_ : nullptr;
+    const int64_t rows = scores_.num_rows, stride = scores_.num_cols, width = width_, padded = padded_, cols = cols_;
     for (int64_t i = 0; i < rows; ++i) {
-      const T* e = plan + i * width;
-      Vec<T> x{}, y{}, z{}, t{};
-      int64_t k = 0;
-      for (; k + 4 * kLanes<T> <= padded; k += 4 * kLanes<T>) {
-        x += load(e + k) * load(w + k);
-        y += load(e + k + kLanes<T>) * load(w + k + kLanes<T>);
-        z += load(e + k + 2 * kLanes<T>) * load(w + k + 2 * kLanes<T>);
-        t += load(e + k + 3 * kLanes<T>) * load(w + k + 3 * kLanes<T>);
-      }
-      for (; k < padded; k += kLanes<T>) x += load(e + k) * load(w + k);
-      row_sums[i] += reduce_sum<T>((x + y) + (z + t));
+      row_sums[i] += weighted_row_sum(e + i * width, w, padded);
+      if (kept != nullptr) copy_row(e + i * width, kept + i * stride, cols, pass.streaming);
     }
   }
 
@@ -246,15 +245,16 @@ struct Workspace {
   std::vector<std::unique_ptr<Scratch<T>>> scratch;
 };
 
-// One iteration over all columns: v_new and, per row, sum_k of the plan with scaled columns, in row_sums of the first chunk.
+// One iteration over all columns; the row sums are those of the first chunk.
 template <typename S, typename T = Compute<S>>
-Totals<T> iterate_columns(const Scores<S>& scores, const T* u, const T* v_old, const T* b, T* v_new, Workspace<S>& work) {
+Totals<T> iterate_columns(const Scores<S>& scores, const Pass<T>& pass, Workspace<S>& work) {
   std::fill(work.row_sums.begin(), work.row_sums.end(), 0.0);
-  parallel_items(work.scratch.size(), work.chunks, [&](int64_t worker, int64_t chunk) {
+  parallel_items(work.scratch.size(), work.chunks, [&](int64_t worker, int64_t index) {
+    const int64_t chunk = pass.backwards ? work.chunks - 1 - index : index;
     Totals<T> totals{work.row_sums.data() + chunk * scores.num_rows};
     for (int64_t block = chunk * work.blocks / work.chunks; block < (chunk + 1) * work.blocks / work.chunks; ++block) {
       const int64_t begin = block * work.width, cols = std::min(work.width, scores.num_cols - begin);
-      Block<S>(scores, begin, cols, work.width, *work.scratch[worker]).iterate(u, v_old, b, v_new, totals);
+      Block<S>(scores, begin, cols, work.width, *work.scratch[worker]).iterate(pass, totals);
     }
     work.totals[chunk] = totals;
   });
@@ -268,35 +268,26 @@ Totals<T> iterate_columns(const Scores<S>& scores, const T* u, const T* v_old, c
   return all;
 }
 
-// u_i += log2(a_i / r_i); rows whose sum is not to be trusted are summed in the log domain.
-template <typename S, typename T = Compute<S>>
-void scale_rows(const Scores<S>& scores, const T* a, const T* v, const Totals<T>& totals, T* u, int64_t workers) {
-  std::vector<int64_t> lost;
-  for (int64_t i = 0; i < scores.num_rows; ++i) {
-    if (!(a[i] > 0)) continue;  // stays at -inf
-    const double sum = totals.row_sums[i];
-    if (sum < kLost<T> * totals.largest_weight) {
-      lost.push_back(i);
-    } else {
-      u[i] += static_cast<T>(std::log2(a[i] / sum));
+// Whether entries of a sample, a few rows at the first columns, leave the range in which E needs no shift.
+template <typename S>
+bool spans_many_bits(const Scores<S>& scores) {
+  using T = Compute<S>;
+  T largest = 0;
+  for (int64_t i : {int64_t{0}, scores.num_rows / 2, scores.num_rows - 1}) {
+    for (int64_t k = 0; k < std::min<int64_t>(scores.num_cols, 256); ++k) {
+      const T scale = scores.factor * (scores.col_scale ? scores.col_scale[k] : T(1));
+      largest = std::max(largest, std::abs(widen(scores.data[i * scores.row_stride + k]) * scale));
     }
   }
-  parallel_items(workers, lost.size(), [&](int64_t, int64_t index) {
-    T peak = kMinusInfinity<T>, sum = 0;
-    update_row_statistics(scores, lost[index], v, peak, sum);
-    u[lost[index]] = std::log2(a[lost[index]]) - (peak + std::log2(sum));
-  });
+  return !(largest <= T(kSampleBits));
 }
 
+// v = base + log2 w
 template <typename T>
-CK_INLINE void store_streaming(T* p, Vec<T> x) {
-#if defined(__AVX512F__)
-  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)x);
-#elif defined(__AVX2__)
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)x);
-#else
-  store(p, x);
-#endif
+void column_potentials(const T* base, const T* w, T* v, int64_t cols) {
+  int64_t k = 0;
+  for (; k + kLanes<T> <= cols; k += kLanes<T>) store(v + k, load(base + k) + log2<T>(load(w + k)));
+  for (; k < cols; ++k) v[k] = base[k] + log2<T>(broadcast(w[k]))[0];
 }
 
 // plan_ik = 2^(s_ik + u_i + v_k). streaming: past the caches, for a result that does not fit them.
@@ -313,7 +304,7 @@ void write_plan(const Scores<S>& scores, const T* u, const T* v, T* plan, bool s
       const S* s = scores.data + i * scores.row_stride + begin;
       T* p = plan + i * scores.num_cols + begin;
       auto entry = [&](int64_t k) { return exp2(load_widened(s + k) * load(scale + k) + (load(v + begin + k) + u[i])); };
-      if (streaming && reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0) {
+      if (streaming && streamable(p)) {
         for (int64_t k = 0; k < whole; k += kLanes<T>) store_streaming<T>(p + k, entry(k));
       } else {
         for (int64_t k = 0; k < whole; k += kLanes<T>) store(p + k, entry(k));
@@ -325,36 +316,41 @@ void write_plan(const Scores<S>& scores, const T* u, const T* v, T* plan, bool s
   });
 }
 
+// What an item's plan is made of between iterations: E in the memory of the result while it serves (`kept`), and
+//     u_i = base_u_i + log2 x_i,   v_k = base_v_k + log2 w_k.
+template <typename T>
+struct Scalings {
+  Scalings(int64_t rows, int64_t cols) : base_u(rows), x(rows), base_v(cols), w(cols) {}
+  std::vector<T> base_u, x;  // [n]
+  std::vector<T> base_v, w;  // [K]
+  bool kept = false;
+};
+
 template <typename S>
 class Solve {
  public:
   using T = Compute<S>;
-  explicit Solve(const comp_kernels_sinkhorn_params& p)
-      : p_(p), streaming_(p.num_items * p.num_rows * p.num_cols * static_cast<int64_t>(sizeof(T)) > kStreamingBytes) {}
+  explicit Solve(const comp_kernels_sinkhorn_params& p) : p_(p) {}
 
   void run() {
-    const int64_t workers = num_workers();
+    const int64_t workers = num_workers(), rows = p_.num_rows, cols = p_.num_cols;
     if (p_.tol < 0 && p_.num_items >= workers) {
       // Whole items one after another: an item that fits the cache is read from memory once for all iterations.
       std::vector<std::unique_ptr<Workspace<S>>> work(workers);
+      std::vector<std::unique_ptr<Scalings<T>>> scalings(workers);
       parallel_items(workers, p_.num_items, [&](int64_t worker, int64_t g) {
-        if (!work[worker]) work[worker] = std::make_unique<Workspace<S>>(p_.num_rows, p_.num_cols, 1);
-        begin(g);
-        for (int64_t iter = 0; iter < p_.num_iters; ++iter) iterate(g, iter == 0, v(g), *work[worker], 1);
-        finish(g, 1);
+        if (!work[worker]) work[worker] = std::make_unique<Workspace<S>>(rows, cols, 1);
+        if (!scalings[worker]) scalings[worker] = std::make_unique<Scalings<T>>(rows, cols);
+        run_item(g, *scalings[worker], *work[worker], 1);
       });
       return;
     }
-    Workspace<S> work(p_.num_rows, p_.num_cols, workers);
+    Workspace<S> work(rows, cols, workers);
     if (p_.tol < 0) {
-      for (int64_t g = 0; g < p_.num_items; ++g) {
-        begin(g);
-        for (int64_t iter = 0; iter < p_.num_iters; ++iter) iterate(g, iter == 0, v(g), work, workers);
-        finish(g, workers);
-      }
+      Scalings<T> scalings(rows, cols);
+      for (int64_t g = 0; g < p_.num_items; ++g) run_item(g, scalings, work, workers);
     } else {
       run_until_converged(work, workers);
-      for (int64_t g = 0; g < p_.num_items; ++g) finish(g, workers);
     }
   }
 
@@ -367,54 +363,123 @@ class Solve {
   const T* b(int64_t g) const { return static_cast<const T*>(p_.col_marginals) + g * p_.col_marginals_stride; }
   T* u(int64_t g) const { return static_cast<T*>(p_.u) + g * p_.num_rows; }
   T* v(int64_t g) const { return static_cast<T*>(p_.v) + g * p_.num_cols; }
+  T* plan(int64_t g) const { return p_.plan ? static_cast<T*>(p_.plan) + g * p_.num_rows * p_.num_cols : nullptr; }
+  bool streaming() const { return p_.num_rows * p_.num_cols * static_cast<int64_t>(sizeof(T)) > kStreamingBytes; }
 
-  void begin(int64_t g) {
-    for (int64_t i = 0; i < p_.num_rows; ++i) u(g)[i] = a(g)[i] > 0 ? T(0) : kMinusInfinity<T>;
+  void run_item(int64_t g, Scalings<T>& scalings, Workspace<S>& work, int64_t workers) {
+    for (int64_t iter = 0; iter < p_.num_iters; ++iter) iterate(g, iter, scalings, work, workers);
+    finish(g, scalings, workers);
   }
 
-  // One iteration of item g into v_new (may be its v); returns the columns' L1 error before it.
-  double iterate(int64_t g, bool first, T* v_new, Workspace<S>& work, int64_t workers) {
-    const Totals<T> totals = iterate_columns(scores(g), u(g), first ? nullptr : v(g), b(g), v_new, work);
-    scale_rows(scores(g), a(g), v_new, totals, u(g), workers);
+  // One iteration of item g; returns the columns' L1 error before it. Afterwards u(g), and v(g) unless E is kept, are current.
+  double iterate(int64_t g, int64_t iter, Scalings<T>& scalings, Workspace<S>& work, int64_t workers) {
+    const Scores<S> s = scores(g);
+    if (iter == 0) {
+      scalings.kept = false;
+      for (int64_t i = 0; i < p_.num_rows; ++i) u(g)[i] = a(g)[i] > 0 ? T(0) : kMinusInfinity<T>;
+    }
+    Pass<T> pass{nullptr, nullptr, scalings.x.data(), b(g), scalings.base_v.data(), scalings.w.data(), plan(g)};
+    pass.measure = p_.tol >= 0 && iter > 0;
+    pass.backwards = iter % 2 == 1;
+    if (!scalings.kept) {
+      std::copy_n(u(g), p_.num_rows, scalings.base_u.data());
+      pass.u = scalings.base_u.data();
+      pass.v = iter == 0 ? nullptr : v(g);
+      pass.peaks_first = iter == 0 && spans_many_bits(s);
+      pass.streaming = streaming();
+    }
+    const Totals<T> totals = iterate_columns(s, pass, work);
+    scale_rows(g, s, totals, scalings, workers);
     return totals.error;
+  }
+
+  // x_i = a_i / r_i; rows whose sum is not to be trusted are summed in the log domain.
+  void scale_rows(int64_t g, const Scores<S>& s, const Totals<T>& totals, Scalings<T>& scalings, int64_t workers) {
+    std::vector<int64_t> lost;
+    double least = std::numeric_limits<double>::infinity(), largest = 0;
+    for (int64_t i = 0; i < p_.num_rows; ++i) {
+      scalings.x[i] = 0;
+      if (!(a(g)[i] > 0)) continue;  // stays at -inf
+      const double sum = totals.row_sums[i], x = a(g)[i] / sum;
+      if (sum < kLost<T> * totals.largest_weight) {
+        lost.push_back(i);
+        continue;
+      }
+      scalings.x[i] = static_cast<T>(x);
+      u(g)[i] = scalings.base_u[i] + static_cast<T>(std::log2(x));
+      least = std::min(least, x), largest = std::max(largest, x);
+    }
+    scalings.kept = p_.plan != nullptr && lost.empty() && largest <= kUneven * least;
+    if (scalings.kept) return;
+    column_potentials(scalings.base_v.data(), scalings.w.data(), v(g), p_.num_cols);
+    parallel_items(workers, lost.size(), [&](int64_t, int64_t index) {
+      const int64_t i = lost[index];
+      T peak = kMinusInfinity<T>, sum = 0;
+      update_row_statistics(s, i, v(g), peak, sum);
+      u(g)[i] = std::log2(a(g)[i]) - (peak + std::log2(sum));
+    });
   }
 
   // The error after an iteration is known once the next one has summed the columns; that one is then dropped.
   void run_until_converged(Workspace<S>& work, int64_t workers) {
-    for (int64_t g = 0; g < p_.num_items; ++g) {
-      begin(g);
-      iterate(g, true, v(g), work, workers);
-    }
+    std::vector<Scalings<T>> now(p_.num_items, Scalings<T>(p_.num_rows, p_.num_cols)), before;
+    for (int64_t g = 0; g < p_.num_items; ++g) iterate(g, 0, now[g], work, workers);
     const int64_t cols = p_.num_items * p_.num_cols, rows = p_.num_items * p_.num_rows;
     std::vector<T> v_before(cols), u_before(rows);
     for (int64_t iter = 1; iter < p_.num_iters; ++iter) {
       std::copy_n(v(0), cols, v_before.data());
       std::copy_n(u(0), rows, u_before.data());
+      before = now;
       bool converged = true;
       for (int64_t g = 0; g < p_.num_items; ++g) {
         double mass = 0;
         for (int64_t i = 0; i < p_.num_rows; ++i) mass += a(g)[i];
-        converged &= iterate(g, false, v(g), work, workers) <= p_.tol * mass;
+        converged &= iterate(g, iter, now[g], work, workers) <= p_.tol * mass;
       }
       if (converged) {
         std::copy_n(v_before.data(), cols, v(0));
         std::copy_n(u_before.data(), rows, u(0));
-        return;
+        now.swap(before);
+        break;
       }
     }
+    for (int64_t g = 0; g < p_.num_items; ++g) finish(g, now[g], workers);
   }
 
-  void finish(int64_t g, int64_t workers) {
-    if (p_.plan) {
-      write_plan(scores(g), u(g), v(g), static_cast<T*>(p_.plan) + g * p_.num_rows * p_.num_cols, streaming_, workers);
+  void finish(int64_t g, const Scalings<T>& scalings, int64_t workers) {
+    if (scalings.kept) {
+      column_potentials(scalings.base_v.data(), scalings.w.data(), v(g), p_.num_cols);
+      scale_plan(scalings, plan(g), workers);
+    } else if (p_.plan) {
+      write_plan(scores(g), u(g), v(g), plan(g), streaming(), workers);
     }
     constexpr T kLn2 = T(0.69314718055994530942);
     for (int64_t i = 0; i < p_.num_rows; ++i) u(g)[i] *= kLn2;
     for (int64_t k = 0; k < p_.num_cols; ++k) v(g)[k] *= kLn2;
   }
 
+  // P_ik = x_i E_ik w_k in place; in the direction opposite to the last pass.
+  void scale_plan(const Scalings<T>& scalings, T* plan, int64_t workers) {
+    const int64_t num_rows = p_.num_rows, num_cols = p_.num_cols;
+    const int64_t blocks = (num_cols + kPlanCols - 1) / kPlanCols;
+    const bool backwards = p_.num_iters % 2 == 1;
+    parallel_items(workers, blocks, [&](int64_t, int64_t index) {
+      const int64_t begin = (backwards ? blocks - 1 - index : index) * kPlanCols;
+      const int64_t cols = std::min(kPlanCols, num_cols - begin), whole = cols / kLanes<T> * kLanes<T>;
+      const T *w = scalings.w.data() + begin, *x = scalings.x.data();
+      for (int64_t i = 0; i < num_rows; ++i) {
+        T* p = plan + i * num_cols + begin;
+        const T row = x[i];
+        for (int64_t k = 0; k < whole; k += kLanes<T>) {
+          __builtin_prefetch(p + k + num_cols);  // the next row
+          store(p + k, load(p + k) * load(w + k) * row);
+        }
+        for (int64_t k = whole; k < cols; ++k) p[k] = p[k] * w[k] * row;
+      }
+    });
+  }
+
   const comp_kernels_sinkhorn_params& p_;
-  bool streaming_;
 };
 
 // One step over a tile; the members are the C entry points' work.
@@ -431,8 +496,11 @@ class Step {
 
   void iterate() {
     Workspace<S> work(p_.num_rows, p_.num_cols, num_workers());
-    const Totals<T> totals =
-        iterate_columns(scores_, u_, v_, static_cast<const T*>(p_.col_marginals), static_cast<T*>(p_.v2_new), work);
+    std::vector<T> base_v(p_.num_cols), w(p_.num_cols);
+    Pass<T> pass{u_, v_, nullptr, static_cast<const T*>(p_.col_marginals), base_v.data(), w.data()};
+    pass.peaks_first = v_ == nullptr && spans_many_bits(scores_);
+    const Totals<T> totals = iterate_columns(scores_, pass, work);
+    column_potentials(base_v.data(), w.data(), static_cast<T*>(p_.v2_new), p_.num_cols);
     for (int64_t i = 0; i < p_.num_rows; ++i) static_cast<double*>(p_.row_sums)[i] += totals.row_sums[i];
     T& largest = *static_cast<T*>(p_.largest_weight);
     largest = std::max(largest, totals.largest_weight);

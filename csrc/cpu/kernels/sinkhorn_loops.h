@@ -1,0 +1,136 @@
+// The loops of sinkhorn over a block of columns [rows, cols]; cols is a multiple of kLanes. Members would be read again after
+// every vector store, which may alias anything: so these are free functions, and everything they read is an argument.
+#pragma once
+
+#include "score_tile.h"
+
+namespace comp_kernels::COMP_KERNELS_ISA {
+
+constexpr int kRowsAtOnce = 4;  // rows that share one load and store of the column sums
+
+template <typename F, int... kRow>
+CK_INLINE void each_row(F&& f, std::integer_sequence<int, kRow...>) {
+  (f(kRow), ...);
+}
+// f(0), f(1), .. f(count - 1), unrolled.
+template <typename F, int kCount>
+CK_INLINE void each_row(std::integral_constant<int, kCount>, F&& f) {
+  each_row(f, std::make_integer_sequence<int, kCount>{});
+}
+
+// A function of a number of rows known at compile time, over all rows: f(first, constant<kRowsAtOnce>), then one by one.
+template <typename F>
+CK_INLINE void for_row_groups(int64_t rows, F&& f) {
+  int64_t i = 0;
+  for (; i + kRowsAtOnce <= rows; i += kRowsAtOnce) f(i, std::integral_constant<int, kRowsAtOnce>{});
+  for (; i < rows; ++i) f(i, std::integral_constant<int, 1>{});
+}
+
+template <typename T, int kCount>
+CK_INLINE Vec<T> sum_of(const Vec<T> (&x)[kCount]) {
+  if constexpr (kCount == 4) return (x[0] + x[1]) + (x[2] + x[3]);
+  return x[0];
+}
+
+// shift_k = - max_i (s_ik scale_k + u_i), 0 for a column without any mass.
+template <typename S, typename T = Compute<S>>
+void column_peaks(const S* scores, int64_t stride, int64_t rows, int64_t cols, const T* __restrict scale, const T* u,
+                  T* __restrict shift) {
+  std::fill_n(shift, cols, kMinusInfinity<T>);
+  for_row_groups(rows, [&](int64_t first, auto count) {
+    for (int64_t k = 0; k < cols; k += kLanes<T>) {
+      const Vec<T> c = load(scale + k);
+      Vec<T> top = load(shift + k);
+      each_row(count, [&](int r) { top = max<T>(top, load_widened(scores + (first + r) * stride + k) * c + u[first + r]); });
+      store(shift + k, top);
+    }
+  });
+  for (int64_t k = 0; k < cols; ++k) shift[k] = std::isfinite(shift[k]) ? -shift[k] : T(0);
+}
+
+// E_ik = 2^(s_ik scale_k + u_i + shift_k), [rows, width], and its column sums. scores may be e itself.
+template <typename S, typename T = Compute<S>>
+void column_exponentials(const S* scores, int64_t stride, int64_t rows, int64_t cols, const T* scale, const T* shift, const T* u,
+                         T* e, int64_t width, T* sum) {
+  std::fill_n(sum, cols, T(0));
+  for_row_groups(rows, [&](int64_t first, auto count) {
+    const S* s = scores + first * stride;
+    T* out = e + first * width;
+    for (int64_t k = 0; k < cols; k += kLanes<T>) {
+      const Vec<T> c = load(scale + k), d = load(shift + k);
+      Vec<T> x[count];
+      each_row(count, [&](int r) {
+        __builtin_prefetch(s + r * stride + k + cols);  // the same rows of the next block: each row is a stream of its own
+        x[r] = load_widened(s + r * stride + k) * c + (d + u[first + r]);
+      });
+      exp2(x);
+      each_row(count, [&](int r) { store(out + r * width + k, x[r]); });
+      store(sum + k, load(sum + k) + sum_of<T>(x));
+    }
+  });
+}
+
+// e = kept, [rows, width], and its column sums weighted by x.
+template <typename T>
+void weighted_column_sums(const T* kept, int64_t stride, int64_t rows, int64_t cols, const T* x, T* e, int64_t width, T* sum) {
+  std::fill_n(sum, cols, T(0));
+  for_row_groups(rows, [&](int64_t first, auto count) {
+    const T* from = kept + first * stride;
+    T* out = e + first * width;
+    for (int64_t k = 0; k < cols; k += kLanes<T>) {
+      Vec<T> term[count];
+      each_row(count, [&](int r) {
+        __builtin_prefetch(from + r * stride + k + cols);
+        const Vec<T> value = load(from + r * stride + k);
+        store(out + r * width + k, value);
+        term[r] = value * x[first + r];
+      });
+      store(sum + k, load(sum + k) + sum_of<T>(term));
+    }
+  });
+}
+
+template <typename T>
+CK_INLINE void store_streaming(T* p, Vec<T> x) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)x);
+#elif defined(__AVX2__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)x);
+#else
+  store(p, x);
+#endif
+}
+
+template <typename T>
+bool streamable(const T* p) {
+  return reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0;
+}
+
+// sum_k e_k w_k over one row.
+template <typename T>
+CK_INLINE T weighted_row_sum(const T* e, const T* w, int64_t cols) {
+  Vec<T> x{}, y{}, z{}, t{};
+  int64_t k = 0;
+  for (; k + 4 * kLanes<T> <= cols; k += 4 * kLanes<T>) {
+    x += load(e + k) * load(w + k);
+    y += load(e + k + kLanes<T>) * load(w + k + kLanes<T>);
+    z += load(e + k + 2 * kLanes<T>) * load(w + k + 2 * kLanes<T>);
+    t += load(e + k + 3 * kLanes<T>) * load(w + k + 3 * kLanes<T>);
+  }
+  for (; k < cols; k += kLanes<T>) x += load(e + k) * load(w + k);
+  return reduce_sum<T>((x + y) + (z + t));
+}
+
+// Copies the first `cols` of one row, streaming: past the caches.
+template <typename T>
+CK_INLINE void copy_row(const T* from, T* to, int64_t cols, bool streaming) {
+  if (streaming && streamable(to)) {
+    int64_t k = 0;
+    for (; k + kLanes<T> <= cols; k += kLanes<T>) store_streaming<T>(to + k, load(from + k));
+    std::copy_n(from + k, cols - k, to + k);
+  } else {
+    std::copy_n(from, cols, to);
+  }
+}
+
+}  // namespace comp_kernels::COMP_KERNELS_ISA
