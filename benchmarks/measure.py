@@ -122,6 +122,15 @@ def _status(key: str) -> int:
     raise OSError(f"/proc/self/status has no {key}")
 
 
+def available_gib() -> float:
+    """Memory that programs can still take. Linux alone; infinite elsewhere."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return float("inf")
+    return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / 2**20
+
+
 @functools.cache
 def machine() -> str:
     """Processor and instruction set."""

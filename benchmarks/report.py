@@ -34,11 +34,11 @@ def markdown(rows: list[dict]) -> str:
     for group in dict.fromkeys(row["group"] for row in rows):
         members = [row for row in rows if row["group"] == group]
         peers = list(dict.fromkeys(name for row in members for name in row["peers_ms"]))
-        columns = ["case", "ms", "GFLOP/s", "of FMA peak", *(f"vs {name}" for name in peers), "MiB (best peer)", "max error"]
+        columns = ["case", "ms", "x floor", "GFLOP/s", "of FMA peak", *(f"vs {name}" for name in peers), "MiB (best peer)", "max error"]
         lines += [f"### {group}", "", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
         for row in members:
             best, _ = best_peer(row)
-            cells = [row["case"], f"{row['ms']:.2f}"]
+            cells = [row["case"], f"{row['ms']:.2f}", f"{row['ms'] / row['floor_ms']:.2f}" if "floor_ms" in row else ""]
             cells += [f"{row['gflops']:.0f}", f"{row['peak_share']:.0%}"] if "gflops" in row else ["", ""]
             for name in peers:
                 speed = f"{row['peers_ms'][name] / row['ms']:.2f}x" if name in row["peers_ms"] else ""

@@ -1,4 +1,4 @@
-"""What a user could pick instead of sinkhorn: the loops of self-supervised learners, a compiled log-domain loop, POT.
+"""What a user could pick instead of sinkhorn: the loops of self-supervised learners, a compiled log-domain loop, POT, OTT-JAX.
 
 Every peer is `function(scores [..., n, K]) -> P`, uniform marginals, a fixed number of iterations, no gradient. The loops of
 DINOv2 and SwAV work on exp(scores / epsilon) without a shift: they overflow where scores / epsilon exceeds 88.
@@ -45,22 +45,52 @@ def compiled_log_loop():
     return torch.compile(reference.sinkhorn, dynamic=False)
 
 
+def pot_solver(scores: Tensor, epsilon: float, num_iters: int):
+    """POT's log-domain solver, the batch version for batches; None where POT is not installed."""
+    try:
+        import ot
+    except ImportError:
+        return None
+    rows, cols = scores.shape[-2:]
+    if scores.dim() == 3:
+        a, b = scores.new_ones(len(scores), rows), scores.new_full((len(scores), cols), rows / cols)
+        return lambda: ot.batch.bregman_log_projection_batch(scores / epsilon, a, b, max_iter=num_iters, tol=0)["T"]
+    a, b = scores.new_ones(rows), scores.new_full((cols,), rows / cols)
+    return lambda: ot.bregman.sinkhorn_log(a, b, -scores, epsilon, numItermax=num_iters, stopThr=0, warn=False)
+
+
+def ott_solver(scores: Tensor, epsilon: float, num_iters: int):
+    """OTT-JAX, compiled, mapped over a batch; None where it is not installed."""
+    try:
+        import jax
+        from ott.geometry.geometry import Geometry
+        from ott.problems.linear.linear_problem import LinearProblem
+        from ott.solvers.linear.sinkhorn import Sinkhorn
+    except ImportError:
+        return None
+    rows, cols = scores.shape[-2:]
+    solver = Sinkhorn(threshold=-1.0, inner_iterations=num_iters, min_iterations=num_iters, max_iterations=num_iters)
+    a, b = jax.numpy.ones(rows), jax.numpy.full(cols, rows / cols)
+
+    def solve(x):
+        return solver(LinearProblem(Geometry(cost_matrix=-x, epsilon=epsilon), a=a, b=b)).matrix
+
+    compiled = jax.jit(jax.vmap(solve) if scores.dim() == 3 else solve)
+    given = jax.numpy.asarray(scores.numpy())
+    return lambda: compiled(given).block_until_ready()
+
+
 def peers_of(scores: Tensor, epsilon: float, num_iters: int) -> dict:
-    """Calls without arguments, by name; POT where it is installed."""
+    """Calls without arguments, by name; POT and OTT-JAX where they are installed.
+
+    geomloss is no peer: its released version solves for point clouds with a schedule of temperatures, not for given scores with a
+    given number of iterations.
+    """
     peers = {
         "dinov2": lambda: dinov2_loop(scores, epsilon, num_iters),
         "swav": lambda: swav_loop(scores, epsilon, num_iters),
         "compiled log": lambda: compiled_log_loop()(scores, epsilon=epsilon, num_iters=num_iters),
+        "POT": pot_solver(scores, epsilon, num_iters),
+        "OTT-JAX": ott_solver(scores, epsilon, num_iters),
     }
-    try:
-        import ot
-    except ImportError:
-        return peers
-    rows, cols = scores.shape[-2:]
-    if scores.dim() == 3:
-        a, b = scores.new_ones(len(scores), rows), scores.new_full((len(scores), cols), rows / cols)
-        peers["POT"] = lambda: ot.batch.bregman_log_projection_batch(scores / epsilon, a, b, max_iter=num_iters, tol=0)["T"]
-    else:
-        a, b = scores.new_ones(rows), scores.new_full((cols,), rows / cols)
-        peers["POT"] = lambda: ot.bregman.sinkhorn_log(a, b, -scores, epsilon, numItermax=num_iters, stopThr=0, warn=False)
-    return peers
+    return {name: peer for name, peer in peers.items() if peer is not None}

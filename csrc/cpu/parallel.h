@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <vector>
 
 namespace comp_kernels {
 
@@ -40,6 +41,31 @@ void parallel_items(int64_t workers, int64_t items, Body&& body) {
   parallel_draws(workers, items, [&](int64_t worker, auto draw) {
     for (int64_t item; (item = draw()) >= 0;) body(worker, item);
   });
+}
+
+// As parallel_items, but every worker starts with a share of its own, neighbouring items and the same ones in every call, so that they are
+// still in its caches; `backwards` takes each share from its end. Workers that are done help the others.
+template <typename Body>
+void parallel_shares(int64_t workers, int64_t items, bool backwards, Body&& body) {
+  struct Context {
+    Body& body;
+    int64_t workers, items;
+    bool backwards;
+    std::vector<std::atomic<int64_t>> taken;
+  } context{body, workers < items ? workers : items, items, backwards, std::vector<std::atomic<int64_t>>(workers)};
+  parallel_run(
+      context.workers,
+      [](void* opaque, int64_t worker) {
+        Context& context = *static_cast<Context*>(opaque);
+        for (int64_t step = 0; step < context.workers; ++step) {
+          const int64_t share = (worker + step) % context.workers;
+          const int64_t begin = share * context.items / context.workers, end = (share + 1) * context.items / context.workers;
+          for (int64_t i; (i = context.taken[share].fetch_add(1, std::memory_order_relaxed)) < end - begin;) {
+            context.body(worker, context.backwards ? end - 1 - i : begin + i);
+          }
+        }
+      },
+      &context);
 }
 
 }  // namespace comp_kernels

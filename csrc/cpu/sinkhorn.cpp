@@ -1,6 +1,8 @@
 // C entry points of sinkhorn: run the variant for this processor. All return null, or what went wrong.
 #include "sinkhorn.h"
 
+#include "parallel.h"
+
 #include "comp_kernels/export.h"
 
 #ifdef __linux__
@@ -10,15 +12,20 @@
 namespace {
 
 // Fresh memory costs a page fault per page when it is first written: at 4 KiB that takes longer than the whole computation.
-// Asks for 2 MiB pages; only a hint.
-void advise_huge_pages(void* memory, int64_t bytes) {
+// Asks for 2 MiB pages; only a hint. Where all threads work on one matrix, each touches its share of the pages first: two that
+// meet in one page would both clear it.
+void prepare_memory(const comp_kernels_sinkhorn_params& p) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHuge = uintptr_t{1} << 21;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kHuge - 1) / kHuge * kHuge;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(bytes)) / kHuge * kHuge;
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  constexpr int64_t kHuge = int64_t{1} << 21;
+  const int64_t bytes = p.num_items * p.num_rows * p.num_cols * (p.dtype == COMP_KERNELS_FLOAT64 ? 8 : 4);
+  char* first = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(p.plan) + kHuge - 1) / kHuge * kHuge);
+  const int64_t pages = (static_cast<char*>(p.plan) + bytes - first) / kHuge, workers = comp_kernels::num_workers();
+  if (pages <= 0) return;
+  madvise(first, pages * kHuge, MADV_HUGEPAGE);
+  if (workers == 1 || p.num_items >= workers) return;
+  comp_kernels::parallel_shares(workers, pages, /*backwards=*/false, [&](int64_t, int64_t page) { first[page * kHuge] = 0; });
 #else
-  (void)memory, (void)bytes;
+  (void)p;
 #endif
 }
 
@@ -26,8 +33,7 @@ void advise_huge_pages(void* memory, int64_t bytes) {
 
 // All iterations, the potentials and, where wanted, the plan.
 COMP_KERNELS_EXPORT const char* comp_kernels_cpu_sinkhorn_solve(const comp_kernels_sinkhorn_params* params) {
-  const int64_t element = params->dtype == COMP_KERNELS_FLOAT64 ? 8 : 4;
-  if (params->plan) advise_huge_pages(params->plan, params->num_items * params->num_rows * params->num_cols * element);
+  if (params->plan) prepare_memory(*params);
   return DISPATCH_ISA(sinkhorn_solve, *params);
 }
 

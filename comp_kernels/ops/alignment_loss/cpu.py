@@ -31,7 +31,7 @@ __all__ = [
 
 NEEDS_WIDE_PROTOTYPES = True
 # A score tile and a tile of prototypes stay in the last level cache together.
-TILE_LIMITS = TileLimits(score_elements=1 << 19, prototype_elements=1 << 22, min_cols=512, max_cols=8192)
+TILE_LIMITS = TileLimits(score_elements=1 << 18, prototype_elements=1 << 22, min_cols=512, max_cols=8192)
 
 # Row sums below this share of the largest column weight may have lost terms to underflow (as in csrc/cpu/kernels/sinkhorn.cpp).
 LOST_SHARE = {torch.float32: 1e-20, torch.float64: 1e-200}

@@ -30,7 +30,7 @@ LOG2E = 1.0 / math.log(2.0)
 NORM_FLOOR = 1e-12  # as torch.nn.functional.normalize
 
 # Bytes of [n, V] scores kept between the passes, as a share of the bytes of (n + V) * D inputs in the computing dtype.
-KEPT_SHARE = 0.25
+KEPT_SHARE = 0.3
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,13 @@
 namespace comp_kernels::COMP_KERNELS_ISA {
 namespace {
 
-constexpr int64_t kTileBytes = 256 * 1024;  // E of one block of columns: stays in the second level cache
+constexpr int64_t kTileBytes = 128 * 1024;  // E of one block of columns: stays in the second level cache
 constexpr int64_t kMaxBlockCols = 1024, kMinBlockCols = 32;
 constexpr int64_t kStreamingBytes = 16 << 20;  // matrices beyond this are written past the caches
 constexpr int64_t kMaxChunks = 64;      // pieces of the columns, fixed, so that sums do not depend on the number of threads
 constexpr int64_t kPlanCols = 2048, kPlanRows = 64;
+constexpr int64_t kNarrowBytes = 64 * 1024;  // rows up to this are iterated row by row: a few of them stay in the second level cache
+constexpr int64_t kMinChunkRows = 16;
 // A row sum below this share of the largest weight may have lost terms below the smallest normal number: take it again.
 template <typename T>
 constexpr T kLost = sizeof(T) == 4 ? T(1e-20) : T(1e-200);
@@ -123,7 +125,7 @@ class Block {
     if (!pass.peaks_first) {
       std::fill_n(scratch_.shift, padded_, T(0));
       exponentials(pass.u);
-      if (sums_within(T(kLeastSum), T(kLargestSum))) return;
+      if (all_within(scratch_.sum, cols_, kLeastSum, kLargestSum)) return;
     }
     take_peaks(pass.u);
     exponentials(pass.u);
@@ -171,12 +173,6 @@ class Block {
     with_rows(pass.kept_plan, scores_.num_cols, T(0), [&](const T* kept, int64_t stride) {
       weighted_column_sums(kept, stride, scores_.num_rows, padded_, pass.x, scratch_.plan.data(), width_, scratch_.sum);
     });
-  }
-
-  bool sums_within(T least, T largest) const {
-    bool within = true;
-    for (int64_t k = 0; k < cols_; ++k) within &= scratch_.sum[k] >= least && scratch_.sum[k] <= largest;
-    return within;
   }
 
   bool lost_columns() const {
@@ -236,21 +232,26 @@ struct Workspace {
         blocks((num_cols + width - 1) / width),
         chunks(std::min(kMaxChunks, blocks)),
         row_sums(chunks * num_rows),
-        totals(chunks) {
+        totals(chunks),
+        narrow(num_cols * static_cast<int64_t>(sizeof(T)) <= kNarrowBytes),
+        row_chunks(std::clamp(num_rows / kMinChunkRows, int64_t{1}, kMaxChunks)),
+        column_sums(narrow ? row_chunks * num_cols : 0) {
     for (int64_t w = 0; w < workers; ++w) scratch.push_back(std::make_unique<Scratch<T>>(num_rows, width));
   }
   int64_t width, blocks, chunks;
   std::vector<double> row_sums;  // [chunks, n]
   std::vector<Totals<T>> totals;
   std::vector<std::unique_ptr<Scratch<T>>> scratch;
+  bool narrow;
+  int64_t row_chunks;
+  std::vector<T> column_sums;  // [row chunks, K], narrow matrices only
 };
 
 // One iteration over all columns; the row sums are those of the first chunk.
 template <typename S, typename T = Compute<S>>
 Totals<T> iterate_columns(const Scores<S>& scores, const Pass<T>& pass, Workspace<S>& work) {
   std::fill(work.row_sums.begin(), work.row_sums.end(), 0.0);
-  parallel_items(work.scratch.size(), work.chunks, [&](int64_t worker, int64_t index) {
-    const int64_t chunk = pass.backwards ? work.chunks - 1 - index : index;
+  parallel_shares(work.scratch.size(), work.chunks, pass.backwards, [&](int64_t worker, int64_t chunk) {
     Totals<T> totals{work.row_sums.data() + chunk * scores.num_rows};
     for (int64_t block = chunk * work.blocks / work.chunks; block < (chunk + 1) * work.blocks / work.chunks; ++block) {
       const int64_t begin = block * work.width, cols = std::min(work.width, scores.num_cols - begin);
@@ -324,6 +325,7 @@ struct Scalings {
   std::vector<T> base_u, x;  // [n]
   std::vector<T> base_v, w;  // [K]
   bool kept = false;
+  bool written = false;  // the memory of the result holds the plan already
 };
 
 template <typename S>
@@ -367,17 +369,65 @@ class Solve {
   bool streaming() const { return p_.num_rows * p_.num_cols * static_cast<int64_t>(sizeof(T)) > kStreamingBytes; }
 
   void run_item(int64_t g, Scalings<T>& scalings, Workspace<S>& work, int64_t workers) {
-    for (int64_t iter = 0; iter < p_.num_iters; ++iter) iterate(g, iter, scalings, work, workers);
+    begin(g, scalings);
+    int64_t iter = 0;
+    while (iter < p_.num_iters) {
+      const int64_t done = iter;
+      if (work.narrow && (iter == 0 || scalings.kept)) iter = iterate_rows(g, iter, scalings, work, workers);
+      if (iter == done) iterate(g, iter++, scalings, work, workers);
+    }
     finish(g, scalings, workers);
+  }
+
+  void begin(int64_t g, Scalings<T>& scalings) {
+    scalings.kept = scalings.written = false;
+    for (int64_t i = 0; i < p_.num_rows; ++i) u(g)[i] = a(g)[i] > 0 ? T(0) : kMinusInfinity<T>;
+  }
+
+  // Iterations by whole rows: once a row is scaled it is at hand for the columns' sums of the next iteration, or for the plan, so
+  // each iteration reads E once. Goes on to the last one or until E does not serve; returns the number of those done.
+  int64_t iterate_rows(int64_t g, int64_t iter, Scalings<T>& scalings, Workspace<S>& work, int64_t workers) {
+    const int64_t rows = p_.num_rows, cols = p_.num_cols, chunks = work.row_chunks;
+    const Scores<S> s = scores(g);
+    if (p_.plan == nullptr || (iter == 0 && spans_many_bits(s))) return iter;
+    T *e = plan(g), *sums = work.column_sums.data();
+    auto for_chunks = [&](auto&& f) {  // f(first row, rows, column sums of the chunk), the sums then added up
+      std::fill(work.column_sums.begin(), work.column_sums.end(), T(0));
+      parallel_shares(workers, chunks, iter % 2 == 1, [&](int64_t, int64_t chunk) {
+        const int64_t first = chunk * rows / chunks, end = (chunk + 1) * rows / chunks;
+        f(first, end - first, sums + chunk * cols);
+      });
+      merge_parts(sums, chunks, cols);
+    };
+    if (iter == 0) {
+      for_chunks([&](int64_t first, int64_t count, T* sum) {
+        add_exponential_rows(s.data + first * s.row_stride, s.row_stride, count, cols, s.factor, u(g) + first, e + first * cols, sum);
+      });
+      if (!all_within(sums, cols, kLeastSum, kLargestSum)) return iter;
+      std::copy_n(u(g), rows, scalings.base_u.data());
+      std::fill(scalings.base_v.begin(), scalings.base_v.end(), T(0));
+      scalings.kept = true;
+    } else {
+      for_chunks([&](int64_t first, int64_t count, T* sum) {
+        add_weighted_rows(e + first * cols, count, cols, scalings.x.data() + first, sum);
+      });
+    }
+    for (; iter < p_.num_iters && scalings.kept; ++iter) {
+      Totals<T> totals{work.row_sums.data()};
+      totals.largest_weight = column_weights(sums, cols, b(g), scalings.w.data());
+      scalings.written = iter + 1 == p_.num_iters;
+      for_chunks([&](int64_t first, int64_t count, T* sum) {
+        scale_rows_and_go_on(e + first * cols, count, cols, a(g) + first, scalings.w.data(), totals.row_sums + first,
+                             scalings.written ? nullptr : sum);
+      });
+      scale_rows(g, s, totals, scalings, workers);
+    }
+    return iter;
   }
 
   // One iteration of item g; returns the columns' L1 error before it. Afterwards u(g), and v(g) unless E is kept, are current.
   double iterate(int64_t g, int64_t iter, Scalings<T>& scalings, Workspace<S>& work, int64_t workers) {
     const Scores<S> s = scores(g);
-    if (iter == 0) {
-      scalings.kept = false;
-      for (int64_t i = 0; i < p_.num_rows; ++i) u(g)[i] = a(g)[i] > 0 ? T(0) : kMinusInfinity<T>;
-    }
     Pass<T> pass{nullptr, nullptr, scalings.x.data(), b(g), scalings.base_v.data(), scalings.w.data(), plan(g)};
     pass.measure = p_.tol >= 0 && iter > 0;
     pass.backwards = iter % 2 == 1;
@@ -423,7 +473,10 @@ class Solve {
   // The error after an iteration is known once the next one has summed the columns; that one is then dropped.
   void run_until_converged(Workspace<S>& work, int64_t workers) {
     std::vector<Scalings<T>> now(p_.num_items, Scalings<T>(p_.num_rows, p_.num_cols)), before;
-    for (int64_t g = 0; g < p_.num_items; ++g) iterate(g, 0, now[g], work, workers);
+    for (int64_t g = 0; g < p_.num_items; ++g) {
+      begin(g, now[g]);
+      iterate(g, 0, now[g], work, workers);
+    }
     const int64_t cols = p_.num_items * p_.num_cols, rows = p_.num_items * p_.num_rows;
     std::vector<T> v_before(cols), u_before(rows);
     for (int64_t iter = 1; iter < p_.num_iters; ++iter) {
@@ -449,7 +502,7 @@ class Solve {
   void finish(int64_t g, const Scalings<T>& scalings, int64_t workers) {
     if (scalings.kept) {
       column_potentials(scalings.base_v.data(), scalings.w.data(), v(g), p_.num_cols);
-      scale_plan(scalings, plan(g), workers);
+      if (!scalings.written) scale_plan(scalings, plan(g), workers);
     } else if (p_.plan) {
       write_plan(scores(g), u(g), v(g), plan(g), streaming(), workers);
     }
@@ -463,8 +516,8 @@ class Solve {
     const int64_t num_rows = p_.num_rows, num_cols = p_.num_cols;
     const int64_t blocks = (num_cols + kPlanCols - 1) / kPlanCols;
     const bool backwards = p_.num_iters % 2 == 1;
-    parallel_items(workers, blocks, [&](int64_t, int64_t index) {
-      const int64_t begin = (backwards ? blocks - 1 - index : index) * kPlanCols;
+    parallel_shares(workers, blocks, backwards, [&](int64_t, int64_t block) {
+      const int64_t begin = block * kPlanCols;
       const int64_t cols = std::min(kPlanCols, num_cols - begin), whole = cols / kLanes<T> * kLanes<T>;
       const T *w = scalings.w.data() + begin, *x = scalings.x.data();
       for (int64_t i = 0; i < num_rows; ++i) {

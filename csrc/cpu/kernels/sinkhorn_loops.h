@@ -133,4 +133,134 @@ CK_INLINE void copy_row(const T* from, T* to, int64_t cols, bool streaming) {
   }
 }
 
+// --- whole rows: matrices narrow enough for a few rows to stay in the caches -----------------------------------------------
+
+// One vector or, for the columns beyond the last whole vector, one number: f(k, constant<lanes>).
+template <typename T, typename F>
+CK_INLINE void for_columns(int64_t cols, F&& f) {
+  int64_t k = 0;
+  for (; k + kLanes<T> <= cols; k += kLanes<T>) f(k, std::integral_constant<int, kLanes<T>>{});
+  for (; k < cols; ++k) f(k, std::integral_constant<int, 1>{});
+}
+template <typename T, int kCount>
+CK_INLINE Vec<T> load(const T* p, std::integral_constant<int, kCount>) {
+  if constexpr (kCount == 1) return Vec<T>{*p};  // the other lanes are zero
+  return load(p);
+}
+template <typename T, int kCount>
+CK_INLINE void store(T* p, Vec<T> x, std::integral_constant<int, kCount>) {
+  if constexpr (kCount == 1) {
+    *p = x[0];
+  } else {
+    store(p, x);
+  }
+}
+
+template <typename S, int kCount, typename T = Compute<S>>
+CK_INLINE Vec<T> load_widened(const S* p, std::integral_constant<int, kCount>) {
+  if constexpr (kCount == 1) return Vec<T>{widen(*p)};
+  return load_widened(p);
+}
+
+// e_ik = 2^(s_ik factor + u_i), sum_k += sum_i e_ik
+template <typename S, typename T = Compute<S>>
+void add_exponential_rows(const S* scores, int64_t stride, int64_t rows, int64_t cols, T factor, const T* u, T* e, T* sum) {
+  for_row_groups(rows, [&](int64_t first, auto count) {
+    constexpr int kCount = count;
+    const S* s = scores + first * stride;
+    T* out = e + first * cols;
+    const Vec<T> scale = broadcast(factor);
+    for_columns<T>(cols, [&](int64_t k, auto lanes) {
+      Vec<T> x[kCount];
+      each_row(count, [&](int r) {
+        __builtin_prefetch(s + (kRowsAtOnce + r) * stride + k);
+        x[r] = load_widened(s + r * stride + k, lanes) * scale + u[first + r];
+      });
+      exp2(x);
+      each_row(count, [&](int r) { store(out + r * cols + k, x[r], lanes); });
+      store(sum + k, load(sum + k, lanes) + sum_of<T>(x), lanes);
+    });
+  });
+}
+
+// sum_k += sum_i x_i e_ik
+template <typename T>
+void add_weighted_rows(const T* e, int64_t rows, int64_t cols, const T* x, T* sum) {
+  for_row_groups(rows, [&](int64_t first, auto count) {
+    constexpr int kCount = count;
+    const T* from = e + first * cols;
+    for_columns<T>(cols, [&](int64_t k, auto lanes) {
+      Vec<T> term[kCount];
+      each_row(count, [&](int r) { term[r] = load(from + r * cols + k, lanes) * x[first + r]; });
+      store(sum + k, load(sum + k, lanes) + sum_of<T>(term), lanes);
+    });
+  });
+}
+
+// A half step that scales rows and, while they are in the cache, what follows: row_sums_i = sum_k e_ik w_k, x_i = a_i / row_sums_i,
+// then sum_k += x_i e_ik or, where sum is null, e_ik = e_ik w_k x_i.
+template <typename T>
+void scale_rows_and_go_on(T* e, int64_t rows, int64_t cols, const T* a, const T* w, double* row_sums, T* sum) {
+  for_row_groups(rows, [&](int64_t first, auto count) {
+    constexpr int kCount = count;
+    T* group = e + first * cols;
+    Vec<T> total[kCount], x[kCount];
+    each_row(count, [&](int r) { total[r] = Vec<T>{}; });
+    for_columns<T>(cols, [&](int64_t k, auto lanes) {
+      const Vec<T> weight = load(w + k, lanes);
+      each_row(count, [&](int r) { total[r] += load(group + r * cols + k, lanes) * weight; });
+    });
+    each_row(count, [&](int r) {
+      row_sums[first + r] = reduce_sum<T>(total[r]);
+      x[r] = broadcast(a[first + r] > 0 ? static_cast<T>(a[first + r] / row_sums[first + r]) : T(0));
+    });
+    if (sum != nullptr) {
+      for_columns<T>(cols, [&](int64_t k, auto lanes) {
+        Vec<T> term[kCount];
+        each_row(count, [&](int r) { term[r] = load(group + r * cols + k, lanes) * x[r]; });
+        store(sum + k, load(sum + k, lanes) + sum_of<T>(term), lanes);
+      });
+    } else {
+      for_columns<T>(cols, [&](int64_t k, auto lanes) {
+        const Vec<T> weight = load(w + k, lanes);
+        each_row(count, [&](int r) {
+          T* p = group + r * cols + k;
+          store(p, load(p, lanes) * weight * x[r], lanes);
+        });
+      });
+    }
+  });
+}
+
+// Adds the other parts [num_parts, cols] to the first.
+template <typename T>
+void merge_parts(T* parts, int64_t num_parts, int64_t cols) {
+  for_columns<T>(cols, [&](int64_t k, auto lanes) {
+    Vec<T> sum = load(parts + k, lanes);
+    for (int64_t part = 1; part < num_parts; ++part) sum += load(parts + part * cols + k, lanes);
+    store(parts + k, sum, lanes);
+  });
+}
+
+template <typename T>
+bool all_within(const T* x, int64_t count, double least, double largest) {
+  bool within = true;
+  for (int64_t k = 0; k < count; ++k) within &= x[k] >= static_cast<T>(least) && x[k] <= static_cast<T>(largest);
+  return within;
+}
+
+// w_k = b_k / sum_k, 0 where b is; returns the largest.
+template <typename T>
+T column_weights(const T* sums, int64_t cols, const T* b, T* w) {
+  Vec<T> largest{};
+  for_columns<T>(cols, [&](int64_t k, auto lanes) {
+    const Vec<T> sum = load(sums + k, lanes);
+    const Vec<T> target = load(b + k, lanes);
+    const Vec<T> weight = target > Vec<T>{} ? target / sum : Vec<T>{};
+    store(w + k, weight, lanes);
+    largest = max<T>(weight, largest);
+  });
+  return reduce_max<T>(largest);
+}
+
 }  // namespace comp_kernels::COMP_KERNELS_ISA
