@@ -34,7 +34,16 @@ def markdown(rows: list[dict]) -> str:
     for group in dict.fromkeys(row["group"] for row in rows):
         members = [row for row in rows if row["group"] == group]
         peers = list(dict.fromkeys(name for row in members for name in row["peers_ms"]))
-        columns = ["case", "ms", "x floor", "GFLOP/s", "of FMA peak", *(f"vs {name}" for name in peers), "MiB (best peer)", "max error"]
+        columns = [
+            "case",
+            "ms",
+            "x floor",
+            "GFLOP/s",
+            "of FMA peak",
+            *(f"vs {name}" for name in peers),
+            "MiB (best peer)",
+            "max error",
+        ]
         lines += [f"### {group}", "", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
         for row in members:
             best, _ = best_peer(row)

@@ -76,4 +76,6 @@ def test_large_batch(benchmark, eager):
     benchmark.pedantic(lambda: memory.append(peak_memory(function)), rounds=1)
     name = "eager" if eager else "ours"
     benchmark.extra_info.update(memory_mib=memory[0])
-    print(f"\n{name} n={size[0]} V={size[1]} D={size[2]}: {benchmark.stats.stats.median:.1f} s, {memory[0]:.0f} MiB of extra memory")
+    print(
+        f"\n{name} n={size[0]} V={size[1]} D={size[2]}: {benchmark.stats.stats.median:.1f} s, {memory[0]:.0f} MiB of extra memory"
+    )

@@ -136,8 +136,10 @@ def test_any_strides(backend):
         torch.testing.assert_close(ck.sinkhorn(view, **settings), ck.sinkhorn(view.clone(), **settings), rtol=0, atol=0)
 
 
-def test_result_does_not_depend_on_the_number_of_threads():
-    scores = torch.randn(1, 37, 5000)
+@pytest.mark.parametrize("shape", [(1, 37, 5000), (1, 21, 20011), (3, 50, 777)], ids=str)
+def test_result_does_not_depend_on_the_number_of_threads(shape):
+    """Narrow matrices are iterated by rows, wide ones by blocks of columns, batches item by item."""
+    scores = torch.randn(shape)
     threads = torch.get_num_threads()
     try:
         plans = []
@@ -147,6 +149,33 @@ def test_result_does_not_depend_on_the_number_of_threads():
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(plans[0], plans[1]) and torch.equal(plans[0], plans[2])
+
+
+# Columns whose maxima have to be subtracted first; entries that need no shift; rows that grow so uneven that the plan is taken
+# from the scores again, after the first iteration or later ones.
+KINDS_OF_SCORES = {
+    "large": lambda scores: 40 * scores,
+    "small": lambda scores: scores,
+    "uneven rows": lambda scores: scores - torch.linspace(0, 6, scores.shape[-2])[:, None],
+    "steep": lambda scores: torch.where(
+        torch.arange(scores.shape[-1]) % 7 == 0, scores, scores - 3 * torch.rand(scores.shape[-2], 1)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_SCORES)
+@pytest.mark.parametrize("shape", [(13, 301), (9, 17003), (2, 34, 65)], ids=str)
+def test_many_iterations_on_the_kept_plan(shape, kind):
+    scores = KINDS_OF_SCORES[kind](torch.rand(shape) * 2 - 1)
+    cols = torch.rand(shape[-1]) + 0.1
+    cols[3] = 0
+    settings = dict(epsilon=0.1, num_iters=25, return_potentials=True)
+    settings["col_marginals"] = cols * (shape[-2] / cols.sum())
+    actual = ck.sinkhorn(scores, **settings, backend="cpu")
+    exact = reference.sinkhorn(scores.double(), **{**settings, "col_marginals": settings["col_marginals"].double()})
+    peer = reference.sinkhorn(scores, **settings)
+    for label, *triple in zip(("plan", "u", "v"), actual, exact, peer):
+        assert_within_budget(f"{kind} {label}", *triple)
 
 
 # --- gradients -------------------------------------------------------------------------------------------------------------

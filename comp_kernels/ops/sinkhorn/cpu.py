@@ -65,6 +65,24 @@ def solve(
         return _solve_over_group(scores, row_marginals, col_marginals, plan, LOG2E / epsilon, num_iters, tol, group)
     items, rows, cols = scores.shape
     u, v = scores.new_empty((items, rows), dtype=compute), scores.new_empty((items, cols), dtype=compute)
+    solve_into(plan, u, v, scores, row_marginals, col_marginals, epsilon=epsilon, num_iters=num_iters, tol=tol)
+    return plan, u, v
+
+
+def solve_into(
+    plan: Tensor,
+    u: Tensor,
+    v: Tensor,
+    scores: Tensor,
+    row_marginals: Tensor,
+    col_marginals: Tensor,
+    *,
+    epsilon: float,
+    num_iters: int,
+    tol: float | None,
+) -> None:
+    """The same into memory that is there: plan [G, n, K], u [G, n], v [G, K], contiguous, of the computing dtype."""
+    items, rows, cols = scores.shape
     params = SolveParams(
         scores=scores.data_ptr(),
         row_marginals=row_marginals.data_ptr(),
@@ -85,7 +103,6 @@ def solve(
         dtype=_native.DTYPE_CODES[scores.dtype],
     )
     _native.call(_function("solve"), params)
-    return plan, u, v
 
 
 def _solve_over_group(scores, row_marginals, col_marginals, plan, factor, num_iters, tol, group):
