@@ -83,8 +83,8 @@ def ott_solver(scores: Tensor, epsilon: float, num_iters: int):
 def peers_of(scores: Tensor, epsilon: float, num_iters: int) -> dict:
     """Calls without arguments, by name; POT and OTT-JAX where they are installed.
 
-    geomloss is no peer: its released version solves for point clouds with a schedule of temperatures, not for given scores with a
-    given number of iterations.
+    geomloss is no peer: its released version solves for point clouds with a schedule of temperatures, not for given scores with
+    a given number of iterations.
     """
     peers = {
         "dinov2": lambda: dinov2_loop(scores, epsilon, num_iters),

@@ -1,7 +1,7 @@
 """alignment_loss on the CPU, forward and backward, against eager and compiled versions of the same mathematics.
 
-pytest benchmarks/test_alignment_loss.py --benchmark-only            about five minutes on two cores, 6 GiB
-pytest benchmarks/test_alignment_loss.py --benchmark-only --heavy    the sizes of seven billion parameters, and eager at n = 2048
+pytest benchmarks/test_alignment_loss.py --benchmark-only            about three minutes on two cores, 6 GiB
+pytest benchmarks/test_alignment_loss.py --benchmark-only --heavy    models of seven billion parameters, and eager at n = 2048
 """
 
 import pytest
@@ -66,16 +66,15 @@ def test_alignment_loss(benchmark, size):
 
 @pytest.mark.parametrize("eager", [False, pytest.param(True, marks=pytest.mark.heavy)], ids=("ours", "eager"))
 def test_large_batch(benchmark, eager):
-    """Where the eager version needs more than 8 GiB: ours alone, and with --heavy the eager version's memory."""
+    """Where the eager version fills a machine of 8 GiB: ours alone, and with --heavy the eager version."""
     size = (2048, 151936, 896)
-    if eager and available_gib() < 18:
-        pytest.skip(f"the eager version needs about 14 GiB; {available_gib():.0f} GiB are free, 18 are asked for")
+    if eager and available_gib() < 10:
+        pytest.skip(f"the eager version needs about 7 GiB; {available_gib():.0f} GiB are free, 10 are asked for")
     inputs, prior = make_inputs(*size)
     function = step(reference.alignment_loss if eager else ck.alignment_loss, inputs, prior)
     memory = []
     benchmark.pedantic(lambda: memory.append(peak_memory(function)), rounds=1)
     name = "eager" if eager else "ours"
     benchmark.extra_info.update(memory_mib=memory[0])
-    print(
-        f"\n{name} n={size[0]} V={size[1]} D={size[2]}: {benchmark.stats.stats.median:.1f} s, {memory[0]:.0f} MiB of extra memory"
-    )
+    seconds = benchmark.stats.stats.median
+    print(f"\n{name} n={size[0]} V={size[1]} D={size[2]}: {seconds:.1f} s, {memory[0]:.0f} MiB of extra memory")
