@@ -43,8 +43,8 @@ void parallel_items(int64_t workers, int64_t items, Body&& body) {
   });
 }
 
-// As parallel_items, but every worker starts with a share of its own, neighbouring items and the same ones in every call, so that they are
-// still in its caches; `backwards` takes each share from its end. Workers that are done help the others.
+// As parallel_items, but every worker starts with a share of its own, neighbouring items and the same ones in every call, so that
+// they are still in its caches; `backwards` takes each share from its end. Workers that are done help the others.
 template <typename Body>
 void parallel_shares(int64_t workers, int64_t items, bool backwards, Body&& body) {
   struct Context {
