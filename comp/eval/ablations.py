@@ -252,10 +252,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     helpers = [subprocess.Popen(command) for _ in range(options.jobs - 1)]
     try:
         run_all(options.folder, options.only, options.seeds)
+        failed = [helper.returncode for helper in helpers if helper.wait()]
     except StopRequested:
         print("stopped on SIGTERM; the same command goes on from here", file=sys.stderr)
         return 1
-    failed = [helper.returncode for helper in helpers if helper.wait()]
+    finally:
+        for helper in helpers:  # those still at work where this process was stopped: they save themselves as it did
+            helper.terminate()
     results = collect(options.folder)
     write_json(options.folder / "ablations.json", results)
     write_tables(results, options.folder)

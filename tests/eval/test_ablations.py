@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from unittest.mock import patch
@@ -179,3 +181,15 @@ def test_the_command_draws_what_the_json_holds(tmp_path, capsys):
     assert "| label of b |  | 1 | 20.0 | 25.0 | +0.0 | 0.5000 | -0.5000 |" in text
     assert "standard error of a difference in loss (nats per token) is 0.2500 (1 degrees of freedom)" in text
     assert (tmp_path / "out" / "ablations.png").stat().st_size > 10_000
+
+
+def test_stopping_stops_the_other_jobs_too(tmp_path, monkeypatch):
+    def stop(*arguments):
+        raise ablations.StopRequested
+
+    sleep, begin = [sys.executable, "-c", "import time; time.sleep(600)"], subprocess.Popen
+    begun = []
+    monkeypatch.setattr(subprocess, "Popen", lambda command: begun.append(begin(sleep)) or begun[-1])
+    monkeypatch.setattr(ablations, "run_all", stop)
+    assert ablations.main([str(tmp_path), "--jobs", "2"]) == 1
+    assert [helper.wait(timeout=60) for helper in begun] == [-signal.SIGTERM]
