@@ -2,10 +2,12 @@
 
     python -m benchmarks.compile_report                         # forward, bfloat16, head dims 64, 72, 128, on sm_80 and sm_90
     python -m benchmarks.compile_report --backward --arch sm_80 sm_90 sm_100 sm_120 gfx942 --dtype bfloat16 float32
+    python -m benchmarks.compile_report --full rows.jsonl       # the whole matrix, hours of one core; goes on where it stopped
 
 Per kernel: registers, spills, shared memory, resident blocks per multiprocessor, and the hottest loop of the machine code
-(the innermost loop with most matrix instructions) with what limits it. The cycles of a loop are a floor, not a prediction:
-issue slots, matrix units and exponentials of one quarter of a multiprocessor, with latencies and memory perfectly hidden.
+(the innermost loop with most matrix instructions): what it consists of and what limits it. The cycles of a loop are a floor,
+not a prediction: issue slots, matrix units and exponentials of one quarter of a multiprocessor, with latencies and memory
+perfectly hidden.
 
 Launches are recorded as the backend makes them for a packed batch, so what is compiled here is what would run.
 Kernels are compiled by the triton package, machine code is read with the tools inside it.
@@ -14,18 +16,21 @@ Kernels are compiled by the triton package, machine code is read with the tools 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import subprocess
 import tempfile
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from comp_kernels._triton import launches_go_to
-from comp_kernels.testing import AttentionCase, attention_with_gradients, make_attention_inputs
+from comp_kernels.ops.rope_attention.triton_configs import INLINE_HEAD_DIM
+from comp_kernels.testing import LAYOUTS, AttentionCase, make_attention_inputs
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -74,22 +79,25 @@ def record_launches(arch: str, dtype: torch.dtype, case: AttentionCase, *, backw
     def recorder(kernel, grid, *args, num_warps, num_stages, **constexprs):
         launches.append(Launch(kernel, args, constexprs, num_warps, num_stages))
 
-    def call(*args, **kwargs):
-        return rope_attention(*args, return_lse=True, backend="triton", **kwargs)
-
     inputs = make_attention_inputs(case, dtype)
+    leaves = [x.requires_grad_(backward) for x in (inputs.q, inputs.k, inputs.v)]  # the tables are fixed, as in most models
     with launches_go_to(recorder, arch):
+        out = rope_attention(*leaves, inputs.cos, inputs.sin, inputs.cu_seqlens, backend="triton", **inputs.kwargs)
         if backward:
-            attention_with_gradients(inputs, call)
-        else:
-            call(inputs.q, inputs.k, inputs.v, inputs.cos, inputs.sin, inputs.cu_seqlens, **inputs.kwargs)
+            torch.autograd.grad(out, leaves, inputs.grad_out)
     return launches
 
 
 def triton_type(x) -> tuple[str, bool]:
     """(type in a Triton signature, divisible by 16) as Triton's own launcher derives them."""
     if isinstance(x, torch.Tensor):
-        names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32"}
+        names = {
+            torch.float64: "fp64",
+            torch.float32: "fp32",
+            torch.bfloat16: "bf16",
+            torch.float16: "fp16",
+            torch.int32: "i32",
+        }
         return "*" + names[x.dtype], x.data_ptr() % 16 == 0
     if isinstance(x, int):
         return "i32" if -(2**31) <= x < 2**31 else "i64", x % 16 == 0
@@ -260,25 +268,95 @@ def read_code(launch: Launch, arch: str) -> Code:
 
 # --- the report --------------------------------------------------------------------------------------------------------------
 
+LONG, WINDOWS = (1024, 361), (64,) * 16  # tokens per sequence; in windows keys are rotated in the loop
+LAYOUT = "half_hwhw_halfwidth"
+HEAD_DIMS = (72, 64, 128, 80, 96, 256)
 COLUMNS = (
-    "| kernel | arch | dtype | D | warps | registers | spills | shared KiB | blocks/SM "
-    "| loop | matrix | other | floor (cycles) |"
+    "| kernel | arch | dtype | D | layout | warps | registers | spills | shared KiB | blocks/SM "
+    "| loop | matrix | other | mix of the others | floor (cycles) |"
 )
 
 
-def row(code: Code, dtype: str, head_dim: int) -> str:
+@dataclass(frozen=True)
+class Entry:
+    """One call whose kernels are compiled."""
+
+    arch: str
+    dtype: str
+    head_dim: int
+    layout: str | None = LAYOUT
+    lengths: tuple[int, ...] = LONG
+    backward: bool = False
+
+    def launches(self) -> list[Launch]:
+        """One launch per kernel, of those that belong to this entry alone."""
+        case = AttentionCase("report", list(self.lengths), heads=2, head_dim=self.head_dim, layout=self.layout)
+        recorded = record_launches(self.arch, DTYPES[self.dtype], case, backward=self.backward)
+        kernels = {launch.kernel.__name__: launch for launch in recorded}
+        if self.backward:
+            for name in ("attention_forward_kernel", "rotate_kernel"):  # in the entry of the forward pass
+                kernels.pop(name, None)
+        return list(kernels.values())
+
+
+def matrix() -> Iterator[Entry]:
+    """Architecture x dtype x head dim, forward, windows and backward; every layout at D = 72. What matters most comes first."""
+    for dtype in ("bfloat16", "float32", "float16"):
+        for archs in (ARCHITECTURES[:2], ARCHITECTURES[2:]):
+            for backward in (False, True):
+                yield from (Entry(a, dtype, d, backward=backward) for d in HEAD_DIMS for a in archs)
+            if dtype == "bfloat16":
+                yield from (Entry(a, dtype, d, lengths=WINDOWS) for a in archs for d in HEAD_DIMS if d <= INLINE_HEAD_DIM)
+                others = [layout for layout in (*LAYOUTS, None) if layout != LAYOUT]
+                yield from (Entry(a, dtype, 72, layout) for a in archs for layout in others)
+    yield from (
+        Entry(a, "bfloat16", 72, layout, backward=True) for a in ARCHITECTURES for layout in LAYOUTS if layout != LAYOUT
+    )
+
+
+def row(entry: Entry, code: Code) -> str:
     floors = code.loop_floors()
     limit = max(floors, key=floors.__getitem__)
     if code.loop["matrix"]:
+        others = [(name, count) for name, count in code.loop.most_common() if name != "matrix"]
         loop = f"{code.loop.total()} | {code.loop['matrix']} | {code.loop.total() - code.loop['matrix']}"
+        loop += " | " + ", ".join(f"{name} {count}" for name, count in others)
         floor = ", ".join(f"{name} {cycles:.0f}" for name, cycles in floors.items()) + f": {limit}-bound"
     else:
-        loop, floor = f"- | {code.matrix} | -", "-"
-    name = code.name.removesuffix("_kernel")
+        loop, floor = f"- | {code.matrix or '-'} | - | -", "-"
+    name = code.name.removesuffix("_kernel") + (" (windows)" if entry.lengths == WINDOWS else "")
     return (
-        f"| {name} | {code.arch} | {dtype} | {head_dim} | {code.num_warps} | {code.registers} | {code.spills} "
-        f"| {code.shared / KIB:.0f} | {code.blocks_per_sm()} | {loop} | {floor} |"
+        f"| {name} | {code.arch} | {entry.dtype} | {entry.head_dim} | {entry.layout or 'no rope'} | {code.num_warps} "
+        f"| {code.registers} | {code.spills} | {code.shared / KIB:.0f} | {code.blocks_per_sm()} | {loop} | {floor} |"
     )
+
+
+def heading() -> str:
+    return COLUMNS + "\n" + "|---" * (COLUMNS.count("|") - 1) + "|"
+
+
+def compile_matrix(entries: list[Entry], file: Path) -> None:
+    """Compile what `file` does not have yet; one JSON object per kernel is appended as soon as it is known."""
+    done = {entry for entry, _ in rows_of(file)}
+    for entry in entries:
+        if entry in done:
+            continue
+        codes = [read_code(launch, entry.arch) for launch in entry.launches()]
+        rows = [json.dumps({"entry": vars(entry), "code": vars(code)}) for code in codes]
+        with file.open("a") as stream:
+            stream.write("".join(text + "\n" for text in rows))
+        print(f"{entry}: {len(rows)} kernels", flush=True)
+
+
+def lines(file: Path) -> list[str]:
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def rows_of(file: Path) -> Iterator[tuple[Entry, Code]]:
+    for line in lines(file):
+        value = json.loads(line)
+        entry = Entry(**{**value["entry"], "lengths": tuple(value["entry"]["lengths"])})
+        yield entry, Code(**{**value["code"], "loop": Counter(value["code"]["loop"])})
 
 
 def main() -> None:
@@ -286,21 +364,30 @@ def main() -> None:
     parser.add_argument("--arch", nargs="+", default=["sm_80", "sm_90"], choices=ARCHITECTURES)
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=DTYPES)
     parser.add_argument("--head-dim", nargs="+", type=int, default=[64, 72, 128])
-    parser.add_argument("--layout", default="half_hwhw_halfwidth", help="of comp_kernels.testing.LAYOUTS, or 'none'")
+    parser.add_argument("--layout", default=LAYOUT, help="of comp_kernels.testing.LAYOUTS, or 'none'")
     parser.add_argument("--windows", action="store_true", help="sequences of 64 tokens: keys rotated in the loop")
     parser.add_argument("--backward", action="store_true", help="the backward kernels too")
+    parser.add_argument(
+        "--full", type=Path, metavar="FILE", help="the whole matrix instead, kept in FILE, which may be half done"
+    )
+    parser.add_argument("--table", type=Path, metavar="FILE", help="compile nothing, print what FILE has")
     arguments = parser.parse_args()
 
-    lengths = [64] * 16 if arguments.windows else [1024, 361]
+    if arguments.full:
+        compile_matrix(list(matrix()), arguments.full)
+    if source := arguments.full or arguments.table:
+        print("\n".join([heading(), *(row(entry, code) for entry, code in rows_of(source))]))
+        return
+    lengths = WINDOWS if arguments.windows else LONG
     layout = None if arguments.layout == "none" else arguments.layout
-    print(COLUMNS + "\n" + "|---" * (COLUMNS.count("|") - 1) + "|")
+    print(heading())
     for arch in arguments.arch:
         for dtype in arguments.dtype:
             for head_dim in arguments.head_dim:
-                case = AttentionCase("report", lengths, heads=2, head_dim=head_dim, layout=layout)
-                launches = record_launches(arch, DTYPES[dtype], case, backward=arguments.backward)
-                for launch in {launch.kernel.__name__: launch for launch in launches}.values():
-                    print(row(read_code(launch, arch), dtype, head_dim), flush=True)
+                for backward in (False, True) if arguments.backward else (False,):
+                    entry = Entry(arch, dtype, head_dim, layout, lengths, backward)
+                    for launch in entry.launches():
+                        print(row(entry, read_code(launch, arch)), flush=True)
 
 
 if __name__ == "__main__":

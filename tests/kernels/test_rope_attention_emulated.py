@@ -111,7 +111,7 @@ def test_traffic_and_tensor_work(target):
     tables = 2 * tokens * head_dim // 2 * 4
     compulsory = {
         "rotate_kernel": row + padded + tables,
-        "attention_forward_kernel": 3 * row + padded + tables + tokens * heads * 4,
+        "attention_forward_kernel": 3 * row + padded + tables + tokens * heads * 8,
     }
     for name, _, traffic, shared in reports:
         moved = (traffic["unique_load_sectors"] + traffic["unique_store_sectors"]) * sector

@@ -13,14 +13,14 @@ from comp_kernels.testing import (
     ATTENTION_CASES,
     LAYOUTS,
     AttentionCase,
+    assert_within_budget,
     attention_with_gradients,
     check_rope_attention,
     make_attention_inputs,
+    plain_rope_attention,
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# The interpreter has no fused multiply-add, which the scores of a large softmax feel.
-FACTOR = 2.0 if DEVICE == "cuda" else 3.0
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ SLOW = {"dim_32", "dim_64", "dim_80", "dim_88", "dim_96", "dim_128", "gqa"} if D
 
 @pytest.mark.parametrize("name", [n for n in ATTENTION_CASES if n not in SLOW | {"one_token", "logits_of_1e4"}])
 def test_matches_definition(name, workspace):
-    check_rope_attention(ATTENTION_CASES[name], torch.float32, "triton", DEVICE, FACTOR)
+    check_rope_attention(ATTENTION_CASES[name], torch.float32, "triton", DEVICE)
 
 
 def test_single_token(workspace):
@@ -58,12 +58,19 @@ def test_single_token(workspace):
 
 
 def test_large_logits(workspace):
-    """Logits of 1e4: lse is stored in float32, so weights recomputed from it are off by about 1e4 roundings in the backward."""
+    """Logits of 1e4: the weights that the backward recomputes are those of the forward, since lse comes back without rounding.
+
+    That holds where both compute the same scores bit for bit. The kernel of dk and dv computes them transposed; on a GPU each
+    score sums over the channels in the same order, in the interpreter (BLAS) it does not, and 1e4 roundings of a score show.
+    """
     inputs = make_attention_inputs(ATTENTION_CASES["logits_of_1e4"], device=DEVICE)
-    result = gradients(inputs)
-    for name, value in exact_gradients(inputs).items():
-        limit = (1e-6 if name == "lse" else 2e4 * torch.finfo(torch.float32).eps) * value.abs().max()
-        assert (result[name] - value).abs().max() <= limit, name
+    result, exact = gradients(inputs), exact_gradients(inputs)
+    peer = attention_with_gradients(inputs, plain_rope_attention)
+    for name in ("out", "lse", "dq"):
+        assert_within_budget(name, result[name], exact[name], peer[name])
+    for name in ("dk", "dv", "dcos", "dsin"):
+        limit = 2e4 * torch.finfo(torch.float32).eps * exact[name].abs().max()
+        assert (result[name] - exact[name]).abs().max() <= limit, name
 
 
 @pytest.mark.parametrize(
@@ -85,7 +92,7 @@ def test_rotation_in_the_loop_changes_nothing(name, monkeypatch):
 @pytest.mark.parametrize("name", ("layout_half_hwhw", "slack_of_nan"))
 def test_half_precision(name, workspace):
     """float16; bfloat16 runs on the emulator, the interpreter cannot multiply it."""
-    check_rope_attention(ATTENTION_CASES[name], torch.float16, "triton", DEVICE, FACTOR)
+    check_rope_attention(ATTENTION_CASES[name], torch.float16, "triton", DEVICE)
 
 
 @pytest.mark.parametrize("name", ("layout_half_hwhw_halfwidth", "layout_not_orthogonal", "gqa_per_head", "slack_of_nan_cross"))
@@ -180,12 +187,67 @@ def test_head_dims_cost_multiples_of_16():
         assert [first for first, _ in chunks] == [sum(w for _, w in chunks[:i]) for i in range(len(chunks))]
 
 
-def test_autotuning_keeps_the_fastest_and_skips_what_does_not_fit():
+@pytest.mark.parametrize("kernel", ("forward", "query_gradient", "key_value_gradient"))
+@pytest.mark.parametrize("head_dim", (64, 72, 128, 256))
+def test_autotuning_tries_what_can_fit(kernel, head_dim):
+    """Shared memory by arithmetic, accumulators in registers; something is left on a small chip, and no less on a large one."""
+    small, large = (triton_configs.candidates(kernel, head_dim, 2, kib * 1024) for kib in (99, 227))
+    every = 2 * 3 * 2 * 3
+    assert small and set(small) <= set(large) and (head_dim == 64 or len(large) < every)
+    for config in large:
+        m, n, padded = config.block_m, config.block_n, -(-head_dim // 16) * 16
+        streamed, resident = (m, n) if kernel == "key_value_gradient" else (n, m)
+        # two streamed tiles in flight per stage; the resident one (forward: q) or two (backward) once
+        held = 1 if kernel == "forward" else 2
+        assert (held * resident + 2 * streamed * config.num_stages) * padded * 2 <= 227 * 1024
+        assert resident * padded * (2 if kernel == "key_value_gradient" else 1) <= 192 * 32 * config.num_warps
+
+
+def test_autotuning_keeps_the_fastest_and_skips_what_the_chip_refuses():
+    from triton.runtime.errors import OutOfResources
+
     configs = triton_configs.candidates("forward", 128, 2, shared_limit=100 * 1024)
-    assert configs and all(triton_configs.fits("forward", config, 128, 2, 100 * 1024) for config in configs)
-    assert not triton_configs.fits("forward", triton_configs.TileConfig(128, 128, 4, 3), 128, 2, 100 * 1024)
     best = configs[3]
-    assert triton_configs.fastest(configs, lambda config: config, lambda run: float(run() != best)) == best
+
+    def time(run):
+        config = run()
+        if config == configs[0]:
+            raise OutOfResources(required=2, limit=1, name="shared memory")
+        return float(config != best)
+
+    assert triton_configs.fastest(configs, lambda config: config, time) == best
+
+
+def test_autotuning_measures_once_per_kernel_head_dim_and_dtype(monkeypatch):
+    """With a false clock and false device properties: which calls are timed, and what is chosen. Not that a choice is fast."""
+    asked, winner = [], triton_configs.TileConfig(64, 64, 4, 2)
+
+    def run(config):
+        asked.append(config)
+        return config
+
+    class Properties:
+        shared_memory_per_block = 48 * 1024
+        shared_memory_per_block_optin = 163 * 1024
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    monkeypatch.setattr(triton_configs, "time_on_device", lambda call: float(call() != winner))
+    monkeypatch.setattr(triton_configs, "_measured", {})
+    default = triton_configs.table_config("forward", "sm_80", 64, torch.bfloat16)
+
+    def choose(kernel="forward", head_dim=64, dtype=torch.bfloat16, device="cuda"):
+        asked.clear()
+        return triton_configs.choose_config(kernel, "sm_80", head_dim, dtype, torch.device(device), run)
+
+    assert choose() == default and not asked  # off unless asked for
+    monkeypatch.setenv(triton_configs.AUTOTUNE_VARIABLE, "1")
+    assert choose(device="cpu") == default and not asked  # nothing to time
+    assert choose() == winner
+    assert asked[0] == default and set(asked) == {default, *triton_configs.candidates("forward", 64, 2, 163 * 1024)}
+    assert choose() == winner and not asked  # measured already
+    for changed in (dict(kernel="query_gradient"), dict(head_dim=80), dict(dtype=torch.float16)):
+        choose(**changed)
+        assert asked, changed
 
 
 # --- compiled code -----------------------------------------------------------------------------------------------------------
@@ -208,6 +270,7 @@ SHARED_LIMIT = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942
     [
         ("sm_80", torch.bfloat16, 72, "half_hwhw_halfwidth", True),
         ("sm_90", torch.float16, 80, "interleaved", False),
+        ("sm_90", torch.bfloat16, 256, "half_hwhw", False),
         ("sm_100", torch.bfloat16, 64, "half_hwhw", False),
         ("sm_120", torch.bfloat16, 96, "per_head_interleaved", False),
         ("gfx942", torch.float16, 88, "partial", True),
@@ -220,20 +283,20 @@ def test_compile_matrix(arch, dtype, head_dim, layout, backward):
         assert code.shared <= SHARED_LIMIT[arch] * 1024, name
         if name == "attention_forward_kernel" or "gradient" in name:
             assert code.matrix > 0, name
-        if name == "attention_forward_kernel" and dtype != torch.float32:
+        if name == "attention_forward_kernel" or ("gradient" in name and arch == "sm_80"):
             assert code.spills == 0, name
 
 
 def test_no_trace_of_the_rotation_in_the_loop():
-    """Long sequences: the hottest loop computes what it computes without rotary embedding, in no more instructions.
+    """Long sequences: the hottest loop is that without rotary embedding, but for a few register moves and addresses.
 
-    Addresses and moves differ by a few, as registers fall.
+    Those two depend on how the code around the loop has filled the registers: with other tables there are more or fewer.
     """
     rotated, plain = (
         run_compiled(compiled_code, "sm_80", torch.bfloat16, 64, layout, False)["attention_forward_kernel"].loop
         for layout in ("half_hwhw", None)
     )
     assert rotated["matrix"] > 0
-    for group in ("matrix", "float", "exponential", "conversion", "shuffle", "copy", "global", "spill"):
-        assert rotated[group] == plain[group], group
-    assert rotated.total() <= plain.total()
+    allocation = {"move": 0, "integer": 0}
+    assert rotated | allocation == plain | allocation
+    assert abs(rotated.total() - plain.total()) <= 0.01 * plain.total()

@@ -55,7 +55,7 @@ def forward(
 
 
 def forward_fake(q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, rotary_dim, pair_stride, scale, backend):
-    dtype = torch.float64 if backend == "cpu" else torch.promote_types(q.dtype, torch.float32)
+    dtype = torch.float64 if backend in ("cpu", "triton") else torch.promote_types(q.dtype, torch.float32)
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=dtype)
 
 

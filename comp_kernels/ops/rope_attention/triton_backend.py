@@ -16,7 +16,7 @@ LOG2_E = math.log2(math.e)
 def declines(q, k, v, cos, sin, cos_k, sin_k, *, rotary_dim: int, pair_stride: int) -> str | None:
     if q.dtype == torch.float64:
         return "the Triton kernels compute in float32, q is float64"
-    if q.dtype == torch.bfloat16 and architecture(q.device) == "interpreter":
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu" and architecture(q.device) == "interpreter":
         return "Triton's interpreter cannot multiply bfloat16 matrices"
     if q.shape[-1] > MAX_HEAD_DIM:
         return f"head dims must be at most {MAX_HEAD_DIM}, got {q.shape[-1]}"
@@ -58,23 +58,26 @@ def forward(
     q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, *, rotary_dim: int, pair_stride: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Shapes and dtypes as in comp_kernels.rope_attention, tables and bounds filled in; returns (out, lse)."""
-    from .triton_configs import choose_config, dot_precision, rotate_keys_inline
+    from .triton_configs import choose_config, dot_precision, rotate_keys_inline, rotate_queries_inline
     from .triton_forward import attention_forward
     from .triton_rotation import rotate
 
     arch, head_dim = architecture(q.device), q.shape[-1]
     head = head_k = describe_head(head_dim, q, k, v)
     rope, rope_k = (describe_rope(table, rotary_dim, pair_stride) for table in (cos, cos_k))
-    kernel, tables_k = "forward", None
-    if rotate_keys_inline(q.shape[0], cu_seqlens.shape[0] - 1, q.shape[1] // k.shape[1]):
+    kernel, tables, tables_k = "forward", (cos, sin), None
+    if rotate_keys_inline(q.shape[0], cu_seqlens.shape[0] - 1, q.shape[1] // k.shape[1], head_dim):
         kernel, tables_k = "inline", None if cos_k is None else (cos_k, sin_k)
     elif cos_k is not None:
         k = rotate(k, cos_k, sin_k, cu_seqlens_k, head, rope_k)
         head_k = describe_head(k.shape[-1], k)
+    if cos is not None and not rotate_queries_inline(head_dim):
+        q = rotate(q, cos, sin, cu_seqlens, head, rope)[..., :head_dim]
+        tables, rope = (None, None), describe_rope(None, rotary_dim, pair_stride)
 
     def run(config):
         return attention_forward(
-            q, k, v, (cos, sin), tables_k, cu_seqlens, cu_seqlens_k, scale * LOG2_E,
+            q, k, v, tables, tables_k, cu_seqlens, cu_seqlens_k, scale * LOG2_E,
             head, head_k, rope, rope_k, dot_precision(arch, q.dtype), config,
         )  # fmt: skip
 
@@ -86,7 +89,7 @@ def backward(
     *, rotary_dim: int, pair_stride: int, scale: float, table_grads: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Returns (dq, dk, dv, dcos, dsin, dcos_k, dsin_k); the last four are None without tables or table_grads."""
-    from .triton_backward import key_value_gradient, output_dot, query_gradient
+    from .triton_backward import key_value_gradient, query_gradient, row_terms
     from .triton_configs import choose_config, dot_precision
     from .triton_rotation import rotate, unrotate
 
@@ -101,8 +104,8 @@ def backward(
         rotated_q = rotate(q, cos, sin, cu_seqlens, head, rope)
         rotated_k = rotate(k, cos_k, sin_k, cu_seqlens_k, head, rope_k)
         head_qk = describe_head(rotated_q.shape[-1], rotated_q, rotated_k)
-    delta = output_dot(out, grad_out, grad_lse, cu_seqlens, head)
-    tensors = (grad_out, rotated_q, rotated_k, v, lse, delta)
+    terms = row_terms(out, grad_out, lse, grad_lse, cu_seqlens, head)
+    tensors = (grad_out, rotated_q, rotated_k, v, terms)
     settings = (cu_seqlens, cu_seqlens_k, scale, head, head_qk, dot_precision(arch, q.dtype))
     # AMD's barrier does not wait for stores to global memory, which the epilogue relies on.
     in_epilogue = cos is not None and not table_grads and not arch.startswith("gfx")

@@ -1,7 +1,8 @@
 """Backward kernels of rope_attention: one per query tile for dq, one per key tile for dk and dv. No atomics, so every sum has
 a fixed order and the gradients are bit-equal from run to run.
 
-Both read rotated q and k, rounded exactly as in the forward pass, and recompute the weights from the saved lse. They leave
+Both read rotated q and k, rounded exactly as in the forward pass, and recompute the weights from the saved lse. That is
+float64, and comes to them in base 2 as the sum of two float32 numbers, `high + low`. They leave
 through the transposed rotation, applied in place to the tile just written (a cache hit), because a channel and its partner
 may sit in different registers, threads and chunks.
 """
@@ -34,12 +35,15 @@ LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def delta_kernel(
-    out_ptr, grad_out_ptr, grad_lse_ptr, delta_ptr, cu_seqlens_ptr, num_sequences, num_tokens,
+def row_terms_kernel(
+    out_ptr, grad_out_ptr, lse_ptr, grad_lse_ptr, terms_ptr, cu_seqlens_ptr, num_sequences, num_tokens, num_rows_of_all_heads,
     grad_stride_h, OUT_STRIDE: tl.constexpr, GRAD_STRIDE: tl.constexpr,
     BLOCK: tl.constexpr, HAS_GRAD_LSE: tl.constexpr, HEAD: tl.constexpr,
 ):  # fmt: skip
-    """delta [Hq, T] = sum over channels of out * grad_out, minus grad_lse: the part of dS that is the same for all keys."""
+    """terms [3, Hq, T], what a row of weights and of their gradient has in common: delta, and lse in base 2 as high + low.
+
+    delta = sum over channels of out * grad_out, minus grad_lse.
+    """
     first = tl.program_id(0) * BLOCK
     head = tl.program_id(1)
     num_rows = tl.load(cu_seqlens_ptr + num_sequences) - first
@@ -55,40 +59,58 @@ def delta_kernel(
         delta += tl.sum(out_tile[c].to(tl.float32) * grad_tile[c].to(tl.float32), 1)
     row = head.to(tl.int64) * num_tokens + first
     if HAS_GRAD_LSE:
-        delta -= tl.load(grad_lse_ptr + row + rows, mask=rows < num_rows, other=0.0)
-    tl.store(delta_ptr + row + rows, delta, mask=rows < num_rows)
+        delta -= tl.load(grad_lse_ptr + row + rows, mask=rows < num_rows, other=0.0).to(tl.float32)
+    lse = tl.load(lse_ptr + row + rows, mask=rows < num_rows, other=0.0) * tl.full((BLOCK,), LOG2_E, tl.float64)
+    high = lse.to(tl.float32)
+    low = tl.where(lse > -float("inf"), lse - high, 0.0).to(tl.float32)
+    for_delta = terms_ptr + row + rows
+    for_high = for_delta + num_rows_of_all_heads
+    tl.store(for_delta, delta, mask=rows < num_rows)
+    tl.store(for_high, high, mask=rows < num_rows)
+    tl.store(for_high + num_rows_of_all_heads, low, mask=rows < num_rows)
+
+
+@triton.jit
+def load_row_terms(terms, num_rows_of_all_heads, rows, num_rows, CHECK_ROWS: tl.constexpr):
+    """(delta, high, low) of `rows`; weights are zero (high is infinite) for those from num_rows on."""
+    for_high = terms + num_rows_of_all_heads
+    for_low = for_high + num_rows_of_all_heads
+    if CHECK_ROWS:
+        keep = rows < num_rows
+        delta = tl.load(terms + rows, mask=keep, other=0.0)
+        high = tl.load(for_high + rows, mask=keep, other=float("inf"))
+        low = tl.load(for_low + rows, mask=keep, other=0.0)
+    else:
+        delta = tl.load(terms + rows)
+        high = tl.load(for_high + rows)
+        low = tl.load(for_low + rows)
+    return delta, high, low
 
 
 @triton.jit
 def add_query_tile(
-    grad_key, grad_value, key, value, q, grad_out, lse, delta, first, num_rows, scale_log2,
+    grad_key, grad_value, key, value, q, grad_out, terms, num_rows_of_all_heads, first, num_rows, scale_log2,
     Q_STRIDE: tl.constexpr, GRAD_STRIDE: tl.constexpr,
     LAST: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr, HEAD: tl.constexpr, HEAD_QK: tl.constexpr,
 ):  # fmt: skip
     """Add to the gradients of one key tile what the BLOCK_M queries from `first` on contribute."""
     rows = tl.arange(0, BLOCK_M)
-    keep = rows < num_rows - first
     query = load_tile(q + offset(first, Q_STRIDE, HEAD_QK.align), rows, num_rows - first, Q_STRIDE, LAST, HEAD_QK)
-    if LAST:  # lse of infinity: weight zero
-        lse_rows = tl.load(lse + first + rows, mask=keep, other=float("inf"))
-        delta_rows = tl.load(delta + first + rows, mask=keep, other=0.0)
-    else:
-        lse_rows = tl.load(lse + first + rows)
-        delta_rows = tl.load(delta + first + rows)
+    delta, high, low = load_row_terms(terms + first, num_rows_of_all_heads, rows, num_rows - first, LAST)
     scores = dot_channels(key, query, HEAD, PRECISION)  # [BLOCK_N, BLOCK_M]: transposed
-    weights = tl.exp2(scores * scale_log2 - (lse_rows * LOG2_E)[None, :])
+    weights = tl.exp2(scores * scale_log2 - high[None, :] - low[None, :])
     cotangent = grad_out + offset(first, GRAD_STRIDE, HEAD.align)
     cotangent = load_tile(cotangent, rows, num_rows - first, GRAD_STRIDE, LAST, HEAD)
     grad_value = add_dot_rows(grad_value, weights.to(cotangent[0].dtype), cotangent, HEAD, PRECISION)
-    grad_scores = weights * (dot_channels(value, cotangent, HEAD, PRECISION) - delta_rows[None, :])
+    grad_scores = weights * (dot_channels(value, cotangent, HEAD, PRECISION) - delta[None, :])
     grad_key = add_dot_rows(grad_key, grad_scores.to(query[0].dtype), query, HEAD, PRECISION)
     return grad_key, grad_value
 
 
 @triton.jit
 def key_value_gradient_kernel(
-    q_ptr, k_ptr, v_ptr, grad_out_ptr, lse_ptr, delta_ptr, cos_k_ptr, sin_k_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr,
-    grad_k_ptr, grad_v_ptr, num_sequences, num_tokens, num_tokens_k, scale, scale_log2,
+    q_ptr, k_ptr, v_ptr, grad_out_ptr, terms_ptr, cos_k_ptr, sin_k_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr,
+    grad_k_ptr, grad_v_ptr, num_sequences, num_tokens, num_tokens_k, num_rows_of_all_heads, scale, scale_log2,
     q_stride_h, k_stride_h, v_stride_h, grad_stride_h, table_stride_h,
     Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, GRAD_STRIDE: tl.constexpr,
     GRAD_K_STRIDE: tl.constexpr, TABLE_STRIDE: tl.constexpr,
@@ -116,15 +138,15 @@ def key_value_gradient_kernel(
     for head in range(head_k * GROUP, head_k * GROUP + GROUP):
         q = q_ptr + offset(begin_q, Q_STRIDE, HEAD_QK.align) + offset(head, q_stride_h, HEAD_QK.align)
         grad_out = grad_out_ptr + offset(begin_q, GRAD_STRIDE, HEAD.align) + offset(head, grad_stride_h, HEAD.align)
-        row = offset(head, num_tokens, 1) + begin_q
+        terms = terms_ptr + offset(head, num_tokens, 1) + begin_q
         for first_query in range(0, whole, BLOCK_M):
             grad_key, grad_value = add_query_tile(
-                grad_key, grad_value, key, value, q, grad_out, lse_ptr + row, delta_ptr + row, first_query, num_queries,
+                grad_key, grad_value, key, value, q, grad_out, terms, num_rows_of_all_heads, first_query, num_queries,
                 scale_log2, Q_STRIDE, GRAD_STRIDE, False, BLOCK_M, PRECISION, HEAD, HEAD_QK,
             )  # fmt: skip
         if whole < num_queries:
             grad_key, grad_value = add_query_tile(
-                grad_key, grad_value, key, value, q, grad_out, lse_ptr + row, delta_ptr + row, whole, num_queries,
+                grad_key, grad_value, key, value, q, grad_out, terms, num_rows_of_all_heads, whole, num_queries,
                 scale_log2, Q_STRIDE, GRAD_STRIDE, True, BLOCK_M, PRECISION, HEAD, HEAD_QK,
             )  # fmt: skip
 
@@ -140,7 +162,7 @@ def key_value_gradient_kernel(
 
 @triton.jit
 def add_key_tile(
-    grad_query, query, cotangent, lse_rows, delta_rows, k, v, first, num_keys, scale_log2,
+    grad_query, query, cotangent, delta, high, low, k, v, first, num_keys, scale_log2,
     K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr,
     LAST: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, HEAD: tl.constexpr, HEAD_QK: tl.constexpr,
 ):  # fmt: skip
@@ -149,17 +171,17 @@ def add_key_tile(
     key = load_tile(k + offset(first, K_STRIDE, HEAD_QK.align), columns, num_keys - first, K_STRIDE, LAST, HEAD_QK)
     value = load_tile(v + offset(first, V_STRIDE, HEAD.align), columns, num_keys - first, V_STRIDE, LAST, HEAD)
     scores = dot_channels(query, key, HEAD, PRECISION)
-    weights = tl.exp2(scores * scale_log2 - lse_rows[:, None])
+    weights = tl.exp2(scores * scale_log2 - high[:, None] - low[:, None])
     if LAST:
         weights = tl.where((columns < num_keys - first)[None, :], weights, 0.0)
-    grad_scores = weights * (dot_channels(cotangent, value, HEAD, PRECISION) - delta_rows[:, None])
+    grad_scores = weights * (dot_channels(cotangent, value, HEAD, PRECISION) - delta[:, None])
     return add_dot_rows(grad_query, grad_scores.to(key[0].dtype), key, HEAD, PRECISION)
 
 
 @triton.jit
 def query_gradient_kernel(
-    q_ptr, k_ptr, v_ptr, grad_out_ptr, lse_ptr, delta_ptr, cos_ptr, sin_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr,
-    grad_q_ptr, num_sequences, num_tokens, scale, scale_log2,
+    q_ptr, k_ptr, v_ptr, grad_out_ptr, terms_ptr, cos_ptr, sin_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr,
+    grad_q_ptr, num_sequences, num_tokens, num_rows_of_all_heads, scale, scale_log2,
     q_stride_h, k_stride_h, v_stride_h, grad_stride_h, table_stride_h,
     Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, GRAD_STRIDE: tl.constexpr,
     GRAD_Q_STRIDE: tl.constexpr, TABLE_STRIDE: tl.constexpr,
@@ -183,19 +205,18 @@ def query_gradient_kernel(
     v = v_ptr + offset(begin_k, V_STRIDE, HEAD.align) + offset(head // GROUP, v_stride_h, HEAD.align)
     query = load_tile(q, rows, num_rows, Q_STRIDE, True, HEAD_QK)
     cotangent = load_tile(grad_out, rows, num_rows, GRAD_STRIDE, True, HEAD)
-    row = offset(head, num_tokens, 1) + first
-    lse_rows = tl.load(lse_ptr + row + rows, mask=rows < num_rows, other=0.0) * LOG2_E
-    delta_rows = tl.load(delta_ptr + row + rows, mask=rows < num_rows, other=0.0)
+    terms = terms_ptr + offset(head, num_tokens, 1) + first
+    delta, high, low = load_row_terms(terms, num_rows_of_all_heads, rows, num_rows, True)
     grad_query = zero_tile(BLOCK_M, HEAD)
     whole = num_keys // BLOCK_N * BLOCK_N
     for first_key in range(0, whole, BLOCK_N):
         grad_query = add_key_tile(
-            grad_query, query, cotangent, lse_rows, delta_rows, k, v, first_key, num_keys, scale_log2,
+            grad_query, query, cotangent, delta, high, low, k, v, first_key, num_keys, scale_log2,
             K_STRIDE, V_STRIDE, False, BLOCK_N, PRECISION, HEAD, HEAD_QK,
         )  # fmt: skip
     if whole < num_keys:
         grad_query = add_key_tile(
-            grad_query, query, cotangent, lse_rows, delta_rows, k, v, whole, num_keys, scale_log2,
+            grad_query, query, cotangent, delta, high, low, k, v, whole, num_keys, scale_log2,
             K_STRIDE, V_STRIDE, True, BLOCK_N, PRECISION, HEAD, HEAD_QK,
         )  # fmt: skip
 
@@ -208,21 +229,22 @@ def query_gradient_kernel(
                           GRAD_Q_STRIDE, TABLE_STRIDE, BLOCK_M, PAIRS, HEAD.align, ROPE)  # fmt: skip
 
 
-def output_dot(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None, cu_seqlens: Tensor, head: Head) -> Tensor:
-    """delta [Hq, T], float32; see the kernel."""
+def row_terms(out: Tensor, grad_out: Tensor, lse: Tensor, grad_lse: Tensor | None, cu_seqlens: Tensor, head: Head) -> Tensor:
+    """terms [3, Hq, T], float32; see the kernel."""
     num_tokens, num_heads = out.shape[:2]
-    delta = torch.empty(num_heads, num_tokens, dtype=torch.float32, device=out.device)
+    terms = torch.empty(3, num_heads, num_tokens, dtype=torch.float32, device=out.device)
     launch(
-        delta_kernel, (triton.cdiv(num_tokens, 64), num_heads),
-        out, grad_out, grad_lse, delta, cu_seqlens, cu_seqlens.shape[0] - 1, num_tokens, grad_out.stride(1),
+        row_terms_kernel, (triton.cdiv(num_tokens, 64), num_heads),
+        out, grad_out, lse, grad_lse, terms, cu_seqlens,
+        cu_seqlens.shape[0] - 1, num_tokens, terms.stride(0), grad_out.stride(1),
         OUT_STRIDE=out.stride(0), GRAD_STRIDE=grad_out.stride(0), BLOCK=64, HAS_GRAD_LSE=grad_lse is not None, HEAD=head,
         num_warps=4,
     )  # fmt: skip
-    return delta
+    return terms
 
 
 def query_gradient(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, tables: tuple, rope: Rope, unrotate: bool,
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, terms: Tensor, tables: tuple, rope: Rope, unrotate: bool,
     cu_seqlens: Tensor, cu_seqlens_k: Tensor, scale: float, head: Head, head_qk: Head, precision: str, config: TileConfig,
 ) -> Tensor:  # fmt: skip
     """dq [T, Hq, D]. q and k are the rotated ones; unrotate: the gradient of q before its rotation, else of this q."""
@@ -231,8 +253,8 @@ def query_gradient(
     grad_q = torch.empty(num_tokens, num_heads, head.dim, dtype=q.dtype, device=q.device)
     launch(
         query_gradient_kernel, (num_tokens // config.block_m + num_sequences + 1, num_heads),
-        q, k, v, grad_out, lse, delta, cos, sin, cu_seqlens, cu_seqlens_k, grad_q,
-        num_sequences, num_tokens, scale, scale * LOG2_E.value,
+        q, k, v, grad_out, terms, cos, sin, cu_seqlens, cu_seqlens_k, grad_q,
+        num_sequences, num_tokens, terms.stride(0), scale, scale * LOG2_E.value,
         q.stride(1), k.stride(1), v.stride(1), grad_out.stride(1), head_stride(cos),
         Q_STRIDE=q.stride(0), K_STRIDE=k.stride(0), V_STRIDE=v.stride(0), GRAD_STRIDE=grad_out.stride(0),
         GRAD_Q_STRIDE=grad_q.stride(0), TABLE_STRIDE=token_stride(cos),
@@ -245,7 +267,7 @@ def query_gradient(
 
 
 def key_value_gradient(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, tables: tuple, rope: Rope, unrotate: bool,
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, terms: Tensor, tables: tuple, rope: Rope, unrotate: bool,
     cu_seqlens: Tensor, cu_seqlens_k: Tensor, scale: float, head: Head, head_qk: Head, precision: str, config: TileConfig,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(dk, dv) [Tk, Hkv, D]. q and k are the rotated ones; unrotate: the gradient of k before its rotation, else of this k."""
@@ -254,8 +276,8 @@ def key_value_gradient(
     grad_k, grad_v = (torch.empty(num_tokens_k, num_heads_k, head.dim, dtype=k.dtype, device=k.device) for _ in range(2))
     launch(
         key_value_gradient_kernel, (num_tokens_k // config.block_n + num_sequences + 1, num_heads_k),
-        q, k, v, grad_out, lse, delta, cos, sin, cu_seqlens, cu_seqlens_k, grad_k, grad_v,
-        num_sequences, q.shape[0], num_tokens_k, scale, scale * LOG2_E.value,
+        q, k, v, grad_out, terms, cos, sin, cu_seqlens, cu_seqlens_k, grad_k, grad_v,
+        num_sequences, q.shape[0], num_tokens_k, terms.stride(0), scale, scale * LOG2_E.value,
         q.stride(1), k.stride(1), v.stride(1), grad_out.stride(1), head_stride(cos),
         Q_STRIDE=q.stride(0), K_STRIDE=k.stride(0), V_STRIDE=v.stride(0), GRAD_STRIDE=grad_out.stride(0),
         GRAD_K_STRIDE=grad_k.stride(0), TABLE_STRIDE=token_stride(cos),

@@ -19,6 +19,8 @@ AUTOTUNE_VARIABLE = "COMP_KERNELS_AUTOTUNE"
 # Keys are rotated in the forward loop, instead of once in a workspace, when sequences are this short on average: one query
 # tile then covers a sequence, so no key is rotated twice (README.md has the arithmetic).
 INLINE_LENGTH = 64
+INLINE_HEAD_DIM = 96  # beyond, a key tile, its partners and its tables do not fit the registers beside the rest of the loop
+QUERY_HEAD_DIM = 128  # beyond, the same holds for the query tile: queries are rotated into a workspace as well
 
 
 class TileConfig(NamedTuple):
@@ -29,25 +31,30 @@ class TileConfig(NamedTuple):
 
 
 # 16-bit dtypes; per kernel and family, up to which head dim (rounded up to 16) a configuration serves. Chosen so that
-# nothing spills (python -m benchmarks.compile_report), larger tiles first.
+# the forward kernel never spills, the backward ones not up to 80 channels on sm_80 and 128 on sm_90 (docs/compile_report.md).
 TABLE: dict[str, dict[str, dict[int, TileConfig]]] = {
     "forward": {
         "sm_80": {
             64: TileConfig(128, 64, 4, 2),
             80: TileConfig(128, 128, 8, 2),
             128: TileConfig(128, 64, 8, 2),
-            256: TileConfig(64, 32, 4, 2),
+            256: TileConfig(64, 16, 4, 2),
         },
         "sm_90": {80: TileConfig(128, 128, 8, 2), 128: TileConfig(128, 64, 8, 2), 256: TileConfig(128, 32, 8, 2)},
         "gfx9": {128: TileConfig(128, 64, 4, 1), 256: TileConfig(64, 32, 4, 1)},
     },
-    "inline": {
-        "sm_80": {128: TileConfig(64, 64, 4, 1), 256: TileConfig(64, 32, 4, 1)},
-        "sm_90": {96: TileConfig(64, 64, 4, 1), 256: TileConfig(64, 32, 4, 1)},
-        "gfx9": {128: TileConfig(64, 64, 4, 1), 256: TileConfig(64, 32, 4, 1)},
+    "inline": {  # up to INLINE_HEAD_DIM
+        "sm_80": {96: TileConfig(64, 64, 4, 1)},
+        "sm_90": {64: TileConfig(64, 64, 4, 1), 96: TileConfig(64, 32, 4, 1)},
+        "gfx9": {96: TileConfig(64, 64, 4, 1)},
     },
     "query_gradient": {
-        "sm_80": {128: TileConfig(64, 64, 4, 2), 256: TileConfig(64, 32, 8, 2)},
+        "sm_80": {
+            64: TileConfig(64, 64, 4, 2),
+            96: TileConfig(64, 32, 4, 2),
+            128: TileConfig(128, 32, 8, 2),
+            256: TileConfig(32, 32, 4, 2),
+        },
         "sm_90": {128: TileConfig(64, 64, 4, 2), 256: TileConfig(64, 32, 4, 2)},
         "gfx9": {128: TileConfig(64, 64, 4, 1), 256: TileConfig(64, 32, 4, 1)},
     },
@@ -84,9 +91,14 @@ def dot_precision(arch: str, dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 and arch.startswith("sm_") else "ieee"
 
 
-def rotate_keys_inline(num_tokens: int, num_sequences: int, group: int) -> bool:
+def rotate_keys_inline(num_tokens: int, num_sequences: int, group: int, head_dim: int) -> bool:
     """Whether the forward kernel rotates keys while it loads them; decided from sizes that the host knows."""
-    return group == 1 and num_tokens <= INLINE_LENGTH * num_sequences
+    return group == 1 and head_dim <= INLINE_HEAD_DIM and num_tokens <= INLINE_LENGTH * num_sequences
+
+
+def rotate_queries_inline(head_dim: int) -> bool:
+    """Whether the forward kernel rotates queries while it loads them."""
+    return head_dim <= QUERY_HEAD_DIM
 
 
 # --- autotuning ------------------------------------------------------------------------------------------------------------
@@ -122,7 +134,8 @@ def choose_config(
         return default
     key = (kernel, arch, head_dim, dtype)
     if key not in _measured:
-        shared_limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        properties = torch.cuda.get_device_properties(device)
+        shared_limit = max(properties.shared_memory_per_block, getattr(properties, "shared_memory_per_block_optin", 0))
         _measured[key] = fastest([default, *candidates(kernel, head_dim, dtype.itemsize, shared_limit)], run, time_on_device)
     return _measured[key]
 

@@ -30,10 +30,12 @@ from .triton_tiles import (
     zero_tile,
 )
 
+LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
 
 @triton.jit
 def attend_key_tile(
-    query, row_max, row_sum, accumulator, k, v, cos_k, sin_k, first, num_keys, scale_log2,
+    query, row_shift, row_sum, accumulator, k, v, cos_k, sin_k, first, num_keys, scale_log2,
     K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, TABLE_K_STRIDE: tl.constexpr,
     LAST: tl.constexpr, BLOCK_N: tl.constexpr, INLINE_K: tl.constexpr, PRECISION: tl.constexpr,
     HEAD: tl.constexpr, HEAD_K: tl.constexpr, ROPE_K: tl.constexpr,
@@ -52,8 +54,8 @@ def attend_key_tile(
     if LAST:
         scores = tl.where((columns < num_keys - first)[None, :], scores, -float("inf"))
     value = load_tile(v, columns, num_keys - first, V_STRIDE, LAST, HEAD)
-    weights, row_max, row_sum, accumulator = online_softmax_update(scores, row_max, row_sum, accumulator, scale_log2, HEAD)
-    return row_max, row_sum, add_dot_rows(accumulator, weights.to(value[0].dtype), value, HEAD, PRECISION)
+    weights, row_shift, row_sum, accumulator = online_softmax_update(scores, row_shift, row_sum, accumulator, scale_log2, HEAD)
+    return row_shift, row_sum, add_dot_rows(accumulator, weights.to(value[0].dtype), value, HEAD, PRECISION)
 
 
 @triton.jit
@@ -98,28 +100,28 @@ def attention_forward_kernel(
     query = load_rotated_tile(q, rows, num_loaded, Q_STRIDE, cos, sin, TABLE_STRIDE, HEAD, ROPE)
     if NEGATE:  # a negative scale: the running maximum wants a positive one
         query = scale_tile(query, -1.0, HEAD)
-    row_max = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    row_shift = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     accumulator = zero_tile(BLOCK_M, HEAD)
     whole = num_keys // BLOCK_N * BLOCK_N
     for first_key in range(0, whole, BLOCK_N):
-        row_max, row_sum, accumulator = attend_key_tile(
-            query, row_max, row_sum, accumulator, k, v, cos_k, sin_k, first_key, num_keys, scale_log2,
+        row_shift, row_sum, accumulator = attend_key_tile(
+            query, row_shift, row_sum, accumulator, k, v, cos_k, sin_k, first_key, num_keys, scale_log2,
             K_STRIDE, V_STRIDE, TABLE_K_STRIDE, False, BLOCK_N, INLINE_K, PRECISION, HEAD, HEAD_K, ROPE_K,
         )  # fmt: skip
     if whole < num_keys:
-        row_max, row_sum, accumulator = attend_key_tile(
-            query, row_max, row_sum, accumulator, k, v, cos_k, sin_k, whole, num_keys, scale_log2,
+        row_shift, row_sum, accumulator = attend_key_tile(
+            query, row_shift, row_sum, accumulator, k, v, cos_k, sin_k, whole, num_keys, scale_log2,
             K_STRIDE, V_STRIDE, TABLE_K_STRIDE, True, BLOCK_N, INLINE_K, PRECISION, HEAD, HEAD_K, ROPE_K,
         )  # fmt: skip
 
     has_keys = num_keys > 0
+    lse = (row_shift.to(tl.float64) + tl.log2(row_sum)) * tl.full((BLOCK_M,), LN_2, tl.float64)
+    lse = tl.where(has_keys, lse, -float("inf"))
+    tl.store(lse_ptr + head.to(tl.int64) * num_tokens + first + rows, lse, mask=rows < num_rows)
     inverse_sum = tl.where(has_keys, 1.0 / row_sum, 0.0)
     out = out_ptr + offset(first, OUT_STRIDE, HEAD.align) + head * HEAD.dim
     store_tile(out, scale_tile(accumulator, inverse_sum[:, None], HEAD), rows, num_rows, OUT_STRIDE, HEAD)
-    LN_2: tl.constexpr = 0.6931471805599453
-    lse = tl.where(has_keys, (row_max * scale_log2 + tl.log2(row_sum)) * LN_2, -float("inf"))
-    tl.store(lse_ptr + head.to(tl.int64) * num_tokens + first + rows, lse, mask=rows < num_rows)
 
 
 def attention_forward(
@@ -130,7 +132,7 @@ def attention_forward(
     num_tokens, num_heads = q.shape[:2]
     num_sequences = cu_seqlens.shape[0] - 1
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(num_heads, num_tokens, dtype=torch.float32, device=q.device)
+    lse = torch.empty(num_heads, num_tokens, dtype=torch.float64, device=q.device)  # see README.md, Backward
     (cos, sin), (cos_k, sin_k) = tables, tables_k or (None, None)
     launch(
         attention_forward_kernel, (num_tokens // config.block_m + num_sequences + 1, num_heads),

@@ -142,17 +142,17 @@ def add_dot_rows(accumulator, weights, b, HEAD: tl.constexpr, PRECISION: tl.cons
 
 
 @triton.jit
-def online_softmax_update(scores, row_max, row_sum, accumulator, scale_log2, HEAD: tl.constexpr):
+def online_softmax_update(scores, row_shift, row_sum, accumulator, scale_log2, HEAD: tl.constexpr):
     """Take the scores [M, N] of one more key tile into the running softmax of exp2(scores * scale_log2).
 
-    Returns (weights [M, N], row_max, row_sum, accumulator); the caller adds weights times values to the accumulator.
+    row_shift: the largest score so far times scale_log2, rounded. The rounding is the same for all keys, so it cancels.
+    Returns (weights [M, N], row_shift, row_sum, accumulator); the caller adds weights times values to the accumulator.
     """
-    new_max = tl.maximum(row_max, tl.max(scores, 1))
-    shift = new_max * scale_log2
-    weights = tl.exp2(scores * scale_log2 - shift[:, None])
-    correction = tl.exp2(row_max * scale_log2 - shift)
+    new_shift = tl.maximum(row_shift, tl.max(scores, 1) * scale_log2)
+    weights = tl.exp2(scores * scale_log2 - new_shift[:, None])
+    correction = tl.exp2(row_shift - new_shift)
     row_sum = row_sum * correction + tl.sum(weights, 1)
-    return weights, new_max, row_sum, scale_tile(accumulator, correction[:, None], HEAD)
+    return weights, new_shift, row_sum, scale_tile(accumulator, correction[:, None], HEAD)
 
 
 # --- rotation ----------------------------------------------------------------------------------------------------------------
