@@ -5,6 +5,7 @@ Every peer is `function(q, k, v)` -> out, all [T, H, D], for one set of lengths;
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -104,11 +105,12 @@ def flex(case: AttentionCase, inputs: AttentionInputs) -> Attention:
 
 
 def peers_of(case: AttentionCase, inputs: AttentionInputs, *, training: bool) -> dict[str, Attention]:
-    """The peers that can serve `case`, by name."""
+    """The peers that can serve `case`, by name; with BENCHMARK_PEERS=sdpa_loop,sdpa_batched set, those of them alone."""
     equal = len(set(case.lengths)) == 1
     makers: dict[str, Callable] = {"sdpa_loop": sdpa_loop, "nested_jagged": nested_jagged}
     if len(case.lengths) > 1:
         makers |= {"sdpa_batched": sdpa_batched} if equal else {"sdpa_padded": sdpa_padded}
     if not training:
         makers["flex"] = flex
-    return {name: make(case, inputs) for name, make in makers.items()}
+    wanted = os.environ.get("BENCHMARK_PEERS", ",".join(makers)).split(",")
+    return {name: make(case, inputs) for name, make in makers.items() if name in wanted}

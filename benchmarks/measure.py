@@ -11,7 +11,6 @@ import functools
 import gc
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,14 +38,15 @@ def compare(
     group, case:  row and table of the report. operations: floating-point operations of one call, for the share of the peak.
     error: the largest error against float64, measured by the caller. extra: anything else worth keeping.
     """
-    first_calls = {name: _seconds(function) for name, function in {"ours": ours, **peers}.items()}  # compiles, warms up
-    warm_ours = _seconds(ours)
+    timer = benchmark._timer  # --benchmark-timer: ours and the peers by the same clock
+    first_calls = {name: _seconds(function, timer) for name, function in {"ours": ours, **peers}.items()}  # compiles, warms up
+    warm_ours = _seconds(ours, timer)
     seconds: dict[str, list[float]] = {name: [] for name in peers}
 
     def time_peers() -> None:
         for name, function in peers.items():
             if len(seconds[name]) < 2 or statistics.median(seconds[name]) < SLOW_PEER * warm_ours:
-                seconds[name].append(_seconds(function))
+                seconds[name].append(_seconds(function, timer))
 
     gc.collect()
     benchmark.pedantic(ours, setup=time_peers, rounds=rounds)
@@ -85,10 +85,10 @@ def describe(info: dict) -> str:
     return "  ".join(parts)
 
 
-def _seconds(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def _seconds(function: Callable[[], object], timer: Callable[[], float]) -> float:
+    start = timer()
     function()
-    return time.perf_counter() - start
+    return timer() - start
 
 
 def fma_peak() -> float:

@@ -2,6 +2,7 @@
 
 pytest benchmarks/ --benchmark-only --benchmark-json=runs/bench.json
 python -m benchmarks.report runs/bench.json [more.json ...] --chart docs/benchmarks.png
+python -m benchmarks.report runs/bench.json --summary      the table of the README: rope_attention against the best peer
 """
 
 from __future__ import annotations
@@ -9,6 +10,18 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+
+LABELS = {
+    "vit_s_224": "ViT-S at 224: 8 x 197, 6 x 64",
+    "dinov2_l_224": "DINOv2-L at 224: 4 x 257, 16 x 64",
+    "aimv2_l_224": "AIMv2-L at 224: 4 x 256, 8 x 128",
+    "so400m_384": "SigLIP-So400m at 384: 2 x 729, 16 x 72",
+    "native_mix": "So400m, native mix of 33 to 1024, 16 x 72",
+    "qwen25vl_windows": "Qwen2.5-VL windows: 48 x 64, 16 x 80",
+    "many_small": "many small images of 16 to 144, 16 x 64",
+    "one_long_image": "one image of 2304, 16 x 72",
+}
+SUMMARY_GROUPS = ("forward", "forward+backward")
 
 
 def load(paths: list[Path]) -> list[dict]:
@@ -61,6 +74,21 @@ def markdown(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def summary(rows: list[dict]) -> str:
+    """Speed of rope_attention against the fastest peer of each case, and its share of the peak."""
+    found = {(row["group"], row["case"]): row for row in rows}
+    lines = [
+        "| images x patches, heads x head size | " + " | ".join(f"{group} | of FMA peak" for group in SUMMARY_GROUPS) + " |"
+    ]
+    lines.append("|---" * (1 + 2 * len(SUMMARY_GROUPS)) + "|")
+    for case, label in LABELS.items():
+        members = [found[group, case] for group in SUMMARY_GROUPS if (group, case) in found]
+        if len(members) == len(SUMMARY_GROUPS):
+            cells = [f"{best_peer(row)[1]:.2f}x | {row['peak_share']:.0%}" for row in members]
+            lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def chart(rows: list[dict], path: Path) -> None:
     """Bars: how many times as long each peer takes; ours is the line at one."""
     import matplotlib
@@ -90,10 +118,11 @@ def chart(rows: list[dict], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("json", type=Path, nargs="+", help="files of pytest-benchmark")
+    parser.add_argument("--summary", action="store_true", help="the short table of the README instead of everything")
     parser.add_argument("--chart", type=Path, help="write a PNG here")
     arguments = parser.parse_args()
     rows = load(arguments.json)
-    print(markdown(rows))
+    print(summary(rows) if arguments.summary else markdown(rows))
     if arguments.chart:
         chart(rows, arguments.chart)
 
