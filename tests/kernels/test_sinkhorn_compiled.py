@@ -108,3 +108,56 @@ def test_executed_sinkhorn(target):
 def test_executed_alignment_loss(target, dtype):
     names = set(run_compiled(emulated_alignment_loss, target, dtype))
     assert {"products_kernel", "gradient_kernel", "norms_kernel", "loss_tile_kernel", "column_step_kernel"} <= names
+
+
+def results_under_schedules(seeds) -> list:
+    """Plan and potentials, loss and gradient per random warp schedule; reads of unwritten registers raise."""
+    from comp_kernels._triton import launches_go_to
+    from comp_kernels.ops.alignment_loss import streaming
+
+    streaming.tile_columns = lambda num_rows, dim, num_words, limits: min(128, num_words)
+    scores, marginals = make_sinkhorn_inputs(SinkhornCase("", (2, 20, 150), marginals="per_item"), torch.bfloat16)
+    inputs = make_alignment_inputs(ALIGNMENT_CASES["several_tiles"], torch.bfloat16)
+    vision, *others = inputs.features
+    results = []
+    for seed in seeds:
+        leaf = vision.clone().requires_grad_()
+        with launches_go_to(emulating_launcher(seed=seed, quantum=7, check_uninit_reg=True), "sm_80"):
+            solved = ck.sinkhorn(scores, epsilon=0.1, num_iters=2, backend="triton", return_potentials=True, **marginals)
+            settings = dict(prior=inputs.prior, valid=inputs.valid, epsilon=0.1, num_iters=2)
+            loss = ck.alignment_loss(leaf, *others, backend="triton", **settings)
+            (gradient,) = torch.autograd.grad(loss, leaf)
+        names = ("plan", "u", "v", "loss", "gradient")
+        results.append({name: x.detach().float().numpy() for name, x in zip(names, (*solved, loss, gradient))})
+    return results
+
+
+@needs_emulator
+@pytest.mark.emulated
+def test_bit_equal_under_any_warp_schedule():
+    first, second = run_compiled(results_under_schedules, (1, 2))
+    for name, expected in first.items():
+        assert (second[name] == expected).all(), name
+
+
+def sinkhorn_reports(target: int, shape: tuple[int, int]) -> list:
+    from comp_kernels._triton import launches_go_to
+
+    reports: list = []
+    with launches_go_to(emulating_launcher(reports, target=target), f"sm_{target}"):
+        ck.sinkhorn(torch.rand(shape), epsilon=0.1, num_iters=2, backend="triton")
+    return [(name, report["global"]) for name, report in reports]
+
+
+@needs_emulator
+@pytest.mark.emulated
+@pytest.mark.parametrize("target", (80, 90))
+def test_traffic(target):
+    """A column step reads the scores once and writes its columns' potentials and the rows' pairs; the plan is one read and one
+    write: nothing else comes from memory that the caches do not hold."""
+    rows, cols, sector = 64, 2048, 32
+    matrix = 4 * rows * cols
+    for name, traffic in run_compiled(sinkhorn_reports, target, (rows, cols)):
+        moved = (traffic["unique_load_sectors"] + traffic["unique_store_sectors"]) * sector
+        compulsory = {"column_step_kernel": matrix + 3 * 4 * cols, "plan_kernel": 2 * matrix + 4 * cols}.get(name)
+        assert compulsory is None or moved <= 1.1 * compulsory, (name, moved, compulsory)
