@@ -30,7 +30,7 @@ METRICS = {"accuracy": ("accuracy (%)", 100.0, 1), "loss": ("loss (nats per toke
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A variant against the baseline: variant minus baseline of every common seed, and what follows."""
+    """One variant minus another of every common seed, and what follows."""
 
     by_seed: dict[int, float]
 
@@ -52,11 +52,11 @@ def values_by_variant(results: dict[str, Any], metric: str) -> dict[str, dict[in
     return {name: values[name] for name in results["variants"] if name in values}
 
 
-def difference(values: dict[str, dict[int, float]], name: str) -> Difference | None:
-    """None for the baseline itself, and where no seed is common."""
-    base = values.get(BASELINE, {})
-    common = {seed: value - base[seed] for seed, value in values[name].items() if seed in base}
-    return Difference(common) if common and name != BASELINE else None
+def difference(values: dict[str, dict[int, float]], name: str, against: str = BASELINE) -> Difference | None:
+    """None between a variant and itself, and where no seed is common."""
+    base = values.get(against, {})
+    common = {seed: value - base[seed] for seed, value in values.get(name, {}).items() if seed in base}
+    return Difference(common) if common and name != against else None
 
 
 def pooled_standard_error(values: dict[str, dict[int, float]]) -> tuple[float, int] | None:
@@ -83,19 +83,37 @@ def write_tables(results: dict[str, Any], folder: Path) -> None:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """One table per group of variants, the baseline on top of each, and the pooled error below."""
+    """One table per group of variants, the baseline on top of each; one of other pairs; and the pooled error below."""
     values = {metric: values_by_variant(results, metric) for metric in METRICS}
     ran = [name for name in values["loss"] if name != BASELINE]
     blocks = []
     for group in dict.fromkeys(results["variants"][name]["group"] for name in ran):
         members = [name for name in ran if results["variants"][name]["group"] == group]
         rows = [_row(results, values, name) for name in (BASELINE, *members) if name in values["loss"]]
-        header = ["variant", "changes", "seeds", "visual tokens"]
+        header = ["variant", "changes", "seeds", "visual tokens per image"]
         for name, _, _ in METRICS.values():
             header += [name, "against the baseline"]
-        lines = [header, ["---"] * 4 + ["---:"] * 4, *rows]
-        blocks.append(f"**{group[0].upper()}{group[1:]}**\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines))
+        blocks.append(_table(group, [header, ["---"] * 4 + ["---:"] * 4, *rows]))
+    pairs = [row for pair in results["pairs"] if (row := _pair_row(results, values, *pair))]
+    if pairs:
+        header = ["variant", "minus", "seeds", *(name for name, _, _ in METRICS.values())]
+        blocks.append(_table("other pairs", [header, ["---"] * 3 + ["---:"] * 2, *pairs]))
     return "\n".join([*blocks, _footnote(values)])
+
+
+def _table(title: str, lines: list[list[str]]) -> str:
+    return f"**{title[0].upper()}{title[1:]}**\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _pair_row(
+    results: dict[str, Any], values: dict[str, dict[str, dict[int, float]]], name: str, against: str
+) -> list[str] | None:
+    found = {metric: difference(values[metric], name, against) for metric in METRICS}
+    if None in found.values():
+        return None
+    labels = [results["variants"][variant]["label"] for variant in (name, against)]
+    seeds = str(len(found["loss"].by_seed))
+    return [*labels, seeds, *(_difference(found[metric], digits) for metric, (_, _, digits) in METRICS.items())]
 
 
 def _row(results: dict[str, Any], values: dict[str, dict[str, dict[int, float]]], name: str) -> list[str]:

@@ -80,6 +80,18 @@ VARIANTS: dict[str, Variant] = {
     "tower": Variant(ROPE_START, "RoPE from II, tower trains in I", TOWER_TRAINS),
 }
 
+PAIRS = (
+    ("crope-fixed", "table-fixed"),
+    ("crope-fixed", "rope-fixed"),
+    ("table-native", "table-fixed"),
+    ("rope-native", "rope-fixed"),
+    ("align-contrastive", "align-off"),
+    ("rope-from-I-tower", "tower"),
+    ("raster-table", "table-native"),
+    ("raster-crope", "raster-table"),
+)
+"""Comparisons that matter beside those with the baseline."""
+
 Base = Callable[[int, Path], Config]
 """(seed, folder) -> the configuration that variants change."""
 
@@ -236,6 +248,7 @@ def collect(folder: Path) -> dict[str, Any]:
         schedule=[dict(stage=s.name, steps=s.max_steps, batch_size=s.batch_size) for s in config.stages],
         questions=NUM_QUESTIONS,
         variants={name: dataclasses.asdict(variant) for name, variant in VARIANTS.items()},
+        pairs=PAIRS,
         runs=sorted(runs, key=lambda run: (order.index(run["variant"]), run["seed"])),
     )
 

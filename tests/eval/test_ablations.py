@@ -17,9 +17,10 @@ from toy import save_toy_models, toy_config
 from comp.config import EvalConfig
 from comp.config_io import differences, to_dict
 from comp.eval import ablations
-from comp.eval.ablation_table import difference, main, pooled_standard_error, values_by_variant
-from comp.eval.ablations import BASELINE, VARIANTS, baseline, claimed, configure, result_path, run_all, stage_one_key
+from comp.eval.ablation_table import difference, main, markdown, pooled_standard_error, values_by_variant
+from comp.eval.ablations import BASELINE, VARIANTS, baseline, claimed, collect, configure, result_path, run_all, stage_one_key
 
+DOCS = Path(__file__).parents[2] / "docs"
 CHANGED = {  # written out by hand: what each variant may differ in, beside its name
     "align-off": {"stages.0.alignment", "stages.1.alignment"},
     "table-native": {"stages.1.rope"},
@@ -144,7 +145,7 @@ def made_up(losses):
         for name, row in losses.items()
         for seed, loss in enumerate(row)
     ]
-    return dict(schedule=[], questions=13, variants=variants, runs=runs)
+    return dict(schedule=[], questions=13, variants=variants, pairs=[("a", "b"), ("a", "never run")], runs=runs)
 
 
 def test_differences_are_paired_by_seed():
@@ -155,6 +156,7 @@ def test_differences_are_paired_by_seed():
     single = difference(values, "b")
     assert single.by_seed == {0: 4.0} and single.standard_error is None
     assert difference(values, BASELINE) is None
+    assert difference(values, "b", against="a").by_seed == {0: 3.5} and difference(values, "b", against="never run") is None
 
 
 def test_pooled_error_of_two_variants_is_the_paired_one():
@@ -179,6 +181,7 @@ def test_the_command_draws_what_the_json_holds(tmp_path, capsys):
     text = (tmp_path / "out" / "ablations.md").read_text()
     assert "| label of a |  | 2 | 20.0 | 25.0 ± 0.0 | +0.0 (0.0) | 2.0000 ± 1.0607 | +0.5000 (0.2500) |" in text
     assert "| label of b |  | 1 | 20.0 | 25.0 | +0.0 | 0.5000 | -0.5000 |" in text
+    assert "| label of a | label of b | 1 | +0.0 | +0.7500 |" in text and "never run" not in text
     assert "standard error of a difference in loss (nats per token) is 0.2500 (1 degrees of freedom)" in text
     assert (tmp_path / "out" / "ablations.png").stat().st_size > 10_000
 
@@ -193,3 +196,20 @@ def test_stopping_stops_the_other_jobs_too(tmp_path, monkeypatch):
     monkeypatch.setattr(ablations, "run_all", stop)
     assert ablations.main([str(tmp_path), "--jobs", "2"]) == 1
     assert [helper.wait(timeout=60) for helper in begun] == [-signal.SIGTERM]
+
+
+# --- the page -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stored():
+    return json.loads((DOCS / "assets" / "ablations.json").read_text())
+
+
+def test_stored_results_belong_to_these_variants_and_this_schedule(stored, tmp_path):
+    now = json.loads(json.dumps(collect(tmp_path)))
+    assert {**stored, "runs": []} == now
+
+
+def test_the_page_shows_the_tables_of_the_stored_results(stored):
+    assert markdown(stored) in (DOCS / "ablations.md").read_text()
