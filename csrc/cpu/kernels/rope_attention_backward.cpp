@@ -4,6 +4,7 @@
 //   P = exp(scale S - lse)    dP = dO V'    dS = P (dP - delta + dlse)    delta = sum_d dO O
 //   dV = P' dO                dK = scale dS' Q        dQ = scale dS K        then the transposed rotation
 #include <algorithm>
+#include <limits>
 
 #include "../parallel.h"
 #include "../rope_attention_schedule.h"
@@ -88,10 +89,11 @@ void load_queries(const Params& p, BackwardScratch<T>& scratch, int64_t token, i
   }
 }
 
-// S and dP of one block -> P and dS, in place; columns beyond the keys become zero.
+// S and dP of one block -> P and dS, in place; P becomes zero beyond the keys.
 template <typename T>
 void softmax_gradients(BackwardScratch<T>& scratch, int64_t queries, int64_t keys, T scale_log2) {
   constexpr int L = kLanes<T>;
+  constexpr T kLowest = -std::numeric_limits<T>::infinity();
   const int64_t score_stride = row_stride<T>(kBlocks.keys), padded = round_up_to_lanes<T>(keys);
   for (int64_t i = 0; i < queries; ++i) {
     T* p = scratch.probabilities + i * score_stride;
@@ -101,11 +103,13 @@ void softmax_gradients(BackwardScratch<T>& scratch, int64_t queries, int64_t key
       Vec<T> e[kTogether];
 #pragma GCC unroll 8
       for (int n = 0; n < kTogether; ++n) e[n] = load(p + j + n * L) * scale_log2 - lse - lse_rest;
+      if (j + kTogether * L > keys) {
+        for (int n = 0; n < kTogether; ++n) e[n] = select<T>(first_lanes<T>(keys - j - n * L), e[n], broadcast(kLowest));
+      }
       exp2(e);
 #pragma GCC unroll 8
       for (int n = 0; n < kTogether; ++n) {
         const int64_t at = j + n * L;
-        if (at + L > keys) e[n] = select<T>(first_lanes<T>(keys - at), e[n], Vec<T>{});
         store(p + at, e[n]);
         store(ds + at, e[n] * (load(ds + at) - delta + dlse));
       }
