@@ -31,7 +31,8 @@ class TileConfig(NamedTuple):
 
 
 # 16-bit dtypes; per kernel and family, up to which head dim (rounded up to 16) a configuration serves. Chosen so that
-# the forward kernel never spills, the backward ones not up to 80 channels on sm_80 and 128 on sm_90 (docs/compile_report.md).
+# with half-width tables nothing spills on sm_80 and sm_90: forward at no head dim, backward up to 80 (sm_80) and 128 (sm_90).
+# docs/compile_report.md has what does spill.
 TABLE: dict[str, dict[str, dict[int, TileConfig]]] = {
     "forward": {
         "sm_80": {
