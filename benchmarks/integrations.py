@@ -15,6 +15,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import transformers
@@ -27,43 +28,70 @@ GRIDS = ((50, 36), (24, 42), (16, 60), (32, 24), (14, 20), (10, 10))
 """Rows and columns of patches of a batch at native resolution: a page, photographs, a strip, icons; 4,916 patches."""
 
 
-def siglip2(layers: int) -> tuple[nn.Module, dict[str, Tensor], str]:
+class Tower(NamedTuple):
+    model: nn.Module
+    inputs: dict[str, Tensor]
+    title: str
+    patch: Callable = patch_transformers
+
+
+def padded() -> tuple[Tensor, Tensor]:
+    """[images, longest, 2] rows and columns of patches padded to the largest image, and which are real, [images, longest]."""
+    grids = [torch.cartesian_prod(torch.arange(rows), torch.arange(columns)) for rows, columns in GRIDS]
+    coordinates = nn.utils.rnn.pad_sequence(grids, batch_first=True)
+    lengths = torch.tensor([len(grid) for grid in grids])
+    return coordinates, torch.arange(coordinates.shape[1]) < lengths[:, None]
+
+
+def siglip2(layers: int) -> Tower:
     """NaFlex: padded to the largest image."""
     config = transformers.Siglip2VisionConfig(num_hidden_layers=layers, vision_use_head=False)
-    shapes = torch.tensor(GRIDS)
-    longest = int(shapes.prod(1).max())
-    mask = (torch.arange(longest) < shapes.prod(1)[:, None]).long()
-    inputs = dict(pixel_values=torch.randn(len(GRIDS), longest, 768), spatial_shapes=shapes, pixel_attention_mask=mask)
-    return transformers.Siglip2VisionModel(config), inputs, "SigLIP 2 base, NaFlex, padded batch"
+    _, real = padded()
+    inputs = dict(
+        pixel_values=torch.randn(*real.shape, 768), spatial_shapes=torch.tensor(GRIDS), pixel_attention_mask=real.long()
+    )
+    return Tower(transformers.Siglip2VisionModel(config), inputs, "SigLIP 2 base, NaFlex, padded batch")
 
 
-def pixtral(layers: int) -> tuple[nn.Module, dict[str, Tensor], str]:
+def pixtral(layers: int) -> Tower:
     """Six images in one row behind a dense mask of blocks."""
     config = transformers.PixtralVisionConfig(num_hidden_layers=layers)
     height, width = (16 * max(grid[axis] for grid in GRIDS) for axis in (0, 1))
     sizes = [(16 * rows, 16 * columns) for rows, columns in GRIDS]
     inputs = dict(pixel_values=torch.randn(len(GRIDS), 3, height, width), image_sizes=sizes)
-    return transformers.PixtralVisionModel(config), inputs, "Pixtral, images packed behind a mask"
+    return Tower(transformers.PixtralVisionModel(config), inputs, "Pixtral, images packed behind a mask")
 
 
-def qwen2_5_vl(layers: int) -> tuple[nn.Module, dict[str, Tensor], str]:
+def qwen2_5_vl(layers: int) -> Tower:
     """Every second layer attends within windows, the others within images (released: every eighth)."""
     config = Qwen2_5_VLVisionConfig(
         depth=layers, hidden_size=1280, fullatt_block_indexes=list(range(1, layers, 2)), out_hidden_size=1280
     )
     grids = torch.tensor([(1, *grid) for grid in GRIDS])
     inputs = dict(hidden_states=torch.randn(int(grids.prod(1).sum()), 3 * 2 * 14 * 14), grid_thw=grids)
-    return Qwen2_5_VisionTransformerPretrainedModel(config), inputs, "Qwen2.5-VL, packed, windows and whole images"
+    return Tower(Qwen2_5_VisionTransformerPretrainedModel(config), inputs, "Qwen2.5-VL, packed, windows and whole images")
 
 
-def dinov3(layers: int) -> tuple[nn.Module, dict[str, Tensor], str]:
-    """One image of 672 x 896 pixels, ViT-S."""
+def dinov3(layers: int) -> Tower:
+    """One photograph of 1008 x 1344 pixels, ViT-S."""
     config = transformers.DINOv3ViTConfig(num_hidden_layers=layers, num_register_tokens=4)
-    inputs = dict(pixel_values=torch.randn(1, 3, 672, 896))
-    return transformers.DINOv3ViTModel(config), inputs, "DINOv3 ViT-S, one image of 2352 patches"
+    inputs = dict(pixel_values=torch.randn(1, 3, 1008, 1344))
+    return Tower(transformers.DINOv3ViTModel(config), inputs, "DINOv3 ViT-S, one image of 5292 patches")
 
 
-TOWERS: dict[str, Callable] = {build.__name__: build for build in (siglip2, pixtral, qwen2_5_vl, dinov3)}
+def naflexvit(layers: int) -> Tower:
+    """timm's ViT-B for native sizes, with its 2D rotary embedding, padded to the largest image."""
+    from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
+
+    from comp_kernels.integrations import patch_timm
+
+    config = NaFlexVitCfg(patch_size=16, embed_dim=768, depth=layers, num_heads=12, rope_type="axial", pos_embed="none")
+    coordinates, real = padded()
+    inputs = dict(x=torch.randn(*real.shape, 768), patch_coord=coordinates, patch_valid=real)
+    return Tower(NaFlexVit(config, num_classes=0), inputs, "timm NaFlexViT base, rotary, padded batch", patch_timm)
+
+
+TOWERS: dict[str, Callable] = {build.__name__: build for build in (siglip2, pixtral, qwen2_5_vl, dinov3, naflexvit)}
 
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -73,18 +101,20 @@ def forward_backward(model: nn.Module, inputs: dict[str, Tensor], clock: Callabl
     """Seconds of one forward and backward pass."""
     model.zero_grad(set_to_none=True)
     begin = clock()
-    model(**inputs).last_hidden_state.float().sum().backward()
+    output = model(**inputs)
+    hidden = output if isinstance(output, Tensor) else output.last_hidden_state
+    hidden.float().sum().backward()
     return clock() - begin
 
 
 def measure(name: str, layers: int, repeats: int, dtype: torch.dtype, backend: str | None, clock: Callable[[], float]) -> str:
     """One row of the table."""
     torch.manual_seed(0)
-    model, inputs, title = TOWERS[name](layers)
+    model, inputs, title, patch = TOWERS[name](layers)
     model = model.to(dtype)
     inputs = {key: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for key, x in inputs.items()}
     patched = copy.deepcopy(model)
-    patch_transformers(patched, backend=backend)
+    patch(patched, backend=backend)
     times: dict[str, list[float]] = {"before": [], "after": []}
     for repeat in range(repeats + 1):
         for label, one in (("before", model), ("after", patched)):
