@@ -17,6 +17,7 @@ from .build import native_encoder
 from .data.batch import Message, Sample
 from .data.packing import collate
 from .data.template import ChatTemplate, load_tokenizer
+from .eval.options import positive_int
 from .model import CoMP
 
 
@@ -63,7 +64,7 @@ def main() -> None:
     parser.add_argument("folder", help="a stage's export: runs/NAME/models/STAGE")
     parser.add_argument("images", nargs="*", help="image files")
     parser.add_argument("question")
-    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--max-new-tokens", type=positive_int, default=64)
     arguments = parser.parse_args()
     model, template = load(arguments.folder)
     print(answer(model, template, arguments.images, arguments.question, max_new_tokens=arguments.max_new_tokens))

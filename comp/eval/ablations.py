@@ -33,6 +33,7 @@ from ..metrics import read_records
 from ..recipes_tiny import tiny
 from ..trainer import StopRequested, Trainer
 from .ablation_table import write_tables
+from .options import positive_int
 from .vqa import OVERALL, answer_loss, answer_questions, scores_by_type
 
 BASELINE = "baseline"
@@ -258,7 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, metavar="RUNDIR", help="where runs and results go, for example runs/ablations")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME", help=", ".join(VARIANTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=1, help="processes, one thread each")
+    parser.add_argument("--jobs", type=positive_int, default=1, help="processes, one thread each")
     options = parser.parse_args(arguments)
     command = [sys.executable, "-m", "comp.eval.ablations", str(options.folder), "--only", *options.only]
     command += ["--seeds", *map(str, options.seeds)]

@@ -61,6 +61,7 @@ class BenchmarkDataset:
             if not (Path(path) / images_config).is_dir():
                 raise ConfigError(f"{name} needs a column image or a folder {images_config} beside the questions, in {path}")
             self._image_rows = open_folder(config=images_config, **where)
+            self._image_ids = self._find(["imageId"])
             self._images = {key: index for index, key in enumerate(self._image_rows["id"])}
         self._names = {column: self._find(column.split("|")) for column in self.benchmark.columns.split()}
 
@@ -80,7 +81,7 @@ class BenchmarkDataset:
         name = f"{self.name}[{index}]"
         try:
             if self._images:
-                row["image"] = self._image_rows[self._images[row["imageId"]]]["image"]
+                row["image"] = self._image_rows[self._images[row[self._image_ids]]]["image"]
             return self.benchmark.read(name, row)
         except (TypeError, ValueError, LookupError) as error:
             raise BadSampleError(f"{name}: {type(error).__name__}: {error}") from error

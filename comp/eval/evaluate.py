@@ -33,6 +33,7 @@ from ..data.mixture import open_sources
 from ..metrics import table
 from ..model import CoMP
 from .benchmarks import BENCHMARKS, open_benchmark
+from .options import positive_int
 from .vqa import Prediction, answer_batches, scores_by_type
 
 FILES = (".json", ".jsonl", ".yaml", ".yml")
@@ -148,13 +149,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         parser.error(str(error))
     return 0
-
-
-def positive_int(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
 
 
 def evaluate(options: argparse.Namespace) -> dict[str, dict[str, dict[str, Any]]]:

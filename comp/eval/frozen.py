@@ -23,6 +23,7 @@ from torch import Tensor
 from ..config import ConfigError
 from ..config_io import from_dict
 from ..model import VisionEncoder
+from .options import positive_int
 from .sweep import trained_config
 
 BEFORE = "before"
@@ -168,9 +169,9 @@ def add_options(parser: argparse.ArgumentParser, settings: object) -> None:
     parser.add_argument(
         "--stages", nargs="+", metavar="STAGE", help="whose encoders to compare with the start (default: the last)"
     )
-    parser.add_argument("--seeds", type=int, default=3, help="probes trained per encoder (default: 3)")
-    parser.add_argument("--train-images", type=int, metavar="N", help="use N of the training images (default: all)")
-    parser.add_argument("--test-images", type=int, metavar="N", help="use N of the test images (default: all)")
+    parser.add_argument("--seeds", type=positive_int, default=3, help="probes trained per encoder (default: 3)")
+    parser.add_argument("--train-images", type=positive_int, metavar="N", help="use N of the training images (default: all)")
+    parser.add_argument("--test-images", type=positive_int, metavar="N", help="use N of the test images (default: all)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     for field in dataclasses.fields(settings):
         value, flag = getattr(settings, field.name), f"--{field.name.replace('_', '-')}"
@@ -182,11 +183,7 @@ def add_options(parser: argparse.ArgumentParser, settings: object) -> None:
 
 
 def settings_from(options: argparse.Namespace, settings_class: type):
-    """The options as `settings_class`; refuses counts below 1."""
-    for name in ("seeds", "train_images", "test_images"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    """The options as `settings_class`."""
     return settings_class(**{field.name: getattr(options, field.name) for field in dataclasses.fields(settings_class)})
 
 

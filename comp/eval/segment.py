@@ -45,6 +45,7 @@ from .frozen import (
     run_trial,
     settings_from,
 )
+from .options import positive_int
 from .segment_data import AnnotatedImages, annotated_folder, augmented_square
 from .segment_heads import make_head
 
@@ -299,7 +300,7 @@ def draw_examples(test: AnnotatedImages, predictions: dict[str, Sequence[Tensor]
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, metavar="FOLDER", required=True, help="in ADE20K's layout")
-    parser.add_argument("--num-classes", type=int, metavar="N", help="where FOLDER has no classes.txt")
+    parser.add_argument("--num-classes", type=positive_int, metavar="N", help="where FOLDER has no classes.txt")
     add_options(parser, SegmentationSettings())
     options = parser.parse_args(arguments)
     try:

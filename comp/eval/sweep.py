@@ -23,6 +23,7 @@ from ..build import build_model, sample_encoder, set_position_mode
 from ..config import Config, ConfigError
 from ..config_io import from_dict
 from ..data.mixture import open_sources
+from .options import positive_int
 from .vqa import OVERALL, answer_questions, scores_by_type
 
 CAPS = (8, 16, 32, 64, 128)
@@ -118,9 +119,11 @@ def write_sweep(results: dict[int, dict[str, dict[str, Any]]], folder: Path) -> 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run, for example runs/tiny")
-    parser.add_argument("--caps", type=int, nargs="+", default=CAPS, metavar="N", help=f"default: {' '.join(map(str, CAPS))}")
+    parser.add_argument(
+        "--caps", type=positive_int, nargs="+", default=CAPS, metavar="N", help=f"default: {' '.join(map(str, CAPS))}"
+    )
     parser.add_argument("--stage", help="whose models to use (default: the last)")
-    parser.add_argument("--questions", type=int, help="use the first questions only")
+    parser.add_argument("--questions", type=positive_int, help="use the first questions only")
     options = parser.parse_args(arguments)
     try:
         results = sweep(trained_config(options.run, options.stage), sorted(options.caps), options.questions)

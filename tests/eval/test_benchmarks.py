@@ -154,6 +154,13 @@ def test_gqa_joins_questions_and_images(tmp_path):
     samples = list(open_benchmark("gqa", str(tmp_path / "gqa")))
     colours = [load_image(s.messages[0].images[0], s.name).getpixel((0, 0)) for s in samples]
     assert colours == [(0, 0, 255), (255, 0, 0), (0, 0, 255)] and samples[0].messages[0].text == "q?" + SHORT
+    write_parquet(
+        [dict(question="q?", answer="yes")],
+        tmp_path / "bare" / "testdev_balanced_instructions" / "testdev-00000-of-00001.parquet",
+    )
+    write_parquet(images, tmp_path / "bare" / "testdev_balanced_images" / "testdev-00000-of-00001.parquet")
+    with pytest.raises(ConfigError, match="gqa needs a column imageId"):
+        open_benchmark("gqa", str(tmp_path / "bare"))
 
 
 def test_ai2d(tmp_path):
