@@ -119,9 +119,8 @@ def write_sweep(results: dict[int, dict[str, dict[str, Any]]], folder: Path) -> 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run, for example runs/tiny")
-    parser.add_argument(
-        "--caps", type=positive_int, nargs="+", default=CAPS, metavar="N", help=f"default: {' '.join(map(str, CAPS))}"
-    )
+    default = " ".join(map(str, CAPS))
+    parser.add_argument("--caps", type=positive_int, nargs="+", default=CAPS, metavar="N", help=f"default: {default}")
     parser.add_argument("--stage", help="whose models to use (default: the last)")
     parser.add_argument("--questions", type=positive_int, help="use the first questions only")
     options = parser.parse_args(arguments)
