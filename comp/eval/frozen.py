@@ -20,7 +20,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..config import ConfigError
 from ..config_io import from_dict
 from ..model import VisionEncoder
 from .options import positive_int
