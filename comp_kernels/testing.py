@@ -14,11 +14,14 @@ from .ops.rope_attention import reference, rope_attention
 from .ops.rope_attention.tables import axial_freqs, rope_tables
 
 
-def assert_within_budget(name: str, actual: Tensor, exact: Tensor, peer: Tensor, factor: float = 2.0) -> None:
+def assert_within_budget(
+    name: str, actual: Tensor, exact: Tensor, peer: Tensor, factor: float = 2.0, largest_term: float = 0.0
+) -> None:
     """The error of `actual` is at most `factor` times the error of `peer`, a plain PyTorch version in the working dtype.
 
     exact: the reference in float64. One rounding of the largest value is added to the peer's error, so that a peer that
     happens to be exact does not make the budget zero. Infinities must sit at the same places.
+    largest_term: of sums whose terms cancel, the largest; it is rounded too, whatever is left of it.
     """
     actual64, peer64 = actual.detach().double(), peer.detach().double()
     finite = exact.isfinite()
@@ -26,7 +29,7 @@ def assert_within_budget(name: str, actual: Tensor, exact: Tensor, peer: Tensor,
     assert actual64[finite].isfinite().all(), f"{name}: {int((~actual64[finite].isfinite()).sum())} non-finite values"
     if not finite.any():
         return
-    rounding = torch.finfo(peer.dtype).eps * exact[finite].abs().max()
+    rounding = torch.finfo(peer.dtype).eps * max(float(exact[finite].abs().max()), largest_term)
     budget = factor * ((peer64 - exact)[finite].abs().max() + rounding)
     error = (actual64 - exact)[finite].abs().max()
     assert error <= budget, f"{name}: max error {error:.3e} exceeds the budget {budget:.3e}"
