@@ -15,9 +15,9 @@ from PIL import Image
 
 from .build import native_encoder
 from .data.batch import Message, Sample
-from .data.packing import collate
 from .data.template import ChatTemplate, load_tokenizer
 from .eval.options import positive_int
+from .eval.vqa import generate_answers
 from .model import CoMP
 
 
@@ -53,10 +53,8 @@ def answer(
         min_visual_tokens=min_visual_tokens,
         max_visual_tokens=max(0, min(max_visual_tokens, room)),
     )
-    batch = collate([encoder.encode_prompt(sample)], pad_id=template.pad_id, patch_features=encoder.patch_features)
-    batch = batch.to(model.adapter.fc2.weight.device)
-    ids = model.generate(batch, max_new_tokens=max_new_tokens, eos_token_id=template.turn_end)
-    return template.decode(ids[0])
+    device = model.adapter.fc2.weight.device
+    return generate_answers(model, [encoder.encode_prompt(sample)], encoder, max_new_tokens=max_new_tokens, device=device)[0]
 
 
 def main() -> None:

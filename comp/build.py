@@ -70,33 +70,50 @@ def set_position_mode(model: CoMP, config: Config, stage: StageConfig) -> None:
 
 def sample_encoder(model: CoMP, template: ChatTemplate, config: Config, stage: StageConfig) -> SampleEncoder:
     """Turns samples into what the model eats, at the resolution of the stage."""
-    vision = model.encoder.config
     resolution = stage.resolution
     if resolution == "pretrain":
+        vision = model.encoder.config
         resolution = config.vision.pretrain_resolution or vision.grid_size * vision.patch_size
-    images = ImageSettings(
-        patch_size=vision.patch_size,
-        merge_size=vision.merge_size,
-        mean=tuple(vision.image_mean),
-        std=tuple(vision.image_std),
+    return _encoder(
+        model,
+        template,
         resolution=resolution,
         min_visual_tokens=stage.min_visual_tokens,
         max_visual_tokens=stage.max_visual_tokens,
+        max_text_tokens=stage.max_text_tokens,
     )
-    return SampleEncoder(template, images, max_text_tokens=stage.max_text_tokens)
 
 
 def native_encoder(
     model: CoMP, template: ChatTemplate, *, max_text_tokens: int, min_visual_tokens: int = 4, max_visual_tokens: int = 3000
 ) -> SampleEncoder:
     """Turns questions into what the model eats, images at native size within the bounds, which those of a question share."""
+    return _encoder(
+        model,
+        template,
+        resolution=None,
+        min_visual_tokens=min_visual_tokens,
+        max_visual_tokens=max_visual_tokens,
+        max_text_tokens=max_text_tokens,
+    )
+
+
+def _encoder(
+    model: CoMP,
+    template: ChatTemplate,
+    *,
+    resolution: int | None,
+    min_visual_tokens: int,
+    max_visual_tokens: int,
+    max_text_tokens: int,
+) -> SampleEncoder:
     vision = model.encoder.config
     images = ImageSettings(
         patch_size=vision.patch_size,
         merge_size=vision.merge_size,
         mean=tuple(vision.image_mean),
         std=tuple(vision.image_std),
-        resolution=None,
+        resolution=resolution,
         min_visual_tokens=min_visual_tokens,
         max_visual_tokens=max_visual_tokens,
     )

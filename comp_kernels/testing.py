@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -23,16 +24,21 @@ def assert_within_budget(
     happens to be exact does not make the budget zero. Infinities must sit at the same places.
     largest_term: of sums whose terms cancel, the largest; it is rounded too, whatever is left of it.
     """
-    actual64, peer64 = actual.detach().double(), peer.detach().double()
+    actual64 = actual.detach().double()
     finite = exact.isfinite()
     assert torch.equal(actual64[~finite], exact[~finite]), f"{name}: infinities differ from the reference"
     assert actual64[finite].isfinite().all(), f"{name}: {int((~actual64[finite].isfinite()).sum())} non-finite values"
     if not finite.any():
         return
-    rounding = torch.finfo(peer.dtype).eps * max(float(exact[finite].abs().max()), largest_term)
-    budget = factor * ((peer64 - exact)[finite].abs().max() + rounding)
-    error = (actual64 - exact)[finite].abs().max()
-    assert error <= budget, f"{name}: max error {error:.3e} exceeds the budget {budget:.3e}"
+    error, allowed = error_and_allowance(actual, exact, peer, largest_term)
+    assert error <= factor * allowed, f"{name}: max error {error:.3e} exceeds the budget {factor * allowed:.3e}"
+
+
+def error_and_allowance(actual: Tensor, exact: Tensor, peer: Tensor, largest_term: float = 0.0) -> tuple[float, float]:
+    """(largest error of `actual`, that of `peer` and one rounding of the largest value or term), where `exact` is finite."""
+    finite = exact.isfinite()
+    error, allowed = (float((x.detach().double() - exact)[finite].abs().max()) for x in (actual, peer))
+    return error, allowed + torch.finfo(peer.dtype).eps * max(float(exact[finite].abs().max()), largest_term)
 
 
 # --- rotary layouts of the vision transformers in use ----------------------------------------------------------------------
@@ -315,16 +321,14 @@ def check_median_error(case: AttentionCase, dtype: torch.dtype, backend: str, dr
     For logits of 1e4: the largest error of one draw is that of the nearest tie of two keys, decided by roundings of the
     logits that neither side controls, and either side may have it ten times as large as the other.
     """
-    errors: dict[str, list[float]] = {}
-    budgets: dict[str, list[float]] = {}
+    drawn: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for seed in range(draws):
         actual, exact, peer = three_ways(dataclasses.replace(case, seed=seed), dtype, backend)
         for name, value in exact.items():
-            rounding = torch.finfo(peer[name].dtype).eps * value.abs().max()
-            errors.setdefault(name, []).append(float((actual[name].double() - value).abs().max()))
-            budgets.setdefault(name, []).append(float((peer[name].double() - value).abs().max() + rounding))
-    for name in errors:
-        error, budget = statistics.median(errors[name]), factor * statistics.median(budgets[name])
+            drawn[name].append(error_and_allowance(actual[name], value, peer[name]))
+    for name, pairs in drawn.items():
+        error, allowed = map(statistics.median, zip(*pairs))
+        budget = factor * allowed
         assert error <= budget, f"{case.name} {name}: median error {error:.3e} of {draws} draws exceeds {budget:.3e}"
 
 

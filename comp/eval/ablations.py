@@ -32,11 +32,10 @@ from ..data.mixture import open_sources
 from ..metrics import read_records
 from ..recipes_tiny import tiny
 from ..trainer import StopRequested, Trainer
-from .ablation_table import write_tables
+from .ablation_table import BASELINE, write_tables
 from .options import positive_int
 from .vqa import OVERALL, answer_loss, answer_questions, scores_by_type
 
-BASELINE = "baseline"
 NUM_QUESTIONS = 390
 """Held-out questions, 30 of each kind."""
 CONTRASTIVE_TEMPERATURE = 0.07

@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..config_io import from_dict
+from ..metrics import table
 from ..model import VisionEncoder
 from .options import positive_int
 from .sweep import trained_config
@@ -83,6 +84,11 @@ def subset(items: Sequence, count: int | None) -> list:
     return [items[i] for i in sorted(np.random.default_rng(0).permutation(len(items))[:count])]
 
 
+def in_batches(count: int, size: int) -> Iterator[range]:
+    """The indices 0 .. count - 1, `size` at a time."""
+    return (range(start, min(start + size, count)) for start in range(0, count, size))
+
+
 # --- outcomes ----------------------------------------------------------------------------------------------------------------
 
 
@@ -99,8 +105,8 @@ def run_trial(trial: Trial, run: Path, encoders: Iterator[tuple[str, VisionEncod
             outcome = {"key": key, **trial.run(encoder.to(device))}
             torch.save(outcome, kept)
         outcomes[label] = outcome
-    table = make_table({label: outcome["counts"] for label, outcome in outcomes.items()}, trial.measures)
-    (folder / "table.json").write_text(json.dumps(dict(title=trial.title, text=trial.text, **table), indent=1))
+    made = make_table({label: outcome["counts"] for label, outcome in outcomes.items()}, trial.measures)
+    (folder / "table.json").write_text(json.dumps(dict(title=trial.title, text=trial.text, **made), indent=1))
     return outcomes
 
 
@@ -188,7 +194,5 @@ def settings_from(options: argparse.Namespace, settings_class: type):
 
 def describe_table(folder: Path) -> str:
     """The table of a finished trial as text."""
-    table = json.loads((folder / "table.json").read_text())
-    lines = [table["header"], *table["rows"]]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines)
+    found = json.loads((folder / "table.json").read_text())
+    return table(found["header"], found["rows"])

@@ -31,6 +31,7 @@ from .frozen import (
     data_key,
     describe_table,
     encoders_of,
+    in_batches,
     learning_rate,
     run_trial,
     settings_from,
@@ -174,11 +175,8 @@ def correct_answers(
 
 def all_features(encoder: VisionEncoder, images: LabelledImages, settings: ProbeSettings) -> Tensor:
     """[n, T, D] of all images, kept in main memory."""
-    size = settings.batch_size
-    starts = range(0, len(images.labels), size)
-    ends = (min(start + size, len(images.labels)) for start in starts)
-    parts = (encode(encoder, [images.open(i) for i in range(a, b)], settings.size).cpu() for a, b in zip(starts, ends))
-    return torch.cat(list(parts))
+    batches = in_batches(len(images.labels), settings.batch_size)
+    return torch.cat([encode(encoder, [images.open(i) for i in batch], settings.size).cpu() for batch in batches])
 
 
 @torch.no_grad()

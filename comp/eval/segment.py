@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,6 +41,7 @@ from .frozen import (
     data_key,
     describe_table,
     encoders_of,
+    in_batches,
     learning_rate,
     run_trial,
     settings_from,
@@ -90,10 +91,6 @@ def feature_maps(encoder: VisionEncoder, images: Sequence[Image.Image], max_toke
     stacked = torch.stack([F.layer_norm(taps[layer], taps[layer].shape[-1:]) for layer in layers], dim=1)  # [N, 4, D]
     maps = to_raster(stacked.flatten(1), grids, merge_size)
     return [one.squeeze(0).unflatten(-1, stacked.shape[1:]).permute(2, 3, 0, 1) for one in maps]
-
-
-def in_batches(count: int, size: int) -> Iterator[range]:
-    return (range(start, min(start + size, count)) for start in range(0, count, size))
 
 
 # --- training ----------------------------------------------------------------------------------------------------------------

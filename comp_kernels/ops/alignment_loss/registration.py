@@ -14,12 +14,11 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..._backends import implementation
-from ..._namespace import NAMESPACE, OPS
+from ..._namespace import LIBRARY, OPS, register
 from ..sinkhorn.registration import group_by_name
 from . import streaming
 
 OPERATOR = "alignment_loss"
-LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 LIBRARY.define(
     "alignment_loss(Tensor vision, Tensor text, Tensor prototypes, Tensor? prior, Tensor? valid, str mode, float epsilon, "
@@ -89,15 +88,8 @@ def refuse_double_backward(ctx, *grads):
     raise NotImplementedError("alignment_loss has no second derivatives: use backend='reference' for double backward")
 
 
-for name, kernel, fake in (
-    ("alignment_loss", forward, forward_fake),
-    ("alignment_loss_backward", backward, backward_fake),
-):
-    LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
-
-torch.library.register_autograd(f"{NAMESPACE}::alignment_loss", autograd, setup_context=setup_context, lib=LIBRARY)
-torch.library.register_autograd(f"{NAMESPACE}::alignment_loss_backward", refuse_double_backward, lib=LIBRARY)
+register("alignment_loss", forward, forward_fake, autograd, setup_context)
+register("alignment_loss_backward", backward, backward_fake, refuse_double_backward)
 
 FORWARD = OPS.alignment_loss
 BACKWARD = OPS.alignment_loss_backward

@@ -14,10 +14,9 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..._backends import implementation
-from ..._namespace import NAMESPACE, OPS
+from ..._namespace import LIBRARY, OPS, register
 
 OPERATOR = "rope_attention"
-LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 TABLES = "Tensor? cos, Tensor? sin, Tensor? cos_k, Tensor? sin_k"
 BOUNDS = "Tensor cu_seqlens, Tensor cu_seqlens_k"
@@ -152,15 +151,8 @@ def refuse_double_backward(ctx, *grads):
     )
 
 
-for name, kernel, fake in (
-    ("rope_attention_forward", forward, forward_fake),
-    ("rope_attention_backward", backward, backward_fake),
-):
-    LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
-
-torch.library.register_autograd(f"{NAMESPACE}::rope_attention_forward", autograd, setup_context=setup_context, lib=LIBRARY)
-torch.library.register_autograd(f"{NAMESPACE}::rope_attention_backward", refuse_double_backward, lib=LIBRARY)
+register("rope_attention_forward", forward, forward_fake, autograd, setup_context)
+register("rope_attention_backward", backward, backward_fake, refuse_double_backward)
 
 FORWARD = OPS.rope_attention_forward
 BACKWARD = OPS.rope_attention_backward

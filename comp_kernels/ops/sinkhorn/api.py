@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ..._backends import choose_backend, transforms_active
 from ..._checks import check_float, check_positive, check_same, check_tensor
-from . import gradients, reference
-from .registration import FORWARD
+from . import gradients
+from .registration import FORWARD, forward
 
 
 def sinkhorn(
@@ -71,18 +71,8 @@ def sinkhorn(
     rows, cols = (x.detach() for x in default_marginals(scores, row_marginals, col_marginals, group, compute))
     if gradient == "detach":
         scores = scores.detach()
-    if transforms_active():  # nothing has rules for them but plain PyTorch
-        return reference.sinkhorn(
-            scores,
-            epsilon=epsilon,
-            num_iters=num_iters,
-            row_marginals=rows,
-            col_marginals=cols,
-            tol=tol,
-            group=group,
-            return_potentials=return_potentials,
-        )
-    plan, u, v = FORWARD.default(
+    solve = forward if transforms_active() else FORWARD.default  # an operator has no rules for them, plain PyTorch needs none
+    plan, u, v = solve(
         scores, rows, cols, epsilon, num_iters, tol, None if group is None else group.group_name, gradient, backend
     )
     return (plan, u, v) if return_potentials else plan

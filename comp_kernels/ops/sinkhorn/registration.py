@@ -16,11 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..._backends import implementation
-from ..._namespace import NAMESPACE, OPS
+from ..._namespace import LIBRARY, OPS, register
 from . import gradients, reference
 
 OPERATOR = "sinkhorn"
-LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 LIBRARY.define(
     "sinkhorn(Tensor scores, Tensor row_marginals, Tensor col_marginals, float epsilon, int num_iters, float? tol, "
@@ -97,12 +96,8 @@ def refuse_double_backward(ctx, *grads):
     raise NotImplementedError("sinkhorn has no second derivatives: use comp_kernels.reference.sinkhorn for double backward")
 
 
-for name, kernel, fake in (("sinkhorn", forward, forward_fake), ("sinkhorn_backward", backward, backward_fake)):
-    LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
-
-torch.library.register_autograd(f"{NAMESPACE}::sinkhorn", autograd, setup_context=setup_context, lib=LIBRARY)
-torch.library.register_autograd(f"{NAMESPACE}::sinkhorn_backward", refuse_double_backward, lib=LIBRARY)
+register("sinkhorn", forward, forward_fake, autograd, setup_context)
+register("sinkhorn_backward", backward, backward_fake, refuse_double_backward)
 
 FORWARD = OPS.sinkhorn
 BACKWARD = OPS.sinkhorn_backward
