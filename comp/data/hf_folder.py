@@ -40,8 +40,9 @@ def open_folder(
             splits = sorted(p.name for p in root.iterdir() if p.is_dir())
             raise ConfigError(f"{root} has no split {split!r}, only {', '.join(splits)}")
         rows = library.load_from_disk(root / split)
-    elif (root / "state.json").is_file():  # a single split; only the library's own name for it may differ
+    elif (root / "state.json").is_file():
         rows = library.load_from_disk(root)
+        _check_single_split(root, rows.split, split)
     else:
         files = _parquet_files(root, split)
         cache = None if cache_dir is None else str(cache_dir)
@@ -57,6 +58,13 @@ def _library() -> Any:
             f"folders of Hugging Face datasets need the library: pip install 'comp-kernels[eval]' (or datasets); {error}"
         ) from error
     return datasets
+
+
+def _check_single_split(root: Path, recorded: str | None, wanted: str) -> None:
+    """A folder of one split that knows its name must hold the one that is wanted; a dataset made by hand has no name."""
+    name = "" if recorded is None else str(recorded).partition("[")[0]  # "test[:100]" is a part of test
+    if name not in ("", wanted):
+        raise ConfigError(f"{root} holds split {str(recorded)!r} alone, not {wanted!r}")
 
 
 def _parquet_files(root: Path, split: str) -> list[str]:

@@ -11,15 +11,17 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..config import ConfigError
 from ..config_io import from_dict
 from ..metrics import table
 from ..model import VisionEncoder
@@ -68,7 +70,23 @@ def encoders_of(run: Path, stages: Sequence[str] | None = None) -> Iterator[tupl
         yield stage or config.stages[-1].name, VisionEncoder.from_pretrained(path).float().eval()
 
 
-def learning_rate(step: int, total: int, warmup: float, settings, *, cosine: bool) -> float:
+def fit(head: nn.Module, losses: Iterable[Tensor], settings: Any, *, num_steps: int, warmup: float, cosine: bool) -> nn.Module:
+    """Train `head` with AdamW; returns it in evaluation mode.
+
+    losses:    of `num_steps` batches; each is asked for when the step before is done.
+    settings:  rates (see `learning_rate`) and weight decay.
+    """
+    optimizer = torch.optim.AdamW(head.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+    for step, loss in enumerate(losses):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, num_steps, warmup, settings, cosine=cosine)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return head.eval()
+
+
+def learning_rate(step: int, total: int, warmup: float, settings: Any, *, cosine: bool) -> float:
     """Linear warm-up from 0 to settings.lr, then down to settings.min_lr along half a cosine or a line."""
     if step < warmup:
         return settings.lr * (step + 1) / (warmup + 1)
@@ -187,9 +205,16 @@ def add_options(parser: argparse.ArgumentParser, settings: object) -> None:
             parser.add_argument(flag, type=type(value), default=value, choices=choices, help=f"default: {value}")
 
 
-def settings_from(options: argparse.Namespace, settings_class: type):
-    """The options as `settings_class`."""
-    return settings_class(**{field.name: getattr(options, field.name) for field in dataclasses.fields(settings_class)})
+def settings_from(options: argparse.Namespace, settings_class: type) -> Any:
+    """The options as `settings_class`. ConfigError for a number that cannot train: below its field's metadata "least", or where
+    there is none not more than 0."""
+    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(settings_class)}
+    for field in dataclasses.fields(settings_class):
+        value, least = values[field.name], field.metadata.get("least")
+        if type(value) in (int, float) and not (value > 0 if least is None else value >= least):
+            needed = "more than 0" if least is None else f"at least {least}"
+            raise ConfigError(f"--{field.name.replace('_', '-')} must be {needed}, got {value}")
+    return settings_class(**values)
 
 
 def describe_table(folder: Path) -> str:

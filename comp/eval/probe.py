@@ -11,7 +11,7 @@ import argparse
 import dataclasses
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,8 +31,8 @@ from .frozen import (
     data_key,
     describe_table,
     encoders_of,
+    fit,
     in_batches,
-    learning_rate,
     run_trial,
     settings_from,
     subset,
@@ -46,11 +46,11 @@ class ProbeSettings:
     size: int = 64
     """Side of the square images in pixels."""
     epochs: int = 10  # [10]
-    warmup_epochs: float = 1.0  # [1]
+    warmup_epochs: float = field(default=1.0, metadata={"least": 0})  # [1]
     batch_size: int = 64  # [1024 / 256]
     lr: float = 1e-3  # [1e-4 / 1e-5]
-    min_lr: float = 1e-5  # [2e-5 / 5e-6]
-    weight_decay: float = 0.05  # [0.05]
+    min_lr: float = field(default=1e-5, metadata={"least": 0})  # [2e-5 / 5e-6]
+    weight_decay: float = field(default=0.05, metadata={"least": 0})  # [0.05]
     augment: bool = field(default=False, metadata={"help": "crop (area 8%% to 100%%) and flip at random, as the paper does"})
 
 
@@ -148,26 +148,20 @@ def correct_answers(
     if "train" not in cache and not settings.augment:
         cache["train"] = all_features(encoder, train, settings)
     probe = AttentiveProbe(encoder.config.width, train.num_classes).to(device)
-    optimizer = torch.optim.AdamW(probe.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
-    steps_per_epoch = math.ceil(len(train.labels) / settings.batch_size)
-    total = settings.epochs * steps_per_epoch
-    for step in range(total):
-        if step % steps_per_epoch == 0:
-            order = torch.randperm(len(train.labels))
-        chosen = order[step % steps_per_epoch * settings.batch_size :][: settings.batch_size].tolist()
-        if len(chosen) == 1:
-            continue  # batch normalisation needs two
-        if settings.augment:
-            x = encode(encoder, [augmented(train.open(i)) for i in chosen], settings.size)
-        else:
-            x = cache["train"][chosen]
-        loss = F.cross_entropy(probe(x.to(device)), torch.tensor([train.labels[i] for i in chosen], device=device))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, total, settings.warmup_epochs * steps_per_epoch, settings, cosine=True)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    probe.eval()
+    labels = torch.tensor(train.labels, device=device)
+
+    def losses() -> Iterator[Tensor]:
+        for _ in range(settings.epochs):
+            for chosen in torch.randperm(len(labels)).split(settings.batch_size):
+                if settings.augment:
+                    x = encode(encoder, [augmented(train.open(i)) for i in chosen.tolist()], settings.size)
+                else:
+                    x = cache["train"][chosen]
+                yield F.cross_entropy(probe(x.to(device)), labels[chosen])
+
+    steps_per_epoch = math.ceil(len(labels) / settings.batch_size)
+    num_steps, warmup = settings.epochs * steps_per_epoch, settings.warmup_epochs * steps_per_epoch
+    fit(probe, losses(), settings, num_steps=num_steps, warmup=warmup, cosine=True)
     with torch.no_grad():
         predicted = torch.cat([probe(x.to(device)).argmax(-1).cpu() for x in cache["test"].split(settings.batch_size)])
     return predicted == torch.tensor(test.labels)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from PIL import Image
 from ..config import Config, ConfigError
 from ..config_io import from_dict
 from ..data.batch import LazyImage, Sample
-from ..data.datasets import BadSampleError
+from ..data.datasets import BadSampleError, Dataset
 from ..data.mixture import open_sources
 from ..metrics import read_records
 from ..plots import plot_run
@@ -138,9 +138,7 @@ def loss_section(run: Path) -> list[Block]:
     return [Heading("Training"), *drawn] if drawn else []
 
 
-def example_section(
-    run: Path, folder: Path, samples: dict[str, Sample], labels: Sequence[str], num_examples: int
-) -> list[Block]:
+def example_section(run: Path, folder: Path, samples: HeldOutSamples, labels: Sequence[str], num_examples: int) -> list[Block]:
     """Held-out questions of every type in turn, each with the answers after every stage."""
     by_label = {label: read_predictions(run / "predictions" / f"{label}.jsonl") for label in labels}
     by_label = {label: predictions for label, predictions in by_label.items() if predictions}
@@ -174,7 +172,7 @@ def probe_section(folder: Path) -> list[Block]:
     return [Heading("Frozen probes, before and after"), Text(text), *trials] if trials else []
 
 
-def encoder_section(run: Path, folder: Path, config: Config, samples: dict[str, Sample]) -> list[Block]:
+def encoder_section(run: Path, folder: Path, config: Config, samples: HeldOutSamples) -> list[Block]:
     trained = run / "models" / config.stages[-1].name / "vision"
     if not trained.is_dir():
         return []
@@ -192,10 +190,9 @@ def count_of(number: int, one: str, many: str) -> str:
     return f"{number} {one if number == 1 else many}"
 
 
-def telling_pictures(samples: dict[str, Sample], count: int) -> list[Image.Image]:
+def telling_pictures(samples: HeldOutSamples, count: int) -> list[Image.Image]:
     """Of the first pictures, the kinds of question in turn, the `count` that a square holds best: narrow ones show little."""
-    names = [dict(name=name, question_type=sample.question_type) for name, sample in samples.items() if pictures_of(sample)]
-    opened = (open_pictures(samples[name])[:1] for name in choose_names(names, 4 * count))
+    opened = (open_pictures(samples[name])[:1] for name in choose_names(samples.with_pictures, 4 * count))
     different = {picture.tobytes(): picture for pictures in opened for picture in pictures}
     return sorted(different.values(), key=lambda picture: min(picture.size) / max(picture.size), reverse=True)[:count]
 
@@ -208,24 +205,42 @@ def first_to_last(loss: dict[str, float] | None) -> str:
     return "" if loss is None else f"{loss['first']:.3f} → {loss['last']:.3f}"
 
 
-def held_out_samples(config: Config) -> dict[str, Sample]:
-    """Held-out samples by name, without those that cannot be read; empty when their files are no longer there."""
-    if not config.eval.data:
-        return {}
+class HeldOutSamples(Mapping[str, Sample]):
+    """Samples by name, without those that cannot be read. Only their places are kept: a sample is read again when it is
+    shown, since those of a benchmark may hold their pictures."""
+
+    def __init__(self, samples: Dataset | Sequence[Sample]):
+        self._samples = samples
+        self._places: dict[str, int] = {}
+        self.with_pictures: list[dict[str, str]] = []
+        """{"name", "question_type"} of those that have any."""
+        for place in range(len(samples)):
+            try:
+                sample = samples[place]
+            except BadSampleError as error:
+                print(f"no example: {error}", file=sys.stderr)
+                continue
+            self._places[sample.name] = place
+            if pictures_of(sample):
+                self.with_pictures.append(dict(name=sample.name, question_type=sample.question_type))
+
+    def __getitem__(self, name: str) -> Sample:
+        return self._samples[self._places[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def held_out_samples(config: Config) -> HeldOutSamples:
+    """Those of a run; none when their files are no longer there."""
     try:
-        samples = open_sources(config.eval.data, config.seed)
+        return HeldOutSamples(open_sources(config.eval.data, config.seed) if config.eval.data else [])
     except (OSError, ValueError) as error:
         print(f"no example pictures: {error}", file=sys.stderr)
-        return {}
-    by_name = {}
-    for index in range(len(samples)):
-        try:
-            sample = samples[index]
-        except BadSampleError as error:
-            print(f"no example: {error}", file=sys.stderr)
-        else:
-            by_name[sample.name] = sample
-    return by_name
+        return HeldOutSamples([])
 
 
 def read_predictions(path: Path) -> dict[str, dict[str, Any]]:

@@ -41,8 +41,8 @@ from .frozen import (
     data_key,
     describe_table,
     encoders_of,
+    fit,
     in_batches,
-    learning_rate,
     run_trial,
     settings_from,
 )
@@ -65,11 +65,11 @@ class SegmentationSettings:
     max_tokens: int = 3000
     """Larger pictures are scaled down, keeping the aspect ratio; h * w / merge_size^2."""
     iterations: int = 400  # [80,000]
-    warmup: int = 20  # [1,500]
-    batch_size: int = 16  # [16]
+    warmup: int = field(default=20, metadata={"least": 0})  # [1,500]
+    batch_size: int = field(default=16, metadata={"least": 2})  # [16]; UperNet normalises one pooled value per picture
     lr: float = 1e-3  # [4e-5]
-    min_lr: float = 0.0  # [0]
-    weight_decay: float = 0.05  # [0.05]
+    min_lr: float = field(default=0.0, metadata={"least": 0})  # [0]
+    weight_decay: float = field(default=0.05, metadata={"least": 0})  # [0.05]
     augment: bool = field(
         default=False, metadata={"help": "scale (0.5 to 2), flip and recolour training pictures, as the paper does"}
     )
@@ -154,19 +154,16 @@ def train_head(
     torch.manual_seed(seed)
     config, device = encoder.config, encoder.patch_embed.weight.device
     head = make_head(settings.head, config.width, config.patch_size, num_classes, settings.channels).to(device)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
-    for step in range(settings.iterations):
+
+    def batch_loss() -> Tensor:
         maps, labels = crops(torch.randint(num_images, (settings.batch_size,)).tolist())
         scores = F.interpolate(head(maps.to(device)), size=labels.shape[1:], mode="bilinear")
         labels = labels.to(device)
-        losses = F.cross_entropy(scores, labels, ignore_index=IGNORED, reduction="sum")
-        loss = losses / (labels != IGNORED).sum().clamp_min(1)  # a batch without any label teaches nothing
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, settings.iterations, settings.warmup, settings, cosine=False)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return head.eval()
+        summed = F.cross_entropy(scores, labels, ignore_index=IGNORED, reduction="sum")
+        return summed / (labels != IGNORED).sum().clamp_min(1)  # a batch without any label teaches nothing
+
+    losses = (batch_loss() for _ in range(settings.iterations))
+    return fit(head, losses, settings, num_steps=settings.iterations, warmup=settings.warmup, cosine=False)
 
 
 # --- scores ------------------------------------------------------------------------------------------------------------------
@@ -265,8 +262,6 @@ def check_crop(encoder: VisionEncoder, settings: SegmentationSettings) -> None:
     unit = encoder.config.patch_size * encoder.config.merge_size
     if settings.crop < unit or settings.crop % unit:
         raise ConfigError(f"--crop must be a positive multiple of {unit} pixels for this encoder, got {settings.crop}")
-    if settings.batch_size < 2:
-        raise ConfigError(f"--batch-size must be at least 2, batch normalisation needs it, got {settings.batch_size}")
 
 
 def draw_examples(test: AnnotatedImages, predictions: dict[str, Sequence[Tensor]], path: Path) -> None:

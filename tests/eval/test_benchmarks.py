@@ -1,5 +1,6 @@
 """Benchmarks read from folders that the `datasets` library itself wrote: layouts, prompts, references, images, complaints."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -87,6 +88,15 @@ def test_save_to_disk(tmp_path):
     assert len(open_benchmark("chartqa", str(tmp_path / "splits"), "train")) == 1
     with pytest.raises(ConfigError, match="no split 'validation', only test, train"):
         open_benchmark("chartqa", str(tmp_path / "splits"), "validation")
+
+
+@pytest.mark.parametrize("recorded", ["test", "test[:2]"])
+def test_a_single_saved_split_must_be_the_one_asked_for(tmp_path, recorded):
+    Dataset.from_list(CHART, features=images_as_features(CHART), split=recorded).save_to_disk(tmp_path)
+    check_charts(list(open_benchmark("chartqa", str(tmp_path))))
+    for other in ("validation", "tes"):
+        with pytest.raises(ConfigError, match=rf"holds split '{re.escape(recorded)}' alone, not '{other}'"):
+            open_benchmark("chartqa", str(tmp_path), other)
 
 
 def test_chartqa_in_the_layout_of_its_first_upload(tmp_path):

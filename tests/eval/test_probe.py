@@ -59,6 +59,26 @@ def test_probe_cannot_find_what_they_do_not_hold(encoder):
     assert correct_answers(encoder, train, test, SETTINGS).float().mean() == 0.5
 
 
+def test_probe_learns_from_the_last_picture_of_an_epoch_too(encoder):
+    """One that is alone in its batch counts: a probe of one picture, or of a batch and one more, learns its class."""
+    blue = LabelledImages([Image.new("RGB", (16, 16), "blue")], [1], 2)
+    assert correct_answers(encoder, blue, blue, dataclasses.replace(SETTINGS, epochs=40)).all()
+
+
+def test_numbers_that_cannot_train_are_refused(run, capsys):
+    for option, value, needed in (
+        ("--epochs", "0", "more than 0"),
+        ("--batch-size", "-1", "more than 0"),
+        ("--lr", "nan", "more than 0"),
+        ("--warmup-epochs", "-1", "at least 0"),
+        ("--train-images", "0", "at least 1"),
+    ):
+        with pytest.raises(SystemExit):
+            probe.main([str(run), option, value])
+        said = capsys.readouterr().err
+        assert option in said and f"must be {needed}, got {value}" in said
+
+
 def test_probe_pools_with_attention():
     """Planted: a query that answers to one token alone, whose value alone decides."""
     head = AttentiveProbe(width=4, num_classes=2, num_heads=3)

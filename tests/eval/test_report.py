@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from comp.config_io import to_dict
 from comp.data.batch import Message, Sample
 from comp.eval.page import Example, Gallery, Heading, Table, write_page
 from comp.eval.pictures import centre_attention, feature_colours
-from comp.eval.report import choose_names, held_out_samples, main, telling_pictures, write_report
+from comp.eval.report import HeldOutSamples, choose_names, held_out_samples, main, telling_pictures, write_report
 from comp.model import VisionEncoder
 
 LABELS = ("before", "I", "III")
@@ -168,10 +169,37 @@ def test_pictures_that_tell_something():
     def sample(name: str, kind: str, images: list[Image.Image]) -> Sample:
         return Sample(name=name, messages=[Message(role="user", text="?", images=images)], question_type=kind)
 
-    samples = {str(i): sample(str(i), "ab"[i % 2], [Image.new("RGB", size)]) for i, size in enumerate(sizes)}
-    samples["text"] = sample("text", "c", [])
-    assert [picture.size for picture in telling_pictures(samples, 2)] == [(40, 40), (20, 21)]
-    assert telling_pictures({"text": samples["text"]}, 2) == []
+    samples = [sample(str(i), "ab"[i % 2], [Image.new("RGB", size)]) for i, size in enumerate(sizes)]
+    text = sample("text", "c", [])
+    assert [picture.size for picture in telling_pictures(HeldOutSamples([*samples, text]), 2)] == [(40, 40), (20, 21)]
+    assert telling_pictures(HeldOutSamples([text]), 2) == []
+
+
+def test_held_out_pictures_are_not_kept():
+    """A benchmark's samples hold their encoded pictures: only those that are shown may be in memory."""
+    alive: weakref.WeakSet = weakref.WeakSet()
+    most = 0
+
+    class Held:
+        def __call__(self) -> Image.Image:
+            return Image.new("RGB", (20, 20), "red")
+
+    class Benchmark:
+        def __len__(self) -> int:
+            return 50
+
+        def __getitem__(self, index: int) -> Sample:
+            nonlocal most
+            picture = Held()
+            alive.add(picture)
+            most = max(most, len(alive))
+            message = Message(role="user", text="?", images=[picture])
+            return Sample(name=f"held out {index}", messages=[message], question_type="a")
+
+    samples = HeldOutSamples(Benchmark())
+    assert len(samples) == len(samples.with_pictures) == 50 and list(samples)[7] == "held out 7"
+    assert samples["held out 7"].name == "held out 7" and "held out 50" not in samples
+    assert len(telling_pictures(samples, 3)) == 1 and most <= 3
 
 
 def test_page_in_both_forms(tmp_path):
