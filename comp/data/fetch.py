@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 from .fetch_build import BUILDERS
-from .packages import FetchError, fetch_packages
+from .packages import FetchError, Places, fetch_packages
 
 PARTS = (*BUILDERS, "language")
 
@@ -35,7 +35,7 @@ def fetch(folder: Path, parts: tuple[str, ...] = PARTS) -> dict[str, str]:
     return report
 
 
-def _build(part: str, places: dict[str, Path], folder: Path) -> str:
+def _build(part: str, places: Places, folder: Path) -> str:
     if part == "language":
         from .smollm2 import FILE_NAME, write_language_model
 

@@ -1,8 +1,8 @@
 """Unpacked packages -> records in LLaVA format: captions of emoji and stamps, drawn charts, lines of typeset pages.
 
 Each builder takes {package: folder} and the output folder, saves its images to `<output>/<part>/`, and yields ("train" or
-"heldout", record). Held out are whole emoji concepts and stamp captions, by a hash of their name, and the tables and documents
-named below.
+"heldout", record). Held out are whole emoji concepts and stamp captions, by a hash of their name, the stamps on which the
+segmentation probe is tested, and the tables and documents named below.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from .packages import Places
+from .stamps import cut_outs, held_out_captions, stamp_files, stamp_folder
+
 Record = dict[str, object]
-Places = dict[str, Path]
 CHARTS_PER_TABLE = 40
 LINES_PER_PAGE = 3
 HELD_OUT_TABLES = ("plotly-medals", "vega-cars", "vega-iowa-electricity")
@@ -68,24 +70,14 @@ def emoji(places: Places, output: Path) -> Iterator[tuple[str, Record]]:
         yield split_of(code), record("emoji", name, [("What does this emoji show?", row["annotation"])], "emoji", "anls")
 
 
-def stamp_files(places: Places) -> Iterator[tuple[str, Path, str]]:
-    """(category, picture, caption) of Tux Paint's stamps, mirror images and those without a caption left out."""
-    root = places["tuxpaint-stamps-default"] / "usr/share/tuxpaint/stamps"
-    for path in sorted(root.rglob("*.png")):
-        text = path.with_suffix(".txt")
-        if text.is_file() and not path.stem.endswith("_mirror"):
-            caption = text.read_text(encoding="utf-8").splitlines()[0].strip()
-            if caption:
-                yield path.relative_to(root).parts[0], path, caption
-
-
 def stamps(places: Places, output: Path) -> Iterator[tuple[str, Record]]:
     """Tux Paint's stamps: cut-out photos and drawings of 12 to 2,348 pixels, with one sentence each. Letters are left out."""
-    root = places["tuxpaint-stamps-default"] / "usr/share/tuxpaint/stamps"
+    root, held_out = stamp_folder(places), held_out_captions(cut_outs(places))
     for category, path, caption in stamp_files(places):
         name = "-".join(path.relative_to(root).with_suffix(".jpg").parts)
         if category != "symbols" and min(save_on_white(path, output / "stamps" / name)) >= 8:
-            yield split_of(caption), record("stamps", name, [("What is in this picture?", caption)], "stamp", "anls")
+            split = "heldout" if caption in held_out else split_of(caption)
+            yield split, record("stamps", name, [("What is in this picture?", caption)], "stamp", "anls")
 
 
 def charts(places: Places, output: Path) -> Iterator[tuple[str, Record]]:

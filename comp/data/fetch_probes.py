@@ -17,8 +17,6 @@ import argparse
 import gzip
 import shutil
 import sys
-import zlib
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -27,12 +25,11 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from .digits import load_scans
-from .fetch_build import HELD_OUT_DOCUMENTS, Places, stamp_files
-from .packages import FetchError, fetch_packages
+from .fetch_build import HELD_OUT_DOCUMENTS
+from .packages import FetchError, Places, fetch_packages
+from .stamps import STAMP_CLASSES, cut_outs, held_out_captions
 
 SPLITS = ("training", "validation")
-STAMP_CLASSES = ("animals", "food", "plants", "seasonal", "town", "vehicles")
-"""Categories of stamps with more than 30 pictures, but symbols and household, which have no look in common."""
 COMPOSITES = {"training": 1000, "validation": 250}
 PAGE, IGNORE = 1, 0  # values of an annotation; stamps of STAMP_CLASSES[i] are i + 2
 FASHION_CLASSES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle-boot")
@@ -82,32 +79,14 @@ def stamp_segmentation(places: Places, output: Path) -> None:
 
 
 def split_stamps(places: Places) -> dict[str, list[list[Image.Image]]]:
-    """Stamps by split and class, read. A fifth of the captions of each class is held out, first of all those that the recipe
-    `smollm2` holds out too (`fetch_build.split_of`)."""
-    by_class: dict[int, dict[str, list[Image.Image]]] = defaultdict(lambda: defaultdict(list))
-    class_of: dict[str, int] = {}  # a caption that two categories share counts for the first
-    for category, path, caption in stamp_files(places):
-        stamp = read_stamp(path) if category in STAMP_CLASSES else None
-        if stamp is not None:
-            by_class[class_of.setdefault(caption, STAMP_CLASSES.index(category))][caption].append(stamp)
-    result: dict[str, list[list[Image.Image]]] = {split: [[] for _ in STAMP_CLASSES] for split in SPLITS}
-    for index, by_caption in by_class.items():
-        captions = sorted(by_caption, key=lambda caption: (zlib.crc32(caption.encode()) % 10, caption))
-        for rank, caption in enumerate(captions):
-            split = "validation" if rank < len(captions) / 5 else "training"
-            result[split][index] += by_caption[caption]
+    """Stamps by split and class."""
+    by_class = cut_outs(places)
+    held_out = held_out_captions(by_class)
+    result: dict[str, list[list[Image.Image]]] = {split: [[] for _ in by_class] for split in SPLITS}
+    for index, by_caption in enumerate(by_class):
+        for caption, stamps in by_caption.items():
+            result["validation" if caption in held_out else "training"][index] += stamps
     return result
-
-
-def read_stamp(path: Path) -> Image.Image | None:
-    """The picture without its transparent margin, at most 224 pixels a side; None when it is tiny or nothing is cut out."""
-    stamp = Image.open(path).convert("RGBA")
-    alpha = np.asarray(stamp)[..., 3]
-    if min(alpha.shape) < 16 or (alpha < 64).mean() < 0.02 or (alpha > 191).mean() < 0.05:
-        return None
-    stamp = stamp.crop(stamp.getchannel("A").getbbox())
-    stamp.thumbnail((224, 224))
-    return stamp
 
 
 class PageCutter:

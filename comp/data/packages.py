@@ -16,6 +16,9 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+Places = dict[str, Path]
+"""Folder of each unpacked package, by the package's name."""
+
 
 class FetchError(RuntimeError):
     """A package that cannot be had, or is not the one of the manifest."""
@@ -46,7 +49,7 @@ def manifest() -> list[Package]:
     return [Package(**entry) for entry in json.loads(Path(__file__).with_name("fetch_manifest.json").read_text())]
 
 
-def fetch_packages(part: str, folder: Path) -> dict[str, Path]:
+def fetch_packages(part: str, folder: Path) -> Places:
     """Download and unpack below `folder` what `part` is built from: {package: folder}. Done once; FetchError where it fails."""
     folder = folder.resolve()  # clients run in folders of their own
     archives, unpacked = folder / "archives", folder / "packages"
