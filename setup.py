@@ -2,6 +2,7 @@
 
     pip install -e .                 builds everything there is a compiler for
     python setup.py build_native     rebuilds the libraries in place after a change of csrc, nothing else
+    CXX=aarch64-linux-gnu-g++ python setup.py build_native --build-lib FOLDER    builds for another processor, elsewhere
 
 csrc is plain C++17 and CUDA behind a C ABI and includes no torch header, so the build needs a C++ compiler and nothing more,
 and one library serves every PyTorch and every Python. Files of csrc/cpu are compiled once; files of csrc/cpu/kernels once per
@@ -59,9 +60,15 @@ class LeftOut(Exception):
     """A library is not built because nobody asked for it; the message says how to ask."""
 
 
-def instruction_sets() -> dict[str, list[str]]:
+def target(compiler: list[str]) -> str:
+    """The processor that `compiler` compiles for, x86_64 or aarch64, say; a cross compiler's is not this machine's."""
+    result = subprocess.run([*compiler, "-dumpmachine"], capture_output=True, text=True)
+    return (result.stdout if result.returncode == 0 else platform.machine()).strip().lower().split("-")[0]
+
+
+def instruction_sets(processor: str) -> dict[str, list[str]]:
     """Compiler flags by instruction set; other machines than x86-64 have one set, the architecture's own (NEON)."""
-    return X86_FLAGS if platform.machine().lower() in ("x86_64", "amd64") else {"baseline": []}
+    return X86_FLAGS if processor in ("x86_64", "amd64") else {"baseline": []}
 
 
 def newer(target: Path, sources: list[Path]) -> bool:
@@ -92,7 +99,7 @@ def build_cpu(lib: Path, objects: Path) -> None:
     objects.mkdir(exist_ok=True)
     headers = sorted(CSRC.glob("include/**/*.h")) + sorted(CSRC.glob("cpu/**/*.h")) + [Path(__file__)]
     jobs: list[tuple[Path, Path, list[str]]] = [(source, objects / f"{source.stem}.o", []) for source in CSRC.glob("cpu/*.cpp")]
-    for isa, flags in instruction_sets().items():
+    for isa, flags in instruction_sets(target(compiler)).items():
         flags = [*flags, f"-DCOMP_KERNELS_ISA={isa}"]
         jobs += [(source, objects / f"{source.stem}.{isa}.o", flags) for source in CSRC.glob("cpu/kernels/*.cpp")]
     run_all(
@@ -185,21 +192,26 @@ class BuildNative(Command):
     """Build the libraries of LIBRARIES into comp_kernels/lib, in place or under build_lib for a wheel."""
 
     description = "compile csrc into comp_kernels/lib"
-    user_options = []  # noqa: RUF012 (setuptools reads it from the class)
+    user_options = [  # noqa: RUF012 (setuptools reads it from the class)
+        ("build-lib=", "b", "folder for the libraries, under comp_kernels/lib"),
+        ("build-temp=", "t", "folder for the object files"),
+    ]
     editable_mode = False
 
     def initialize_options(self) -> None:
         self.build_lib = None
+        self.build_temp = str(ROOT / "build")
 
     def finalize_options(self) -> None:
         in_place = self.editable_mode or "build_native" in sys.argv
-        self.build_lib = str(ROOT) if in_place else self.get_finalized_command("build").build_lib
+        if self.build_lib is None:
+            self.build_lib = str(ROOT) if in_place else self.get_finalized_command("build").build_lib
 
     def run(self) -> None:
         lib = Path(self.build_lib) / "comp_kernels" / "lib"
         lib.mkdir(parents=True, exist_ok=True)
         for name, build_library in LIBRARIES.items():
-            objects = ROOT / "build" / f"native-{name}-{platform.machine()}"
+            objects = Path(self.build_temp) / f"native-{name}-{platform.machine()}"
             objects.mkdir(parents=True, exist_ok=True)
             reason = lib / f"{name}.missing"  # read by comp_kernels._native to explain itself
             reason.unlink(missing_ok=True)
