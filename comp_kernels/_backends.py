@@ -95,7 +95,8 @@ def choose_backend(
     def cannot(name: str) -> str | None:
         if transforms_active() and name != "reference":
             return "its kernels have no rules for torch.func transforms and forward-mode differentiation"
-        return unavailable_reason(op, name, device) or (declines and declines(name))
+        reason = unavailable_reason(op, name, device)
+        return declines(name) if reason is None and declines is not None else reason
 
     named_by = "backend"
     if backend is None:
