@@ -6,13 +6,31 @@ does) gets operators of its own, so that several versions can live in one proces
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
 NAMESPACE = __package__
 OPS = getattr(torch.ops, NAMESPACE)
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+UNWATCHED = {torch.Tensor, torch.nn.Parameter, type(None)}
+
+
+def watched(tensors: Iterable[object]) -> bool:
+    """Whether anything but autograd follows calls of operators: compilation, tracing, a mode (FLOP counter, fake tensors), the
+    profiler, or a class of tensors of its own.
+
+    If not, torch's dispatcher has nothing to add to a call, and going through it from Python and back takes about as long as
+    all the rest of a call on a few tokens.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch.autograd._profiler_enabled()
+        or not all(type(x) in UNWATCHED for x in tensors)
+    )
 
 
 def register(name: str, kernel: Callable, fake: Callable, autograd: Callable, setup_context: Callable | None = None) -> None:

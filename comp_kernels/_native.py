@@ -124,6 +124,14 @@ def pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
+@functools.cache
+def cpu_function(name: str, params: type[ctypes.Structure]) -> Callable[[ctypes.Structure], None]:
+    """The CPU library's comp_kernels_cpu_{name}, which takes such a struct; what it says is wrong is raised."""
+    function = getattr(cpu(), f"comp_kernels_cpu_{name}")
+    function.argtypes, function.restype = [ctypes.POINTER(params)], ctypes.c_char_p
+    return functools.partial(call, function)
+
+
 def call(function: Callable, params: ctypes.Structure, *args) -> None:
     """Call `function(&params, *args)`, which returns null or a message; raises RuntimeError with the message."""
     message = function(ctypes.byref(params), *args)

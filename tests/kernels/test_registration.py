@@ -3,17 +3,19 @@
 import shutil
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import comp_kernels as ck
 from comp_kernels import _native
 from comp_kernels._sources import fingerprint
 from comp_kernels.ops.rope_attention.registration import BACKWARD, FORWARD
-from comp_kernels.testing import AttentionCase, make_attention_inputs
+from comp_kernels.testing import AttentionCase, attention_with_gradients, make_attention_inputs
 
 
 def operator_arguments(inputs):
@@ -80,6 +82,42 @@ def test_autocast_casts_q_k_v_and_never_the_tables():
     actual.float().sum().backward()
     assert actual.dtype == torch.bfloat16 and torch.equal(actual, expected)
     assert torch.equal(again[0], cos) and q.grad.dtype == torch.float32
+
+
+def test_direct_calls_equal_those_that_something_watches():
+    """An eager call goes past the dispatcher, unless a mode or the profiler is there to see the operator: same bits."""
+    inputs = make_attention_inputs(AttentionCase("packed", [30, 41]))
+
+    def run():
+        return attention_with_gradients(inputs, lambda *args, **kwargs: ck.rope_attention(*args, return_lse=True, **kwargs))
+
+    class Record(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.seen = set()
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.seen.add(str(function))
+            return function(*args, **(kwargs or {}))
+
+    direct = run()
+    with Record() as mode:
+        dispatched = run()
+    assert {f"comp_kernels.rope_attention_{which}.default" for which in ("forward", "backward")} <= mode.seen
+    assert all(torch.equal(direct[name], dispatched[name]) for name in dispatched)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        run()
+    names = {event.name for event in profiler.events()}
+    assert {f"comp_kernels::rope_attention_{which}" for which in ("forward", "backward")} <= names
+
+
+def test_traced_calls_compute_again():
+    """torch.jit.trace must record the operator, not the numbers it saw."""
+    q, other = torch.randn(2, 6, 2, 16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated; shapes become constants
+        traced = torch.jit.trace(lambda q: ck.rope_attention(q, q, q), q)
+    torch.testing.assert_close(traced(other), ck.rope_attention(other, other, other))
 
 
 def test_flops():

@@ -124,6 +124,4 @@ def loss_tile(text: Tensor, vision: Tensor, *, gradient: bool, **arguments: Tens
         dtype=_native.DTYPE_CODES[text.dtype],
         **{name: pointer(x) if isinstance(x, Tensor) or x is None else x for name, x in arguments.items()},
     )
-    function = _native.cpu().comp_kernels_cpu_alignment_loss_tile
-    function.restype = ctypes.c_char_p
-    _native.call(function, params)
+    _native.cpu_function("alignment_loss_tile", Params)(params)

@@ -100,10 +100,8 @@ def rope_attention(
     cu_seqlens_k = normalised_bounds(cu_seqlens if cu_seqlens_k is None else cu_seqlens_k, k)
     cu_seqlens = normalised_bounds(cu_seqlens, q)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    table_dtype = torch.promote_types(q.dtype, torch.float32)
-    cos, sin, cos_k, sin_k = (
-        None if table is None else table.to(table_dtype).contiguous() for table in (cos, sin, cos_k, sin_k)
-    )
+    table_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    cos, sin, cos_k, sin_k = (contiguous(table, table_dtype) for table in (cos, sin, cos_k, sin_k))
     out, lse = attention(q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, rotary_dim, pair_stride, scale, backend)
     return (out, lse.to(table_dtype)) if return_lse else out
 
@@ -119,8 +117,16 @@ def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def normalised_bounds(cu_seqlens: Tensor | None, x: Tensor) -> Tensor:
     """cu_seqlens as contiguous int32; [0, number of tokens of x] for None."""
     if cu_seqlens is None:
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            return torch.tensor((0, x.shape[0]), dtype=torch.int32)
+        # Elsewhere without waiting for a copy from the host; in a graph for any number of tokens.
         return torch.arange(2, dtype=torch.int32, device=x.device) * x.shape[0]
-    return cu_seqlens.to(torch.int32).contiguous()
+    return contiguous(cu_seqlens, torch.int32)
+
+
+def contiguous(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """x.to(dtype).contiguous(), without the calls where there is nothing to do."""
+    return x if x is None or (x.dtype == dtype and x.is_contiguous()) else x.to(dtype).contiguous()
 
 
 def check_arguments(q, k, v, cos, sin, cu_seqlens, rotary_dim, pair_stride, cos_k, sin_k, cu_seqlens_k) -> tuple[int, int]:
@@ -197,9 +203,10 @@ def check_tables(cos: tuple, sin: tuple, num_tokens: int, num_heads: int, rotary
         check_same(name, table, "q", q, dtype=False)
         if table.dtype == torch.float64 and q.dtype != torch.float64:
             raise ValueError(f"{name} is float64 but q is {q.dtype}: tables are used in float32 then, pass {name}.float()")
-        wanted = [(num_tokens, width) for width in (rotary_dim, rotary_dim // 2)]
-        wanted += [(num_tokens, num_heads, width) for width in (rotary_dim, rotary_dim // 2)]
-        if tuple(table.shape) not in wanted:
+        tokens, *heads, width = table.shape
+        if tokens != num_tokens or width not in (rotary_dim, rotary_dim // 2) or heads not in ([], [num_heads]):
+            wanted = [(num_tokens, width) for width in (rotary_dim, rotary_dim // 2)]
+            wanted += [(num_tokens, num_heads, width) for width in (rotary_dim, rotary_dim // 2)]
             raise ValueError(
                 f"{name} must have one of the shapes {wanted} (tokens, [heads,] rotary_dim or rotary_dim / 2), "
                 f"got {tuple(table.shape)}"

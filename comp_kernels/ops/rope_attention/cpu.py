@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 
 from ... import _native
@@ -27,14 +25,8 @@ def declines(q, k, v, cos, sin, cos_k, sin_k, *, rotary_dim: int, pair_stride: i
 
 
 def forward(*args, **kwargs):
-    return native.forward(_runner("forward"), LSE_DTYPE, *args, **kwargs)
+    return native.forward(_native.cpu_function("rope_attention_forward", native.Params), LSE_DTYPE, *args, **kwargs)
 
 
 def backward(*args, **kwargs):
-    return native.backward(_runner("backward"), *args, **kwargs)
-
-
-def _runner(which: str):
-    function = getattr(_native.cpu(), f"comp_kernels_cpu_rope_attention_{which}")
-    function.argtypes, function.restype = [ctypes.POINTER(native.Params)], ctypes.c_char_p
-    return lambda params: _native.call(function, params)
+    return native.backward(_native.cpu_function("rope_attention_backward", native.Params), *args, **kwargs)

@@ -46,7 +46,7 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Shapes and dtypes as in comp_kernels.rope_attention, tables and bounds filled in; `run` computes. Returns (out, lse)."""
-    out = q.new_empty(q.shape)
+    out = _contiguous_like(q)
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=lse_dtype)
     params = _params(q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, rotary_dim, pair_stride, scale)
     params.out, params.lse = out.data_ptr(), lse.data_ptr()
@@ -79,7 +79,7 @@ def backward(
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    dq, dk, dv = _contiguous_like(q), _contiguous_like(k), _contiguous_like(v)
     # One gradient per head: the kernels compute heads side by side and add nothing up between them.
     per_head = {
         name: table.new_empty((*x.shape[:2], table.shape[-1]))
@@ -89,11 +89,13 @@ def backward(
     params = _params(q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, rotary_dim, pair_stride, scale)
     params.out, params.lse = out.data_ptr(), lse.data_ptr()
     params.grad_out, params.grad_lse = grad_out.data_ptr(), pointer(grad_lse)
-    params.grad_out_stride_token, params.grad_out_stride_head = grad_out.stride(0), grad_out.stride(1)
+    params.grad_out_stride_token, params.grad_out_stride_head, _ = grad_out.stride()
     params.dq, params.dk, params.dv = dq.data_ptr(), dk.data_ptr(), dv.data_ptr()
     for name, gradient in per_head.items():
         setattr(params, name, gradient.data_ptr())
     run(params)
+    if not per_head:
+        return dq, dk, dv, None, None, None, None
 
     def table_gradient(name: str, table: Tensor | None) -> Tensor | None:
         gradient = per_head.get(name)
@@ -103,8 +105,18 @@ def backward(
     return dq, dk, dv, *(table_gradient(name, table) for name, table in tables)
 
 
+def _contiguous_like(x: Tensor) -> Tensor:
+    """Uninitialised; new_empty takes twice as long."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def _params(q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, rotary_dim, pair_stride, scale) -> Params:
     """The inputs that both passes share. The tensors must outlive the call."""
+    num_tokens, num_heads, head_dim = q.shape
+    num_tokens_k, num_heads_k, _ = k.shape
+    q_stride_token, q_stride_head, _ = q.stride()
+    k_stride_token, k_stride_head, _ = k.stride()
+    v_stride_token, v_stride_head, _ = v.stride()
     return Params(
         q=q.data_ptr(),
         k=k.data_ptr(),
@@ -115,18 +127,18 @@ def _params(q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, rotary_di
         sin_k=pointer(sin_k),
         cu_seqlens=cu_seqlens.data_ptr(),
         cu_seqlens_k=cu_seqlens_k.data_ptr(),
-        q_stride_token=q.stride(0),
-        q_stride_head=q.stride(1),
-        k_stride_token=k.stride(0),
-        k_stride_head=k.stride(1),
-        v_stride_token=v.stride(0),
-        v_stride_head=v.stride(1),
-        num_tokens=q.shape[0],
-        num_tokens_k=k.shape[0],
+        q_stride_token=q_stride_token,
+        q_stride_head=q_stride_head,
+        k_stride_token=k_stride_token,
+        k_stride_head=k_stride_head,
+        v_stride_token=v_stride_token,
+        v_stride_head=v_stride_head,
+        num_tokens=num_tokens,
+        num_tokens_k=num_tokens_k,
         num_sequences=cu_seqlens.shape[0] - 1,
-        num_heads=q.shape[1],
-        num_heads_k=k.shape[1],
-        head_dim=q.shape[2],
+        num_heads=num_heads,
+        num_heads_k=num_heads_k,
+        head_dim=head_dim,
         rotary_dim=rotary_dim,
         pair_stride=pair_stride,
         table_width=0 if cos is None else cos.shape[-1],

@@ -102,7 +102,7 @@ def solve_into(
         tol=-1.0 if tol is None else tol,
         dtype=_native.DTYPE_CODES[scores.dtype],
     )
-    _native.call(_function("solve"), params)
+    _native.cpu_function("sinkhorn_solve", SolveParams)(params)
 
 
 def _solve_over_group(scores, row_marginals, col_marginals, plan, factor, num_iters, tol, group):
@@ -151,10 +151,4 @@ def call_step(function: str, scores: Tensor, factor: float, **tensors: Tensor | 
         dtype=_native.DTYPE_CODES[scores.dtype],
         **{name: pointer(x) for name, x in tensors.items()},
     )
-    _native.call(_function(function), params)
-
-
-def _function(name: str):
-    function = getattr(_native.cpu(), f"comp_kernels_cpu_sinkhorn_{name}")
-    function.restype = ctypes.c_char_p
-    return function
+    _native.cpu_function(f"sinkhorn_{function}", StepParams)(params)
