@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from transformers.utils import logging
+
 from comp.config import Config, ConfigError
 from comp.config_io import apply_overrides
 from comp.parallel import stop_world
@@ -21,6 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a recipe; the exit code is 0 when it finished or was stopped with SIGTERM, 1 when the loss was not
     finite, 2 when the configuration cannot be used."""
     options, config = read_command_line(arguments)
+    logging.disable_progress_bar()  # of reading and writing weights: they would draw over ours
     try:
         trainer = Trainer(config, resume=options.resume)
     except ConfigError as error:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from .build import native_encoder
+from .build import make_sample_encoder
 from .data.batch import Message, Sample
 from .data.template import ChatTemplate, load_tokenizer
 from .eval.options import positive_int
@@ -46,7 +46,7 @@ def answer(
     limit = model.language_model.config.max_position_embeddings
     # what text and answer leave of the positions that the language model knows
     room = limit - len(template.encode_prompt(sample.messages, [0] * len(images))) - max_new_tokens
-    encoder = native_encoder(
+    encoder = make_sample_encoder(
         model,
         template,
         max_text_tokens=limit,

@@ -74,7 +74,7 @@ def sample_encoder(model: CoMP, template: ChatTemplate, config: Config, stage: S
     if resolution == "pretrain":
         vision = model.encoder.config
         resolution = config.vision.pretrain_resolution or vision.grid_size * vision.patch_size
-    return _encoder(
+    return make_sample_encoder(
         model,
         template,
         resolution=resolution,
@@ -84,29 +84,16 @@ def sample_encoder(model: CoMP, template: ChatTemplate, config: Config, stage: S
     )
 
 
-def native_encoder(
-    model: CoMP, template: ChatTemplate, *, max_text_tokens: int, min_visual_tokens: int = 4, max_visual_tokens: int = 3000
-) -> SampleEncoder:
-    """Turns questions into what the model eats, images at native size within the bounds, which those of a question share."""
-    return _encoder(
-        model,
-        template,
-        resolution=None,
-        min_visual_tokens=min_visual_tokens,
-        max_visual_tokens=max_visual_tokens,
-        max_text_tokens=max_text_tokens,
-    )
-
-
-def _encoder(
+def make_sample_encoder(
     model: CoMP,
     template: ChatTemplate,
     *,
-    resolution: int | None,
-    min_visual_tokens: int,
-    max_visual_tokens: int,
     max_text_tokens: int,
+    resolution: int | None = None,
+    min_visual_tokens: int = 4,
+    max_visual_tokens: int = 3000,
 ) -> SampleEncoder:
+    """Turns samples into what the model eats, at native size or as squares of `resolution` pixels."""
     vision = model.encoder.config
     images = ImageSettings(
         patch_size=vision.patch_size,
@@ -123,9 +110,9 @@ def _encoder(
 def question_encoder(
     model: CoMP, template: ChatTemplate, *, answer_tokens: int, min_visual_tokens: int = 4, max_visual_tokens: int = 3000
 ) -> SampleEncoder:
-    """`native_encoder` that leaves `answer_tokens` of the language model's positions, and a quarter of them for text."""
+    """For questions, at native size: leaves `answer_tokens` of the language model's positions, a quarter of them for text."""
     positions = model.language_model.config.max_position_embeddings
-    return native_encoder(
+    return make_sample_encoder(
         model,
         template,
         max_text_tokens=positions - answer_tokens,

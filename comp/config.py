@@ -11,9 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .eval.metrics import METRICS
+from .model.adapter import INITS
+from .model.comp import POSITION_IDS, PROTOTYPE_SOURCES
 from .model.vit_config import ABS_POS_INTERPS, ABS_POS_ORDERS, POS_MODES
 
 PARTS = ("vision", "adapter", "language")
+BEFORE = "before"
+"""What results before the first stage are called; no stage may be."""
 ALIGNMENT_MODES = ("sinkhorn", "literal", "released", "softmax", "contrastive")
 
 
@@ -50,7 +54,7 @@ class VisionConfig:
     def __post_init__(self) -> None:
         need_choice("vision.pos_mode", self.pos_mode, POS_MODES)
         need_choice("vision.abs_pos_order", self.abs_pos_order, (None, *ABS_POS_ORDERS))
-        need_choice("vision.adapter_init", self.adapter_init, ("lecun", "truncated"))
+        need_choice("vision.adapter_init", self.adapter_init, INITS)
         need_choice("vision.abs_pos_interp", self.abs_pos_interp, (None, *ABS_POS_INTERPS))
 
 
@@ -66,7 +70,7 @@ class LanguageConfig:
     """"mrope": image tokens carry (time, row, column), as Qwen2-VL; "1d": plain running index."""
 
     def __post_init__(self) -> None:
-        need_choice("language.position_ids", self.position_ids, ("mrope", "1d"))
+        need_choice("language.position_ids", self.position_ids, POSITION_IDS)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -92,7 +96,7 @@ class AlignmentConfig:
 
     def __post_init__(self) -> None:
         need_choice("alignment.mode", self.mode, ALIGNMENT_MODES)
-        need_choice("alignment.prototype_source", self.prototype_source, ("embed_tokens", "lm_head", "frozen"))
+        need_choice("alignment.prototype_source", self.prototype_source, PROTOTYPE_SOURCES)
         need(self.weight >= 0, f"alignment.weight must be at least 0, got {self.weight}")
         need(self.num_iters >= 1, f"alignment.num_iters must be at least 1, got {self.num_iters}")
         for name in ("epsilon", "temperature", "prior_temperature"):
@@ -205,9 +209,8 @@ class StageConfig:
     data: list[SourceConfig]
 
     def __post_init__(self) -> None:
-        # names files and folders of the stage; "before" names the evaluation before the first
-        valid = self.name not in ("", ".", "..", "before") and "/" not in self.name
-        need(valid, f'the name of a stage must be a folder name other than "before", got {self.name!r}')
+        valid = self.name not in ("", ".", "..", BEFORE) and "/" not in self.name  # it names files and folders
+        need(valid, f'the name of a stage must be a folder name other than "{BEFORE}", got {self.name!r}')
         for part in self.trainable:
             need_choice(f"trainable of stage {self.name}", part, PARTS)
         need(len(self.trainable) > 0, f"stage {self.name}: trainable names no part; choose from {', '.join(PARTS)}")

@@ -17,7 +17,7 @@ import argparse
 import itertools
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM,
 from .data.batch import IGNORED, Message
 from .data.charts import COLOURS
 from .data.digits import ROW_NAMES
+from .data.packing import pad_right
 from .data.scenes import Drawing, Mark, Scene
 from .data.template import SPECIAL_TOKENS, ChatTemplate
 from .data.tiny import MAX_TURNS, random_scene
@@ -59,7 +60,7 @@ def main() -> None:
         pretrain_language(args.out / "language", args.language_steps, args.seed)
 
 
-# ---------------------------------------------------------------------------------------------------------------- vision
+# --- vision ------------------------------------------------------------------------------------------------------------------
 
 
 def pretrain_vision(folder: Path, steps: int, seed: int, batch_size: int = 32, continued: bool = False) -> None:
@@ -112,7 +113,7 @@ def window(drawing: Drawing, rng: np.random.Generator) -> tuple[Image.Image, np.
     return image, labels
 
 
-# -------------------------------------------------------------------------------------------------------------- language
+# --- language ----------------------------------------------------------------------------------------------------------------
 
 
 def pretrain_language(folder: Path, steps: int, seed: int, batch_size: int = 32, num_pages: int = 8000) -> None:
@@ -166,11 +167,7 @@ def language_batches(
         chosen.sort(key=lambda pair: len(pair[0]))
         for first in rng.permutation(chunk) * batch_size:
             ids, labels = zip(*chosen[first : first + batch_size])
-            yield _pad(ids, pad_id), _pad(labels, IGNORED)
-
-
-def _pad(rows: Sequence[list[int]], value: int) -> Tensor:
-    return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
+            yield pad_right(ids, pad_id)[0], pad_right(labels, IGNORED)[0]
 
 
 def number_to_read(rng: np.random.Generator) -> list[Message]:
@@ -227,7 +224,7 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------- shared
+# --- shared ------------------------------------------------------------------------------------------------------------------
 
 
 def optimise(name: str, parameters: list[Tensor], step, steps: int, lr: float, warmup: int = 50) -> None:

@@ -19,7 +19,7 @@ import torch
 
 from .build import build_model, export_model, sample_encoder, set_position_mode
 from .checkpoint import CheckpointStore, write_json
-from .config import Config, StageConfig
+from .config import BEFORE, Config, StageConfig
 from .data.loader import StepData, StepDataset, iterate_steps
 from .data.mixture import open_sources
 from .data.prior import count_words
@@ -31,8 +31,6 @@ from .plots import plot_run
 from .run_state import claim_folder, find_state
 from .step import StepTotals, seed_step, train_step
 from .summary import result_table, summarize
-
-BEFORE = "before"
 
 
 class StopRequested(Exception):

@@ -1,4 +1,4 @@
-"""What the probes of frozen encoders share: the encoders of a run, learning rates, kept results, and the table they become.
+"""What the probes of frozen encoders share: training of heads, kept results, and the table they become.
 
 A probe leaves counts for every test image. Scores come from their sums, and whether a change of the score is more than chance
 comes from drawing the same test images again for both encoders (paired bootstrap).
@@ -22,13 +22,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..config import ConfigError
-from ..config_io import from_dict
 from ..metrics import table
 from ..model import VisionEncoder
 from .options import positive_int
-from .sweep import trained_config
 
-BEFORE = "before"
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 RESAMPLES = 1000
 
@@ -57,17 +54,6 @@ class Trial:
     """Everything that the outcome depends on but the encoder. A kept outcome with another key is measured anew."""
     run: Callable[[VisionEncoder], dict[str, Tensor]]
     """Returns "counts" [probes, images, K], and whatever else is to be kept."""
-
-
-def encoders_of(run: Path, stages: Sequence[str] | None = None) -> Iterator[tuple[str, VisionEncoder]]:
-    """The encoder that the run in folder `run` started from, then those that `stages` (default: the last) made; float32."""
-    trained = {stage: trained_config(run, stage).vision.path for stage in stages or [None]}
-    config = from_dict(json.loads((run / "config.json").read_text()))
-    start = config.vision
-    before = VisionEncoder.from_pretrained(start.path, abs_pos_order=start.abs_pos_order, abs_pos_interp=start.abs_pos_interp)
-    yield BEFORE, before.float().eval()
-    for stage, path in trained.items():
-        yield stage or config.stages[-1].name, VisionEncoder.from_pretrained(path).float().eval()
 
 
 def fit(head: nn.Module, losses: Iterable[Tensor], settings: Any, *, num_steps: int, warmup: float, cosine: bool) -> nn.Module:

@@ -16,19 +16,12 @@ from torch import Tensor
 
 from comp_kernels.ops.rope_attention.reference import rotate
 
-from ..config import Config
 from ..data.images import to_raster
 from ..model import VisionEncoder
 
-BEFORE, AFTER = "before", "after"
 
-
-def draw_encoders(config: Config, trained: Path, images: Sequence[Image.Image], folder: Path) -> list[tuple[Path, str]]:
-    """Draw both encoders of a run, the one it started from and the one in `trained`, on `images`; (file, caption) each."""
-    encoders = {
-        BEFORE: VisionEncoder.from_pretrained(config.vision.path).float().eval(),
-        AFTER: VisionEncoder.from_pretrained(trained).float().eval(),
-    }
+def draw_encoders(encoders: dict[str, VisionEncoder], images: Sequence[Image.Image], folder: Path) -> list[tuple[Path, str]]:
+    """Draw what each of the labelled `encoders` makes of `images`; (file, caption) of every drawing."""
     maps = {
         "features": (
             feature_colours,
@@ -40,9 +33,9 @@ def draw_encoders(config: Config, trained: Path, images: Sequence[Image.Image], 
             "Attention of the patch in the centre in the last block, mean of all heads. Brighter is more.",
         ),
     }
-    drawn = []
+    drawn, columns = [], 1 + len(encoders)
     for name, (draw, caption) in maps.items():
-        figure, axes = plt.subplots(len(images), 3, figsize=(9, 2.6 * len(images)), squeeze=False)
+        figure, axes = plt.subplots(len(images), columns, figsize=(3 * columns, 2.6 * len(images)), squeeze=False)
         for row, image in zip(axes, images):
             row[0].imshow(image)
             for ax, encoder in zip(row[1:], encoders.values()):

@@ -30,13 +30,13 @@ from .frozen import (
     add_options,
     data_key,
     describe_table,
-    encoders_of,
     fit,
     in_batches,
     run_trial,
     settings_from,
     subset,
 )
+from .runs import encoders_of
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from typing import Any
 from PIL import Image
 
 from ..config import Config, ConfigError
-from ..config_io import from_dict
 from ..data.batch import LazyImage, Sample
 from ..data.datasets import BadSampleError, Dataset
 from ..data.mixture import open_sources
@@ -25,6 +24,7 @@ from ..metrics import read_records
 from ..plots import plot_run
 from .page import Block, Example, Facts, Gallery, Heading, Picture, Table, Text, write_page
 from .pictures import draw_encoders
+from .runs import encoders_of, run_config
 from .vqa import OVERALL
 
 PLOTS = (
@@ -42,9 +42,7 @@ def write_report(run: Path, *, num_examples: int = 12, pictures: bool = True) ->
     num_examples:  held-out questions shown, all types in turn.
     pictures:      also draw what the encoder sees before and after; loads both encoders.
     """
-    if not (run / "config.json").is_file():
-        raise ConfigError(f"RUN must be the folder of a run with its config.json, got {run}")
-    config = from_dict(json.loads((run / "config.json").read_text()))
+    config = run_config(run)
     summary = json.loads((run / "summary.json").read_text()) if (run / "summary.json").is_file() else {}
     evaluations = read_records(run / "metrics.jsonl", "evaluation")
     folder = run / "report"
@@ -173,13 +171,12 @@ def probe_section(folder: Path) -> list[Block]:
 
 
 def encoder_section(run: Path, folder: Path, config: Config, samples: HeldOutSamples) -> list[Block]:
-    trained = run / "models" / config.stages[-1].name / "vision"
-    if not trained.is_dir():
+    if not (run / "models" / config.stages[-1].name / "vision").is_dir():
         return []
     images = telling_pictures(samples, 3)
     if not images:
         return []
-    drawn = draw_encoders(config, trained, images, folder)
+    drawn = draw_encoders(dict(encoders_of(run)), images, folder)
     return [Heading("What the encoder sees"), *(Picture(path, caption) for path, caption in drawn)]
 
 

@@ -40,13 +40,13 @@ from .frozen import (
     add_options,
     data_key,
     describe_table,
-    encoders_of,
     fit,
     in_batches,
     run_trial,
     settings_from,
 )
 from .options import positive_int
+from .runs import encoders_of
 from .segment_data import AnnotatedImages, annotated_folder, augmented_square
 from .segment_heads import make_head
 

@@ -21,32 +21,12 @@ import matplotlib.pyplot as plt
 
 from ..build import build_model, sample_encoder, set_position_mode
 from ..config import Config, ConfigError
-from ..config_io import from_dict
 from ..data.mixture import open_sources
 from .options import positive_int
+from .runs import trained_config
 from .vqa import OVERALL, answer_questions, scores_by_type
 
 CAPS = (8, 16, 32, 64, 128)
-
-
-def trained_config(run: Path, stage: str | None = None) -> Config:
-    """The configuration of the run in folder `run`, its models replaced by those that `stage` (default: the last) produced."""
-    if not (run / "config.json").is_file():
-        raise ConfigError(f"RUN must be the folder of a run with its config.json, got {run}")
-    config = from_dict(json.loads((run / "config.json").read_text()))
-    names = [s.name for s in config.stages]
-    stage = names[-1] if stage is None else stage
-    if stage not in names:
-        raise ConfigError(f"stage must be one of {', '.join(names)}, got {stage!r}")
-    models = run / "models" / stage
-    if not models.is_dir():
-        raise ConfigError(f"{models} does not exist: stage {stage} of this run is not finished")
-    return dataclasses.replace(
-        config,
-        vision=dataclasses.replace(config.vision, path=str(models / "vision"), abs_pos_order=None),
-        language=dataclasses.replace(config.language, path=str(models / "language"), tokenizer=None),
-        stages=[s for s in config.stages if s.name == stage],
-    )
 
 
 def sweep(config: Config, caps: Sequence[int], num_questions: int | None = None) -> dict[int, dict[str, dict[str, Any]]]:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 Grid = tuple[int, int, int]
 SETTINGS_FILE = "comp.json"
 PROTOTYPE_SOURCES = ("embed_tokens", "lm_head", "frozen")
+POSITION_IDS = ("mrope", "1d")
 
 
 @dataclass
@@ -101,8 +102,8 @@ class CoMP(nn.Module):
         vocabulary = language_model.get_input_embeddings().num_embeddings
         if not 0 <= image_token_id < vocabulary:
             raise ValueError(f"image_token_id must be a row of the {vocabulary} word embeddings, got {image_token_id}")
-        if position_ids not in ("mrope", "1d"):
-            raise ValueError(f'position_ids must be "mrope" or "1d", got {position_ids!r}')
+        if position_ids not in POSITION_IDS:
+            raise ValueError(f"position_ids must be one of {POSITION_IDS}, got {position_ids!r}")
         if encoder.adapter is None:
             encoder.adapter = Adapter(encoder.config.width, width, merge_size=encoder.config.merge_size, init=adapter_init)
             encoder.adapter.to(encoder.patch_embed.weight.device, encoder.patch_embed.weight.dtype)

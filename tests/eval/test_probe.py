@@ -18,6 +18,7 @@ from comp.config_io import to_dict
 from comp.eval import frozen, probe, sweep
 from comp.eval.frozen import Measure, change_of, learning_rate, make_table, subset
 from comp.eval.probe import ACCURACY, AttentiveProbe, LabelledImages, ProbeSettings, correct_answers, folder_images
+from comp.eval.runs import trained_config
 from comp.model import VisionEncoder
 
 SETTINGS = ProbeSettings(size=16, epochs=8, batch_size=16, lr=1e-2)
@@ -205,14 +206,14 @@ def test_sweep_caps_visual_tokens(run, monkeypatch):
         return original(model, samples, encoder, **kwargs)
 
     monkeypatch.setattr(sweep, "answer_questions", spy)
-    sweep.sweep(sweep.trained_config(run), [4, 16], 6)
+    sweep.sweep(trained_config(run), [4, 16], 6)
     assert seen[0] <= 4 < seen[1] <= 16
 
 
 def test_refusals(run, tmp_path):
     with pytest.raises(ConfigError, match=r"config\.json"):
-        sweep.trained_config(tmp_path)
+        trained_config(tmp_path)
     with pytest.raises(ConfigError, match="stage must be one of"):
-        sweep.trained_config(run, "IV")
+        trained_config(run, "IV")
     with pytest.raises(ConfigError, match="not finished"):
-        sweep.trained_config(run, "I")
+        trained_config(run, "I")
