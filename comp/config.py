@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from comp_kernels.ops.alignment_loss.reference import MODES
+
 from .eval.metrics import METRICS
 from .model.adapter import INITS
 from .model.comp import POSITION_IDS, PROTOTYPE_SOURCES
@@ -18,7 +20,7 @@ from .model.vit_config import ABS_POS_INTERPS, ABS_POS_ORDERS, POS_MODES
 PARTS = ("vision", "adapter", "language")
 BEFORE = "before"
 """What results before the first stage are called; no stage may be."""
-ALIGNMENT_MODES = ("sinkhorn", "literal", "released", "softmax", "contrastive")
+ALIGNMENT_MODES = (*MODES, "contrastive")
 
 
 class ConfigError(ValueError):

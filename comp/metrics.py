@@ -11,9 +11,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-TIMING = ("step_time", "data_time", "images_per_s", "tokens_per_s")
-"""Fields of a training record that differ between two equal runs."""
-
 
 class MetricsLog:
     """Appends records to metrics.jsonl and mirrors training records to TensorBoard.

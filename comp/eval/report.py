@@ -224,6 +224,9 @@ class HeldOutSamples(Mapping[str, Sample]):
     def __getitem__(self, name: str) -> Sample:
         return self._samples[self._places[name]]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._places  # the mapping's own would read the sample
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
 
