@@ -33,15 +33,19 @@ def blocks(*languages: str):
 
 
 def commands():
-    """Every shell line that starts Python, with line continuations joined and comments dropped."""
+    """Every shell command that starts Python, with line continuations joined and comments dropped."""
     found = []
     for block in blocks("bash", "sh", "slurm", "console"):
         for number, line in enumerate(block.values[0].replace("\\\n", " ").splitlines()):
             words = shlex.split(line, comments=True)
-            while words and words[0] in ("$", "srun"):
-                words = words[1:]
-            if words and words[0] in ("python", "torchrun"):
-                found.append(pytest.param(words, id=f"{block.id}+{number}"))
+            while words:
+                end = words.index("&&") if "&&" in words else len(words)
+                command, words = words[:end], words[end + 1 :]
+                while command and command[0] in ("$", "srun"):
+                    command = command[1:]
+                program = command[0].removeprefix(".venv/bin/") if command else ""
+                if program in ("python", "torchrun"):
+                    found.append(pytest.param([program, *command[1:]], id=f"{block.id}+{number}"))
     return found
 
 
@@ -84,6 +88,8 @@ def test_command_is_understood(words, monkeypatch):
         read_command_line(options.training_script_args)
     elif arguments[0] == "train.py":
         read_command_line(arguments[1:])
+    elif arguments[:2] == ["-m", "pytest"]:
+        pytest.Config.fromdictargs({}, arguments[2:])
     elif arguments[:2] == ["-m", "lmms_eval"]:
         check_lmms_eval(arguments[2:])
     else:
