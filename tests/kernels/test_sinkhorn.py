@@ -153,6 +153,22 @@ def test_result_does_not_depend_on_the_number_of_threads(shape):
     assert torch.equal(plans[0], plans[1]) and torch.equal(plans[0], plans[2])
 
 
+@pytest.mark.parametrize("shape", [(30, 50, 4096), (6, 50, 20011), (3, 130, 16384)], ids=str)
+def test_batches_beyond_the_cache_equal_their_items(shape):
+    """Such a batch keeps its exponentials in the memory of later plans, for each thread or for all together (csrc/cpu). One item
+    spans so many bits that its exponentials are taken again."""
+    scores = torch.randn(shape)
+    scores[1] *= 30
+    alone = torch.stack([ck.sinkhorn(item, epsilon=0.05, backend="cpu") for item in scores])
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(ck.sinkhorn(scores, epsilon=0.05, backend="cpu"), alone)
+    finally:
+        torch.set_num_threads(threads)
+
+
 # Columns whose maxima have to be subtracted first; entries that need no shift; rows that grow so uneven that the plan is taken
 # from the scores again, after the first iteration or later ones.
 KINDS_OF_SCORES = {

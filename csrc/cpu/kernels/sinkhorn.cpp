@@ -5,7 +5,7 @@
 //     c_k  = sum_i x_i E_ik,          w_k = b_k / c_k                                the columns are brought to b
 //     r_i  = sum_k E_ik w_k,          x_i = a_i / r_i                                then the rows to a
 // The first iteration has no potentials: E is taken as it is where its column sums stay well inside the range of floating point,
-// else with each column's maximum subtracted. E is written to the memory of the result and serves all iterations: a
+// else with each column's maximum subtracted. E is written to the memory of a result and serves all iterations: a
 // block of columns is read once per iteration, its columns summed, scaled, and its share of the row sums taken from the
 // cache. Where x grows too uneven for E to hold every term that counts, E is taken again from the scores with the potentials
 // reached, u_i + log2 x_i and v_k + log2 w_k; that is also how tiles of scores are iterated that have no memory for E.
@@ -26,10 +26,11 @@ namespace {
 constexpr int64_t kTileBytes = 128 * 1024;  // E of one block of columns: stays in the second level cache
 constexpr int64_t kMaxBlockCols = 1024, kMinBlockCols = 32;
 constexpr int64_t kStreamingBytes = 16 << 20;  // matrices beyond this are written past the caches
+constexpr int64_t kCacheBytes = 20 << 20;  // assumption: as much E as this stays in the last level cache between iterations
 constexpr int64_t kMaxChunks = 64;      // pieces of the columns, fixed, so that sums do not depend on the number of threads
 constexpr int64_t kPlanCols = 2048, kPlanRows = 64;
 constexpr int64_t kNarrowBytes = 64 * 1024;  // rows up to this are iterated row by row: a few of them stay in the second level cache
-constexpr int64_t kMinChunkRows = 16;
+constexpr int64_t kMinChunkRows = 64;
 // A row sum below this share of the largest weight may have lost terms below the smallest normal number: take it again.
 template <typename T>
 constexpr T kLost = sizeof(T) == 4 ? T(1e-20) : T(1e-200);
@@ -317,11 +318,12 @@ void write_plan(const Scores<S>& scores, const T* u, const T* v, T* plan, bool s
   });
 }
 
-// What an item's plan is made of between iterations: E in the memory of the result while it serves (`kept`), and
+// What an item's plan is made of between iterations: E in the memory of a result while it serves (`kept`), and
 //     u_i = base_u_i + log2 x_i,   v_k = base_v_k + log2 w_k.
 template <typename T>
 struct Scalings {
   Scalings(int64_t rows, int64_t cols) : base_u(rows), x(rows), base_v(cols), w(cols) {}
+  T* e = nullptr;  // [n, K] memory of E: this plan, or one whose turn comes later; null where no plan is wanted
   std::vector<T> base_u, x;  // [n]
   std::vector<T> base_v, w;  // [K]
   bool kept = false;
@@ -332,28 +334,38 @@ template <typename S>
 class Solve {
  public:
   using T = Compute<S>;
+  // The threads that work on one item, and their memory.
+  struct Team {
+    Team(int64_t rows, int64_t cols, int64_t workers) : work(rows, cols, workers), scalings(rows, cols) {}
+    Workspace<S> work;
+    Scalings<T> scalings;
+  };
+
   explicit Solve(const comp_kernels_sinkhorn_params& p) : p_(p) {}
 
   void run() {
-    const int64_t workers = num_workers(), rows = p_.num_rows, cols = p_.num_cols;
-    if (p_.tol < 0 && p_.num_items >= workers) {
-      // Whole items one after another: an item that fits the cache is read from memory once for all iterations.
-      std::vector<std::unique_ptr<Workspace<S>>> work(workers);
-      std::vector<std::unique_ptr<Scalings<T>>> scalings(workers);
-      parallel_items(workers, p_.num_items, [&](int64_t worker, int64_t g) {
-        if (!work[worker]) work[worker] = std::make_unique<Workspace<S>>(rows, cols, 1);
-        if (!scalings[worker]) scalings[worker] = std::make_unique<Scalings<T>>(rows, cols);
-        run_item(g, *scalings[worker], *work[worker], 1);
-      });
+    const int64_t workers = num_workers();
+    if (p_.tol >= 0) {
+      Workspace<S> work(p_.num_rows, p_.num_cols, workers);
+      run_until_converged(work, workers);
       return;
     }
-    Workspace<S> work(rows, cols, workers);
-    if (p_.tol < 0) {
-      Scalings<T> scalings(rows, cols);
-      for (int64_t g = 0; g < p_.num_items; ++g) run_item(g, scalings, work, workers);
-    } else {
-      run_until_converged(work, workers);
-    }
+    // All iterations of an item before the next: if its E fits the cache, its scores are read from memory once. Every thread takes
+    // an item of its own, or all share one: where there are fewer than threads, or only one at a time fits.
+    const int64_t bytes = p_.num_rows * p_.num_cols * static_cast<int64_t>(sizeof(T));
+    const bool one_fits = bytes <= kCacheBytes, all_fit = workers * bytes <= kCacheBytes;
+    const int64_t teams = p_.num_items >= workers && (all_fit || !one_fits) ? workers : 1;
+    // A batch beyond the cache keeps E apart from its plans, which are written past the cache: their lines are not read first and
+    // do not drive out E. Its memory is that of the last plans, which are then made in place.
+    const int64_t apart = p_.plan && one_fits && p_.num_items * bytes > kCacheBytes ? p_.num_items - teams : 0;
+    std::vector<std::unique_ptr<Team>> team(teams);
+    auto run_on = [&](int64_t t, int64_t g, int64_t place) {
+      if (!team[t]) team[t] = std::make_unique<Team>(p_.num_rows, p_.num_cols, workers / teams);
+      team[t]->scalings.e = plan(place);
+      run_item(g, team[t]->scalings, team[t]->work, workers / teams);
+    };
+    parallel_shares(teams, apart, /*backwards=*/false, [&](int64_t t, int64_t g) { run_on(t, g, apart + t); });
+    parallel_items(teams, p_.num_items - apart, [&](int64_t t, int64_t g) { run_on(t, apart + g, apart + g); });
   }
 
  private:
@@ -390,7 +402,8 @@ class Solve {
     const int64_t rows = p_.num_rows, cols = p_.num_cols, chunks = work.row_chunks;
     const Scores<S> s = scores(g);
     if (p_.plan == nullptr || (iter == 0 && spans_many_bits(s))) return iter;
-    T *e = plan(g), *sums = work.column_sums.data();
+    T *e = scalings.e, *sums = work.column_sums.data();
+    const bool streaming = e != plan(g) && cols % kLanes<T> == 0 && streamable(plan(g));
     auto for_chunks = [&](auto&& f) {  // f(first row, rows, column sums of the chunk), the sums then added up
       std::fill(work.column_sums.begin(), work.column_sums.end(), T(0));
       parallel_shares(workers, chunks, iter % 2 == 1, [&](int64_t, int64_t chunk) {
@@ -418,7 +431,7 @@ class Solve {
       scalings.written = iter + 1 == p_.num_iters;
       for_chunks([&](int64_t first, int64_t count, T* sum) {
         scale_rows_and_go_on(e + first * cols, count, cols, a(g) + first, scalings.w.data(), totals.row_sums + first,
-                             scalings.written ? nullptr : sum);
+                             scalings.written ? nullptr : sum, plan(g) + first * cols, streaming);
       });
       scale_rows(g, s, totals, scalings, workers);
     }
@@ -428,7 +441,7 @@ class Solve {
   // One iteration of item g; returns the columns' L1 error before it. Afterwards u(g), and v(g) unless E is kept, are current.
   double iterate(int64_t g, int64_t iter, Scalings<T>& scalings, Workspace<S>& work, int64_t workers) {
     const Scores<S> s = scores(g);
-    Pass<T> pass{nullptr, nullptr, scalings.x.data(), b(g), scalings.base_v.data(), scalings.w.data(), plan(g)};
+    Pass<T> pass{nullptr, nullptr, scalings.x.data(), b(g), scalings.base_v.data(), scalings.w.data(), scalings.e};
     pass.measure = p_.tol >= 0 && iter > 0;
     pass.backwards = iter % 2 == 1;
     if (!scalings.kept) {
@@ -474,6 +487,7 @@ class Solve {
   void run_until_converged(Workspace<S>& work, int64_t workers) {
     std::vector<Scalings<T>> now(p_.num_items, Scalings<T>(p_.num_rows, p_.num_cols)), before;
     for (int64_t g = 0; g < p_.num_items; ++g) {
+      now[g].e = plan(g);
       begin(g, now[g]);
       iterate(g, 0, now[g], work, workers);
     }
@@ -511,7 +525,7 @@ class Solve {
     for (int64_t k = 0; k < p_.num_cols; ++k) v(g)[k] *= kLn2;
   }
 
-  // P_ik = x_i E_ik w_k in place; in the direction opposite to the last pass.
+  // P_ik = x_i E_ik w_k; in the direction opposite to the last pass.
   void scale_plan(const Scalings<T>& scalings, T* plan, int64_t workers) {
     const int64_t num_rows = p_.num_rows, num_cols = p_.num_cols;
     const int64_t blocks = (num_cols + kPlanCols - 1) / kPlanCols;
@@ -521,13 +535,19 @@ class Solve {
       const int64_t cols = std::min(kPlanCols, num_cols - begin), whole = cols / kLanes<T> * kLanes<T>;
       const T *w = scalings.w.data() + begin, *x = scalings.x.data();
       for (int64_t i = 0; i < num_rows; ++i) {
+        const T* e = scalings.e + i * num_cols + begin;
         T* p = plan + i * num_cols + begin;
         const T row = x[i];
-        for (int64_t k = 0; k < whole; k += kLanes<T>) {
-          __builtin_prefetch(p + k + num_cols);  // the next row
-          store(p + k, load(p + k) * load(w + k) * row);
+        auto entry = [&](int64_t k) {
+          __builtin_prefetch(e + k + num_cols);  // the next row
+          return load(e + k) * load(w + k) * row;
+        };
+        if (e != p && streamable(p)) {
+          for (int64_t k = 0; k < whole; k += kLanes<T>) store_streaming<T>(p + k, entry(k));
+        } else {
+          for (int64_t k = 0; k < whole; k += kLanes<T>) store(p + k, entry(k));
         }
-        for (int64_t k = whole; k < cols; ++k) p[k] = p[k] * w[k] * row;
+        for (int64_t k = whole; k < cols; ++k) p[k] = e[k] * w[k] * row;
       }
     });
   }

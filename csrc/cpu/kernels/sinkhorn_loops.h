@@ -7,6 +7,7 @@
 namespace comp_kernels::COMP_KERNELS_ISA {
 
 constexpr int kRowsAtOnce = 4;  // rows that share one load and store of the column sums
+constexpr int kExponentialRows = 2;  // the same for whole rows of scores: more, and as many ahead, crowd the first level cache
 
 template <typename F, int... kRow>
 CK_INLINE void each_row(F&& f, std::integer_sequence<int, kRow...>) {
@@ -18,17 +19,18 @@ CK_INLINE void each_row(std::integral_constant<int, kCount>, F&& f) {
   each_row(f, std::make_integer_sequence<int, kCount>{});
 }
 
-// A function of a number of rows known at compile time, over all rows: f(first, constant<kRowsAtOnce>), then one by one.
-template <typename F>
+// A function of a number of rows known at compile time, over all rows: f(first, constant<kRows>), then one by one.
+template <int kRows = kRowsAtOnce, typename F>
 CK_INLINE void for_row_groups(int64_t rows, F&& f) {
   int64_t i = 0;
-  for (; i + kRowsAtOnce <= rows; i += kRowsAtOnce) f(i, std::integral_constant<int, kRowsAtOnce>{});
+  for (; i + kRows <= rows; i += kRows) f(i, std::integral_constant<int, kRows>{});
   for (; i < rows; ++i) f(i, std::integral_constant<int, 1>{});
 }
 
 template <typename T, int kCount>
 CK_INLINE Vec<T> sum_of(const Vec<T> (&x)[kCount]) {
   if constexpr (kCount == 4) return (x[0] + x[1]) + (x[2] + x[3]);
+  if constexpr (kCount == 2) return x[0] + x[1];
   return x[0];
 }
 
@@ -90,6 +92,8 @@ void weighted_column_sums(const T* kept, int64_t stride, int64_t rows, int64_t c
   });
 }
 
+// Past the caches; p is aligned to vectors. Other threads see it after the next locked instruction, which the hand-out of work is.
+// A row at a time: lines that are not completed in one go cost three times as much.
 template <typename T>
 CK_INLINE void store_streaming(T* p, Vec<T> x) {
 #if defined(__AVX512F__)
@@ -156,6 +160,15 @@ CK_INLINE void store(T* p, Vec<T> x, std::integral_constant<int, kCount>) {
   }
 }
 
+template <typename T, int kCount>
+CK_INLINE void store_streaming(T* p, Vec<T> x, std::integral_constant<int, kCount> lanes) {
+  if constexpr (kCount == 1) {
+    store(p, x, lanes);
+  } else {
+    store_streaming<T>(p, x);
+  }
+}
+
 template <typename S, int kCount, typename T = Compute<S>>
 CK_INLINE Vec<T> load_widened(const S* p, std::integral_constant<int, kCount>) {
   if constexpr (kCount == 1) return Vec<T>{widen(*p)};
@@ -165,7 +178,7 @@ CK_INLINE Vec<T> load_widened(const S* p, std::integral_constant<int, kCount>) {
 // e_ik = 2^(s_ik factor + u_i), sum_k += sum_i e_ik
 template <typename S, typename T = Compute<S>>
 void add_exponential_rows(const S* scores, int64_t stride, int64_t rows, int64_t cols, T factor, const T* u, T* e, T* sum) {
-  for_row_groups(rows, [&](int64_t first, auto count) {
+  for_row_groups<kExponentialRows>(rows, [&](int64_t first, auto count) {
     constexpr int kCount = count;
     const S* s = scores + first * stride;
     T* out = e + first * cols;
@@ -173,7 +186,7 @@ void add_exponential_rows(const S* scores, int64_t stride, int64_t rows, int64_t
     for_columns<T>(cols, [&](int64_t k, auto lanes) {
       Vec<T> x[kCount];
       each_row(count, [&](int r) {
-        __builtin_prefetch(s + (kRowsAtOnce + r) * stride + k);
+        __builtin_prefetch(s + (kCount + r) * stride + k);
         x[r] = load_widened(s + r * stride + k, lanes) * scale + u[first + r];
       });
       exp2(x);
@@ -198,12 +211,13 @@ void add_weighted_rows(const T* e, int64_t rows, int64_t cols, const T* x, T* su
 }
 
 // A half step that scales rows and, while they are in the cache, what follows: row_sums_i = sum_k e_ik w_k, x_i = a_i / row_sums_i,
-// then sum_k += x_i e_ik or, where sum is null, e_ik = e_ik w_k x_i.
+// then sum_k += x_i e_ik or, where sum is null, plan_ik = e_ik w_k x_i. plan may be e, unless streaming: past the caches.
 template <typename T>
-void scale_rows_and_go_on(T* e, int64_t rows, int64_t cols, const T* a, const T* w, double* row_sums, T* sum) {
+void scale_rows_and_go_on(const T* e, int64_t rows, int64_t cols, const T* a, const T* w, double* row_sums, T* sum, T* plan,
+                          bool streaming) {
   for_row_groups(rows, [&](int64_t first, auto count) {
     constexpr int kCount = count;
-    T* group = e + first * cols;
+    const T* group = e + first * cols;
     Vec<T> total[kCount], x[kCount];
     each_row(count, [&](int r) { total[r] = Vec<T>{}; });
     for_columns<T>(cols, [&](int64_t k, auto lanes) {
@@ -214,19 +228,23 @@ void scale_rows_and_go_on(T* e, int64_t rows, int64_t cols, const T* a, const T*
       row_sums[first + r] = reduce_sum<T>(total[r]);
       x[r] = broadcast(a[first + r] > 0 ? static_cast<T>(a[first + r] / row_sums[first + r]) : T(0));
     });
+    T* out = plan + first * cols;
     if (sum != nullptr) {
       for_columns<T>(cols, [&](int64_t k, auto lanes) {
         Vec<T> term[kCount];
         each_row(count, [&](int r) { term[r] = load(group + r * cols + k, lanes) * x[r]; });
         store(sum + k, load(sum + k, lanes) + sum_of<T>(term), lanes);
       });
+    } else if (streaming) {
+      each_row(count, [&](int r) {
+        for_columns<T>(cols, [&](int64_t k, auto lanes) {
+          store_streaming(out + r * cols + k, load(group + r * cols + k, lanes) * load(w + k, lanes) * x[r], lanes);
+        });
+      });
     } else {
       for_columns<T>(cols, [&](int64_t k, auto lanes) {
         const Vec<T> weight = load(w + k, lanes);
-        each_row(count, [&](int r) {
-          T* p = group + r * cols + k;
-          store(p, load(p, lanes) * weight * x[r], lanes);
-        });
+        each_row(count, [&](int r) { store(out + r * cols + k, load(group + r * cols + k, lanes) * weight * x[r], lanes); });
       });
     }
   });
