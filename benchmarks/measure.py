@@ -11,6 +11,7 @@ import functools
 import gc
 import platform
 import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import torch
 from comp_kernels import _native
 
 SLOW_PEER = 5.0  # a peer that takes this many times as long is timed in the first two rounds only
+CASE_SECONDS = 45.0  # once the rounds of a case have taken this long, so are all peers
 
 
 def compare(
@@ -44,11 +46,13 @@ def compare(
     seconds: dict[str, list[float]] = {name: [] for name in peers}
 
     def time_peers() -> None:
+        late = time.monotonic() - begin > CASE_SECONDS
         for name, function in peers.items():
-            if len(seconds[name]) < 2 or statistics.median(seconds[name]) < SLOW_PEER * warm_ours:
+            if len(seconds[name]) < 2 or (not late and statistics.median(seconds[name]) < SLOW_PEER * warm_ours):
                 seconds[name].append(_seconds(function, timer))
 
     gc.collect()
+    begin = time.monotonic()
     benchmark.pedantic(ours, setup=time_peers, rounds=rounds)
     milliseconds = benchmark.stats.stats.median * 1e3
     info = {

@@ -1,4 +1,5 @@
-"""What a user could pick instead of sinkhorn: the loops of self-supervised learners, a compiled log-domain loop, POT, OTT-JAX.
+"""What a user could pick instead of sinkhorn: the loops of self-supervised learners, a compiled log-domain loop, POT, OTT-JAX,
+geomloss.
 
 Every peer is `function(scores [..., n, K]) -> P`, uniform marginals, a fixed number of iterations, no gradient. The loops of
 DINOv2 and SwAV work on exp(scores / epsilon) without a shift: they overflow where scores / epsilon exceeds 88.
@@ -80,17 +81,30 @@ def ott_solver(scores: Tensor, epsilon: float, num_iters: int):
     return lambda: compiled(given).block_until_ready()
 
 
-def peers_of(scores: Tensor, epsilon: float, num_iters: int) -> dict:
-    """Calls without arguments, by name; POT and OTT-JAX where they are installed.
+def geomloss_solver(scores: Tensor, epsilon: float, num_iters: int):
+    """geomloss (0.3 on) on a matrix of costs; None where it is not installed.
 
-    geomloss is no peer: its released version solves for point clouds with a schedule of temperatures, not for given scores with
-    a given number of iterations.
+    A peer in time only: as many iterations, but its temperature falls to epsilon within them and each averages the old and the
+    new potentials, so the plan is another one.
     """
+    try:
+        from geomloss import ot as geomloss
+    except ImportError:
+        return None
+    rows, cols = scores.shape[-2:]
+    a, b = scores.new_ones(scores.shape[:-1]), scores.new_full((*scores.shape[:-2], cols), rows / cols)
+    solve = geomloss.solve_batch if scores.dim() == 3 else geomloss.solve
+    return lambda: solve(-scores, reg=epsilon, a=a, b=b, max_iter=num_iters).plan
+
+
+def peers_of(scores: Tensor, epsilon: float, num_iters: int) -> dict:
+    """Calls without arguments, by name; POT, OTT-JAX and geomloss where they are installed."""
     peers = {
         "dinov2": lambda: dinov2_loop(scores, epsilon, num_iters),
         "swav": lambda: swav_loop(scores, epsilon, num_iters),
         "compiled log": lambda: compiled_log_loop()(scores, epsilon=epsilon, num_iters=num_iters),
         "POT": pot_solver(scores, epsilon, num_iters),
         "OTT-JAX": ott_solver(scores, epsilon, num_iters),
+        "geomloss": geomloss_solver(scores, epsilon, num_iters),
     }
     return {name: peer for name, peer in peers.items() if peer is not None}

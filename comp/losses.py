@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from comp_kernels.ops.alignment_loss.reference import unit_rows
+
 from .data.batch import IGNORED
 
 LOGITS_AT_ONCE = 2**25
@@ -66,7 +68,7 @@ def contrastive_loss(
 
         loss = mean_b -log softmax_j(cos(vision_b, text_j) / temperature)[b]
 
-    vision:  [n, E] float, the features that learn.
+    vision:  [n, E] float, the features that learn. A row of zeros has cosine 0 with every text and receives no gradient.
     text:    [n, E] float, fixed. The paper names a contrastive loss without a formula; this direction alone is used because the
              other one would tie the image features of several forward passes of a step together.
     valid:   [n] bool, rows that count, as image and as text.
@@ -78,7 +80,7 @@ def contrastive_loss(
     if group is not None:
         every_text, every_valid, first = _gather_rows(every_text, valid, group)
     places = every_valid.cumsum(0)[first : first + len(valid)] - 1  # of the own texts among the valid ones
-    cosines = F.normalize(vision[valid], dim=1) @ F.normalize(every_text[every_valid].to(vision.dtype), dim=1).T
+    cosines = unit_rows(vision[valid]) @ F.normalize(every_text[every_valid].to(vision.dtype), dim=1).T
     total = F.cross_entropy(cosines / temperature, places[valid], reduction="sum")
     if group is not None:
         everywhere = total.detach().clone()

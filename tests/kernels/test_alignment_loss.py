@@ -60,11 +60,12 @@ def test_matches_the_definition_in_every_dtype(dtype, mode):
     check("several_tiles", DTYPES[dtype], "cpu", mode)
 
 
-@pytest.mark.parametrize("share", (0.0, 0.02, 0.1, 1.0))
+@pytest.mark.parametrize("text, both", [(0.0, 0.0), (0.02, 0.0), (1.0, 0.0), (1.0, 1.0)])
 @pytest.mark.parametrize("mode", ("sinkhorn", "literal"))
-def test_memory_budget_does_not_change_the_result(share, mode, monkeypatch):
+def test_memory_budget_does_not_change_the_result(text, both, mode, monkeypatch):
     """Scores computed again, kept in part, kept for text only, kept for both."""
-    monkeypatch.setattr(streaming, "KEPT_SHARE", share)
+    monkeypatch.setattr(streaming, "TEXT_SHARE", text)
+    monkeypatch.setattr(streaming, "BOTH_SHARE", both)
     check("several_tiles", torch.float32, "cpu", mode, num_iters=4)
 
 
@@ -114,6 +115,24 @@ def test_finite_at_cosine_one_and_invalid_rows_do_not_exist(mode, backend):
     nothing = ck.alignment_loss(vision, text, prototypes, mode=mode, valid=torch.zeros(6, dtype=torch.bool), backend=backend)
     nothing.backward()
     assert nothing == 0 and (vision.grad == 0).all()
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_row_without_direction_receives_no_gradient(mode, backend):
+    """Its cosines are 0, and the other rows are what they are without it; a short row with a direction keeps its gradient."""
+    vision, text, prototypes = (torch.randn(n, 8) for n in (5, 5, 50))
+    vision[2], vision[3] = 0.0, vision[3] * 1e-6
+    vision.requires_grad_()
+    others = torch.arange(5) != 2
+    settings = dict(mode=mode, epsilon=0.05, temperature=0.05, backend=backend)
+    loss = ck.alignment_loss(vision, text, prototypes, **settings)
+    (gradient,) = torch.autograd.grad(loss, vision)
+    assert loss.isfinite() and (gradient[2] == 0).all() and (gradient[others].norm(dim=1) > 0).all()
+    if mode != "sinkhorn":  # whose targets are made for all rows together
+        loss = ck.alignment_loss(vision, text, prototypes, valid=others, **settings)
+        (expected,) = torch.autograd.grad(loss, vision)
+        torch.testing.assert_close(gradient * 5, expected * 4, rtol=1e-5, atol=0)
 
 
 def test_gradcheck():

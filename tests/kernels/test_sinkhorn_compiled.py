@@ -14,7 +14,7 @@ from comp_kernels.testing import (
     make_sinkhorn_inputs,
 )
 
-SHARED_LIMIT = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99}  # KiB per block
+SHARED_LIMIT = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}  # KiB per block
 
 
 def all_kernels(dtype: torch.dtype) -> None:
@@ -43,7 +43,15 @@ def compiled_code(arch: str, dtype: torch.dtype) -> list:
 
 
 @pytest.mark.parametrize(
-    "arch, dtype", [("sm_80", torch.float32), ("sm_90", torch.bfloat16), ("sm_100", torch.bfloat16), ("sm_120", torch.float16)]
+    "arch, dtype",
+    [
+        ("sm_80", torch.float32),
+        ("sm_90", torch.bfloat16),
+        ("sm_100", torch.bfloat16),
+        ("sm_120", torch.float16),
+        ("gfx942", torch.float32),
+        ("gfx942", torch.bfloat16),
+    ],
 )
 def test_compile_matrix(arch, dtype):
     found = run_compiled(compiled_code, arch, dtype)

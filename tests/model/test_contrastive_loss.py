@@ -48,6 +48,14 @@ def test_texts_do_not_learn_and_what_they_say_in_invalid_rows_does_not_count():
         assert torch.equal(a, b)
 
 
+def test_a_feature_of_zeros_receives_no_gradient():
+    vision, text, valid = make_inputs()
+    vision[2] = 0
+    loss, gradient = loss_and_gradient(vision, text, valid)
+    assert loss.isfinite() and gradient[2].eq(0).all()
+    assert gradient.abs().max() < 10  # that of dividing by a length of 1e-12 would be about 1e11
+
+
 def test_without_valid_rows_it_is_zero_on_the_graph():
     vision, text, valid = make_inputs()
     loss, gradient = loss_and_gradient(vision, text, valid & False)

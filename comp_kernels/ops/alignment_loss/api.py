@@ -48,7 +48,8 @@ def alignment_loss(
             "softmax"   softmax(c_t / epsilon)
         epsilon, temperature, prior_temperature:  temperatures of text scores, vision scores and prior ("released" only).
         valid:  [n] bool, rows that count. No valid row: the loss is 0 and still attached to the graph.
-        normalize:  L2-normalise the rows of vision, text and prototypes in float32.
+        normalize:  L2-normalise the rows of vision, text and prototypes in float32. A row of zeros (shorter than 1e-12) has
+            cosine 0 with everything and receives no gradient.
         group:  a process group; the n rows are this process's share. The value is then the mean over all rows of the group,
             the same everywhere; gradients are those of the local rows, to be *summed* over the processes.
         backend:  "reference", "cpu", "triton" or None (by device).
@@ -132,4 +133,4 @@ def prepare_features(x: Tensor, valid: Tensor | None, normalize: bool, dtype: to
     x = x.to(dtype)
     if valid is not None:
         x = torch.where(valid.unsqueeze(-1), x, 0.0)
-    return torch.nn.functional.normalize(x, dim=-1) if normalize else x
+    return reference.unit_rows(x) if normalize else x

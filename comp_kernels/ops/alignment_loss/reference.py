@@ -9,6 +9,17 @@ from torch import Tensor
 from ..sinkhorn.reference import sinkhorn
 
 MODES = ("sinkhorn", "literal", "released", "softmax")
+NORM_FLOOR = 1e-12  # rows shorter than this count as zero; torch.nn.functional.normalize divides by it
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """[n, D] with rows of length one.
+
+    A row shorter than NORM_FLOOR has no direction: it becomes zero, its cosines are 0, and it receives no gradient. That of the
+    division would be up to 1e12 times as large as the others' and leave nothing of them after clipping.
+    """
+    length = torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True)
+    return torch.nn.functional.normalize(torch.where(length > NORM_FLOOR, x, 0.0), dim=-1)
 
 
 def target_distribution(
@@ -79,7 +90,8 @@ def alignment_loss(
         c_v = vision prototypes^T     c_t = text prototypes^T                     cosines when normalize is true
         loss = mean over valid rows i of  - sum_k p_t[i, k] log softmax_k(c_v[i, k] / temperature)
 
-    Arithmetic in float32 (float64 for float64 inputs). No gradient reaches text, prototypes or the target.
+    Arithmetic in float32 (float64 for float64 inputs). No gradient reaches text, prototypes or the target, and none a vision
+    row without a direction (`unit_rows`).
     """
     compute = torch.promote_types(vision.dtype, torch.float32)
     text, prototypes = text.detach().to(compute), prototypes.detach().to(compute)
@@ -89,7 +101,8 @@ def alignment_loss(
     vision = torch.where(valid.unsqueeze(-1), vision, 0.0)
     text = torch.where(valid.unsqueeze(-1), text, 0.0)
     if normalize:
-        vision, text, prototypes = (torch.nn.functional.normalize(x, dim=-1) for x in (vision, text, prototypes))
+        vision = unit_rows(vision)
+        text, prototypes = (torch.nn.functional.normalize(x, dim=-1) for x in (text, prototypes))
 
     with torch.no_grad():
         target = target_distribution(

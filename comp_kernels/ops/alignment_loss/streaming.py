@@ -7,8 +7,8 @@ Two passes over the prototypes, whatever the backend (README.md derives both):
     loss         target and prediction of a tile side by side: its share of the loss and, as (prediction - target) @ prototypes,
                  of the gradient of vision.
 
-Text scores that fit `KEPT_SHARE` of the inputs' size are kept between the passes, the rest are computed again, tile by tile;
-then vision scores, if there is room left. All logarithms are in bits, all potentials of the computing dtype.
+Text scores that fit `TEXT_SHARE` of the inputs' size are kept between the passes, the rest are computed again, tile by tile;
+vision scores, if both fit `BOTH_SHARE`. All logarithms are in bits, all potentials of the computing dtype.
 """
 
 from __future__ import annotations
@@ -23,14 +23,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..sinkhorn.over_group import merge_over_group, scale
+from .reference import NORM_FLOOR
 
 Pair = tuple[Tensor, Tensor]  # running maximum in bits and sum of 2^(entry - maximum), per row
 
 LOG2E = 1.0 / math.log(2.0)
-NORM_FLOOR = 1e-12  # as torch.nn.functional.normalize
 
-# Bytes of [n, V] scores kept between the passes, as a share of the bytes of (n + V) * D inputs in the computing dtype.
-KEPT_SHARE = 0.3
+# Bytes of [n, V] scores kept between the passes, as shares of the bytes of (n + V) * D inputs in the computing dtype. Without
+# its text score an entry costs a product in every iteration, without its vision score a single one.
+TEXT_SHARE = 1.0
+BOTH_SHARE = 0.3
 
 
 @dataclass(frozen=True)
@@ -142,8 +144,10 @@ class Stream:
     def __init__(self, steps, vision, text, prototypes, valid, settings: Settings) -> None:
         (rows, dim), words = vision.shape, prototypes.shape[0]
         cols = tile_columns(rows, dim, words, steps.TILE_LIMITS)
-        budget = int(KEPT_SHARE * (rows + words) * dim) // max(rows, 1)  # columns
-        kept_text = words if budget >= words else budget // cols * cols
+        text_budget, budget = (
+            int(share * (rows + words) * dim) // max(rows, 1) for share in (TEXT_SHARE, BOTH_SHARE)
+        )  # columns
+        kept_text = words if text_budget >= words else text_budget // cols * cols
         kept_vision = words if budget - kept_text >= words else 0
         self.steps, self.settings = steps, settings
         self.prototypes = Prototypes(steps, prototypes, vision.dtype, cols, settings.normalize)

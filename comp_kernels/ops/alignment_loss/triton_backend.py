@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..._triton import launch
+from ..._triton import architecture, launch
+from ..rope_attention.triton_configs import dot_precision
 from ..sinkhorn.triton_backend import (
     column_statistics,
     column_step,
@@ -36,8 +37,6 @@ NEEDS_WIDE_PROTOTYPES = False
 # A score tile stays in the second level cache of a large GPU; fewer, larger tiles mean fewer launches.
 TILE_LIMITS = TileLimits(score_elements=1 << 22, prototype_elements=1 << 25, min_cols=512, max_cols=32768)
 
-# Three TF32 products stand for one float32 product: its accuracy, on the tensor cores.
-PRECISION = "tf32x3"
 PRODUCT_TILE = dict(BN=64, BK=64, BD=32)
 NUM_WARPS, PRODUCT_WARPS = 4, 8  # three TF32 products of a 64 x 64 tile by four warps spill
 
@@ -56,7 +55,7 @@ def products(features: Tensor, prototypes: Tensor, out: Tensor) -> None:
         (blocks(rows, PRODUCT_TILE["BN"]), blocks(cols, PRODUCT_TILE["BK"])),
         features, prototypes, out,
         rows, cols, dim, prototypes.stride(0), out.stride(0),
-        PRECISION=PRECISION,
+        PRECISION=dot_precision(architecture(out.device), torch.float32),
         **PRODUCT_TILE,
         num_warps=PRODUCT_WARPS,
     )  # fmt: skip
@@ -73,7 +72,7 @@ def add_products(score_gradients: Tensor, prototypes: Tensor, out: Tensor) -> No
         (blocks(rows, tile["BN"]), blocks(dim, tile["BD"])),
         score_gradients, prototypes, out,
         rows, cols, dim, score_gradients.stride(0), prototypes.stride(0),
-        PRECISION=PRECISION,
+        PRECISION=dot_precision(architecture(out.device), torch.float32),
         **tile,
         num_warps=PRODUCT_WARPS,
     )  # fmt: skip
