@@ -13,12 +13,16 @@ import torch
 NAMESPACE = __package__
 OPS = getattr(torch.ops, NAMESPACE)
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
-UNWATCHED = {torch.Tensor, torch.nn.Parameter, type(None)}
 
 
-def watched(tensors: Iterable[object]) -> bool:
+def plain(x: torch.Tensor | None) -> bool:
+    """Whether x is what its memory says: no class of its own, no batch of gradients, no view that negates lazily."""
+    return x is None or (type(x) in (torch.Tensor, torch.nn.Parameter) and torch._C._has_storage(x) and not x.is_neg())
+
+
+def watched(tensors: Iterable[torch.Tensor | None]) -> bool:
     """Whether anything but autograd follows calls of operators: compilation, tracing, a mode (FLOP counter, fake tensors), the
-    profiler, or a class of tensors of its own.
+    profiler, or tensors that are more than their memory.
 
     If not, torch's dispatcher has nothing to add to a call, and going through it from Python and back takes about as long as
     all the rest of a call on a few tokens.
@@ -29,7 +33,7 @@ def watched(tensors: Iterable[object]) -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch.autograd._profiler_enabled()
-        or not all(type(x) in UNWATCHED for x in tensors)
+        or not all(plain(x) for x in tensors)
     )
 
 

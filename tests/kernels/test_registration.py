@@ -111,6 +111,26 @@ def test_direct_calls_equal_those_that_something_watches():
     assert {f"comp_kernels::rope_attention_{which}" for which in ("forward", "backward")} <= names
 
 
+def test_batched_gradients():
+    q, k, v = torch.randn(3, 6, 2, 16)
+    q.requires_grad_()
+    out = ck.rope_attention(q, k, v)
+    grads = torch.randn(3, *out.shape)
+    (batched,) = torch.autograd.grad(out, q, grads, is_grads_batched=True, retain_graph=True)
+    one_by_one = [torch.autograd.grad(out, q, grad, retain_graph=True)[0] for grad in grads]
+    assert torch.equal(batched, torch.stack(one_by_one))
+
+
+def test_views_that_negate_lazily():
+    q, k, v, grad = torch.randn(4, 6, 2, 16)
+    lazy = torch._neg_view(k)
+    assert lazy.is_neg()
+    assert torch.equal(ck.rope_attention(q, lazy, v), ck.rope_attention(q, -k, v))
+    out = ck.rope_attention(q.requires_grad_(), k, v)
+    (of_lazy,) = torch.autograd.grad(out, q, torch._neg_view(grad), retain_graph=True)
+    assert torch.equal(of_lazy, torch.autograd.grad(out, q, -grad)[0])
+
+
 def test_traced_calls_compute_again():
     """torch.jit.trace must record the operator, not the numbers it saw."""
     q, other = torch.randn(2, 6, 2, 16)
