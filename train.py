@@ -44,6 +44,9 @@ def run(trainer: Trainer) -> int:
         saved = f"the state is saved in {checkpoint}" if checkpoint else "nothing was learned yet"
         say(f"stopped on SIGTERM after step {trainer.state.step}; {saved}, continue with --resume")
         return 0
+    except ConfigError as error:
+        say(f"train.py: {error}", file=sys.stderr)
+        return 2
     except NonFiniteLossError as error:
         checkpoint = trainer.store.latest()
         saved = f"The last good checkpoint is {checkpoint}." if checkpoint else "No checkpoint was written before."

@@ -35,6 +35,7 @@ class RunState:
 
     stage: int = 0
     step_in_stage: int = 0
+    samples_in_stage: int = 0
     step: int = 0  # optimiser steps of all stages so far
     seconds: float = 0.0  # time spent so far, evaluation included
     samples: int = 0

@@ -19,7 +19,7 @@ import torch
 
 from .build import build_model, export_model, sample_encoder, set_position_mode
 from .checkpoint import CheckpointStore, write_json
-from .config import BEFORE, Config, StageConfig
+from .config import BEFORE, Config, ConfigError, StageConfig
 from .data.loader import StepData, StepDataset, iterate_steps
 from .data.mixture import open_sources
 from .data.prior import count_words
@@ -84,7 +84,7 @@ class Trainer:
     def _run_stage(self, index: int) -> None:
         config, state, stage = self.config, self.state, self.config.stages[index]
         if state.stage != index:
-            state.stage, state.step_in_stage = index, 0
+            state.stage, state.step_in_stage, state.samples_in_stage = index, 0, 0
         set_trainable(self.model, stage.trainable)
         note_trainable_changed(self.model)
         set_position_mode(self.model, config, stage)
@@ -103,8 +103,8 @@ class Trainer:
                 self._save(optimizer)
             if stop:
                 raise StopRequested
-        if state.samples == 0:
-            raise ValueError(f"no sample of stage {stage.name} can be learned from: {list(state.skipped)[:3]}")
+        if state.samples_in_stage == 0:
+            raise ConfigError(f"no sample of stage {stage.name} can be learned from; the last: {list(state.skipped)[-3:]}")
         optimizer.zero_grad(set_to_none=True)
         self._evaluate(stage.name, stage)
         if self.world.is_main:
@@ -125,6 +125,7 @@ class Trainer:
         state.step += 1
         state.step_in_stage += 1
         state.samples += totals.samples
+        state.samples_in_stage += totals.samples
         state.images += totals.images
         state.text_tokens += totals.text_tokens
         if totals.skipped:

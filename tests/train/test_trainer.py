@@ -267,8 +267,18 @@ def test_bad_samples_are_counted_in_the_summary(toy_folder):
     assert summary["samples"] == 14 and summary["steps"] == 16, "a step of one bad sample updates nothing"
 
     config.name, config.stages[0].data = "all-bad", [SourceConfig(factory="toy:OnlyBadSamples")]
-    with pytest.raises(ValueError, match=r"no sample of stage I can be learned from: .*bad \d: on purpose"):
+    with pytest.raises(ConfigError, match=r"no sample of stage I can be learned from.*bad \d: on purpose"):
         Trainer(config).run()
+
+
+def test_a_stage_that_learns_nothing_ends_the_run(toy_folder):
+    """Also after stages that learned, and when a checkpoint of its end is resumed."""
+    options = ["stages.3.data=[{factory: 'toy:OnlyBadSamples'}]", "stages.*.max_steps=1", "eval.data=[]"]
+    for resume in (False, True):
+        with pytest.raises(ConfigError, match=r"no sample of stage III can be learned from.*bad \d: on purpose"):
+            run(toy_folder, *options, resume=resume)
+    exported = toy_folder / "runs" / "toy" / "models"
+    assert (exported / "II-b").is_dir() and not (exported / "III").exists()
 
 
 def test_a_run_is_not_overwritten_and_resumes_only_itself(toy_folder):
