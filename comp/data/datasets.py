@@ -3,6 +3,7 @@
     {"id": "...", "image": "a.png" or ["a.png", "b.png"] or absent,
      "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cat."}]}
 
+A record with "images", "video" or "videos" is refused by name: its pictures would be missed.
 Optional fields for evaluation: "answers" (list of accepted answers), "question_type", "metric", "options" (texts of A, B, ...).
 """
 
@@ -22,6 +23,7 @@ from ..config import ConfigError
 from .batch import Message, Sample
 
 IMAGE_MARKER = "<image>"
+_PICTURES_ELSEWHERE = ("images", "video", "videos")  # fields of other formats; ignored, they would train blind
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
@@ -80,6 +82,11 @@ def sample_from_record(record: Any, place: str, images: Path) -> Sample:
     if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
         raise BadSampleError(f'{place}: needs an object with a list "conversations", got {str(record)[:80]}')
     name = f"{place} {record['id']}" if "id" in record else place
+    for field in _PICTURES_ELSEWHERE:
+        if record.get(field):
+            raise BadSampleError(
+                f'{name}: pictures belong in "image" (a text or a list), got "{field}": {str(record[field])[:80]}'
+            )
     paths = record.get("image") or []
     paths = [paths] if isinstance(paths, str) else paths
     answers, options = record.get("answers") or [], record.get("options") or []
@@ -87,7 +94,7 @@ def sample_from_record(record: Any, place: str, images: Path) -> Sample:
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise BadSampleError(f'{name}: "{field}" must be a list of texts, got {str(record[field])[:80]}')
     for field in ("question_type", "metric"):
-        if not isinstance(record.get(field, ""), str):
+        if not isinstance(record.get(field), str | None):
             raise BadSampleError(f'{name}: "{field}" must be a text or absent, got {str(record[field])[:80]}')
     waiting = [str(images / path) for path in paths]
     num_images = len(waiting)
@@ -106,7 +113,7 @@ def sample_from_record(record: Any, place: str, images: Path) -> Sample:
         name=name,
         messages=messages,
         answers=answers,
-        question_type=record.get("question_type", "all"),
+        question_type=record.get("question_type") or "all",
         metric=record.get("metric"),
         options=options,
     )

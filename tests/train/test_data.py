@@ -67,17 +67,19 @@ def test_llava_records_become_samples(tmp_path, name):
             ),
             record("No picture here"),
             record("A picture without marker", image="a.png"),
+            record("All else is null", image=None, images=[], answers=None, metric=None, question_type=None),
         ],
         name,
     )
-    one, two, text, unmarked = (LlavaDataset(path)[i] for i in range(4))
+    one, two, text, unmarked, nulls = (LlavaDataset(path)[i] for i in range(5))
     assert one.name == f"{name}[0] x7" and one.messages[0].text == "What is it?"
     assert one.messages[0].images == [str(tmp_path / "a.png")]
     assert two.messages[0].images == [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
     assert two.messages[0].text == "Compare  with" and two.question_type == "colour"
     assert reference_answers(two) == ["red", "crimson"] and reference_answers(one) == ["red"]
     assert text.messages[0].images == [] and unmarked.messages[0].images == [str(tmp_path / "a.png")]
-    assert len(LlavaDataset(path)) == 4
+    assert (nulls.metric, nulls.question_type, nulls.messages[0].images) == (None, "all", [])
+    assert len(LlavaDataset(path)) == 5
 
 
 def test_images_of_later_turns_stay_there(tmp_path):
@@ -103,6 +105,8 @@ def test_images_of_later_turns_stay_there(tmp_path):
         (record("q", answer=""), "every answer is empty"),
         (record("q", answer="<image>", image="a.png"), "only allowed in user turns"),
         (record("q", image={"bytes": ""}), '"image" must be a list of texts'),
+        (record("q", images=["a.png"]), 'pictures belong in "image" (a text or a list), got "images"'),
+        (record("q", video="a.mp4"), 'pictures belong in "image"'),
         (record("q", answers=[3]), '"answers" must be a list of texts'),
         (record("q", question_type=["a"]), '"question_type" must be a text'),
     ],
