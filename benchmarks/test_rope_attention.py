@@ -1,11 +1,14 @@
 """rope_attention on the CPU against what a user could pick instead, forward and forward with backward."""
 
+import copy
+
 import pytest
 import torch
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import VisionAttention
 
 import comp_kernels as ck
+from comp_kernels.testing import AttentionCase, make_attention_inputs
 
 from .attention_cases import CASES, inputs_of, largest_error, operations
 from .attention_peers import peers_of
@@ -63,6 +66,34 @@ def test_attention_bfloat16(benchmark, name):
     calls = {key: training_step(call, inputs) for key, call in calls.items()}
     ours = calls.pop("ours")
     compare(benchmark, ours, calls, group="forward+backward bf16", case=name, operations=operations(case) * 3.5, rounds=5)
+
+
+@pytest.mark.parametrize("tokens", (4, 64))
+@pytest.mark.parametrize("which", ("forward", "forward+backward"))
+def test_small_calls(benchmark, which, tokens):
+    """What a call costs where there is next to nothing to compute: 200 calls on one sequence of 4 heads of 32 channels, beside
+    torch's attention without rotation on tensors in its own layout."""
+    inputs = make_attention_inputs(AttentionCase("small", [tokens], heads=4, head_dim=32))
+    in_their_layout = copy.copy(inputs)
+    for name in ("q", "k", "v", "grad_out"):
+        setattr(in_their_layout, name, getattr(inputs, name).transpose(0, 1)[None].contiguous())
+    attention_of = training_step if which == "forward+backward" else inference
+
+    def repeated(call):
+        def run():
+            for _ in range(200):
+                call()
+
+        return run
+
+    compare(
+        benchmark,
+        repeated(attention_of(rope_attention_of(inputs), inputs)),
+        {"sdpa": repeated(attention_of(torch.nn.functional.scaled_dot_product_attention, in_their_layout))},
+        group=f"200 small calls, {which}",
+        case=f"{tokens} tokens",
+        rounds=25,
+    )
 
 
 class FusedVisionAttention(VisionAttention):
