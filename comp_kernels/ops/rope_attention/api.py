@@ -203,8 +203,8 @@ def check_tables(cos: tuple, sin: tuple, num_tokens: int, num_heads: int, rotary
         check_same(name, table, "q", q, dtype=False)
         if table.dtype == torch.float64 and q.dtype != torch.float64:
             raise ValueError(f"{name} is float64 but q is {q.dtype}: tables are used in float32 then, pass {name}.float()")
-        tokens, *heads, width = table.shape
-        if tokens != num_tokens or width not in (rotary_dim, rotary_dim // 2) or heads not in ([], [num_heads]):
+        fits = table.shape[0] == num_tokens and table.shape[-1] in (rotary_dim, rotary_dim // 2)
+        if not fits or (table.dim() == 3 and table.shape[1] != num_heads):
             wanted = [(num_tokens, width) for width in (rotary_dim, rotary_dim // 2)]
             wanted += [(num_tokens, num_heads, width) for width in (rotary_dim, rotary_dim // 2)]
             raise ValueError(

@@ -67,7 +67,7 @@ def sequence_bounds(cu_seqlens_ptr, num_sequences, sequence):
 @triton.jit
 def offset(index, stride, ALIGN: tl.constexpr):
     """index * stride in 64 bits, for one index."""
-    return tl.multiple_of(tl.to_tensor(index).to(tl.int64) * stride, ALIGN)
+    return tl.multiple_of(tl.cast(index, tl.int64) * stride, ALIGN)
 
 
 @triton.jit
