@@ -128,6 +128,7 @@ class AttentionCase:
     head_dim: int = 16
     kv_heads: int | None = None  # default: heads
     layout: str | None = "half_hwhw"  # key of LAYOUTS; None = no rotation
+    layout_k: str | None = None  # of the keys, which then have tables of their own; default: that of the queries
     lengths_k: list[int] | None = None  # cross attention; tables for the keys are then separate
     slack: int = 0  # rows beyond cu_seqlens[-1], filled with NaN
     packed_qkv: bool = False  # q, k, v are strided views of one tensor
@@ -198,7 +199,7 @@ def make_attention_inputs(
         layout = LAYOUTS[case.layout]
         rotary_dim = layout.rotary_dim(case.head_dim)
 
-        def tables(lengths: list[int], heads: int) -> tuple[Tensor, Tensor]:
+        def tables(lengths: list[int], heads: int, layout: RotaryLayout = layout) -> tuple[Tensor, Tensor]:
             pair = layout.tables(grid_positions(lengths), heads, rotary_dim)
             slack = pair[0].new_full((case.slack, *pair[0].shape[1:]), torch.nan)
             cos, sin = (torch.cat((table, slack)).to(table_dtype).to(device) for table in pair)
@@ -206,8 +207,8 @@ def make_attention_inputs(
 
         kwargs.update(rotary_dim=rotary_dim, pair_stride=layout.pair_stride(rotary_dim))
         cos, sin = tables(case.lengths, case.heads)
-        if case.lengths_k is not None or (cos.dim() == 3 and kv_heads != case.heads):
-            kwargs["cos_k"], kwargs["sin_k"] = tables(lengths_k, kv_heads)
+        if case.lengths_k is not None or case.layout_k is not None or (cos.dim() == 3 and kv_heads != case.heads):
+            kwargs["cos_k"], kwargs["sin_k"] = tables(lengths_k, kv_heads, LAYOUTS[case.layout_k or case.layout])
     if case.lengths_k is not None:
         kwargs["cu_seqlens_k"] = cumulative(lengths_k).to(device)
     if case.scale is not None:
@@ -234,6 +235,8 @@ ATTENTION_CASES = [
     AttentionCase("gqa_per_head", [30, 17], heads=4, kv_heads=2, layout="per_head_interleaved"),
     AttentionCase("cross", [30, 0, 17, 4], lengths_k=[12, 5, 0, 70]),
     AttentionCase("no_keys_first", [3, 40], lengths_k=[0, 50], kv_heads=1),
+    AttentionCase("half_width_of_keys", [30, 17], layout_k="half_hwhw_halfwidth"),
+    AttentionCase("half_width_of_queries", [30, 17], layout="half_hwhw_halfwidth", layout_k="half_hwhw"),
     AttentionCase("slack_of_nan", [30, 17], slack=13),
     AttentionCase("slack_of_nan_cross", [30, 17], lengths_k=[9, 31], slack=5),
     AttentionCase("views_of_qkv", [30, 65], packed_qkv=True, heads=4),
@@ -362,7 +365,9 @@ class SinkhornCase:
     shape: tuple[int, ...]  # [..., n, K]
     epsilon: float = 0.1
     num_iters: int = 3
-    marginals: str = "default"  # or "shared", "per_item": random, some of them zero
+    # "shared", "per_item": random, some of them zero; "rows_per_item": the columns are left to the default; "expanded": per item
+    # by expanding one item's, columns by expanding one number.
+    marginals: str = "default"
     seed: int = 0
 
 
@@ -374,6 +379,8 @@ SINKHORN_CASES = [
     SinkhornCase("many_rows", (300, 40), epsilon=0.05),
     SinkhornCase("marginals_shared", (3, 10, 70), marginals="shared", num_iters=5),
     SinkhornCase("marginals_per_item", (3, 10, 70), marginals="per_item", num_iters=2),
+    SinkhornCase("marginals_of_rows_per_item", (3, 10, 70), marginals="rows_per_item"),
+    SinkhornCase("marginals_expanded", (3, 10, 70), marginals="expanded"),
     SinkhornCase("sharp", (12, 200), epsilon=0.005, num_iters=10),
 ]
 SINKHORN_CASES = {case.name: case for case in SINKHORN_CASES}
@@ -386,12 +393,17 @@ def make_sinkhorn_inputs(case: SinkhornCase, dtype: torch.dtype = torch.float32)
     if case.marginals == "default":
         return scores, {}
     *batch, rows, cols = case.shape
-    batch = batch if case.marginals == "per_item" else []
-    a, b = (torch.rand(*batch, size, generator=generator, dtype=torch.float64) for size in (rows, cols))
+    per_item = batch if case.marginals in ("per_item", "rows_per_item") else []
+    a, b = (torch.rand(*per_item, size, generator=generator, dtype=torch.float64) for size in (rows, cols))
     a[..., 2], b[..., 3:6] = 0, 0
     b *= a.sum(-1, keepdim=True) / b.sum(-1, keepdim=True)
     compute = torch.promote_types(dtype, torch.float32)
-    return scores, dict(row_marginals=a.to(compute), col_marginals=b.to(compute))
+    a, b = a.to(compute), b.to(compute)
+    if case.marginals == "rows_per_item":
+        return scores, dict(row_marginals=a)
+    if case.marginals == "expanded":
+        a, b = a.expand(*batch, rows), (a.sum() / cols).expand(*batch, cols)
+    return scores, dict(row_marginals=a, col_marginals=b)
 
 
 # --- alignment_loss --------------------------------------------------------------------------------------------------------

@@ -29,6 +29,11 @@ const char* check(const comp_kernels_rope_attention_params& p) {
                   static_cast<long long>(p.head_dim));
     return message;
   }
+  if ((p.cos != nullptr || p.cos_k != nullptr) && p.table_width != p.rotary_dim && 2 * p.table_width != p.rotary_dim) {
+    std::snprintf(message, sizeof message, "table_width must be rotary_dim = %lld or half of it, got %lld",
+                  static_cast<long long>(p.rotary_dim), static_cast<long long>(p.table_width));
+    return message;
+  }
   if (const char* wrong = check_cu_seqlens("cu_seqlens", p.cu_seqlens, p.num_sequences, p.num_tokens)) return wrong;
   return check_cu_seqlens("cu_seqlens_k", p.cu_seqlens_k, p.num_sequences, p.num_tokens_k);
 }

@@ -50,7 +50,7 @@ def rope_attention(
         max_seqlen, max_seqlen_k:  hints, accepted for drop-in use and never needed.
         rotary_dim:  channels that turn, default D.
         pair_stride:  channels between the two of a pair: default rotary_dim / 2 ("rotate half"); 1 is "interleaved".
-        cos_k, sin_k:  tables of the keys, [Tk, R] or [Tk, Hkv, R]. Default: those of the queries.
+        cos_k, sin_k:  tables of the keys, [Tk, R] or [Tk, Hkv, R], or half as wide. Default: those of the queries.
         cu_seqlens_k:  [B + 1], key sequences for cross attention. Default: those of the queries.
         scale:  softmax scale, default D ** -0.5.
         return_lse:  also return lse [Hq, T], float32 (float64 for float64 inputs); -inf for rows without keys.
@@ -72,6 +72,8 @@ def rope_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if cos is not None and cos_k is None:
         cos_k, sin_k = cos, sin
+    elif cos is not None and cos_k.shape[-1] != cos.shape[-1]:  # the kernels know one width
+        cos, sin, cos_k, sin_k = (reference.widen_table(x, rotary_dim, pair_stride) for x in (cos, sin, cos_k, sin_k))
 
     def declines(name: str) -> str | None:
         if name == "reference":

@@ -114,6 +114,9 @@ def _params(q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, rotary_di
     """The inputs that both passes share. The tensors must outlive the call."""
     num_tokens, num_heads, head_dim = q.shape
     num_tokens_k, num_heads_k, _ = k.shape
+    if cos_k is not None and cos_k is not cos and (cos is None or cos_k.shape[-1] != cos.shape[-1]):
+        widths = [None if table is None else table.shape[-1] for table in (cos, cos_k)]
+        raise ValueError(f"cos and cos_k must have the same width, got {widths}")
     q_stride_token, q_stride_head, _ = q.stride()
     k_stride_token, k_stride_head, _ = k.stride()
     v_stride_token, v_stride_head, _ = v.stride()

@@ -32,43 +32,44 @@ struct Tables {
   const T *cos, *sin;  // [tokens, heads, width]; null: no rotation
   T *dcos, *dsin;      // [tokens, heads of q or k, width]; null: not wanted
   int64_t heads;       // 1 when all heads share the table
+  int64_t width;       // rotary_dim, or half of it
+  bool one_per_pair;   // half of it: both channels of a pair read the same entry
 
   bool rotate() const { return cos != nullptr; }
-  int64_t row(int64_t token, int64_t head, int64_t width) const { return (token * heads + (heads > 1 ? head : 0)) * width; }
+  int64_t row(int64_t token, int64_t head) const { return (token * heads + (heads > 1 ? head : 0)) * width; }
 };
 
 template <typename T>
 Tables<T> query_tables(const Params& p) {
   return {static_cast<const T*>(p.cos), static_cast<const T*>(p.sin), static_cast<T*>(p.dcos), static_cast<T*>(p.dsin),
-          p.table_heads};
+          p.table_heads, p.table_width, p.table_width != p.rotary_dim};
 }
 
 template <typename T>
 Tables<T> key_tables(const Params& p) {
   return {static_cast<const T*>(p.cos_k), static_cast<const T*>(p.sin_k), static_cast<T*>(p.dcos_k), static_cast<T*>(p.dsin_k),
-          p.table_heads_k};
+          p.table_heads_k, p.table_width, p.table_width != p.rotary_dim};
 }
 
 // Entries of a table row that belong to the first and the second channel of pair (block, j), block = 2p * (number of the block).
 struct PairIndex {
   int64_t first, second;
-  CK_INLINE PairIndex(const Params& p, int64_t block, int64_t j) {
-    const bool one_per_pair = p.table_width != p.rotary_dim;
-    first = one_per_pair ? block / 2 + j : block + j;
-    second = one_per_pair ? first : first + p.pair_stride;
-  }
+  CK_INLINE PairIndex(bool one_per_pair, int64_t pair_stride, int64_t block, int64_t j)
+      : first(one_per_pair ? block / 2 + j : block + j), second(one_per_pair ? first : first + pair_stride) {}
 };
 
-// y = x * cos + swap(x) * sin over the first rotary_dim channels; x and y are different memory.
+// y = x * cos + swap(x) * sin over the first rotary_dim channels, tables read from entry `row` on; x and y are different memory.
 template <typename T>
-CK_INLINE void rotate_row(const T* x, T* y, const T* cos, const T* sin, const Params& p) {
+CK_INLINE void rotate_row(const T* x, T* y, const Tables<T>& tables, int64_t row, const Params& p) {
   constexpr int L = kLanes<T>;
   const int64_t stride = p.pair_stride;
+  const bool one_per_pair = tables.one_per_pair;
+  const T *cos = tables.cos + row, *sin = tables.sin + row;
   if (stride >= L) {
     for (int64_t block = 0; block < p.rotary_dim; block += 2 * stride) {
       for (int64_t j = 0; j < stride; j += L) {
         if (j + L > stride) j = stride - L;  // the last vector overlaps its neighbour
-        const PairIndex t(p, block, j);
+        const PairIndex t(one_per_pair, stride, block, j);
         const int64_t a = block + j, b = a + stride;
         const Vec<T> first = load(x + a), second = load(x + b);
         store(y + a, first * load(cos + t.first) - second * load(sin + t.first));
@@ -78,7 +79,7 @@ CK_INLINE void rotate_row(const T* x, T* y, const T* cos, const T* sin, const Pa
     return;
   }
   int64_t done = 0;
-  if (stride == 1 && p.table_width == p.rotary_dim) {  // neighbours in one vector
+  if (stride == 1 && !one_per_pair) {  // neighbours in one vector
     Vec<T> sign;
     for (int i = 0; i < L; ++i) sign[i] = i % 2 == 0 ? T(-1) : T(1);
     for (; done + L <= p.rotary_dim; done += L) {
@@ -88,7 +89,7 @@ CK_INLINE void rotate_row(const T* x, T* y, const T* cos, const T* sin, const Pa
   }
   for (int64_t block = done; block < p.rotary_dim; block += 2 * stride) {
     for (int64_t j = 0; j < stride; ++j) {
-      const PairIndex t(p, block, j);
+      const PairIndex t(one_per_pair, stride, block, j);
       const int64_t a = block + j, b = a + stride;
       const T first = x[a], second = x[b];
       y[a] = first * cos[t.first] - second * sin[t.first];
@@ -99,20 +100,22 @@ CK_INLINE void rotate_row(const T* x, T* y, const T* cos, const T* sin, const Pa
 
 // The transpose of rotate_row, in place: what turns the gradient of the rotated row into that of the row.
 template <typename T>
-CK_INLINE void rotate_row_transposed(T* g, const T* cos, const T* sin, const Params& p) {
+CK_INLINE void rotate_row_transposed(T* g, const Tables<T>& tables, int64_t row, const Params& p) {
   constexpr int L = kLanes<T>;
   const int64_t stride = p.pair_stride;
+  const bool one_per_pair = tables.one_per_pair;
+  const T *cos = tables.cos + row, *sin = tables.sin + row;
   for (int64_t block = 0; block < p.rotary_dim; block += 2 * stride) {
     int64_t j = 0;
     for (; j + L <= stride; j += L) {
-      const PairIndex t(p, block, j);
+      const PairIndex t(one_per_pair, stride, block, j);
       const int64_t a = block + j, b = a + stride;
       const Vec<T> first = load(g + a), second = load(g + b);
       store(g + a, first * load(cos + t.first) + second * load(sin + t.second));
       store(g + b, second * load(cos + t.second) - first * load(sin + t.first));
     }
     for (; j < stride; ++j) {
-      const PairIndex t(p, block, j);
+      const PairIndex t(one_per_pair, stride, block, j);
       const int64_t a = block + j, b = a + stride;
       const T first = g[a], second = g[b];
       g[a] = first * cos[t.first] + second * sin[t.second];
@@ -123,12 +126,13 @@ CK_INLINE void rotate_row_transposed(T* g, const T* cos, const T* sin, const Par
 
 // Gradients of one table row: scale * g is the gradient of the rotated row, x the row before rotation.
 template <typename T>
-void table_row_gradients(const T* g, T scale, const T* x, T* dcos, T* dsin, const Params& p) {
-  const bool one_per_pair = p.table_width != p.rotary_dim;
-  for (int64_t block = 0; block < p.rotary_dim; block += 2 * p.pair_stride) {
-    for (int64_t j = 0; j < p.pair_stride; ++j) {
-      const PairIndex t(p, block, j);
-      const int64_t a = block + j, b = a + p.pair_stride;
+void table_row_gradients(const T* g, T scale, const T* x, const Tables<T>& tables, T* dcos, T* dsin, const Params& p) {
+  const int64_t stride = p.pair_stride;
+  const bool one_per_pair = tables.one_per_pair;
+  for (int64_t block = 0; block < p.rotary_dim; block += 2 * stride) {
+    for (int64_t j = 0; j < stride; ++j) {
+      const PairIndex t(one_per_pair, stride, block, j);
+      const int64_t a = block + j, b = a + stride;
       const T first = g[a] * scale, second = g[b] * scale;
       if (one_per_pair) {
         dcos[t.first] = first * x[a] + second * x[b];
@@ -145,9 +149,9 @@ void table_row_gradients(const T* g, T scale, const T* x, T* dcos, T* dsin, cons
 
 // Reads one row of q, k or v: widened, rotated when there are tables, zeros from head_dim to `columns`.
 template <typename S, typename T>
-CK_INLINE void load_row(const S* x, T* y, int64_t columns, const T* cos, const T* sin, const Params& p) {
+CK_INLINE void load_row(const S* x, T* y, int64_t columns, const Tables<T>& tables, int64_t row, const Params& p) {
   const int64_t D = p.head_dim;
-  if (cos == nullptr) {
+  if (!tables.rotate()) {
     widen_row(x, y, D);
   } else {
     T widened[kMaxHeadDim];
@@ -158,7 +162,7 @@ CK_INLINE void load_row(const S* x, T* y, int64_t columns, const T* cos, const T
       widen_row(x, widened, D);
       source = widened;
     }
-    rotate_row(source, y, cos, sin, p);
+    rotate_row(source, y, tables, row, p);
     for (int64_t d = p.rotary_dim; d < D; ++d) y[d] = source[d];
   }
   for (int64_t d = D; d < columns; ++d) y[d] = 0;
@@ -185,8 +189,7 @@ void load_rows(const void* x, int64_t token_stride, int64_t head_stride, int64_t
   const int64_t columns = round_up_to_lanes<T>(p.head_dim);
   const S* from = static_cast<const S*>(x) + token * token_stride + head * head_stride;
   for (int64_t i = 0; i < rows; ++i, from += token_stride, y += stride) {
-    const int64_t table = tables.rotate() ? tables.row(token + i, head, p.table_width) : 0;
-    load_row(from, y, columns, tables.rotate() ? tables.cos + table : nullptr, tables.rotate() ? tables.sin + table : nullptr, p);
+    load_row(from, y, columns, tables, tables.row(token + i, head), p);
   }
 }
 
@@ -200,13 +203,12 @@ void store_rotated_gradients(T* g, int64_t stride, T scale, const void* x, int64
   for (int64_t i = 0; i < rows; ++i, from += token_stride, g += stride) {
     const int64_t row = (token + i) * heads + head;
     if (tables.rotate()) {
-      const int64_t table = tables.row(token + i, head, p.table_width);
       if (tables.dcos != nullptr) {
         T widened[kMaxHeadDim];
         widen_row(from, widened, D);
-        table_row_gradients(g, scale, widened, tables.dcos + row * p.table_width, tables.dsin + row * p.table_width, p);
+        table_row_gradients(g, scale, widened, tables, tables.dcos + row * tables.width, tables.dsin + row * tables.width, p);
       }
-      rotate_row_transposed(g, tables.cos + table, tables.sin + table, p);
+      rotate_row_transposed(g, tables, tables.row(token + i, head), p);
     }
     S* to = static_cast<S*>(dx) + row * D;
     for (int64_t d = 0; d < D; ++d) narrow(g[d] * scale, to[d]);

@@ -55,7 +55,7 @@ typedef struct {
   int64_t head_dim;       // D, even, at most 256
   int64_t rotary_dim;     // R, even, at most D
   int64_t pair_stride;    // p: within blocks of 2p, channel j pairs with channel j + p; 2p divides R
-  int64_t table_width;    // W
+  int64_t table_width;    // W, of the queries' and the keys' tables alike
   int64_t table_heads;    // 1 or Hq
   int64_t table_heads_k;  // 1 or Hkv
 
