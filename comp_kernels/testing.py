@@ -365,8 +365,8 @@ class SinkhornCase:
     shape: tuple[int, ...]  # [..., n, K]
     epsilon: float = 0.1
     num_iters: int = 3
-    # "shared", "per_item": random, some of them zero; "rows_per_item": the columns are left to the default; "expanded": per item
-    # by expanding one item's, columns by expanding one number.
+    # "shared", "per_item": random, some of them zero; "rows_per_item": the columns are left to the default;
+    # "expanded": one item's rows and one number's columns, without a copy.
     marginals: str = "default"
     seed: int = 0
 

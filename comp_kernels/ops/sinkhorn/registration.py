@@ -50,7 +50,9 @@ def forward(
     flat = scores.reshape(items, num_rows, num_cols)
     if flat.stride(-1) != 1:
         flat = flat.contiguous()
-    marginals = (x.contiguous() if x.dim() == 1 else x.reshape(items, x.shape[-1]) for x in (row_marginals, col_marginals))
+    # Kernels take them contiguous; a reshape keeps the strides of zero of an expanded marginal.
+    marginals = (x if x.dim() == 1 else x.reshape(items, x.shape[-1]) for x in (row_marginals, col_marginals))
+    marginals = (x.contiguous() for x in marginals)
     plan, u, v = implementation(OPERATOR, backend).solve(flat, *marginals, **settings)
     return plan.view(scores.shape), u.view(*batch, num_rows), v.view(*batch, num_cols)
 
