@@ -110,7 +110,7 @@ def store_tile(base, tile, rows, num_rows, stride, HEAD: tl.constexpr):
 def zero_tile(ROWS: tl.constexpr, HEAD: tl.constexpr):
     tile = ()
     for c in tl.static_range(len(HEAD.chunks)):
-        tile = tile + (tl.zeros((ROWS, HEAD.chunks[c][1]), tl.float32),)
+        tile = tile + (tl.zeros((ROWS, tl.constexpr(HEAD.chunks[c][1])), tl.float32),)
     return tile
 
 
