@@ -20,8 +20,8 @@ from comp.trainer import StopRequested, Trainer
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a recipe; the exit code is 0 when it finished or was stopped with SIGTERM, 1 when the loss was not
-    finite, 2 when the configuration cannot be used."""
+    """Run a recipe; the exit code is 0 when it finished or was stopped with SIGTERM, 1 when the loss was not finite, a sample
+    was bad under bad_samples=stop, or an evaluation could ask nothing, 2 when the configuration cannot be used."""
     options, config = read_command_line(arguments)
     logging.disable_progress_bar()  # of reading and writing weights: they would draw over ours
     try:
@@ -60,6 +60,10 @@ def run(trainer: Trainer) -> int:
             f"\n{summary['steps']} steps, {summary['samples']} samples in {summary['seconds'] / 60:.1f} minutes; "
             f"{skipped['samples']} unusable samples skipped. Results: {trainer.folder}"
         )
+        unasked = [f"{e['label']} ({e['skipped'][0]})" for e in summary["evaluations"] if not e["scores"]]
+        if unasked:
+            print(f"train.py: no held-out question could be asked in the evaluation {', '.join(unasked)}", file=sys.stderr)
+            return 1
     return 0
 
 

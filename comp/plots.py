@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
+from .eval.vqa import all_types
 from .metrics import read_records
 
 Records = Sequence[dict[str, Any]]
@@ -120,7 +121,7 @@ def draw_tokens_per_second(ax: Axes, train: Records) -> None:
 
 def plot_scores(path: Path, evaluations: Records) -> Path:
     """Bars per question type, one colour per evaluation, in order of time."""
-    types = list(evaluations[-1]["scores"])
+    types = list(all_types(record["scores"] for record in evaluations))
     figure, ax = plt.subplots(figsize=(min(11.0, max(6.0, 1.6 * len(types))), 4))  # wider would be shrunk until unreadable
     width = 0.8 / len(evaluations)
     colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(evaluations)))

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .config import Config, StageConfig
+from .eval.vqa import all_types
 from .metrics import read_records, table
 from .parallel import World
 from .run_state import RunState
@@ -78,9 +79,8 @@ def _stage_summary(stage: StageConfig, records: Sequence[dict[str, Any]], model:
 def result_table(evaluations: Sequence[dict[str, Any]], baselines: dict[str, Any] | None = None) -> str:
     """Held-out scores in per cent: a row per question type, a column per baseline and per evaluation."""
     columns = {**(baselines or {}), **{e["label"]: e["scores"] for e in evaluations}}
-    last = evaluations[-1]["scores"]
     rows = [
         [name, str(entry["count"]), *(f"{100 * c[name]['score']:.1f}" if name in c else "-" for c in columns.values())]
-        for name, entry in last.items()
+        for name, entry in all_types(e["scores"] for e in evaluations).items()
     ]
     return table(["question type", "count", *columns], rows)

@@ -204,6 +204,8 @@ class Trainer:
         shares = world.gather(share)
         predictions = [p for predictions, _ in shares for p in predictions]
         skipped = [message for _, messages in shares for message in messages]
+        if skipped:
+            self.progress.print(f"{len(skipped)} questions could not be asked and do not count: {skipped[0]}")
         scores = scores_by_type(predictions)
         record = dict(event="evaluation", step=self.state.step, label=label, scores=scores, skipped=skipped)
         self.state.evaluations.append({k: record[k] for k in ("label", "step", "scores", "skipped")})

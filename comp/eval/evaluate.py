@@ -145,10 +145,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
     try:
-        evaluate(options)
+        scores = evaluate(options)
     except ConfigError as error:
         parser.error(str(error))
-    return 0
+    unasked = [name for name, kinds in scores.items() if not kinds]
+    if unasked:
+        print(f"{parser.prog}: no question could be asked of {', '.join(unasked)}", file=sys.stderr)
+    return 1 if unasked else 0
 
 
 def evaluate(options: argparse.Namespace) -> dict[str, dict[str, dict[str, Any]]]:

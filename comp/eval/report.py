@@ -25,7 +25,7 @@ from ..plots import plot_run
 from .page import Block, Example, Facts, Gallery, Heading, Picture, Table, Text, write_page
 from .pictures import draw_encoders
 from .runs import encoders_of, run_config
-from .vqa import OVERALL
+from .vqa import OVERALL, all_types
 
 PLOTS = (
     ("losses.png", "Losses, with their running mean; stages are shaded in turn."),
@@ -67,7 +67,7 @@ def write_report(run: Path, *, num_examples: int = 12, pictures: bool = True) ->
 def head(config: Config, summary: dict[str, Any], evaluations: Sequence[dict[str, Any]]) -> list[Block]:
     blocks: list[Block] = [Heading(config.name, 1)]
     facts = []
-    if evaluations and OVERALL in evaluations[0]["scores"]:
+    if evaluations and all(OVERALL in e["scores"] for e in (evaluations[0], evaluations[-1])):
         first, last = (e["scores"][OVERALL]["score"] for e in (evaluations[0], evaluations[-1]))
         facts += [(f"{100 * last:.1f}%", f"held-out score, {100 * first:.1f}% before training")]
     if summary:
@@ -103,7 +103,7 @@ def score_section(run: Path, summary: dict[str, Any], evaluations: Sequence[dict
             entry["metric"].replace("_", " "),
             *(percent(column.get(name)) for column in columns.values()),
         ]
-        for name, entry in evaluations[-1]["scores"].items()
+        for name, entry in all_types(e["scores"] for e in evaluations).items()
     ]
     text = "Mean score in per cent per kind of question, on questions never trained on, after each stage."
     if summary.get("baselines"):

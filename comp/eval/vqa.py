@@ -178,6 +178,12 @@ def scores_by_type(predictions: Iterable[Prediction]) -> dict[str, dict[str, Any
     return table | {OVERALL: _summary(everything)} if everything else {}
 
 
+def all_types(tables: Iterable[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Every question type that any of several `scores_by_type` has, with its newest entry; "overall" last."""
+    newest = {name: entry for table in tables for name, entry in table.items()}
+    return dict(sorted(newest.items(), key=lambda item: (item[0] == OVERALL, item[0])))
+
+
 def _groups(predictions: Iterable[Prediction]) -> list[list[Prediction]]:
     """Predictions of one group together, each other one alone."""
     groups: dict[Any, list[Prediction]] = defaultdict(list)

@@ -102,6 +102,16 @@ def test_an_unfinished_run_and_missing_pieces(tmp_path):
     assert "Stages" in html and "Examples" not in html and "Held-out" not in html
 
 
+def test_an_evaluation_without_scores_hides_no_other(tmp_path):
+    run = write_run(tmp_path)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(dict(event="evaluation", step=9, label="last", scores={})) + "\n")
+    markdown = write_report(run, pictures=False)[1].read_text()
+    (row,) = (line for line in markdown.splitlines() if "overall" in line)
+    assert re.sub(r"[*\s]", "", row) == "|overall|6|exactmatch|25.0|10.0|20.0|90.0||"
+    assert "% before training" not in markdown
+
+
 def test_data_that_is_gone_costs_only_the_examples(tmp_path, capsys):
     config = toy_config(tmp_path)
     run = write_run(tmp_path, eval=dataclasses.replace(config.eval, data=[SourceConfig(path="/nowhere/data.jsonl")]))

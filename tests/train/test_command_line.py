@@ -12,6 +12,7 @@ import pytest
 from toy import toy_config
 
 import train
+from comp.eval.vqa import answer_questions
 from comp.metrics import read_records
 from comp.step import NonFiniteLossError
 
@@ -60,6 +61,23 @@ def test_a_loss_that_is_not_finite_ends_with_one(toy_recipe, capsys):
     with patch("comp.trainer.train_step", fails):
         assert train.main(["--recipe", "toy", "eval.data=[]"]) == 1
     assert "stopped before step 1: loss nan\nNo checkpoint was written before." in capsys.readouterr().err
+
+
+def test_an_evaluation_that_asks_nothing_is_said_and_fails(toy_recipe, capsys):
+    """The other evaluations keep their columns."""
+
+    def no_room_in_the_last(model, samples, encoder, **settings):
+        if encoder.max_text_tokens == 255:
+            return [], ["rectangle 100: on purpose"] * len(samples)
+        return answer_questions(model, samples, encoder, **settings)
+
+    with patch("comp.trainer.plot_run"), patch("comp.trainer.answer_questions", no_room_in_the_last):
+        assert train.main(["--recipe", "toy", "stages.*.max_steps=1", "stages.3.max_text_tokens=255"]) == 1
+    printed = capsys.readouterr()
+    (overall,) = (line.split() for line in printed.out.splitlines() if line.startswith("overall"))
+    assert overall[1] == "6" and len(overall) == 7 and overall[-1] == "-" and "-" not in overall[:-1]
+    assert "no held-out question could be asked in the evaluation III (rectangle 100: on purpose)" in printed.err
+    assert "6 questions could not be asked and do not count: rectangle 100: on purpose" in printed.err
 
 
 def test_a_finished_run_is_not_overwritten_and_may_be_resumed(toy_recipe, capsys):

@@ -141,6 +141,12 @@ def test_llava_file_beside_a_benchmark(exported, charts, tmp_path):
     assert record["question"] == "Colour?" and record["metric"] == "mmbench"
 
 
+def test_a_source_of_which_nothing_can_be_asked_fails(exported, tmp_path, capsys):
+    (tmp_path / "bad.jsonl").write_text('{"conversations": []}\n')
+    assert command.main([str(exported), f"bad={tmp_path / 'bad.jsonl'}"]) == 1
+    assert "no question could be asked of bad" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("questions", "message"),
     [
