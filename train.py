@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from comp.config import Config, ConfigError
 from comp.config_io import apply_overrides
+from comp.data.datasets import BadSampleError
 from comp.parallel import stop_world
 from comp.recipes import RECIPES
 from comp.step import NonFiniteLossError
@@ -44,10 +45,10 @@ def run(trainer: Trainer) -> int:
         saved = f"the state is saved in {checkpoint}" if checkpoint else "nothing was learned yet"
         say(f"stopped on SIGTERM after step {trainer.state.step}; {saved}, continue with --resume")
         return 0
-    except ConfigError as error:
-        say(f"train.py: {error}", file=sys.stderr)
+    except ConfigError as error:  # seen only now that the data are read, perhaps by this process alone
+        print(f"train.py: {error}", file=sys.stderr)
         return 2
-    except NonFiniteLossError as error:
+    except (NonFiniteLossError, BadSampleError) as error:
         checkpoint = trainer.store.latest()
         saved = f"The last good checkpoint is {checkpoint}." if checkpoint else "No checkpoint was written before."
         say(f"stopped before step {trainer.state.step + 1}: {error}\n{saved}", file=sys.stderr)

@@ -14,15 +14,24 @@ from pathlib import Path
 from PIL import Image
 
 from .build import make_sample_encoder
+from .config import ConfigError
 from .data.batch import Message, Sample
+from .data.datasets import BadSampleError
 from .data.template import ChatTemplate, load_tokenizer
 from .eval.options import positive_int
 from .eval.vqa import generate_answers
 from .model import CoMP
 
 
+def check_export(folder: str | Path) -> None:
+    """ConfigError where `folder` does not look like the export of a stage."""
+    if not all((Path(folder) / part).is_dir() for part in ("vision", "language")):
+        raise ConfigError(f"a model must be a folder with vision/ and language/ as a stage exports it, got {folder}")
+
+
 def load(folder: str | Path) -> tuple[CoMP, ChatTemplate]:
     """The model of an exported folder and the chat template of its tokenizer."""
+    check_export(folder)
     return CoMP.from_pretrained(folder), ChatTemplate(load_tokenizer(str(Path(folder) / "language")))
 
 
@@ -64,8 +73,11 @@ def main() -> None:
     parser.add_argument("question")
     parser.add_argument("--max-new-tokens", type=positive_int, default=64)
     arguments = parser.parse_args()
-    model, template = load(arguments.folder)
-    print(answer(model, template, arguments.images, arguments.question, max_new_tokens=arguments.max_new_tokens))
+    try:
+        model, template = load(arguments.folder)
+        print(answer(model, template, arguments.images, arguments.question, max_new_tokens=arguments.max_new_tokens))
+    except (ConfigError, BadSampleError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -60,7 +60,8 @@ def _loading(path: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be loaded: {error}") from error
+        where = path if Path(path).is_dir() else f"{path} is no folder here and, as a hub id,"
+        raise ConfigError(f"{where} cannot be loaded: {error}") from error
 
 
 def set_position_mode(model: CoMP, config: Config, stage: StageConfig) -> None:

@@ -321,4 +321,5 @@ class Config:
         need_choice("precision", self.precision, ("auto", "fp32", "bf16"))
         need_choice("parallel", self.parallel, ("auto", "fsdp", "replicate"))
         need_choice("bad_samples", self.bad_samples, ("skip", "stop"))
+        need(self.seed >= 0, f"seed must be at least 0, got {self.seed}")
         need(self.num_workers >= 0, f"num_workers must be at least 0, got {self.num_workers}")

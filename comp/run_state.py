@@ -72,9 +72,15 @@ def find_state(folder: Path, config: Config, store: CheckpointStore, *, resume: 
 
 
 def claim_folder(folder: Path, config: Config, world: World) -> None:
-    """Note the configuration in the folder of the run; after all processes have looked at it with `find_state`."""
+    """Note the configuration in the folder of the run; after all processes have looked at it with `find_state`.
+
+    ConfigError: the folder cannot be written.
+    """
     world.barrier()
     if world.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "config.json", to_dict(config))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / "config.json", to_dict(config))
+        except OSError as error:
+            raise ConfigError(f"output_dir {config.output_dir} cannot be written: {error}") from error
     world.barrier()

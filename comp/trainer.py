@@ -20,6 +20,7 @@ import torch
 from .build import build_model, export_model, sample_encoder, set_position_mode
 from .checkpoint import CheckpointStore, write_json
 from .config import BEFORE, Config, ConfigError, StageConfig
+from .data.datasets import BadSampleError
 from .data.loader import StepData, StepDataset, iterate_steps
 from .data.mixture import open_sources
 from .data.prior import count_words
@@ -46,18 +47,20 @@ class Trainer:
         self.folder = Path(config.output_dir) / config.name
         self.store = CheckpointStore(self.folder / "checkpoints", keep=config.checkpoint.keep, world=self.world)
         self.state, self._checkpoint = find_state(self.folder, config, self.store, resume=resume)
+        if resume and self._checkpoint is None and self.world.is_main:
+            print(f"nothing to continue in {self.folder}: starting from the beginning")
         self._stop = False
         self._started = time.monotonic() - self.state.seconds
 
-        # data first: a wrong path should not wait for the weights
+        # data and folder first: a wrong path should not wait for the weights
         self.sources = [open_sources(stage.data, config.seed) for stage in config.stages]
         self.held_out = open_sources(config.eval.data, config.seed) if config.eval.data else None
+        claim_folder(self.folder, config, self.world)
         torch.manual_seed(config.seed)
         model, self.template = build_model(config, dummy_image=uses_fsdp(config, self.world))
         self.model = distribute(model, config, self.world)
         self.bf16 = uses_bf16(config, self.world)
         self.datasets = [self._open_stage(index) for index in range(len(config.stages))]
-        claim_folder(self.folder, config, self.world)
         self._set_prior()
 
     def run(self) -> dict[str, Any]:
@@ -117,6 +120,8 @@ class Trainer:
         stage, num_steps = self.config.stages[state.stage], len(self.datasets[state.stage])
         data_time = time.monotonic() - begun
         totals = StepTotals.gather(data, self.world, stop=self._stop)
+        if totals.skipped and self.config.bad_samples == "stop":
+            raise BadSampleError("; ".join(message for share in self.world.gather(data.skipped) for message in share))
         if totals.tokens == 0 and totals.skipped:
             return self._skip_step(data, totals)
         seed_step(self.config.seed, state.stage, state.step_in_stage, self.world.rank)
@@ -229,7 +234,6 @@ class Trainer:
             seed=int(np.random.SeedSequence([config.seed, index]).generate_state(1)[0]),
             forward_visual_tokens=stage.forward_visual_tokens,
             forward_text_tokens=stage.forward_text_tokens,
-            skip_bad_samples=config.bad_samples == "skip",
             rank=self.world.rank,
             world_size=self.world.size,
         )

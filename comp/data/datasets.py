@@ -28,7 +28,7 @@ _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "ass
 
 
 class BadSampleError(ValueError):
-    """A sample that cannot be used; the message starts with its name. Training skips and counts it, or stops, by policy."""
+    """Samples that cannot be used; the message starts with a name. Training skips and counts them, or stops, by policy."""
 
 
 class Dataset(Protocol):
@@ -50,7 +50,10 @@ def dataset_from_factory(factory: str, arguments: dict[str, Any]) -> Dataset:
         inspect.signature(function).bind(**arguments)  # apart from the call, whose own errors should stay what they are
     except TypeError as error:
         raise ConfigError(f"data.factory {factory!r} does not take the arguments {arguments}: {error}") from error
-    return function(**arguments)
+    dataset = function(**arguments)
+    if not all(hasattr(dataset, method) for method in ("__len__", "__getitem__")):
+        raise ConfigError(f"data.factory {factory!r} must return an object with __len__ and __getitem__, got {dataset!r:.80}")
+    return dataset
 
 
 class LlavaDataset:

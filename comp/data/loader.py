@@ -51,7 +51,6 @@ class StepDataset(torch.utils.data.Dataset):
         max_steps: int | None = None,
         forward_visual_tokens: int | None = None,
         forward_text_tokens: int | None = None,
-        skip_bad_samples: bool = True,
         rank: int = 0,
         world_size: int = 1,
     ):
@@ -61,7 +60,6 @@ class StepDataset(torch.utils.data.Dataset):
         self.num_positions = max(1, round(epochs * len(samples)))
         self.num_steps = min(math.ceil(self.num_positions / batch_size), max_steps or math.inf)
         self.budgets = dict(visual_tokens=forward_visual_tokens, text_tokens=forward_text_tokens)
-        self.skip_bad_samples = skip_bad_samples
         self.rank, self.world_size = rank, world_size
         self.order = SampleOrder(len(samples), seed)
 
@@ -75,8 +73,6 @@ class StepDataset(torch.utils.data.Dataset):
             try:
                 encoded.append(self.encoder.encode(self.samples[self.order[position]]))
             except BadSampleError as error:
-                if not self.skip_bad_samples:
-                    raise
                 skipped.append(str(error))
         groups = pack(encoded, **self.budgets)
         pad_id, patch_features = self.encoder.template.pad_id, self.encoder.patch_features

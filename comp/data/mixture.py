@@ -36,7 +36,10 @@ class Mixture:
             raise IndexError(f"the mixture has {len(self)} samples, asked for {index}")
         part = int(np.searchsorted(self._ends, index, side="right"))
         dataset, indices = self._parts[part]
-        return dataset[int(indices[index - self._ends[part]])]
+        sample = dataset[int(indices[index - self._ends[part]])]
+        if not isinstance(sample, Sample):
+            raise ConfigError(f"items of a dataset must be comp.data.batch.Sample, those of {dataset!r:.80} are {type(sample)}")
+        return sample
 
 
 def open_sources(sources: Sequence[SourceConfig], seed: int) -> Mixture:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..answer import load
+from ..answer import check_export, load
 from ..build import longest_answer, question_encoder
 from ..checkpoint import write_json
 from ..config import ConfigError, SourceConfig
@@ -157,8 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def evaluate(options: argparse.Namespace) -> dict[str, dict[str, dict[str, Any]]]:
     """What the command does; returns {NAME: scores by question type}."""
     sources = _open_all(options.questions, options.split)  # before the weights: a wrong path should not wait
-    if not (options.model / "language").is_dir():
-        raise ConfigError(f"MODEL must be a folder with vision/ and language/ as a stage exports it, got {options.model}")
+    check_export(options.model)
     output = options.output or options.model / "evaluation"
     keys = ("model", "split", "max_new_tokens", "min_visual_tokens", "max_visual_tokens")
     settings = {key: getattr(options, key) for key in keys}

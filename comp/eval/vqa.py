@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..config import ConfigError, need_choice
 from ..data.batch import Sample
 from ..data.datasets import BadSampleError, Dataset
 from ..data.encode import SampleEncoder, prompt_messages, reference_answers
@@ -58,6 +59,7 @@ def answer_questions(
     metric:       for samples that name none, one of `comp.eval.metrics.METRICS`.
     after_batch:  called after every batch; true ends the evaluation there.
     Returns the predictions in the order of `indices`, and a message for every sample that could not be used.
+    Raises ConfigError where a metric does not exist, or cannot score the answers of its sample.
     """
     results: list[Prediction | str] = []
     for batch in answer_batches(
@@ -96,7 +98,7 @@ def answer_batches(
         for index in chunk:
             try:
                 sample = samples[index]
-                reference_answers(sample)
+                _score(sample, "", metric)  # what cannot be scored should not wait for its answer
                 prompts.append(encoder.encode_prompt(sample))
                 members.append((index, sample))
             except BadSampleError as error:
@@ -146,13 +148,11 @@ def answer_loss(
 def _score(sample: Sample, text: str, default_metric: str) -> Prediction:
     name = sample.metric or default_metric
     answers = reference_answers(sample)
-    if name in METRICS:
-        score = METRICS[name](text, answers)
-    elif name in CHOICE_METRICS:
-        score = CHOICE_METRICS[name](text, answers, sample.options)
-    else:
-        known = ", ".join((*METRICS, *CHOICE_METRICS))
-        raise ValueError(f"{sample.name}: metric must be one of {known}, got {name!r}")
+    need_choice(f"{sample.name}: metric", name, (*METRICS, *CHOICE_METRICS))
+    try:
+        score = METRICS[name](text, answers) if name in METRICS else CHOICE_METRICS[name](text, answers, sample.options)
+    except ValueError as error:
+        raise ConfigError(f"{sample.name}: {name}: {error}") from error
     return Prediction(
         name=sample.name,
         question_type=sample.question_type,

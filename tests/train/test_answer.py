@@ -57,6 +57,20 @@ def test_command_line(exported, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == expected + "\n"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["EXPORT", "absent.png", "What?"], "image absent.png: FileNotFoundError"),
+        (["nowhere", "What?"], "a model must be a folder with vision/ and language/ as a stage exports it, got nowhere"),
+    ],
+)
+def test_mistakes_on_the_command_line(exported, monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(sys, "argv", ["answer", *(text.replace("EXPORT", str(exported[2])) for text in arguments)])
+    with pytest.raises(SystemExit):
+        answer.main()
+    assert message in capsys.readouterr().err
+
+
 def test_an_image_that_cannot_be_read_is_named(exported, tmp_path):
     model, template, _ = exported
     (tmp_path / "broken.png").write_bytes(b"not a picture")

@@ -54,6 +54,41 @@ def test_what_cannot_be_loaded_is_named(toy_recipe, capsys):
     assert "empty cannot be loaded: path must hold a config.json" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("override", "code", "message"),
+    [
+        (
+            "vision.path=/nowhere",
+            2,
+            "/nowhere cannot be loaded: path must be a folder or a hub id, /nowhere is neither",
+        ),
+        ("stages.0.data=[{factory: 'toy:NoLength'}]", 2, "'toy:NoLength' must return an object with __len__ and __getitem__"),
+        ("stages.0.data=[{factory: 'toy:Dictionaries', arguments: {size: 8}}]", 2, "must be comp.data.batch.Sample, those of"),
+        ("eval.data=[{factory: 'toy:OddMetric', arguments: {size: 8}}]", 2, "rectangle 0: metric must be one of"),
+        ("stages.0.data=[{factory: 'toy:OnlyBadSamples'}]", 1, "stopped before step 1: bad "),
+    ],
+)
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_mistakes_that_show_in_the_data_end_with_a_message(toy_recipe, capsys, override, code, message, num_workers):
+    arguments = ["--recipe", "toy", "bad_samples=stop", "stages.*.alignment=null", f"num_workers={num_workers}"]
+    with patch("comp.trainer.plot_run"):
+        assert train.main([*arguments, *([] if "eval" in override else ["eval.data=[]"]), override]) == code
+    assert message in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_the_weights_are_loaded(toy_recipe, capsys):
+    (toy_recipe / "file").touch()
+    with patch("comp.trainer.build_model", side_effect=AssertionError("loaded the model first")):
+        assert train.main(["--recipe", "toy", f"output_dir={toy_recipe}/file/runs"]) == 2
+    assert f"train.py: output_dir {toy_recipe}/file/runs cannot be written: " in capsys.readouterr().err
+
+
+def test_resuming_nothing_is_said(toy_recipe, capsys):
+    with patch("comp.trainer.plot_run"):
+        train.main(["--recipe", "toy", "stages.*.max_steps=1", "eval.data=[]", "--resume", "name=mistyped"])
+    assert f"nothing to continue in {toy_recipe}/runs/mistyped: starting from the beginning\n" in capsys.readouterr().out
+
+
 def test_a_loss_that_is_not_finite_ends_with_one(toy_recipe, capsys):
     def fails(*args, **kwargs):
         raise NonFiniteLossError("loss nan")

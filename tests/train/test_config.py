@@ -55,6 +55,7 @@ def test_overrides_reach_every_kind_of_field(config):
         ("learning_rate=1", "unknown field 'learning_rate'; the configuration has: name, output_dir"),
         ("stages.7.batch_size=1", "stages has elements 0, 1, 2, 3"),
         ("stages.3.alignment.mode=literal", "stages.3.alignment is null; give it as a whole first"),
+        ("seed=-1", "seed must be at least 0, got -1"),
         ("seed=1.5", "seed must be int, got 1.5"),
         ("tensorboard=3", "tensorboard must be bool, got 3"),
         ("name.first=x", "name is a single value"),

@@ -177,7 +177,7 @@ def test_answers_of_other_settings_are_not_mixed(exported, charts, capsys):
     assert "answers to chartqa made with max_visual_tokens=16; choose another --output" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         command.main([str(charts), f"chartqa={charts}"])
-    assert "MODEL must be a folder with vision/ and language/" in capsys.readouterr().err
+    assert "a model must be a folder with vision/ and language/" in capsys.readouterr().err
 
 
 def test_the_table_is_made_of_the_file(exported, charts):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from toy import ColouredRectangles, make_tokenizer
 
+from comp.config import ConfigError
 from comp.data.batch import Message, Sample
 from comp.data.encode import ImageSettings, SampleEncoder
 from comp.data.template import ChatTemplate, load_tokenizer
@@ -93,8 +94,10 @@ def test_broken_questions_are_reported(encoder):
 
 def test_unknown_metric_is_refused(encoder):
     messages = [Message(role="user", text="q"), Message(role="assistant", text="a")]
-    with pytest.raises(ValueError, match=r"odd one: metric must be one of .*, got 'bleu'"):
+    with pytest.raises(ConfigError, match=r"odd one: metric must be one of .*, got 'bleu'"):
         ask(encoder, [Sample(name="odd one", messages=messages, metric="bleu")])
+    with pytest.raises(ConfigError, match="odd one: vqa_accuracy: answers needs at least four annotators"):
+        ask(encoder, [Sample(name="odd one", messages=messages, metric="vqa_accuracy")])
 
 
 class CountsLabels(torch.nn.Module):

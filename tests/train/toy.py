@@ -75,6 +75,23 @@ class OnlyBadSamples:
         raise BadSampleError(f"bad {index}: on purpose")
 
 
+class NoLength:
+    def __getitem__(self, index: int) -> Sample:
+        raise NotImplementedError
+
+
+class Dictionaries(ColouredRectangles):
+    def __getitem__(self, index: int) -> dict:
+        return {"image": None}
+
+
+class OddMetric(ColouredRectangles):
+    def __getitem__(self, index: int) -> Sample:
+        sample = super().__getitem__(index)
+        sample.metric = "bleu"
+        return sample
+
+
 def make_tokenizer(vocabulary: int = 300) -> PreTrainedTokenizerFast:
     """A byte-level BPE in the manner of Qwen's, without the vision tokens."""
     tokenizer = Tokenizer(models.BPE())
