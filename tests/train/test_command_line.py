@@ -52,16 +52,14 @@ def test_what_cannot_be_loaded_is_named(toy_recipe, capsys):
     (toy_recipe / "empty").mkdir()
     assert train.main(["--recipe", "toy", f"vision.path={toy_recipe / 'empty'}"]) == 2
     assert "empty cannot be loaded: path must hold a config.json" in capsys.readouterr().err
+    for part in ("vision", "language"):
+        assert train.main(["--recipe", "toy", f"{part}.path=/nowhere"]) == 2
+        assert "train.py: /nowhere is no folder here and, as a hub id, cannot be loaded: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("override", "code", "message"),
     [
-        (
-            "vision.path=/nowhere",
-            2,
-            "/nowhere cannot be loaded: path must be a folder or a hub id, /nowhere is neither",
-        ),
         ("stages.0.data=[{factory: 'toy:NoLength'}]", 2, "'toy:NoLength' must return an object with __len__ and __getitem__"),
         ("stages.0.data=[{factory: 'toy:Dictionaries', arguments: {size: 8}}]", 2, "must be comp.data.batch.Sample, those of"),
         ("eval.data=[{factory: 'toy:OddMetric', arguments: {size: 8}}]", 2, "rectangle 0: metric must be one of"),
