@@ -125,7 +125,8 @@ def accumulate_gradients(
             (loss * scale).backward()
     if step_text is None:
         return token_loss, None
-    # in each forward pass the rows of the others counted with a constant: see comp.model.StepText
+    # A pass scores images of other passes 0 for every choice: each such row costs log(choices) whatever its target is. Each
+    # of the n rows is in one pass and outside M - 1, so all M passes sum to (sum of their losses + n (M - 1) log(choices)) / n.
     contrastive = stage.alignment.mode == "contrastive"
     choices = totals.aligned_rows if contrastive else len(model.prototypes(stage.alignment.prototype_source))
     constant = math.log(choices) if totals.aligned_rows else 0.0

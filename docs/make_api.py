@@ -61,7 +61,7 @@ CHAPTERS = [
         {
             "comp/eval/benchmarks.py": "open_benchmark",
             "comp/eval/vqa.py": "answer_questions scores_by_type",
-            "comp/eval/metrics.py": "relaxed_accuracy anls exact_match vqa_accuracy mme_category_score",
+            "comp/eval/metrics.py": "relaxed_accuracy anls exact_match vqa_accuracy",
             "comp/eval/choices.py": "ai2d realworldqa seed mmmu mmbench",
             "comp/eval/lmms_adapter.py": "CoMPForLmmsEval",
         },

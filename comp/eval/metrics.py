@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 # --- relaxed accuracy (ChartQA) ----------------------------------------------------------------------------------------------
@@ -148,30 +148,6 @@ def _vqa_words(text: str) -> str:
     text = re.sub(r"\.(?!\d)", "", text)
     words = (_VQA_NUMBERS.get(word, word) for word in text.lower().split())
     return " ".join(_RESTORED.get(word, word) for word in words if word not in _ARTICLES)
-
-
-# --- MME ---------------------------------------------------------------------------------------------------------------------
-
-
-def yes_or_no(prediction: str) -> str:
-    """MME: "yes", "no" or "other", read from the whole answer, a lone "y" or "n", or its first four characters."""
-    text = prediction.lower().strip()
-    if text in ("yes", "y"):
-        return "yes"
-    if text in ("no", "n"):
-        return "no"
-    return next((label for label in ("yes", "no") if label in text[:4]), "other")
-
-
-def mme_category_score(images: Iterable[Sequence[bool]]) -> float:
-    """One MME category, 0 to 200. images: per image, whether each of its questions was answered right (two, as published).
-
-    Per image 100 times the share of right answers, plus 100 if all are right; the category is the mean over images.
-    """
-    scores = [100 * sum(right) / len(right) + 100 * all(right) for right in images]
-    if not scores:
-        raise ValueError("images must hold at least one image, got none")
-    return sum(scores) / len(scores)
 
 
 def _best(score: Callable[[str], float], answers: Sequence[str]) -> float:

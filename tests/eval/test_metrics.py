@@ -131,12 +131,6 @@ def test_vqav2_variant_leaves_unanimous_answers_as_they_are():
     assert metrics.vqa_accuracy("the dog", ["the dog"] * 10, variant="vqav2") == 1
 
 
-def test_mme():
-    expected = {"Yes": "yes", "y": "yes", "No.": "no", "n": "no", "not sure": "no", "I say yes": "other", " yes": "yes"}
-    assert {text: metrics.yes_or_no(text) for text in expected} == expected
-    assert metrics.mme_category_score([(True, True), (True, False), (False, False)]) == pytest.approx(250 / 3)
-
-
 @pytest.mark.parametrize("metric", ["relaxed_accuracy", "anls", "exact_match"])
 @pytest.mark.parametrize("answers", [[], "a string"])
 def test_answers_must_be_a_non_empty_list(metric, answers):
@@ -149,5 +143,3 @@ def test_vqa_accuracy_needs_several_annotators():
         metrics.vqa_accuracy("x", ["x"])
     with pytest.raises(ValueError, match="variant"):
         metrics.vqa_accuracy("x", ["x"] * 10, variant="v3")
-    with pytest.raises(ValueError, match="images"):
-        metrics.mme_category_score([])
