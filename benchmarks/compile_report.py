@@ -217,7 +217,7 @@ def hottest_loop(instructions: list[tuple[int, str, str]]) -> list[tuple[int, st
     return max(bodies, key=lambda body: (sum(group(op) == "matrix" for _, op, _ in body), len(body)), default=[])
 
 
-def matrix_flops(opcode: str, num_warps: int) -> int:
+def matrix_flops(opcode: str) -> int:
     """FLOPs of one matrix instruction as one warp issues it (a warpgroup instruction: a quarter of it)."""
     shape = re.search(r"\.(\d+)x(\d+)x(\d+)", opcode)  # HGMMA.64x64x16
     if shape:
@@ -226,11 +226,15 @@ def matrix_flops(opcode: str, num_warps: int) -> int:
     return 2 * 16 * 8 * int(packed[3]) if packed else 0
 
 
+def matrix_cycles(opcode: str, chip: Chip) -> float:
+    """Of the matrix unit of a quarter of a multiprocessor, for one instruction; TF32 at half the rate of 16 bits."""
+    return matrix_flops(opcode) / (chip.matrix_flops / 4) * (2 if ".TF32" in opcode else 1)
+
+
 def read_nvidia(compiled, launch: Launch, arch: str) -> Code:
     cubin = compiled.asm["cubin"]
     instructions = disassemble(cubin)
     loop = hottest_loop(instructions)
-    flops = sum(matrix_flops(opcode, launch.num_warps) for _, opcode, _ in loop if group(opcode) == "matrix")
     return Code(
         name=launch.kernel.__name__,
         arch=arch,
@@ -240,7 +244,7 @@ def read_nvidia(compiled, launch: Launch, arch: str) -> Code:
         shared=compiled.metadata.shared,
         matrix=sum(group(opcode) == "matrix" for _, opcode, _ in instructions),
         loop=Counter(group(opcode) for _, opcode, _ in loop),
-        matrix_cycles=flops / (CHIPS[arch].matrix_flops / 4),
+        matrix_cycles=sum(matrix_cycles(opcode, CHIPS[arch]) for _, opcode, _ in loop if group(opcode) == "matrix"),
     )
 
 

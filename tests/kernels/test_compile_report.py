@@ -77,5 +77,8 @@ def test_hottest_loop_is_the_innermost_with_most_matrix_instructions():
         (0x90, "EXIT", ""),
     ]
     assert report.hottest_loop(listing) == listing[4:8]
-    assert report.matrix_flops("HMMA.16816.F32.BF16", 4) == 2 * 16 * 8 * 16
-    assert report.matrix_flops("HGMMA.64x128x16.F32.BF16", 8) == 2 * 64 * 128 * 16 // 4
+    assert report.matrix_flops("HMMA.16816.F32.BF16") == 2 * 16 * 8 * 16
+    assert report.matrix_flops("HGMMA.64x128x16.F32.BF16") == 2 * 64 * 128 * 16 // 4
+    a100 = report.CHIPS["sm_80"]
+    assert report.matrix_cycles("HMMA.16816.F32.BF16", a100) == 8  # 1024 dense multiply-adds per cycle and multiprocessor
+    assert report.matrix_cycles("HMMA.1688.F32.TF32", a100) == 8  # half of it

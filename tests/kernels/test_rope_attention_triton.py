@@ -1,6 +1,7 @@
 """The Triton rope_attention: in the interpreter (on the device where there is one), and what the compiler makes of it."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -95,6 +96,14 @@ def test_half_precision(name, workspace):
     check_rope_attention(ATTENTION_CASES[name], torch.float16, "triton", DEVICE)
 
 
+def test_code_for_float32_on_nvidia(workspace, monkeypatch):
+    """Halves of 11 bits, chunks of 32 channels, every tile checked, dv and dk apart: the same, whatever runs it."""
+    case = AttentionCase("two_chunks", [18, 0], heads=2, kv_heads=1, head_dim=40, slack=3)
+    monkeypatch.setattr(triton_configs, "dot_precision", lambda arch, dtype: "tf32x3")
+    monkeypatch.setattr(triton_configs, "INTERPRETED", triton_configs.TileConfig(16, 16, 1, 1, num_passes=2))
+    check_rope_attention(case, torch.float32, "triton", DEVICE)
+
+
 @pytest.mark.parametrize("name", ("layout_half_hwhw_halfwidth", "layout_not_orthogonal", "gqa_per_head", "slack_of_nan_cross"))
 def test_gradients_with_and_without_those_of_the_tables(name, workspace):
     """Without them the rotation goes back inside the kernels, with them in a kernel of its own: same numbers."""
@@ -180,10 +189,10 @@ def test_refusals():
 
 
 def test_head_dims_cost_multiples_of_16():
-    for head_dim in range(1, 257):
-        chunks = triton_backend.head_chunks(head_dim)
+    for head_dim, widest in itertools.product(range(1, 257), (32, 64, 128)):
+        chunks = triton_backend.head_chunks(head_dim, widest)
         assert sum(width for _, width in chunks) == -(-head_dim // 16) * 16
-        assert all(width >= 16 and width & (width - 1) == 0 for _, width in chunks)
+        assert all(16 <= width <= widest and width & (width - 1) == 0 for _, width in chunks)
         assert [first for first, _ in chunks] == [sum(w for _, w in chunks[:i]) for i in range(len(chunks))]
 
 
@@ -192,7 +201,7 @@ def test_head_dims_cost_multiples_of_16():
 def test_autotuning_tries_what_can_fit(kernel, head_dim):
     """Shared memory by arithmetic, accumulators in registers; something is left on a small chip, and no less on a large one."""
     small, large = (triton_configs.candidates(kernel, head_dim, 2, kib * 1024) for kib in (99, 227))
-    every = 2 * 3 * 2 * 3
+    every = 2 * 3 * 2 * 3 * (2 if kernel == "key_value_gradient" else 1)
     assert small and set(small) <= set(large) and (head_dim == 64 or len(large) < every)
     for config in large:
         m, n, padded = config.block_m, config.block_n, -(-head_dim // 16) * 16
@@ -200,7 +209,9 @@ def test_autotuning_tries_what_can_fit(kernel, head_dim):
         # two streamed tiles in flight per stage; the resident one (forward: q) or two (backward) once
         held = 1 if kernel == "forward" else 2
         assert (held * resident + 2 * streamed * config.num_stages) * padded * 2 <= 227 * 1024
-        assert resident * padded * (2 if kernel == "key_value_gradient" else 1) <= 192 * 32 * config.num_warps
+        accumulators = 2 // config.num_passes if kernel == "key_value_gradient" else 1
+        assert resident * padded * accumulators <= 192 * 32 * config.num_warps
+    assert triton_configs.candidates(kernel, min(head_dim, 128), 4, 99 * 1024)
 
 
 def test_autotuning_keeps_the_fastest_and_skips_what_the_chip_refuses():
@@ -269,7 +280,8 @@ SHARED_LIMIT = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942
     "arch, dtype, head_dim, layout, backward",
     [
         ("sm_80", torch.bfloat16, 72, "half_hwhw_halfwidth", True),
-        ("sm_90", torch.float16, 80, "interleaved", False),
+        ("sm_80", torch.bfloat16, 72, "interleaved", False),
+        ("sm_80", torch.float32, 72, "half_hwhw_halfwidth", True),
         ("sm_90", torch.bfloat16, 256, "half_hwhw", False),
         ("sm_100", torch.bfloat16, 64, "half_hwhw", False),
         ("sm_120", torch.bfloat16, 96, "per_head_interleaved", False),
@@ -299,4 +311,4 @@ def test_no_trace_of_the_rotation_in_the_loop():
     assert rotated["matrix"] > 0
     allocation = {"move": 0, "integer": 0}
     assert rotated | allocation == plain | allocation
-    assert abs(rotated.total() - plain.total()) <= 0.01 * plain.total()
+    assert rotated.total() <= 1.01 * plain.total()

@@ -23,13 +23,9 @@ def declines(q, k, v, cos, sin, cos_k, sin_k, *, rotary_dim: int, pair_stride: i
     return None
 
 
-def head_chunks(head_dim: int) -> tuple[tuple[int, int], ...]:
-    """head_dim rounded up to a multiple of 16, as (first channel, power of two) pieces: 72 -> ((0, 64), (64, 16)).
-
-    Beyond 128 channels the pieces are at most 64 wide: the rotation of a wider piece would not fit the registers.
-    """
+def head_chunks(head_dim: int, widest: int) -> tuple[tuple[int, int], ...]:
+    """head_dim rounded up to a multiple of 16, as (first channel, power of two) pieces: 72 -> ((0, 64), (64, 16))."""
     chunks, first, rest = [], 0, -(-head_dim // 16) * 16
-    widest = 128 if rest <= 128 else 64
     while rest:
         width = min(1 << (rest.bit_length() - 1), widest)
         chunks.append((first, width))
@@ -37,12 +33,14 @@ def head_chunks(head_dim: int) -> tuple[tuple[int, int], ...]:
     return tuple(chunks)
 
 
-def describe_head(head_dim: int, *tensors: Tensor):
+def describe_head(head_dim: int, precision: str, *tensors: Tensor):
     """The `Head` of tensors [T, H, head_dim], or wider ones with padding."""
+    from .triton_configs import widest_chunk
     from .triton_tiles import Head
 
     strides = [stride for x in tensors for stride in x.stride()[:2]]
-    return Head(head_dim, head_chunks(head_dim), math.gcd(16 // tensors[0].element_size(), head_dim, *strides))
+    align = math.gcd(16 // tensors[0].element_size(), head_dim, *strides)
+    return Head(head_dim, head_chunks(head_dim, widest_chunk(head_dim, precision)), align)
 
 
 def describe_rope(cos: Tensor | None, rotary_dim: int, pair_stride: int):
@@ -63,14 +61,15 @@ def forward(
     from .triton_rotation import rotate
 
     arch, head_dim = architecture(q.device), q.shape[-1]
-    head = head_k = describe_head(head_dim, q, k, v)
+    precision = dot_precision(arch, q.dtype)
+    head = head_k = describe_head(head_dim, precision, q, k, v)
     rope, rope_k = (describe_rope(table, rotary_dim, pair_stride) for table in (cos, cos_k))
     kernel, tables, tables_k = "forward", (cos, sin), None
     if rotate_keys_inline(q.shape[0], cu_seqlens.shape[0] - 1, q.shape[1] // k.shape[1], head_dim):
         kernel, tables_k = "inline", None if cos_k is None else (cos_k, sin_k)
     elif cos_k is not None:
         k = rotate(k, cos_k, sin_k, cu_seqlens_k, head, rope_k)
-        head_k = describe_head(k.shape[-1], k)
+        head_k = describe_head(k.shape[-1], precision, k)
     if cos is not None and not rotate_queries_inline(head_dim):
         q = rotate(q, cos, sin, cu_seqlens, head, rope)[..., :head_dim]
         tables, rope = (None, None), describe_rope(None, rotary_dim, pair_stride)
@@ -78,7 +77,7 @@ def forward(
     def run(config):
         return attention_forward(
             q, k, v, tables, tables_k, cu_seqlens, cu_seqlens_k, scale * LOG2_E,
-            head, head_k, rope, rope_k, dot_precision(arch, q.dtype), config,
+            head, head_k, rope, rope_k, precision, config,
         )  # fmt: skip
 
     return run(choose_config(kernel, arch, head_dim, q.dtype, q.device, run))
@@ -97,16 +96,17 @@ def backward(
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    head = describe_head(head_dim, q, k, v, grad_out)
+    precision = dot_precision(arch, q.dtype)
+    head = describe_head(head_dim, precision, q, k, v, grad_out)
     rope, rope_k = (describe_rope(table, rotary_dim, pair_stride) for table in (cos, cos_k))
     rotated_q, rotated_k, head_qk = q, k, head
     if cos is not None:
         rotated_q = rotate(q, cos, sin, cu_seqlens, head, rope)
         rotated_k = rotate(k, cos_k, sin_k, cu_seqlens_k, head, rope_k)
-        head_qk = describe_head(rotated_q.shape[-1], rotated_q, rotated_k)
+        head_qk = describe_head(rotated_q.shape[-1], precision, rotated_q, rotated_k)
     terms = row_terms(out, grad_out, lse, grad_lse, cu_seqlens, head)
     tensors = (grad_out, rotated_q, rotated_k, v, terms)
-    settings = (cu_seqlens, cu_seqlens_k, scale, head, head_qk, dot_precision(arch, q.dtype))
+    settings = (cu_seqlens, cu_seqlens_k, scale, head, head_qk, precision)
     # AMD's barrier does not wait for stores to global memory, which the epilogue relies on.
     in_epilogue = cos is not None and not table_grads and not arch.startswith("gfx")
 

@@ -23,11 +23,13 @@ from .triton_tiles import (
     add_dot_rows,
     dot_channels,
     find_tile,
+    load_both_ways,
     load_tile,
     offset,
     scale_tile,
     sequence_bounds,
     store_tile,
+    transpose_tile,
     zero_tile,
 )
 
@@ -90,20 +92,52 @@ def load_row_terms(terms, num_rows_of_all_heads, rows, num_rows, CHECK_ROWS: tl.
 @triton.jit
 def add_query_tile(
     grad_key, grad_value, key, value, q, grad_out, terms, num_rows_of_all_heads, first, num_rows, scale_log2,
-    Q_STRIDE: tl.constexpr, GRAD_STRIDE: tl.constexpr,
+    Q_STRIDE: tl.constexpr, GRAD_STRIDE: tl.constexpr, FOR_KEY: tl.constexpr, FOR_VALUE: tl.constexpr,
     LAST: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr, HEAD: tl.constexpr, HEAD_QK: tl.constexpr,
 ):  # fmt: skip
     """Add to the gradients of one key tile what the BLOCK_M queries from `first` on contribute."""
     rows = tl.arange(0, BLOCK_M)
-    query = load_tile(q + offset(first, Q_STRIDE, HEAD_QK.align), rows, num_rows - first, Q_STRIDE, LAST, HEAD_QK)
+    q += offset(first, Q_STRIDE, HEAD_QK.align)
+    query, query_t = load_both_ways(q, rows, num_rows - first, Q_STRIDE, LAST, HEAD_QK, PRECISION)
     delta, high, low = load_row_terms(terms + first, num_rows_of_all_heads, rows, num_rows - first, LAST)
-    scores = dot_channels(key, query, HEAD, PRECISION)  # [BLOCK_N, BLOCK_M]: transposed
+    scores = dot_channels(key, query_t, HEAD, PRECISION)  # [BLOCK_N, BLOCK_M]: transposed
     weights = tl.exp2(scores * scale_log2 - high[None, :] - low[None, :])
-    cotangent = grad_out + offset(first, GRAD_STRIDE, HEAD.align)
-    cotangent = load_tile(cotangent, rows, num_rows - first, GRAD_STRIDE, LAST, HEAD)
-    grad_value = add_dot_rows(grad_value, weights.to(cotangent[0].dtype), cotangent, HEAD, PRECISION)
-    grad_scores = weights * (dot_channels(value, cotangent, HEAD, PRECISION) - delta[None, :])
-    grad_key = add_dot_rows(grad_key, grad_scores.to(query[0].dtype), query, HEAD, PRECISION)
+    grad_out += offset(first, GRAD_STRIDE, HEAD.align)
+    cotangent, cotangent_t = load_both_ways(grad_out, rows, num_rows - first, GRAD_STRIDE, LAST, HEAD, PRECISION)
+    if FOR_VALUE:
+        grad_value = add_dot_rows(grad_value, weights.to(cotangent[0].dtype), cotangent, HEAD, PRECISION)
+    if FOR_KEY:
+        grad_scores = weights * (dot_channels(value, cotangent_t, HEAD, PRECISION) - delta[None, :])
+        grad_key = add_dot_rows(grad_key, grad_scores.to(query[0].dtype), query, HEAD, PRECISION)
+    return grad_key, grad_value
+
+
+@triton.jit
+def sum_over_queries(
+    key, value, q_ptr, grad_out_ptr, terms_ptr, num_rows_of_all_heads, begin, num_queries, num_tokens, head_k, scale_log2,
+    q_stride_h, grad_stride_h, Q_STRIDE: tl.constexpr, GRAD_STRIDE: tl.constexpr,
+    FOR_KEY: tl.constexpr, FOR_VALUE: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr, HEAD: tl.constexpr, HEAD_QK: tl.constexpr,
+):  # fmt: skip
+    """(grad_key, grad_value) of one key tile, before scale and rotation; zeros for the one not asked for."""
+    grad_key = zero_tile(key[0].shape[0], HEAD)
+    grad_value = zero_tile(key[0].shape[0], HEAD)
+    CHECK: tl.constexpr = PRECISION == "tf32x3"  # in every tile: there are no registers for a second, unchecked body
+    whole = num_queries if CHECK else num_queries // BLOCK_M * BLOCK_M
+    for head in range(head_k * GROUP, head_k * GROUP + GROUP):
+        q = q_ptr + offset(begin, Q_STRIDE, HEAD_QK.align) + offset(head, q_stride_h, HEAD_QK.align)
+        grad_out = grad_out_ptr + offset(begin, GRAD_STRIDE, HEAD.align) + offset(head, grad_stride_h, HEAD.align)
+        terms = terms_ptr + offset(head, num_tokens, 1) + begin
+        for first in range(0, whole, BLOCK_M):
+            grad_key, grad_value = add_query_tile(
+                grad_key, grad_value, key, value, q, grad_out, terms, num_rows_of_all_heads, first, num_queries, scale_log2,
+                Q_STRIDE, GRAD_STRIDE, FOR_KEY, FOR_VALUE, CHECK, BLOCK_M, PRECISION, HEAD, HEAD_QK,
+            )  # fmt: skip
+        if whole < num_queries:
+            grad_key, grad_value = add_query_tile(
+                grad_key, grad_value, key, value, q, grad_out, terms, num_rows_of_all_heads, whole, num_queries, scale_log2,
+                Q_STRIDE, GRAD_STRIDE, FOR_KEY, FOR_VALUE, True, BLOCK_M, PRECISION, HEAD, HEAD_QK,
+            )  # fmt: skip
     return grad_key, grad_value
 
 
@@ -114,7 +148,7 @@ def key_value_gradient_kernel(
     q_stride_h, k_stride_h, v_stride_h, grad_stride_h, table_stride_h,
     Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, GRAD_STRIDE: tl.constexpr,
     GRAD_K_STRIDE: tl.constexpr, TABLE_STRIDE: tl.constexpr,
-    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAIRS: tl.constexpr,
+    GROUP: tl.constexpr, PASSES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAIRS: tl.constexpr,
     UNROTATE: tl.constexpr, PRECISION: tl.constexpr,
     HEAD: tl.constexpr, HEAD_QK: tl.constexpr, ROPE: tl.constexpr,
 ):  # fmt: skip
@@ -132,27 +166,18 @@ def key_value_gradient_kernel(
     v = v_ptr + offset(first, V_STRIDE, HEAD.align) + offset(head_k, v_stride_h, HEAD.align)
     key = load_tile(k, columns, num_keys, K_STRIDE, True, HEAD_QK)
     value = load_tile(v, columns, num_keys, V_STRIDE, True, HEAD)
-    grad_key = zero_tile(BLOCK_N, HEAD)
-    grad_value = zero_tile(BLOCK_N, HEAD)
-    whole = num_queries // BLOCK_M * BLOCK_M
-    for head in range(head_k * GROUP, head_k * GROUP + GROUP):
-        q = q_ptr + offset(begin_q, Q_STRIDE, HEAD_QK.align) + offset(head, q_stride_h, HEAD_QK.align)
-        grad_out = grad_out_ptr + offset(begin_q, GRAD_STRIDE, HEAD.align) + offset(head, grad_stride_h, HEAD.align)
-        terms = terms_ptr + offset(head, num_tokens, 1) + begin_q
-        for first_query in range(0, whole, BLOCK_M):
-            grad_key, grad_value = add_query_tile(
-                grad_key, grad_value, key, value, q, grad_out, terms, num_rows_of_all_heads, first_query, num_queries,
-                scale_log2, Q_STRIDE, GRAD_STRIDE, False, BLOCK_M, PRECISION, HEAD, HEAD_QK,
-            )  # fmt: skip
-        if whole < num_queries:
-            grad_key, grad_value = add_query_tile(
-                grad_key, grad_value, key, value, q, grad_out, terms, num_rows_of_all_heads, whole, num_queries,
-                scale_log2, Q_STRIDE, GRAD_STRIDE, True, BLOCK_M, PRECISION, HEAD, HEAD_QK,
-            )  # fmt: skip
 
     target = offset(first, GRAD_K_STRIDE, HEAD.align) + head_k * HEAD.dim
-    store_tile(grad_v_ptr + target, grad_value, columns, num_keys, GRAD_K_STRIDE, HEAD)
-    store_tile(grad_k_ptr + target, scale_tile(grad_key, scale, HEAD), columns, num_keys, GRAD_K_STRIDE, HEAD)
+    for p in tl.static_range(PASSES):  # one for both gradients, or one for dv and one for dk
+        grad_key, grad_value = sum_over_queries(
+            key, value, q_ptr, grad_out_ptr, terms_ptr, num_rows_of_all_heads, begin_q, num_queries, num_tokens, head_k,
+            scale_log2, q_stride_h, grad_stride_h, Q_STRIDE, GRAD_STRIDE, p == PASSES - 1, p == 0,
+            GROUP, BLOCK_M, PRECISION, HEAD, HEAD_QK,
+        )  # fmt: skip
+        if p == 0:
+            store_tile(grad_v_ptr + target, grad_value, columns, num_keys, GRAD_K_STRIDE, HEAD)
+        if p == PASSES - 1:
+            store_tile(grad_k_ptr + target, scale_tile(grad_key, scale, HEAD), columns, num_keys, GRAD_K_STRIDE, HEAD)
     if UNROTATE and sequence < num_sequences:
         tl.debug_barrier()  # other threads of this program wrote some of what this one reads next
         table = offset(first, TABLE_STRIDE, ROPE.align) + offset(head_k, table_stride_h, ROPE.align)
@@ -168,13 +193,15 @@ def add_key_tile(
 ):  # fmt: skip
     """Add to the gradient of one query tile what the BLOCK_N keys from `first` on contribute."""
     columns = tl.arange(0, BLOCK_N)
-    key = load_tile(k + offset(first, K_STRIDE, HEAD_QK.align), columns, num_keys - first, K_STRIDE, LAST, HEAD_QK)
-    value = load_tile(v + offset(first, V_STRIDE, HEAD.align), columns, num_keys - first, V_STRIDE, LAST, HEAD)
-    scores = dot_channels(query, key, HEAD, PRECISION)
+    k += offset(first, K_STRIDE, HEAD_QK.align)
+    v += offset(first, V_STRIDE, HEAD.align)
+    key, key_t = load_both_ways(k, columns, num_keys - first, K_STRIDE, LAST, HEAD_QK, PRECISION)
+    value = load_tile(v, columns, num_keys - first, V_STRIDE, LAST, HEAD)
+    scores = dot_channels(query, key_t, HEAD, PRECISION)
     weights = tl.exp2(scores * scale_log2 - high[:, None] - low[:, None])
     if LAST:
         weights = tl.where((columns < num_keys - first)[None, :], weights, 0.0)
-    grad_scores = weights * (dot_channels(cotangent, value, HEAD, PRECISION) - delta[:, None])
+    grad_scores = weights * (dot_channels(cotangent, transpose_tile(value, HEAD), HEAD, PRECISION) - delta[:, None])
     return add_dot_rows(grad_query, grad_scores.to(key[0].dtype), key, HEAD, PRECISION)
 
 
@@ -208,11 +235,12 @@ def query_gradient_kernel(
     terms = terms_ptr + offset(head, num_tokens, 1) + first
     delta, high, low = load_row_terms(terms, num_rows_of_all_heads, rows, num_rows, True)
     grad_query = zero_tile(BLOCK_M, HEAD)
-    whole = num_keys // BLOCK_N * BLOCK_N
+    CHECK: tl.constexpr = PRECISION == "tf32x3"  # in every tile: there are no registers for a second, unchecked body
+    whole = num_keys if CHECK else num_keys // BLOCK_N * BLOCK_N
     for first_key in range(0, whole, BLOCK_N):
         grad_query = add_key_tile(
             grad_query, query, cotangent, delta, high, low, k, v, first_key, num_keys, scale_log2,
-            K_STRIDE, V_STRIDE, False, BLOCK_N, PRECISION, HEAD, HEAD_QK,
+            K_STRIDE, V_STRIDE, CHECK, BLOCK_N, PRECISION, HEAD, HEAD_QK,
         )  # fmt: skip
     if whole < num_keys:
         grad_query = add_key_tile(
@@ -281,7 +309,7 @@ def key_value_gradient(
         q.stride(1), k.stride(1), v.stride(1), grad_out.stride(1), head_stride(cos),
         Q_STRIDE=q.stride(0), K_STRIDE=k.stride(0), V_STRIDE=v.stride(0), GRAD_STRIDE=grad_out.stride(0),
         GRAD_K_STRIDE=grad_k.stride(0), TABLE_STRIDE=token_stride(cos),
-        GROUP=q.shape[1] // num_heads_k, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        GROUP=q.shape[1] // num_heads_k, PASSES=config.num_passes, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         PAIRS=triton.next_power_of_2(rope.num_pairs), UNROTATE=unrotate, PRECISION=precision,
         HEAD=head, HEAD_QK=head_qk, ROPE=rope,
         num_warps=config.num_warps, num_stages=config.num_stages,

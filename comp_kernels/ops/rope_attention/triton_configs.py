@@ -28,6 +28,7 @@ class TileConfig(NamedTuple):
     block_n: int  # key rows per tile
     num_warps: int
     num_stages: int  # copies in flight of the tiles that the loop loads
+    num_passes: int = 1  # key_value_gradient: 2 computes dv, then dk, with half of the accumulators and five products for four
 
 
 # 16-bit dtypes; per kernel and family, up to which head dim (rounded up to 16) a configuration serves. Chosen so that
@@ -54,26 +55,49 @@ TABLE: dict[str, dict[str, dict[int, TileConfig]]] = {
             64: TileConfig(64, 64, 4, 2),
             96: TileConfig(64, 32, 4, 2),
             128: TileConfig(128, 32, 8, 2),
-            256: TileConfig(32, 32, 4, 2),
+            256: TileConfig(64, 16, 4, 2),
         },
         "sm_90": {128: TileConfig(64, 64, 4, 2), 256: TileConfig(64, 32, 4, 2)},
         "gfx9": {128: TileConfig(64, 64, 4, 1), 256: TileConfig(64, 32, 4, 1)},
     },
     "key_value_gradient": {
-        "sm_80": {96: TileConfig(32, 64, 4, 2), 128: TileConfig(64, 64, 8, 2), 256: TileConfig(32, 64, 8, 1)},
+        "sm_80": {96: TileConfig(32, 64, 4, 2), 128: TileConfig(64, 64, 8, 2), 256: TileConfig(32, 32, 4, 2, 2)},
         "sm_90": {128: TileConfig(64, 64, 8, 2), 256: TileConfig(32, 64, 8, 1)},
         "gfx9": {128: TileConfig(64, 64, 4, 1), 256: TileConfig(32, 64, 8, 1)},
     },
 }
-FLOAT32 = TileConfig(64, 32, 4, 2)  # any kernel, head dims up to 128
-FLOAT32_WIDE = TileConfig(32, 32, 4, 1)
+# float32. On NVIDIA a warp owns 16 rows: with more, three products per product leave no registers. The row sm_86 is for chips
+# with 99 KiB of shared memory per block, and for sm_100, whose matrix units take operands from a memory of their own: filling
+# that in 32 bits costs registers, and two warps get the instructions of sm_80 instead.
+FLOAT32: dict[str, dict[str, dict[int, TileConfig]]] = {
+    "forward": {
+        "sm_80": {256: TileConfig(32, 16, 2, 2)},
+        "sm_86": {256: TileConfig(32, 16, 2, 2)},
+        "sm_90": {128: TileConfig(64, 32, 4, 2), 256: TileConfig(32, 16, 2, 2)},
+        "gfx9": {128: TileConfig(64, 32, 4, 2), 256: TileConfig(32, 32, 4, 1)},
+    },
+    "query_gradient": {
+        "sm_80": {128: TileConfig(32, 16, 2, 2), 256: TileConfig(16, 16, 1, 2)},
+        "sm_86": {128: TileConfig(32, 16, 2, 2), 256: TileConfig(16, 16, 1, 1)},
+        "sm_90": {128: TileConfig(64, 16, 4, 2), 256: TileConfig(16, 16, 1, 2)},
+        "gfx9": {128: TileConfig(64, 32, 4, 2), 256: TileConfig(32, 32, 4, 1)},
+    },
+    "key_value_gradient": {
+        "sm_80": {128: TileConfig(16, 32, 2, 2), 256: TileConfig(16, 16, 1, 2, 2)},
+        "sm_86": {96: TileConfig(16, 32, 2, 2), 128: TileConfig(16, 32, 2, 2, 2), 256: TileConfig(16, 16, 1, 1, 2)},
+        "sm_90": {96: TileConfig(16, 64, 4, 2), 128: TileConfig(16, 64, 4, 2, 2), 256: TileConfig(16, 16, 1, 2, 2)},
+        "gfx9": {128: TileConfig(32, 64, 4, 1), 256: TileConfig(32, 32, 4, 1)},
+    },
+}
 INTERPRETED = TileConfig(64, 32, 4, 1)
 
 
-def family(arch: str) -> str:
-    """The row of the table for an architecture: "sm_86" -> "sm_80", "sm_100" -> "sm_90", "gfx942" -> "gfx9"."""
+def family(arch: str, dtype: torch.dtype) -> str:
+    """The row for an architecture: "sm_89" -> "sm_80", "sm_100" -> "sm_90" (float32: both "sm_86"), "gfx942" -> "gfx9"."""
     if not arch.startswith("sm_"):
         return "gfx9"
+    if dtype == torch.float32:
+        return arch if arch in ("sm_80", "sm_90") else "sm_86"
     return "sm_90" if int(arch[3:]) in range(90, 120) else "sm_80"  # sm_120 has the shared memory and mma of sm_80
 
 
@@ -81,10 +105,19 @@ def table_config(kernel: str, arch: str, head_dim: int, dtype: torch.dtype) -> T
     """The configuration of `kernel` ("forward", "inline", "query_gradient" or "key_value_gradient") without measuring."""
     if arch == "interpreter":
         return INTERPRETED
-    padded = -(-head_dim // 16) * 16
     if dtype == torch.float32:
-        return FLOAT32 if padded <= 128 else FLOAT32_WIDE
-    return next(config for limit, config in TABLE[kernel][family(arch)].items() if padded <= limit)
+        table = FLOAT32["forward" if kernel == "inline" else kernel]
+    else:
+        table = TABLE[kernel]
+    padded = -(-head_dim // 16) * 16
+    return next(config for limit, config in table[family(arch, dtype)].items() if padded <= limit)
+
+
+def widest_chunk(head_dim: int, precision: str) -> int:
+    """Channels that one product takes at a time: what it holds beside its operands, or a rotation, must fit the registers."""
+    if precision == "tf32x3":
+        return 32
+    return 128 if head_dim <= 128 else 64
 
 
 def dot_precision(arch: str, dtype: torch.dtype) -> str:
@@ -112,18 +145,28 @@ def fits(kernel: str, config: TileConfig, head_dim: int, itemsize: int, shared_l
     padded = -(-head_dim // 16) * 16
     m, n = config.block_m, config.block_n
     if kernel == "key_value_gradient":
-        accumulators, resident, streamed = 2 * n * padded + 2 * m * n, 2 * n, 2 * m
+        accumulators, resident, streamed = 2 // config.num_passes * n * padded + 2 * m * n, 2 * n, 2 * m
     elif kernel == "query_gradient":
         accumulators, resident, streamed = m * padded + 2 * m * n, 2 * m, 2 * n
     else:
         accumulators, resident, streamed = m * padded + m * n, m, 2 * n
+    if itemsize == 4:  # resident tiles as high and low halves; tiles used both ways are loaded twice
+        resident, streamed = 2 * resident, {"key_value_gradient": 4 * m, "query_gradient": 3 * n}.get(kernel, streamed)
     shared = (resident + streamed * config.num_stages) * padded * itemsize
     return shared <= shared_limit and accumulators <= 192 * 32 * config.num_warps
 
 
 def candidates(kernel: str, head_dim: int, itemsize: int, shared_limit: int) -> list[TileConfig]:
-    every = itertools.product((64, 128), (32, 64, 128), (4, 8), (1, 2, 3))
-    return [config for config in itertools.starmap(TileConfig, every) if fits(kernel, config, head_dim, itemsize, shared_limit)]
+    for_keys = kernel == "key_value_gradient"
+    passes = (1, 2) if for_keys else (1,)
+    if itemsize == 4:  # 16 rows per warp of the tile that a program owns
+        sizes = [(16 * warps, streamed, warps) for warps in (1, 2, 4) for streamed in (16, 32)]
+        every = [(n, m, w) if for_keys else (m, n, w) for m, n, w in sizes]
+    else:
+        every = itertools.product((64, 128), (32, 64, 128), (4, 8))
+    stages = (1, 2) if itemsize == 4 else (1, 2, 3)
+    configs = [TileConfig(*tile, s, p) for tile in every for s in stages for p in passes]
+    return [config for config in configs if fits(kernel, config, head_dim, itemsize, shared_limit)]
 
 
 def choose_config(

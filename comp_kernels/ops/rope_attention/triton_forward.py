@@ -27,6 +27,7 @@ from .triton_tiles import (
     scale_tile,
     sequence_bounds,
     store_tile,
+    transpose_tile,
     zero_tile,
 )
 
@@ -50,7 +51,7 @@ def attend_key_tile(
         key = load_rotated_tile(k, columns, num_keys - first, K_STRIDE, cos_k, sin_k, TABLE_K_STRIDE, HEAD_K, ROPE_K)
     else:
         key = load_tile(k, columns, num_keys - first, K_STRIDE, LAST, HEAD_K)
-    scores = dot_channels(query, key, HEAD, PRECISION)  # [BLOCK_M, BLOCK_N]
+    scores = dot_channels(query, transpose_tile(key, HEAD), HEAD, PRECISION)  # [BLOCK_M, BLOCK_N]
     if LAST:
         scores = tl.where((columns < num_keys - first)[None, :], scores, -float("inf"))
     value = load_tile(v, columns, num_keys - first, V_STRIDE, LAST, HEAD)
@@ -103,11 +104,12 @@ def attention_forward_kernel(
     row_shift = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     accumulator = zero_tile(BLOCK_M, HEAD)
-    whole = num_keys // BLOCK_N * BLOCK_N
+    CHECK: tl.constexpr = PRECISION == "tf32x3"  # in every tile: there are no registers for a second, unchecked body
+    whole = num_keys if CHECK else num_keys // BLOCK_N * BLOCK_N
     for first_key in range(0, whole, BLOCK_N):
         row_shift, row_sum, accumulator = attend_key_tile(
             query, row_shift, row_sum, accumulator, k, v, cos_k, sin_k, first_key, num_keys, scale_log2,
-            K_STRIDE, V_STRIDE, TABLE_K_STRIDE, False, BLOCK_N, INLINE_K, PRECISION, HEAD, HEAD_K, ROPE_K,
+            K_STRIDE, V_STRIDE, TABLE_K_STRIDE, CHECK, BLOCK_N, INLINE_K, PRECISION, HEAD, HEAD_K, ROPE_K,
         )  # fmt: skip
     if whole < num_keys:
         row_shift, row_sum, accumulator = attend_key_tile(

@@ -77,20 +77,56 @@ def tile_pointers(base, rows, stride, columns, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def load_tile(base, rows, num_rows, stride, CHECK_ROWS: tl.constexpr, HEAD: tl.constexpr):
+def outer(rows, columns, TRANSPOSED: tl.constexpr):
+    """`rows` and `columns` as the two sides of a tile [rows, columns], or [columns, rows]."""
+    if TRANSPOSED:
+        sides = rows[None, :], columns[:, None]
+    else:
+        sides = rows[:, None], columns[None, :]
+    return sides
+
+
+@triton.jit
+def load_tile(base, rows, num_rows, stride, CHECK_ROWS: tl.constexpr, HEAD: tl.constexpr, TRANSPOSED: tl.constexpr = False):
     """The tile at `base`; zeros beyond the head dimension and, with CHECK_ROWS, from row num_rows on."""
     tile = ()
     for c in tl.static_range(len(HEAD.chunks)):
         columns = HEAD.chunks[c][0] + tl.arange(0, HEAD.chunks[c][1])
-        pointers = tile_pointers(base, rows, stride, columns, HEAD.align)
+        row_offsets, column_offsets = outer(tl.multiple_of(rows * stride, HEAD.align), columns, TRANSPOSED)
+        keep_rows, keep_columns = outer(rows < num_rows, columns < HEAD.dim, TRANSPOSED)
+        pointers = base + row_offsets + column_offsets
         if CHECK_ROWS:
-            chunk = tl.load(pointers, mask=(rows < num_rows)[:, None] & (columns < HEAD.dim)[None, :], other=0.0)
+            chunk = tl.load(pointers, mask=keep_rows & keep_columns, other=0.0)
         elif HEAD.chunks[c][0] + HEAD.chunks[c][1] > HEAD.dim:
-            chunk = tl.load(pointers, mask=(columns < HEAD.dim)[None, :], other=0.0)
+            chunk = tl.load(pointers, mask=keep_columns, other=0.0)
         else:
             chunk = tl.load(pointers)
         tile = tile + (chunk,)
     return tile
+
+
+@triton.jit
+def transpose_tile(tile, HEAD: tl.constexpr):
+    """Chunks [channels, rows]."""
+    transposed = ()
+    for c in tl.static_range(len(HEAD.chunks)):
+        transposed = transposed + (tl.trans(tile[c]),)
+    return transposed
+
+
+@triton.jit
+def load_both_ways(base, rows, num_rows, stride, CHECK_ROWS: tl.constexpr, HEAD: tl.constexpr, PRECISION: tl.constexpr):
+    """(tile, its transpose).
+
+    Where one product takes a tile as it is and another its transpose, 32-bit elements would need two arrangements in shared
+    memory, and the compiler then copies through registers, nothing in advance. So the tile is loaded twice, once from cache.
+    """
+    tile = load_tile(base, rows, num_rows, stride, CHECK_ROWS, HEAD)
+    if PRECISION == "tf32x3":
+        transposed = load_tile(base, rows, num_rows, stride, CHECK_ROWS, HEAD, TRANSPOSED=True)
+    else:
+        transposed = transpose_tile(tile, HEAD)
+    return tile, transposed
 
 
 @triton.jit
@@ -124,11 +160,35 @@ def scale_tile(tile, factor, HEAD: tl.constexpr):
 
 
 @triton.jit
+def split_tf32(x):
+    """x as high + low, exactly: the 11 leading significant bits, rounded to nearest, and the rest."""
+    high = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return high, x - high
+
+
+@triton.jit
+def add_dot(accumulator, a, b, PRECISION: tl.constexpr):
+    """accumulator + a times b, float32.
+
+    "tf32x3": three TF32 products, all but low times low; an infinity in a or b becomes NaN. The sum is apart from them, because
+    matrix units cut where they add. tl.dot has the same under this name, but spends five more instructions per
+    element on infinities.
+    """
+    if PRECISION == "tf32x3":
+        a_high, a_low = split_tf32(a)
+        b_high, b_low = split_tf32(b)
+        product = tl.dot(a_low, b_high, input_precision="tf32")
+        product = tl.dot(a_high, b_low, product, input_precision="tf32")
+        return accumulator + tl.dot(a_high, b_high, product, input_precision="tf32")
+    return tl.dot(a, b, accumulator, input_precision=PRECISION)
+
+
+@triton.jit
 def dot_channels(a, b, HEAD: tl.constexpr, PRECISION: tl.constexpr):
-    """a [M, D] times the transpose of b [N, D]: [M, N], float32."""
-    product = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION)
-    for c in tl.static_range(1, len(HEAD.chunks)):
-        product = tl.dot(a[c], tl.trans(b[c]), product, input_precision=PRECISION)
+    """a [M, D] times b [D, N]: [M, N], float32."""
+    product = tl.zeros((a[0].shape[0], b[0].shape[1]), tl.float32)
+    for c in tl.static_range(len(HEAD.chunks)):
+        product = add_dot(product, a[c], b[c], PRECISION)
     return product
 
 
@@ -137,7 +197,7 @@ def add_dot_rows(accumulator, weights, b, HEAD: tl.constexpr, PRECISION: tl.cons
     """accumulator [M, D] + weights [M, N] times b [N, D]."""
     result = ()
     for c in tl.static_range(len(HEAD.chunks)):
-        result = result + (tl.dot(weights, b[c], accumulator[c], input_precision=PRECISION),)
+        result = result + (add_dot(accumulator[c], weights, b[c], PRECISION),)
     return result
 
 
@@ -227,6 +287,41 @@ def load_table_pairs(base, rows, keep, stride, FIRST: tl.constexpr, PAIRS: tl.co
 
 
 @triton.jit
+def swap_neighbours(x):
+    """x [rows, width] with channels 2 j and 2 j + 1 exchanged, within a thread.
+
+    tl.join would say it more simply, but after one the compiler arranges the operands of tl.dot for elements half as wide, and
+    the loop of the forward kernel grows by 40 %.
+    """
+    pairs = x.reshape(x.shape[0], x.shape[1] // 2, 2)
+    is_first = (tl.arange(0, 2) == 0)[None, None, :]
+    first = tl.sum(tl.where(is_first, pairs, 0.0), 2, keep_dims=True)
+    second = tl.sum(tl.where(is_first, 0.0, pairs), 2, keep_dims=True)
+    return tl.where(is_first, second, first).reshape(x.shape[0], x.shape[1])
+
+
+@triton.jit
+def load_table_chunk(base, rows, keep, stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, OTHER: tl.constexpr,
+                     ROPE: tl.constexpr):  # fmt: skip
+    """[rows, WIDTH], the values of a table for the channels from FIRST on; OTHER for those that do not turn."""
+    if ROPE.half_table and ROPE.pair_stride == 1:  # a load per pair, both channels from it
+        pairs = FIRST // 2 + tl.arange(0, WIDTH // 2)
+        mask = keep[:, None] & (pairs < ROPE.num_pairs)[None, :]
+        chunk = tl.load(tile_pointers(base, rows, stride, pairs, ROPE.align), mask=mask, other=OTHER)
+        chunk = tl.broadcast_to(chunk[:, :, None], (rows.shape[0], WIDTH // 2, 2)).reshape(rows.shape[0], WIDTH)
+    else:
+        columns = FIRST + tl.arange(0, WIDTH)
+        table_columns = columns
+        if ROPE.half_table:
+            block = columns // (2 * ROPE.pair_stride)
+            is_first = columns - block * 2 * ROPE.pair_stride < ROPE.pair_stride
+            table_columns = tl.where(is_first, columns, columns - ROPE.pair_stride) - block * ROPE.pair_stride
+        pointers = tile_pointers(base, rows, stride, grouped(table_columns, ROPE.pair_stride), ROPE.align)
+        chunk = tl.load(pointers, mask=keep[:, None] & (columns < 2 * ROPE.num_pairs)[None, :], other=OTHER)
+    return chunk
+
+
+@triton.jit
 def load_rotated_chunk(base, rows, keep, stride, cos, sin, table_stride, FIRST: tl.constexpr, WIDTH: tl.constexpr,
                        HEAD: tl.constexpr, ROPE: tl.constexpr):  # fmt: skip
     """Channels FIRST to FIRST + WIDTH of `base`, rotated in float32 and rounded once; zeros where not `keep` [rows].
@@ -237,27 +332,17 @@ def load_rotated_chunk(base, rows, keep, stride, cos, sin, table_stride, FIRST: 
     columns = FIRST + tl.arange(0, WIDTH)
     mask = keep[:, None] & (columns < HEAD.dim)[None, :]
     x = tl.load(tile_pointers(base, rows, stride, columns, HEAD.align), mask=mask, other=0.0)
-    turns = (columns < 2 * ROPE.num_pairs)[None, :]
+    is_first = columns - columns // (2 * ROPE.pair_stride) * 2 * ROPE.pair_stride < ROPE.pair_stride
     if ROPE.pair_stride == 1:
-        cos_a, cos_b = load_table_pairs(cos, rows, keep, table_stride, FIRST // 2, WIDTH // 2, ROPE)
-        sin_a, sin_b = load_table_pairs(sin, rows, keep, table_stride, FIRST // 2, WIDTH // 2, ROPE)
-        a, b = tl.split(x.to(tl.float32).reshape(rows.shape[0], WIDTH // 2, 2))
-        a, b = rotate_pair(a, b, cos_a, sin_a, cos_b, sin_b)
-        return tl.where(turns, tl.join(a, b).reshape(rows.shape[0], WIDTH).to(x.dtype), x)
-    block = columns // (2 * ROPE.pair_stride)
-    is_first = columns - block * 2 * ROPE.pair_stride < ROPE.pair_stride
-    partner_columns = tl.where(is_first, columns + ROPE.pair_stride, columns - ROPE.pair_stride)
-    table_columns = columns
-    if ROPE.half_table:
-        table_columns = tl.where(is_first, columns, columns - ROPE.pair_stride) - block * ROPE.pair_stride
-    partner_columns = grouped(partner_columns, ROPE.pair_stride)
-    table_columns = grouped(table_columns, ROPE.pair_stride)
-    mask = keep[:, None] & turns
-    partner = tl.load(tile_pointers(base, rows, stride, partner_columns, HEAD.align), mask=mask, other=0.0)
-    cos_here = tl.load(tile_pointers(cos, rows, table_stride, table_columns, ROPE.align), mask=mask, other=1.0)
-    sin_here = tl.load(tile_pointers(sin, rows, table_stride, table_columns, ROPE.align), mask=mask, other=0.0)
+        partner = swap_neighbours(x.to(tl.float32))
+    else:
+        partner_columns = grouped(tl.where(is_first, columns + ROPE.pair_stride, columns - ROPE.pair_stride), ROPE.pair_stride)
+        mask = keep[:, None] & (columns < 2 * ROPE.num_pairs)[None, :]
+        partner = tl.load(tile_pointers(base, rows, stride, partner_columns, HEAD.align), mask=mask, other=0.0).to(tl.float32)
+    cos_here = load_table_chunk(cos, rows, keep, table_stride, FIRST, WIDTH, 1.0, ROPE)
+    sin_here = load_table_chunk(sin, rows, keep, table_stride, FIRST, WIDTH, 0.0, ROPE)
     sin_here *= tl.where(is_first, -1.0, 1.0)[None, :]
-    return (x.to(tl.float32) * cos_here + partner.to(tl.float32) * sin_here).to(x.dtype)
+    return (x.to(tl.float32) * cos_here + partner * sin_here).to(x.dtype)
 
 
 @triton.jit
