@@ -1,6 +1,6 @@
 """alignment_loss on the CPU, forward and backward, against eager and compiled versions of the same mathematics.
 
-pytest benchmarks/test_alignment_loss.py --benchmark-only            about three minutes on two cores, 6 GiB
+pytest benchmarks/test_alignment_loss.py --benchmark-only            four minutes on two idle cores, 6 GiB
 pytest benchmarks/test_alignment_loss.py --benchmark-only --heavy    models of seven billion parameters, and eager at n = 2048
 """
 

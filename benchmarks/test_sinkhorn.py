@@ -1,6 +1,6 @@
 """sinkhorn on the CPU against what a user could pick instead, and against the time its bytes and exponentials need.
 
-pytest benchmarks/test_sinkhorn.py --benchmark-only            about three minutes on two cores
+pytest benchmarks/test_sinkhorn.py --benchmark-only            two minutes on two idle cores
 pytest benchmarks/test_sinkhorn.py --benchmark-only --heavy    matrices of up to 1 GiB as well
 """
 
