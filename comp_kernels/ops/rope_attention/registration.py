@@ -58,7 +58,7 @@ def forward_fake(q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, rota
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=dtype)
 
 
-def backward(
+def gradients(
     grad_out,
     grad_lse,
     q,
@@ -77,8 +77,8 @@ def backward(
     scale: float,
     backend: str,
     table_grads: bool,
-) -> tuple[Tensor, ...]:
-    gradients = implementation(OPERATOR, backend).backward(
+) -> tuple[Tensor | None, ...]:
+    return implementation(OPERATOR, backend).backward(
         grad_out,
         grad_lse,
         q,
@@ -97,7 +97,10 @@ def backward(
         scale=scale,
         table_grads=table_grads,
     )
-    return tuple(q.new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
+def backward(grad_out, *arguments) -> tuple[Tensor, ...]:
+    return tuple(grad_out.new_empty(0) if gradient is None else gradient for gradient in gradients(grad_out, *arguments))
 
 
 def backward_fake(
@@ -139,10 +142,10 @@ def autograd(ctx, grad_out, grad_lse) -> tuple[Tensor | None, ...]:
         grad_out = torch.zeros_like(out)
     # Of a gradient that is to be differentiated again (create_graph), the operator says that it cannot.
     direct = not torch.is_grad_enabled() and not watched((grad_out, grad_lse, q, k, v, *tables_and_bounds))
-    function = backward if direct else OPS.rope_attention_backward.default
-    gradients = function(grad_out, grad_lse, q, k, v, out, lse, *tables_and_bounds, *settings, table_grads)
+    function = gradients if direct else OPS.rope_attention_backward.default
+    computed = function(grad_out, grad_lse, q, k, v, out, lse, *tables_and_bounds, *settings, table_grads)
     wanted = ctx.needs_input_grad[:7]
-    return *(gradient if need else None for gradient, need in zip(gradients, wanted)), None, None, *(None for _ in settings)
+    return *(gradient if need else None for gradient, need in zip(computed, wanted)), None, None, *(None for _ in settings)
 
 
 def refuse_double_backward(ctx, *grads):
