@@ -79,6 +79,11 @@ def transforms_active() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
+def check_backend(name: str, backend: str | None) -> None:
+    if backend not in (None, "auto", *BACKENDS):
+        raise ValueError(f"{name} must be one of {BACKENDS} or 'auto', got {backend!r}")
+
+
 def choose_backend(
     op: str, backend: str | None, device: torch.device, declines: Callable[[str], str | None] | None = None
 ) -> str:
@@ -101,13 +106,12 @@ def choose_backend(
     named_by = "backend"
     if backend is None:
         backend, named_by = os.environ.get(ENVIRONMENT_VARIABLE) or None, ENVIRONMENT_VARIABLE
+    check_backend(named_by, backend)
     if backend in (None, "auto"):
         for name in PREFERENCE.get(device.type, ("triton", "reference")):
             if not cannot(name):
                 return name
         return "reference"
-    if backend not in BACKENDS:
-        raise ValueError(f"{named_by} must be one of {BACKENDS} or 'auto', got {backend!r}")
     reason = cannot(backend)
     if reason:
         raise RuntimeError(f"{named_by}={backend!r} cannot run {op} on {device}: {reason}")

@@ -10,7 +10,7 @@ import sys
 import torch
 
 from . import __version__, _native
-from ._backends import BACKENDS, ENVIRONMENT_VARIABLE, IMPLEMENTATIONS, available_backends, unavailable_reason
+from ._backends import BACKENDS, ENVIRONMENT_VARIABLE, IMPLEMENTATIONS, available_backends, choose_backend, unavailable_reason
 
 
 def cpu_library() -> list[str]:
@@ -47,8 +47,12 @@ def devices() -> list[torch.device]:
 
 def describe_operator(op: str, device: torch.device) -> list[str]:
     """Which backend `op` takes on `device` when none is named, and why not the others."""
-    usable = available_backends(op, device)
-    lines = [f"{op}: {usable[0]}" + (f" (also {', '.join(usable[1:])})" if len(usable) > 1 else "")]
+    try:
+        chosen = choose_backend(op, None, device)
+    except (ValueError, RuntimeError) as error:  # what every call will say
+        return [f"{op}: {error}"]
+    others = [name for name in available_backends(op, device) if name != chosen]
+    lines = [f"{op}: {chosen}" + (f" (also {', '.join(others)})" if others else "")]
     for name in BACKENDS:
         reason = unavailable_reason(op, name, device)
         if reason is not None:

@@ -137,6 +137,13 @@ def _visible(mask: Tensor, batch: int, tokens: int) -> Tensor:
 
 
 def _read_mask(visible: Tensor) -> Blocks:
+    """The blocks of a mask [B, S or 1, S]. Two images of up to four tokens, the second padded by one:
+
+        mask [[1, 1, 1, 1],    visible [2, 1, 4]: one run per image, starts [0, 1] of rows, sets = mask
+              [1, 1, 1, 0]]    keys [0, 1, 2, 3, 4, 5, 6], counts [0, 4, 7] of keys, ends [0, 4, 8] of queries
+
+    with counts and ends cumulative. If every query has a row of its own, visible [2, 4, 4], starts are [0, 4].
+    """
     batch, rows, tokens = visible.shape
     device = visible.device
     changes = torch.ones(batch, rows, dtype=torch.bool, device=device)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from types import MethodType
+from functools import partial
 from typing import Any, Protocol
 
 from torch import nn
+
+from .._backends import check_backend
 
 
 class UnsupportedCall(ValueError):
@@ -36,7 +38,7 @@ class Patch:
 
 
 def forward(self: nn.Module, *args, **kwargs):
-    """The forward of a patched module. A bound method, so that a deep copy of the module runs on its own weights."""
+    """The forward of a patched module, set as a partial of it: copied and pickled, that runs on the weights of the copy."""
     patch: Patch = self._comp_kernels_patch
     try:
         return patch.family.run(self, dict(zip(patch.family.parameters, args)) | kwargs, patch.backend)
@@ -58,6 +60,7 @@ def patch_modules(
     """Patch every module of `model` whose forward a family knows; names of the patched modules. ValueError if there is none."""
     if on_unsupported not in ("error", "original"):
         raise ValueError(f"on_unsupported must be 'error' or 'original', got {on_unsupported!r}")
+    check_backend("backend", backend)
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     by_class = {name: family for family in families for name in family.classes}
@@ -74,7 +77,7 @@ def patch_modules(
                 f"{name}: this version of {library} arranges {type(module).__name__} differently, it has no {missing}"
             )
         module._comp_kernels_patch = Patch(family, backend, on_unsupported, module.__dict__.get("forward"))
-        module.forward = MethodType(forward, module)
+        module.forward = partial(forward, module)
         patched.append(name)
     if not patched:
         raise ValueError(

@@ -43,6 +43,19 @@ def complex_tables(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
     return turns.real, turns.imag
 
 
+def rotate_half(head_dim: int) -> None:
+    """Channels D / 2 apart turn together, which is the default of rope_attention."""
+
+
+def rotate_quarters(head_dim: int) -> int:
+    """Rows turn the first half of a head, columns the second."""
+    return head_dim // 4
+
+
+def rotate_neighbours(head_dim: int) -> int:
+    return 1
+
+
 @dataclass(frozen=True)
 class VisionAttention:
     """One row of the table below: the classes, and where their forward finds what rope_attention needs."""
@@ -53,7 +66,7 @@ class VisionAttention:
     scale: str
     dropout: str
     tables: Callable[[dict[str, Any]], tuple[Tensor, Tensor]] | None = None  # the call's arguments -> cos, sin; None: no RoPE
-    pair_stride: Callable[[int], int | None] = lambda head_dim: None  # None: rotate_half, D / 2
+    pair_stride: Callable[[int], int | None] = rotate_half  # a function of the module: a patched model can be pickled
     packed: bool = False  # hidden states [T, C] with cu_seqlens; else [B, S, C] with a mask
     mask: str | None = "attention_mask"  # None: the model ignores masks
     parameters: tuple[str, ...] = ("hidden_states", "attention_mask", "position_embeddings")
@@ -125,7 +138,7 @@ FAMILIES = (
         scale="scaling",
         dropout="attention_dropout",
         tables=real_tables,
-        pair_stride=lambda head_dim: head_dim // 4,  # rows turn the first half of a head, columns the second
+        pair_stride=rotate_quarters,
         parameters=("hidden_states", "position_embeddings", "attention_mask", "position_ids"),
     ),
     VisionAttention(
@@ -135,7 +148,7 @@ FAMILIES = (
         scale="scaling",
         dropout="attention_dropout",
         tables=complex_tables,
-        pair_stride=lambda head_dim: 1,
+        pair_stride=rotate_neighbours,
         mask=None,
         parameters=("hidden_states", "freqs_ci", "attention_mask"),
     ),
@@ -219,10 +232,13 @@ def register_attention(name: str = "comp_kernels") -> None:
 
     The two belong together: without a mask function of the same name transformers silently drops the padding mask. Patching
     is better where it is possible: an attention function gets q and k after rotation, so nothing is fused, and Qwen-style
-    towers call it once per image.
+    towers call it once per image. Raises ValueError for a name that transformers knows already.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
+    registered = [interface()._global_mapping.get(name) for interface in (AttentionInterface, AttentionMaskInterface)]
+    if any(x not in (None, attention_function, mask_function) for x in registered):
+        raise ValueError(f"name must be new to transformers, got {name!r}: every model that uses it would change")
     AttentionInterface.register(name, attention_function)
     AttentionMaskInterface.register(name, mask_function)
 

@@ -3,6 +3,7 @@
 import copy
 import importlib
 import inspect
+import pickle
 import re
 import subprocess
 import sys
@@ -55,7 +56,7 @@ def test_unpatch_restores_the_original_forward():
     before = run(tower)
     names = patch_transformers(tower.model)
     assert names == ["blocks.0.attn", "blocks.1.attn"]
-    assert tower.model.blocks[0].attn.forward.__func__ is not type(tower.model.blocks[0].attn).forward
+    assert "forward" in vars(tower.model.blocks[0].attn)
     assert unpatch(tower.model) == names
     assert torch.equal(run(tower), before)
     assert "forward" not in vars(tower.model.blocks[0].attn) and unpatch(tower.model) == []
@@ -95,6 +96,20 @@ def test_weights_stay_and_a_deep_copy_runs_on_its_own():
             p.zero_()
     assert torch.equal(run(tower), before)
     assert not torch.equal(teacher(**tower.inputs).last_hidden_state, before)
+
+
+@pytest.mark.parametrize("name", ["dinov3", "gemma4"])
+def test_a_pickled_model_stays_patched(name):
+    tower = tower_in_eval(name)
+    patched = patch_transformers(tower.model)
+    before = run(tower)
+    tower.model = pickle.loads(pickle.dumps(tower.model))
+    assert torch.equal(run(tower), before)
+    with torch.no_grad():
+        for p in tower.model.parameters():
+            p.zero_()
+    assert not torch.equal(run(tower), before)  # its own weights
+    assert unpatch(tower.model) == patched
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -247,6 +262,19 @@ def test_a_class_that_is_arranged_differently_is_refused_when_patching():
     with pytest.raises(ValueError, match="out_proj"):
         patch_transformers(tower.model)
     assert not any("forward" in vars(module) for module in tower.model.modules())
+
+
+def test_an_unknown_backend_is_refused_when_patching():
+    with pytest.raises(ValueError, match=r"backend must be one of .* got 'gpu'"):
+        patch_transformers(tower_in_eval("siglip").model, backend="gpu")
+
+
+@pytest.mark.parametrize("name", ["sdpa", "eager", "flash_attention_2"])
+def test_names_of_transformers_are_not_taken(name):
+    with pytest.raises(ValueError, match=f"name must be new to transformers, got '{name}'"):
+        register_attention(name)
+    register_attention()
+    register_attention()  # our own may be registered again
 
 
 def test_a_named_backend_reaches_the_operator():

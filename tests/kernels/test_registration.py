@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import comp_kernels as ck
-from comp_kernels import _native
+from comp_kernels import _native, info
 from comp_kernels._sources import fingerprint
 from comp_kernels.ops.rope_attention.registration import BACKWARD, FORWARD
 from comp_kernels.testing import AttentionCase, attention_with_gradients, make_attention_inputs
@@ -167,6 +167,19 @@ def test_only_wanted_table_gradients():
 def test_info_names_the_backend():
     result = subprocess.run([sys.executable, "-m", "comp_kernels.info"], capture_output=True, text=True, check=True)
     assert "rope_attention: cpu" in result.stdout and "instruction set" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("choice", "line"),
+    [
+        ("reference", "rope_attention: reference (also cpu"),
+        ("junk", "rope_attention: COMP_KERNELS_BACKEND must be one of"),
+        ("cuda", "rope_attention: COMP_KERNELS_BACKEND='cuda' cannot run rope_attention on cpu"),
+    ],
+)
+def test_info_follows_the_environment(choice, line, monkeypatch):
+    monkeypatch.setenv("COMP_KERNELS_BACKEND", choice)
+    assert line in "\n".join(info.describe_operator("rope_attention", torch.device("cpu")))
 
 
 def test_a_missing_library_is_explained(tmp_path):
