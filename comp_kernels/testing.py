@@ -30,6 +30,7 @@ def assert_within_budget(
     assert actual64[finite].isfinite().all(), f"{name}: {int((~actual64[finite].isfinite()).sum())} non-finite values"
     if not finite.any():
         return
+    assert peer.detach()[finite].isfinite().all(), f"{name}: no budget, the peer is not finite where the reference is"
     error, allowed = error_and_allowance(actual, exact, peer, largest_term)
     assert error <= factor * allowed, f"{name}: max error {error:.3e} exceeds the budget {factor * allowed:.3e}"
 
@@ -333,6 +334,29 @@ def check_median_error(case: AttentionCase, dtype: torch.dtype, backend: str, dr
         error, allowed = map(statistics.median, zip(*pairs))
         budget = factor * allowed
         assert error <= budget, f"{case.name} {name}: median error {error:.3e} of {draws} draws exceeds {budget:.3e}"
+
+
+def check_huge_logits(dtype: torch.dtype, backend: str, device: str | torch.device = "cpu", magnitude: float = 2.5e4) -> None:
+    """Assert that logits of 1e10 (more with `magnitude`), of which neighbouring floats differ by 1000, leave everything finite,
+    and that a query whose best key is clear to `dtype` has that key's value."""
+    inputs = make_attention_inputs(AttentionCase("huge", [200], head_dim=64, layout=None, magnitude=magnitude), torch.float64)
+    limit = 2.0 * magnitude  # float16 ends at 6.5e4
+    inputs.q, inputs.k = inputs.q.clamp(-limit, limit), inputs.k.clamp(-limit, limit)
+    for name in ("q", "k", "v", "grad_out", "grad_lse"):
+        x = getattr(inputs, name)
+        x = x.to(torch.promote_types(dtype, torch.float32) if name == "grad_lse" else dtype)
+        setattr(inputs, name, x.to(device))
+    found = attention_with_gradients(
+        inputs, lambda *args, **kwargs: rope_attention(*args, return_lse=True, backend=backend, **kwargs)
+    )
+    for name, x in found.items():
+        assert x.isfinite().all(), f"{name}: {int((~x.isfinite()).sum())} of {x.numel()} values are not finite"
+    scores = torch.einsum("ihd,jhd->hij", inputs.q.double(), inputs.k.double())
+    best = scores.topk(2)
+    clear = best.values[..., 0] - best.values[..., 1] > 1e-4 * best.values[..., 0].abs()
+    assert clear.double().mean() > 0.9
+    values = inputs.v.transpose(0, 1).gather(1, best.indices[..., :1].expand(-1, -1, inputs.v.shape[-1]))
+    assert torch.equal(found["out"].transpose(0, 1)[clear], values[clear]), "out: not the value of the best key"
 
 
 def three_ways(

@@ -16,6 +16,7 @@ from comp_kernels.testing import (
     LAYOUTS,
     AttentionCase,
     attention_with_gradients,
+    check_huge_logits,
     check_median_error,
     check_rope_attention,
     make_attention_inputs,
@@ -47,6 +48,13 @@ def test_error_budget(name, dtype):
 def test_error_budget_of_large_logits(dtype):
     case = dataclasses.replace(ATTENTION_CASES["logits_of_1e4"], lengths=[160, 9], heads=4)
     check_median_error(case, dtype, "cpu")
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
+def test_huge_logits_stay_finite(dtype):
+    check_huge_logits(dtype, "cpu")
+    if dtype != torch.float16:
+        check_huge_logits(dtype, "cpu", magnitude=1e12)
 
 
 @pytest.mark.parametrize("name", ATTENTION_CASES)

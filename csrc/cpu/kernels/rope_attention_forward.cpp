@@ -1,6 +1,5 @@
 // The forward pass of rope_attention: rotate and pack the keys once per (sequence, key head), then blocks of queries with the
 // online softmax (Milakov and Gimelshein, arXiv 1805.02867; blocked as in FlashAttention, arXiv 2205.14135).
-#include <cmath>
 #include <limits>
 
 #include "../parallel.h"
@@ -23,7 +22,7 @@ int64_t keys_per_block(int64_t keys) {
 }
 
 constexpr int kTogether = 2;  // vectors of scores whose exponentials are taken together
-constexpr double kLog2e = 1.44269504088896340736, kLn2 = 0.693147180559945309417;
+constexpr double kLn2 = 0.693147180559945309417;
 
 // Scratch of one worker. Rows are row_stride apart; the keys of a block are the columns of packed panels [D, keys].
 template <typename T>
@@ -31,10 +30,10 @@ struct ForwardScratch {
   T* key_panels;  // all keys of the packed (sequence, head), block by block
   T* values;      // [keys, D]
   T* keys;        // [kLanes, D], rotated keys on their way into the panels
-  T* query;       // [kQueries, D]
+  T* query;       // [kQueries, D], scaled: see load_scaled_queries
   T* scores;      // [kQueries, kMostKeys], then probabilities
   T* output;      // [kQueries, D], unnormalised
-  T* row_shift;   // [kQueries], maximum of the scaled scores, in bits, rounded as it is subtracted
+  T* row_shift;   // [kQueries], maximum of the scores so far, in bits
   T* row_sum;     // [kQueries], of exp2(scaled score - shift)
   RowsAhead ahead;
   int64_t packed_key = -1, packed_key_end = -1, packed_head = -1;  // what key_panels and values hold
@@ -77,7 +76,7 @@ void pack_keys_and_values(const Params& p, const AttentionItem& item, ForwardScr
 // One block of scores -> probabilities, unnormalised; rescales what was accumulated before where a row's maximum grows. kLanes
 // rows go together: what is one number per row is one lane of a vector, and no row waits for another's maximum.
 template <typename T>
-void online_softmax(ForwardScratch<T>& scratch, int64_t queries, int64_t keys, int64_t head_dim, T scale_log2, bool first) {
+void online_softmax(ForwardScratch<T>& scratch, int64_t queries, int64_t keys, int64_t head_dim, bool first) {
   constexpr int L = kLanes<T>;
   constexpr T kLowest = -std::numeric_limits<T>::infinity();
   const int64_t score_stride = row_stride<T>(kMostKeys), stride = row_stride<T>(head_dim);
@@ -100,7 +99,7 @@ void online_softmax(ForwardScratch<T>& scratch, int64_t queries, int64_t keys, i
 #pragma GCC unroll 16
     for (int r = 1; r < L; ++r) top = max<T>(tops[r], top);
     const Vec<T> old_shift = first ? broadcast(kLowest) : load(scratch.row_shift + i);
-    const Vec<T> shift = max<T>(top * scale_log2, old_shift), fade = exp2(old_shift - shift);
+    const Vec<T> shift = max<T>(top, old_shift), fade = exp2(old_shift - shift);
     store(scratch.row_shift + i, shift);
 
     for (int64_t r = 0; r < rows; ++r) {
@@ -110,7 +109,7 @@ void online_softmax(ForwardScratch<T>& scratch, int64_t queries, int64_t keys, i
       for (int64_t j = 0; j < keys; j += kTogether * L) {
         Vec<T> e[kTogether];
 #pragma GCC unroll 8
-        for (int n = 0; n < kTogether; ++n) e[n] = load(row + j + n * L) * scale_log2 - shift_r;
+        for (int n = 0; n < kTogether; ++n) e[n] = load(row + j + n * L) - shift_r;
         if (j + kTogether * L > keys) {
           for (int n = 0; n < kTogether; ++n) e[n] = select<T>(first_lanes<T>(keys - j - n * L), e[n], broadcast(kLowest));
         }
@@ -161,29 +160,19 @@ void store_outputs(const Params& p, ForwardScratch<T>& scratch, int64_t token, i
 }
 
 template <typename S, typename T>
-void load_queries(const Params& p, ForwardScratch<T>& scratch, int64_t token, int64_t queries, int64_t head) {
-  const int64_t stride = row_stride<T>(p.head_dim);
-  load_rows<S>(p.q, p.q_stride_token, p.q_stride_head, token, queries, head, query_tables<T>(p), scratch.query, stride, p);
-  if (p.scale < 0) {  // the maximum is taken before scaling
-    for (int64_t i = 0; i < queries * stride; ++i) scratch.query[i] = -scratch.query[i];
-  }
-}
-
-template <typename S, typename T>
 void forward_block(const Params& p, const AttentionItem& item, ForwardScratch<T>& scratch, int64_t token, int64_t queries,
                    int64_t head) {
   constexpr int L = kLanes<T>;
   const int64_t D = p.head_dim, stride = row_stride<T>(D), score_stride = row_stride<T>(kMostKeys);
   const int64_t count = item.key_end - item.key_begin;
-  const T scale_log2 = static_cast<T>(std::fabs(p.scale) * kLog2e);
-  load_queries<S>(p, scratch, token, queries, head);
+  load_scaled_queries<S>(p, token, queries, head, scratch.query, stride);
   const int64_t step = keys_per_block<T>(count);
   for (int64_t block = 0; block < count; block += step) {
     const int64_t keys = min(count - block, step);
     product<T, RowsOfA::strided, RowsOfB::in_panels>(Result::overwritten, queries, round_up_to_lanes<T>(keys) / L, D, scratch.query,
                                                      stride, scratch.key_panels + block * D, 0, scratch.scores, score_stride,
                                                      scratch.ahead);
-    online_softmax(scratch, queries, keys, D, scale_log2, block == 0);
+    online_softmax(scratch, queries, keys, D, block == 0);
     product<T, RowsOfA::strided, RowsOfB::in_rows>(block == 0 ? Result::overwritten : Result::accumulated, queries,
                                                    round_up_to_lanes<T>(D) / L, keys, scratch.scores, score_stride,
                                                    scratch.values + block * stride, stride, scratch.output, stride, scratch.ahead);
