@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from ._backends import transforms_active
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -19,6 +22,8 @@ def check_tensor(name: str, x: object, shape: str, *, dim: int | tuple[int, ...]
     dims = (dim,) if isinstance(dim, int) else dim
     if not isinstance(x, Tensor) or (dims is not None and x.dim() not in dims):
         raise ValueError(f"{name} must be a tensor {shape}, got {describe(x)}")
+    if x.layout is not torch.strided:
+        raise ValueError(f"{name} must be dense, got layout {x.layout}: pass {name}.to_dense()")
 
 
 def check_float(name: str, x: Tensor) -> None:
@@ -33,6 +38,39 @@ def check_same(name: str, x: Tensor, like_name: str, like: Tensor, *, dtype: boo
         raise ValueError(f"{name} must have dtype {like.dtype} like {like_name}, got {x.dtype}")
 
 
+def check_number(name: str, value: object) -> None:
+    """A number of Python (or NumPy). A tensor is refused: settings are not differentiated, its gradient would be lost."""
+    if not isinstance(value, (float, int)) and (isinstance(value, Tensor) or not hasattr(value, "__float__")):
+        raise ValueError(f"{name} must be a number, not a tensor (it receives no gradient), got {describe(value)}")
+
+
+def check_integer(name: str, value: object) -> None:
+    if not isinstance(value, int) and (isinstance(value, Tensor) or not hasattr(value, "__index__")):
+        raise ValueError(f"{name} must be an integer, got {describe(value)}")
+
+
 def check_positive(name: str, value: float) -> None:
+    check_number(name, value)
     if not value > 0:
         raise ValueError(f"{name} must be positive, got {value}")
+
+
+def check_num_iters(num_iters: int) -> None:
+    check_integer("num_iters", num_iters)
+    if num_iters < 1:
+        raise ValueError(f"num_iters must be at least 1, got {num_iters}")
+
+
+def check_group(group: object) -> None:
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise ValueError(f"group must be a torch.distributed.ProcessGroup or None, got {describe(group)}")
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether there is anything but a shape: neither on the meta device nor of FakeTensorMode."""
+    return not x.is_meta and (torch.compiler.is_compiling() or not isinstance(x, torch._subclasses.FakeTensor))
+
+
+def readable(x: Tensor) -> bool:
+    """Whether values may be looked at: not on a GPU, which would be waited for, and not where they are yet to come."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and has_values(x) and not transforms_active()

@@ -6,7 +6,7 @@ from test_reference import GOLDEN_COUNTS, GOLDEN_TARGETS, GOLDEN_TEXT, GOLDEN_VI
 
 import comp_kernels as ck
 from comp_kernels import reference
-from comp_kernels.ops.alignment_loss import streaming
+from comp_kernels.ops.alignment_loss import api, streaming
 from comp_kernels.testing import ALIGNMENT_CASES, assert_within_budget, make_alignment_inputs
 
 BACKENDS = [name for name in ck.available_backends("alignment_loss", "cpu") if name != "reference"]
@@ -165,6 +165,17 @@ def test_autocast_changes_nothing(backend):
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("mode", ("sinkhorn", "literal", "released"))
+def test_a_prior_that_is_no_number_reaches_the_loss(mode, monkeypatch):
+    """Where counts are not looked at, in a compiled graph, NaN must not end as a loss of zero."""
+    monkeypatch.setattr(api, "readable", lambda x: False)
+    vision, text, prototypes = (torch.randn(n, 8) for n in (4, 4, 30))
+    for count in (torch.nan, torch.inf):
+        prior = torch.ones(30).index_fill(0, torch.tensor([3, 7]), count)
+        for backend in ("reference", *BACKENDS):
+            assert ck.alignment_loss(vision, text, prototypes, prior=prior, mode=mode, backend=backend).isnan(), backend
+
+
 def test_refuses_what_does_not_fit():
     features, prototypes = torch.randn(4, 8), torch.randn(30, 8)
     with pytest.raises(ValueError, match="num_iters must be at least 1, got 0"):
@@ -219,6 +230,17 @@ def test_flops_are_counted():
     [
         (dict(mode="optimal"), "mode must be one of"),
         (dict(prior=torch.ones(29)), r"prior must have one count per prototype, \(30,\), got \(29,\)"),
+        (dict(prior=[1.0] * 30), r"prior must be a tensor \[V\], one count per prototype, got list"),
+        (dict(prior=torch.ones(30, dtype=torch.complex64)), "prior must be real, got torch.complex64"),
+        (dict(prior=torch.full((30,), -1.0)), "prior must hold counts that are not negative, with a finite sum"),
+        (dict(prior=torch.full((30,), torch.nan)), "got a minimum of nan"),
+        (dict(prior=torch.full((30,), 3e38)), "and a sum of inf"),
+        (dict(prior=torch.zeros(30), mode="released"), "prior must have a positive sum in mode 'released'"),
+        (dict(valid=[True] * 4), r"valid must be a tensor \[n\] of bool, got list"),
+        (dict(temperature=torch.tensor(0.1, requires_grad=True)), "temperature must be a number, not a tensor"),
+        (dict(epsilon=None), "epsilon must be a number, not a tensor .* got NoneType None"),
+        (dict(num_iters=1.5), "num_iters must be an integer, got float 1.5"),
+        (dict(group="world"), "group must be a torch.distributed.ProcessGroup or None"),
         (dict(valid=torch.ones(4)), r"valid must be bool \(4,\)"),
         (dict(temperature=-1.0), "temperature must be positive, got -1.0"),
         (dict(text=torch.ones(3, 8)), r"text must have the shape of vision \(4, 8\), got \(3, 8\)"),

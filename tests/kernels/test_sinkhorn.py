@@ -1,7 +1,5 @@
 """sinkhorn on every backend: the definition's answers and POT's, what a plan must satisfy, and its gradients."""
 
-import math
-
 import ot
 import pytest
 import torch
@@ -9,6 +7,7 @@ import torch
 import comp_kernels as ck
 from comp_kernels import reference
 from comp_kernels.ops.sinkhorn import gradients
+from comp_kernels.ops.sinkhorn.registration import forward
 from comp_kernels.testing import SINKHORN_CASES, SinkhornCase, assert_within_budget, make_sinkhorn_inputs
 
 BACKENDS = [name for name in ck.available_backends("sinkhorn", "cpu") if name != "reference"]
@@ -128,6 +127,16 @@ def test_tolerance_stops_where_the_definition_stops(backend, tol):
 def test_nothing_to_transport(shape):
     plan, u, v = ck.sinkhorn(torch.randn(shape), epsilon=1.0, return_potentials=True)
     assert plan.shape == shape and u.shape == shape[:-1] and v.shape == (shape[0], shape[2])
+    # Rows that want mass of no columns have no finite potential, nor have columns without rows, which want none.
+    assert (u == torch.inf).all() and (v == -torch.inf).all()
+
+
+def test_marginals_that_are_no_numbers_reach_the_plan():
+    """Where values are not looked at, in a compiled graph, NaN must not pass for zero."""
+    for num_iters in (1, 4):
+        rows, cols = torch.ones(4), torch.full((6,), 4 / 6).index_fill(0, torch.tensor([2]), torch.nan)
+        plan, _, _ = forward(torch.randn(4, 6), rows, cols, 0.5, num_iters, None, None, "detach", "cpu")
+        assert plan.isnan().all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -278,6 +287,13 @@ def test_compiles_into_one_graph():
     [
         (dict(epsilon=0.0), "epsilon must be positive, got 0.0"),
         (dict(num_iters=0), "num_iters must be at least 1, got 0"),
+        (dict(num_iters=2.0), "num_iters must be an integer, got float 2.0"),
+        (dict(epsilon=torch.tensor(0.5, requires_grad=True)), "epsilon must be a number, not a tensor"),
+        (dict(epsilon="small"), "epsilon must be a number, not a tensor .* got str 'small'"),
+        (dict(tol=-1e-3), "tol must not be negative or NaN, got -0.001"),
+        (dict(tol=float("nan")), "tol must not be negative or NaN, got nan"),
+        (dict(group="world"), "group must be a torch.distributed.ProcessGroup or None, got str 'world'"),
+        (dict(row_marginals=torch.ones(4, dtype=torch.complex64)), "row_marginals must be real, got torch.complex64"),
         (dict(row_marginals=torch.ones(5)), r"row_marginals must be \(4,\) or \(2, 4\)"),
         (dict(col_marginals=torch.full((6,), -1.0)), "col_marginals must not be negative"),
         (dict(col_marginals=torch.ones(6)), "must have the same sum"),
@@ -297,4 +313,3 @@ def test_errors_about_the_scores():
         ck.sinkhorn(torch.randn(4), epsilon=0.5)
     with pytest.raises(ValueError, match="scores must be float32"):
         ck.sinkhorn(torch.ones(4, 4, dtype=torch.int64), epsilon=0.5)
-    assert math.isfinite(ck.sinkhorn(torch.zeros(1, 1), epsilon=0.5).item())

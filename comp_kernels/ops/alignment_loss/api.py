@@ -7,7 +7,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..._backends import choose_backend
-from ..._checks import check_float, check_positive, check_same, check_tensor
+from ..._checks import (
+    check_float,
+    check_group,
+    check_num_iters,
+    check_positive,
+    check_same,
+    check_tensor,
+    has_values,
+    readable,
+)
 from . import reference
 from .registration import FORWARD
 
@@ -47,6 +56,7 @@ def alignment_loss(
                         code computes in closed form
             "softmax"   softmax(c_t / epsilon)
         epsilon, temperature, prior_temperature:  temperatures of text scores, vision scores and prior ("released" only).
+            Numbers, as are all settings: a tensor is refused, for it would receive no gradient.
         valid:  [n] bool, rows that count. No valid row: the loss is 0 and still attached to the graph.
         normalize:  L2-normalise the rows of vision, text and prototypes in float32. A row of zeros (shorter than 1e-12) has
             cosine 0 with everything and receives no gradient.
@@ -58,40 +68,21 @@ def alignment_loss(
         A float32 scalar (float64 for float64 features).
 
     Raises:
-        ValueError: shapes, dtypes, devices or a mode that do not fit.
+        ValueError: shapes, dtypes, devices or a mode that do not fit; on the CPU also counts that are negative or not finite.
         RuntimeError: a named backend cannot run this call; the message says why.
     """
-    for name, x, shape in (("vision", vision, "[n, D]"), ("text", text, "[n, D]"), ("prototypes", prototypes, "[V, D]")):
-        check_tensor(name, x, shape, dim=2)
-        check_float(name, x)
-        check_same(name, x, "vision", vision, dtype=False)
-        if x.dtype == torch.float64 and vision.dtype != torch.float64:
-            raise ValueError(f"{name} is float64 but vision is {vision.dtype}: pass {name}.to(vision.dtype)")
-    if vision.shape != text.shape:
-        raise ValueError(f"text must have the shape of vision {tuple(vision.shape)}, got {tuple(text.shape)}")
-    if prototypes.shape[1] != vision.shape[1]:
-        raise ValueError(f"prototypes must be [V, {vision.shape[1]}] to match vision, got {tuple(prototypes.shape)}")
-    if prior is not None and prior.shape != prototypes.shape[:1]:
-        raise ValueError(f"prior must have one count per prototype, ({prototypes.shape[0]},), got {tuple(prior.shape)}")
-    if prior is not None:
-        check_same("prior", prior, "vision", vision, dtype=False)
-    if valid is not None:
-        if valid.shape != vision.shape[:1] or valid.dtype != torch.bool:
-            raise ValueError(f"valid must be bool ({vision.shape[0]},), got {valid.dtype} {tuple(valid.shape)}")
-        check_same("valid", valid, "vision", vision, dtype=False)
-    if mode not in reference.MODES:
-        raise ValueError(f"mode must be one of {reference.MODES}, got {mode!r}")
+    check_features(vision, text, prototypes, valid)
+    check_prior(prior, vision, prototypes, mode)
     for name, value in (("epsilon", epsilon), ("temperature", temperature), ("prior_temperature", prior_temperature)):
         check_positive(name, value)
-
-    if num_iters < 1:
-        raise ValueError(f"num_iters must be at least 1, got {num_iters}")
+    check_num_iters(num_iters)
+    check_group(group)
 
     def declines(name: str) -> str | None:
         return "the Triton kernels have no float64" if name == "triton" and vision.dtype == torch.float64 else None
 
     backend = choose_backend("alignment_loss", backend, vision.device, declines)
-    if backend == "reference":
+    if backend == "reference" and has_values(vision):  # else the operators tell the shapes
         with torch.autocast(vision.device.type, enabled=False):  # the definition is float32 arithmetic
             return reference.alignment_loss(
                 vision,
@@ -126,6 +117,47 @@ def alignment_loss(
         backend,
     )
     return loss
+
+
+def check_features(vision: Tensor, text: Tensor, prototypes: Tensor, valid: Tensor | None) -> None:
+    for name, x, shape in (("vision", vision, "[n, D]"), ("text", text, "[n, D]"), ("prototypes", prototypes, "[V, D]")):
+        check_tensor(name, x, shape, dim=2)
+        check_float(name, x)
+        check_same(name, x, "vision", vision, dtype=False)
+        if x.dtype == torch.float64 and vision.dtype != torch.float64:
+            raise ValueError(f"{name} is float64 but vision is {vision.dtype}: pass {name}.to(vision.dtype)")
+    if vision.shape != text.shape:
+        raise ValueError(f"text must have the shape of vision {tuple(vision.shape)}, got {tuple(text.shape)}")
+    if prototypes.shape[1] != vision.shape[1]:
+        raise ValueError(f"prototypes must be [V, {vision.shape[1]}] to match vision, got {tuple(prototypes.shape)}")
+    if valid is not None:
+        check_tensor("valid", valid, "[n] of bool", dim=1)
+        if valid.shape != vision.shape[:1] or valid.dtype != torch.bool:
+            raise ValueError(f"valid must be bool ({vision.shape[0]},), got {valid.dtype} {tuple(valid.shape)}")
+        check_same("valid", valid, "vision", vision, dtype=False)
+
+
+def check_prior(prior: Tensor | None, vision: Tensor, prototypes: Tensor, mode: str) -> None:
+    """Shape and kind everywhere; values where they may be looked at. Elsewhere counts that are no numbers make the loss NaN."""
+    if mode not in reference.MODES:
+        raise ValueError(f"mode must be one of {reference.MODES}, got {mode!r}")
+    if prior is None:
+        return
+    check_tensor("prior", prior, "[V], one count per prototype", dim=1)
+    if prior.shape != prototypes.shape[:1]:
+        raise ValueError(f"prior must have one count per prototype, ({prototypes.shape[0]},), got {tuple(prior.shape)}")
+    if prior.is_complex():
+        raise ValueError(f"prior must be real, got {prior.dtype}")
+    check_same("prior", prior, "vision", vision, dtype=False)
+    if not readable(prior) or prior.numel() == 0:
+        return
+    least, total = float(prior.min()), float(prior.sum(dtype=torch.promote_types(vision.dtype, torch.float32)))
+    if not (least >= 0 and total < float("inf")):
+        raise ValueError(
+            f"prior must hold counts that are not negative, with a finite sum, got a minimum of {least} and a sum of {total}"
+        )
+    if mode == "released" and total == 0:
+        raise ValueError("prior must have a positive sum in mode 'released', got zeros alone")
 
 
 def prepare_features(x: Tensor, valid: Tensor | None, normalize: bool, dtype: torch.dtype) -> Tensor:

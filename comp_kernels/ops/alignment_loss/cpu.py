@@ -101,7 +101,7 @@ def iterate(
 def scale_rows(u2: Tensor, row_sums: RowSums, row_log_sums: Callable[[], Tensor]) -> Tensor:
     """The new u2, with which every row that takes part sums to one. row_log_sums() sums the rows again in the log domain, for
     rows whose entries fell below the range of floating point numbers."""
-    takes_part = u2 > -torch.inf
+    takes_part = u2 != -torch.inf  # so does NaN
     lost = takes_part & (row_sums.sums < LOST_SHARE[u2.dtype] * row_sums.largest_weight)
     scaled = u2 - row_sums.sums.log2().to(u2.dtype)
     if bool(lost.any()):

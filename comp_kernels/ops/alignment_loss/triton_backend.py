@@ -118,7 +118,7 @@ def iterate(
 
 def scale_rows(u2: Tensor, row_sums: RowSums, row_log_sums: Callable[[], Tensor]) -> Tensor:
     """The new u2, with which every row that takes part sums to one; sums in the log domain lose no rows."""
-    return torch.where(u2 > -torch.inf, -(row_sums.peaks + row_sums.sums.log2()), -torch.inf)
+    return torch.where(u2 != -torch.inf, -(row_sums.peaks + row_sums.sums.log2()), -torch.inf)
 
 
 def loss_tile(

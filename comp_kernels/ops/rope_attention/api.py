@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..._backends import choose_backend, implementation
-from ..._checks import check_float, check_same, check_tensor
+from ..._checks import check_float, check_integer, check_number, check_same, check_tensor, has_values
 from . import reference
 from .registration import attention
 
@@ -52,7 +52,7 @@ def rope_attention(
         pair_stride:  channels between the two of a pair: default rotary_dim / 2 ("rotate half"); 1 is "interleaved".
         cos_k, sin_k:  tables of the keys, [Tk, R] or [Tk, Hkv, R], or half as wide. Default: those of the queries.
         cu_seqlens_k:  [B + 1], key sequences for cross attention. Default: those of the queries.
-        scale:  softmax scale, default D ** -0.5.
+        scale:  softmax scale, default D ** -0.5. A number; for one that is learned multiply q by it.
         return_lse:  also return lse [Hq, T], float32 (float64 for float64 inputs); -inf for rows without keys.
         deterministic:  the gradients are bit-equal from run to run; every backend does this at no extra cost today.
         backend:  "reference", "cpu", "triton", "cuda" or None (by device; see comp_kernels.available_backends).
@@ -65,11 +65,18 @@ def rope_attention(
         RuntimeError: a named backend cannot run this call; the message says why.
     """
     del max_seqlen, max_seqlen_k, deterministic  # hints: see above
+    check_tensor("q", q, "[T, Hq, D]", dim=3)
+    check_tensor("k", k, "[Tk, Hkv, D]", dim=3)
+    check_tensor("v", v, "[Tk, Hkv, D]", dim=3)
     q, k, v = autocast(q, k, v)
     rotary_dim, pair_stride = check_arguments(
         q, k, v, cos, sin, cu_seqlens, rotary_dim, pair_stride, cos_k, sin_k, cu_seqlens_k
     )
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    else:
+        check_number("scale", scale)
+        scale = float(scale)
     if cos is not None and cos_k is None:
         cos_k, sin_k = cos, sin
     elif cos is not None and cos_k.shape[-1] != cos.shape[-1]:  # the kernels know one width
@@ -82,7 +89,7 @@ def rope_attention(
         return module.declines(q, k, v, cos, sin, cos_k, sin_k, rotary_dim=rotary_dim, pair_stride=pair_stride)
 
     backend = choose_backend("rope_attention", backend, q.device, declines)
-    if backend == "reference":
+    if backend == "reference" and has_values(q):  # else the operators tell the shapes
         with torch.autocast(q.device.type, enabled=False):  # the definition is float32 arithmetic
             return reference.rope_attention(
                 q,
@@ -110,9 +117,10 @@ def rope_attention(
 
 def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Under autocast, q, k, v in its dtype, as for torch's own attention; the tables keep theirs. float64 is left alone."""
-    if not torch.is_autocast_enabled(q.device.type):
+    device = q.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return q, k, v
-    dtype = torch.get_autocast_dtype(q.device.type)
+    dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
 
 
@@ -133,13 +141,12 @@ def contiguous(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 def check_arguments(q, k, v, cos, sin, cu_seqlens, rotary_dim, pair_stride, cos_k, sin_k, cu_seqlens_k) -> tuple[int, int]:
     """Refuse what does not fit together; return rotary_dim and pair_stride with their defaults filled in."""
-    check_tensor("q", q, "[T, Hq, D]", dim=3)
-    check_tensor("k", k, "[Tk, Hkv, D]", dim=3)
-    check_tensor("v", v, "[Tk, Hkv, D]", dim=3)
     check_float("q", q)
     check_same("k", k, "q", q)
     check_same("v", v, "q", q)
     num_heads, head_dim = q.shape[1:]
+    if head_dim == 0:
+        raise ValueError(f"q must be [T, Hq, D] with a head size D of at least 1, got {tuple(q.shape)}")
     if k.shape != v.shape or k.shape[2] != head_dim:
         raise ValueError(
             f"k and v must both be [Tk, Hkv, D] with D = {head_dim} as in q {tuple(q.shape)}, "
@@ -168,9 +175,14 @@ def check_arguments(q, k, v, cos, sin, cu_seqlens, rotary_dim, pair_stride, cos_
 
     if rotary_dim is None:
         rotary_dim = head_dim if cos is not None else max(head_dim // 2 * 2, 2)  # nothing turns: any even number will do
+    else:
+        check_integer("rotary_dim", rotary_dim)
     if not 0 < rotary_dim <= max(head_dim, 2) or rotary_dim % 2 != 0:
         raise ValueError(f"rotary_dim must be even, positive and at most D = {head_dim}, got {rotary_dim}")
-    pair_stride = rotary_dim // 2 if pair_stride is None else pair_stride
+    if pair_stride is None:
+        pair_stride = rotary_dim // 2
+    else:
+        check_integer("pair_stride", pair_stride)
     if pair_stride <= 0 or rotary_dim % (2 * pair_stride) != 0:
         raise ValueError(
             f"pair_stride must be positive and 2 * pair_stride must divide rotary_dim = {rotary_dim}, got {pair_stride}"
@@ -230,7 +242,12 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, num_tokens: int, device: tor
     if cu_seqlens.shape[0] == 0:
         raise ValueError(f"{name} must have at least one entry, the leading 0")
     if device.type == "cpu" and not torch.compiler.is_compiling():
-        bounds = cu_seqlens.tolist()
+        try:
+            bounds = cu_seqlens.tolist()
+        except RuntimeError as error:
+            if not has_values(cu_seqlens):
+                return
+            raise ValueError(f"{name} must be the same for all of a batch under torch.func transforms: {error}") from None
         if bounds[0] != 0 or bounds[-1] > num_tokens or any(a > b for a, b in zip(bounds, bounds[1:])):
             raise ValueError(
                 f"{name} must start at 0, never decrease and end at or below the {num_tokens} tokens, got {bounds}"

@@ -141,7 +141,7 @@ def autograd(ctx, grad_out, grad_lse) -> tuple[Tensor | None, ...]:
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     # Of a gradient that is to be differentiated again (create_graph), the operator says that it cannot.
-    direct = not torch.is_grad_enabled() and not watched((grad_out, grad_lse, q, k, v, *tables_and_bounds))
+    direct = not (torch.is_grad_enabled() or q.is_meta or watched((grad_out, grad_lse, q, k, v, *tables_and_bounds)))
     function = gradients if direct else OPS.rope_attention_backward.default
     computed = function(grad_out, grad_lse, q, k, v, out, lse, *tables_and_bounds, *settings, table_grads)
     wanted = ctx.needs_input_grad[:7]
@@ -200,7 +200,7 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """The differentiable operator; arguments checked and normalised by the public function."""
     tensors = (q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k)
-    if watched(tensors):
+    if q.is_meta or watched(tensors):
         function = FORWARD.default
     elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         function = DirectAttention.apply

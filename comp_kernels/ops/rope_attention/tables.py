@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..._checks import check_float, check_integer, check_number, check_same, check_tensor
+
 AXIAL_LAYOUTS = ("hwhw", "whwh", "hhww", "interleaved")
 
 
@@ -24,9 +26,15 @@ def axial_freqs(head_dim: int, base: float = 10000.0, layout: str = "hwhw", rota
         "hhww"           [h f, h f, w f, w f]                         R / 4                Gemma 4 (base 100)
         "interleaved"    [h f0, h f0, h f1, h f1, .. w f0, w f0, ..]  1                    SAM 3, timm EVA-02 style
 
-    Returns float32 [2, R] on the CPU. Raises ValueError for an unknown layout or an R that is not a multiple of 4.
+    Returns float32 [2, R] on the CPU. Raises ValueError for an unknown layout, an R that is not a multiple of 4, a base that is
+    not positive.
     """
     rotary_dim = head_dim if rotary_dim is None else rotary_dim
+    check_integer("head_dim", head_dim)
+    check_integer("rotary_dim", rotary_dim)
+    check_number("base", base)
+    if not 0 < base < float("inf"):
+        raise ValueError(f"base must be positive and finite, got {base}")
     if rotary_dim <= 0 or rotary_dim % 4 != 0 or rotary_dim > head_dim:
         raise ValueError(
             f"rotary_dim must be a positive multiple of 4 and at most head_dim = {head_dim}, got {rotary_dim}: "
@@ -57,15 +65,20 @@ def rope_tables(positions: Tensor, freqs: Tensor) -> tuple[Tensor, Tensor]:
     Returns (cos, sin), each [T, R] or [T, H, R], float32 (float64 when freqs is float64). Differentiable in freqs (learnable
     frequencies, as in RoPE-Mixed). The sum over A is written out: autocast and TF32 do not touch it.
     """
-    if positions.dim() != 2:
-        raise ValueError(f"positions must be [T, A], got shape {tuple(positions.shape)}")
-    if freqs.dim() not in (2, 3) or freqs.shape[-2] != positions.shape[1]:
+    check_tensor("positions", positions, "[T, A]", dim=2)
+    check_tensor("freqs", freqs, "[A, R] or [H, A, R]", dim=(2, 3))
+    check_float("freqs", freqs)
+    check_same("positions", positions, "freqs", freqs, dtype=False)
+    if positions.is_complex() or positions.shape[1] == 0:
+        raise ValueError(
+            "positions must be [T, A] of integers or floats, with at least one axis, "
+            f"got {tuple(positions.shape)} {positions.dtype}"
+        )
+    if freqs.shape[-2] != positions.shape[1]:
         raise ValueError(
             f"freqs must be [A, R] or [H, A, R] with A = {positions.shape[1]} to match positions "
             f"{tuple(positions.shape)}, got shape {tuple(freqs.shape)}"
         )
-    if not freqs.is_floating_point():
-        raise ValueError(f"freqs must be floating point, got {freqs.dtype}")
     compute = torch.float64 if freqs.dtype == torch.float64 else torch.float32
     positions, freqs = positions.to(compute), freqs.to(compute)
     if freqs.dim() == 3:

@@ -7,7 +7,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..._backends import choose_backend, transforms_active
-from ..._checks import check_float, check_positive, check_same, check_tensor
+from ..._checks import (
+    check_float,
+    check_group,
+    check_num_iters,
+    check_number,
+    check_positive,
+    check_same,
+    check_tensor,
+    readable,
+)
 from . import gradients
 from .registration import FORWARD, forward
 
@@ -32,7 +41,8 @@ def sinkhorn(
 
     Args:
         scores:  [..., n, K], float32, float64, bfloat16 or float16. Higher is closer (a similarity, not a cost).
-        epsilon:  temperature of the scores, positive.
+        epsilon:  temperature of the scores, positive. A number, as are all settings: a tensor is refused, for it would receive
+            no gradient (divide the scores by it instead).
         num_iters:  iterations, at least 1 (at most, when `tol` is given).
         row_marginals:  [n] or [..., n], not negative, zeros allowed (a masked row). Default: ones.
         col_marginals:  [K] or [..., K], not negative, zeros allowed. Default: n / K each. Must have the sum of row_marginals.
@@ -58,8 +68,12 @@ def sinkhorn(
         raise ValueError(f"scores must be [..., n, K], got shape {tuple(scores.shape)}")
     check_float("scores", scores)
     check_positive("epsilon", epsilon)
-    if num_iters < 1:
-        raise ValueError(f"num_iters must be at least 1, got {num_iters}")
+    check_num_iters(num_iters)
+    if tol is not None:
+        check_number("tol", tol)
+        if not tol >= 0:
+            raise ValueError(f"tol must not be negative or NaN, got {tol}")
+    check_group(group)
     check_gradient(gradient, tol, group, row_marginals, col_marginals)
     check_marginals(scores, row_marginals, col_marginals, group)
 
@@ -120,20 +134,22 @@ def check_marginals(
 ) -> None:
     """Shapes everywhere; signs and equal sums where the values are on the CPU (on a GPU looking would wait for the device)."""
     *batch, num_rows, num_cols = scores.shape
-    readable = scores.device.type == "cpu" and not torch.compiler.is_compiling()
+    values = readable(scores)
     for name, marginal, length in (("row_marginals", row_marginals, num_rows), ("col_marginals", col_marginals, num_cols)):
         if marginal is None:
             continue
         check_tensor(name, marginal, f"[{length}] or [..., {length}]")
         check_same(name, marginal, "scores", scores, dtype=False)
+        if marginal.is_complex():
+            raise ValueError(f"{name} must be real, got {marginal.dtype}")
         if tuple(marginal.shape) not in ((length,), (*batch, length)):
             raise ValueError(
                 f"{name} must be {(length,)} or {(*batch, length)} for scores {tuple(scores.shape)}, "
                 f"got {tuple(marginal.shape)}"
             )
-        if readable and not bool((marginal >= 0).all()):
+        if values and readable(marginal) and not bool((marginal >= 0).all()):
             raise ValueError(f"{name} must not be negative or NaN, got a minimum of {marginal.min().item()}")
-    if not readable or col_marginals is None:
+    if not values or col_marginals is None or not readable(col_marginals):
         return
     rows = scores.new_ones(num_rows) if row_marginals is None else row_marginals
     row_sum = rows.double().sum(-1)

@@ -24,7 +24,7 @@ def merge_over_group(peaks: Tensor, sums: Tensor, group: dist.ProcessGroup | Non
 
 def scale(marginal: Tensor, log2_sum: Tensor) -> Tensor:
     """The potential in bits that turns a sum into its marginal; -inf where the marginal is zero."""
-    return torch.where(marginal > 0, marginal.log2() - log2_sum, -torch.inf)
+    return torch.where(marginal == 0, -torch.inf, marginal.log2() - log2_sum)
 
 
 def solve_over_group(
@@ -42,23 +42,19 @@ def solve_over_group(
     column_statistics(u2) -> (peaks, sums) [..., K] over the local rows; row_log_sums(v2) -> log2 of the row sums [..., n].
     """
     u2 = torch.where(row_marginals > 0, 0.0, -torch.inf).to(row_marginals.dtype)
-    v2 = done = None
+    v2, done = None, torch.zeros((), dtype=torch.bool, device=u2.device)
     for _ in range(num_iters):
         column_sums = merge_over_group(*column_statistics(u2), group)
         if tol is not None and v2 is not None:
             # The columns' sums before they are scaled are the error after the last iteration.
             sums = torch.where(col_marginals > 0, torch.exp2(column_sums + v2), 0.0)
             error = (sums - col_marginals).abs().sum(-1)
-            done = (
-                (error <= tol * col_marginals.sum(-1)).all()
-                if done is None
-                else done | (error <= tol * col_marginals.sum(-1)).all()
-            )
+            done = done | (error <= tol * col_marginals.sum(-1)).all()
             if done.device.type == "cpu" and bool(done):
                 break
         new_v2 = scale(col_marginals, column_sums)
         new_u2 = scale(row_marginals, row_log_sums(new_v2))
-        if done is None:
+        if tol is None or v2 is None:
             u2, v2 = new_u2, new_v2
         else:  # a GPU is not waited for: the remaining iterations leave the potentials as they are
             u2, v2 = torch.where(done, u2, new_u2), torch.where(done, v2, new_v2)

@@ -180,7 +180,7 @@ CK_INLINE void exp2(Vec<double> (&x)[N]) {
   for (int i = 0; i < N; ++i) x[i] = exp2(x[i]);
 }
 
-// log2(x) for x >= 0: relative error of a few roundings; log2(0) = -inf, log2(inf) = inf. Subnormal numbers count as 0.
+// log2(x) for x >= 0: relative error of a few roundings; log2(0) = -inf, log2(inf) = inf, NaN stays. Subnormal numbers count as 0.
 template <typename T>
 CK_INLINE Vec<T> log2(Vec<T> x) {
   using Int = BitsOf<T>;
@@ -199,7 +199,7 @@ CK_INLINE Vec<T> log2(Vec<T> x) {
   constexpr T kTwoLog2e = T(2.88539008177792681472);
   const Vec<T> result = __builtin_convertvector(exponent, Vec<T>) + f * series * kTwoLog2e;
   const Vec<T> tiny = broadcast(std::numeric_limits<T>::min()), huge = broadcast(std::numeric_limits<T>::max());
-  return x < tiny ? broadcast(-std::numeric_limits<T>::infinity()) : x > huge ? x : result;
+  return x < tiny ? broadcast(-std::numeric_limits<T>::infinity()) : x <= huge ? result : x;
 }
 
 }  // namespace comp_kernels::COMP_KERNELS_ISA

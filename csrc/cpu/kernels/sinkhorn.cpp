@@ -201,7 +201,7 @@ class Block {
     Vec<T> largest = broadcast(totals.largest_weight);
     for (int64_t k = 0; k < padded_; k += kLanes<T>) {
       const Vec<T> target = load(scratch_.target + k);
-      const Vec<T> weight = target > Vec<T>{} ? target / load(scratch_.sum + k) : Vec<T>{};
+      const Vec<T> weight = target == Vec<T>{} ? Vec<T>{} : target / load(scratch_.sum + k);  // NaN stays NaN
       store(scratch_.weight + k, weight);
       largest = max<T>(weight, largest);
     }

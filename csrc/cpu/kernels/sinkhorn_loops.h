@@ -274,7 +274,7 @@ T column_weights(const T* sums, int64_t cols, const T* b, T* w) {
   for_columns<T>(cols, [&](int64_t k, auto lanes) {
     const Vec<T> sum = load(sums + k, lanes);
     const Vec<T> target = load(b + k, lanes);
-    const Vec<T> weight = target > Vec<T>{} ? target / sum : Vec<T>{};
+    const Vec<T> weight = target == Vec<T>{} ? Vec<T>{} : target / sum;
     store(w + k, weight, lanes);
     largest = max<T>(weight, largest);
   });
