@@ -106,12 +106,12 @@ def choose_backend(
     named_by = "backend"
     if backend is None:
         backend, named_by = os.environ.get(ENVIRONMENT_VARIABLE) or None, ENVIRONMENT_VARIABLE
-    check_backend(named_by, backend)
     if backend in (None, "auto"):
         for name in PREFERENCE.get(device.type, ("triton", "reference")):
             if not cannot(name):
                 return name
         return "reference"
+    check_backend(named_by, backend)
     reason = cannot(backend)
     if reason:
         raise RuntimeError(f"{named_by}={backend!r} cannot run {op} on {device}: {reason}")

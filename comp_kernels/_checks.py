@@ -22,6 +22,9 @@ def check_tensor(name: str, x: object, shape: str, *, dim: int | tuple[int, ...]
     dims = (dim,) if isinstance(dim, int) else dim
     if not isinstance(x, Tensor) or (dims is not None and x.dim() not in dims):
         raise ValueError(f"{name} must be a tensor {shape}, got {describe(x)}")
+
+
+def check_dense(name: str, x: Tensor) -> None:
     if x.layout is not torch.strided:
         raise ValueError(f"{name} must be dense, got layout {x.layout}: pass {name}.to_dense()")
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..._backends import choose_backend, implementation
-from ..._checks import check_float, check_integer, check_number, check_same, check_tensor, has_values
+from ..._checks import check_dense, check_float, check_integer, check_number, check_same, check_tensor, has_values
 from . import reference
 from .registration import attention
 
@@ -108,7 +108,12 @@ def rope_attention(
             )
     cu_seqlens_k = normalised_bounds(cu_seqlens if cu_seqlens_k is None else cu_seqlens_k, k)
     cu_seqlens = normalised_bounds(cu_seqlens, q)
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    try:
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    except RuntimeError:  # asked here alone, it costs the calls that are right nothing
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            check_dense(name, x)
+        raise
     table_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     cos, sin, cos_k, sin_k = (contiguous(table, table_dtype) for table in (cos, sin, cos_k, sin_k))
     out, lse = attention(q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, rotary_dim, pair_stride, scale, backend)
