@@ -27,8 +27,12 @@ enum class RowsOfA { strided, transposed };     // A[m, k] at a[m * stride + k],
 enum class RowsOfB { in_panels, in_rows };      // B packed by panels, or B[k, n] at b[k * stride + n]
 enum class Result { overwritten, accumulated };  // C = A B, or C += A B
 
+// Steps of k before the tile asks for rows ahead: enough multiply-adds are waiting by then to keep the units busy meanwhile.
+constexpr int64_t kStepsUntilAhead = 24;
+
 template <typename T, int kRows, int kVectors, RowsOfA kA, Result kResult>
-CK_INLINE void product_tile(int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* c, int64_t c_stride) {
+CK_INLINE void product_tile(int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* c, int64_t c_stride,
+                            RowsAhead& ahead) {
   constexpr int L = kLanes<T>;
   Vec<T> sum[kRows][kVectors];
 #pragma GCC unroll 16
@@ -38,19 +42,25 @@ CK_INLINE void product_tile(int64_t depth, const T* a, int64_t a_stride, const T
       sum[m][n] = kResult == Result::accumulated ? load(c + m * c_stride + n * L) : Vec<T>{};
     }
   }
-  for (int64_t k = 0; k < depth; ++k) {
-    Vec<T> row[kVectors];
+  const auto multiply = [&](int64_t steps) __attribute__((always_inline)) {
+    for (int64_t k = 0; k < steps; ++k) {
+      Vec<T> row[kVectors];
 #pragma GCC unroll 4
-    for (int n = 0; n < kVectors; ++n) row[n] = load(b + n * L);
-    b += b_stride;
+      for (int n = 0; n < kVectors; ++n) row[n] = load(b + n * L);
+      b += b_stride;
 #pragma GCC unroll 16
-    for (int m = 0; m < kRows; ++m) {
-      const Vec<T> x = broadcast<T>(kA == RowsOfA::strided ? a[m * a_stride] : a[m]);
+      for (int m = 0; m < kRows; ++m) {
+        const Vec<T> x = broadcast<T>(kA == RowsOfA::strided ? a[m * a_stride] : a[m]);
 #pragma GCC unroll 4
-      for (int n = 0; n < kVectors; ++n) sum[m][n] += x * row[n];
+        for (int n = 0; n < kVectors; ++n) sum[m][n] += x * row[n];
+      }
+      a += kA == RowsOfA::strided ? 1 : a_stride;
     }
-    a += kA == RowsOfA::strided ? 1 : a_stride;
-  }
+  };
+  const int64_t until_ahead = depth < 2 * kStepsUntilAhead ? depth : kStepsUntilAhead;
+  multiply(until_ahead);
+  ahead.step();
+  multiply(depth - until_ahead);
 #pragma GCC unroll 16
   for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 4
@@ -63,8 +73,7 @@ template <typename T, int kRows, int kVectors, RowsOfA kA, Result kResult>
 void product_rows(int64_t rows, int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* c,
                   int64_t c_stride, RowsAhead& ahead) {
   for (; rows >= kRows; rows -= kRows) {
-    ahead.step();
-    product_tile<T, kRows, kVectors, kA, kResult>(depth, a, a_stride, b, b_stride, c, c_stride);
+    product_tile<T, kRows, kVectors, kA, kResult>(depth, a, a_stride, b, b_stride, c, c_stride, ahead);
     a += kRows * (kA == RowsOfA::strided ? a_stride : 1);
     c += kRows * c_stride;
   }

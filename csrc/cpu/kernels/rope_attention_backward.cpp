@@ -171,15 +171,15 @@ void look_ahead(const Params& p, const AttentionItem& item, bool last, const Att
   RowsAhead& ahead = scratch.ahead;
   const auto add_queries = [&](int64_t begin, int64_t query_end, int64_t of_head) {
     const int64_t rows = min(query_end - begin, kBlocks.queries);
-    add_rows<S>(ahead, p.q, p.q_stride_token, p.q_stride_head, begin, rows, of_head, D);
-    add_rows<S>(ahead, p.grad_out, p.grad_out_stride_token, p.grad_out_stride_head, begin, rows, of_head, D);
-    add_rows<S>(ahead, p.out, p.num_heads, begin, rows, of_head, D);
+    add_rows<S>(ahead, p.q, p.q_stride_token, p.q_stride_head, begin, rows, of_head);
+    add_rows<S>(ahead, p.grad_out, p.grad_out_stride_token, p.grad_out_stride_head, begin, rows, of_head);
+    add_rows<S>(ahead, p.out, p.num_heads, begin, rows, of_head, p);
   };
-  ahead.clear();
-  if (item.query_gradients) add_rows<S>(ahead, p.dq, p.num_heads, token, queries, head, D);
+  ahead.plan(D * static_cast<int64_t>(sizeof(S)));
+  if (item.query_gradients) add_rows<S>(ahead, p.dq, p.num_heads, token, queries, head, p);
   if (last && item.key_gradients) {
-    add_rows<S>(ahead, p.dk, p.num_heads_k, item.key_begin, keys, item.head_k, D);
-    add_rows<S>(ahead, p.dv, p.num_heads_k, item.key_begin, keys, item.head_k, D);
+    add_rows<S>(ahead, p.dk, p.num_heads_k, item.key_begin, keys, item.head_k, p);
+    add_rows<S>(ahead, p.dv, p.num_heads_k, item.key_begin, keys, item.head_k, p);
   }
   if (end < item.query_end) {
     add_queries(end, item.query_end, head);
@@ -187,8 +187,8 @@ void look_ahead(const Params& p, const AttentionItem& item, bool last, const Att
     add_queries(item.query_begin, item.query_end, head + 1);
   } else if (next != nullptr) {
     const int64_t next_keys = next->key_end - next->key_begin;
-    add_rows<S>(ahead, p.k, p.k_stride_token, p.k_stride_head, next->key_begin, next_keys, next->head_k, D);
-    add_rows<S>(ahead, p.v, p.v_stride_token, p.v_stride_head, next->key_begin, next_keys, next->head_k, D);
+    add_rows<S>(ahead, p.k, p.k_stride_token, p.k_stride_head, next->key_begin, next_keys, next->head_k);
+    add_rows<S>(ahead, p.v, p.v_stride_token, p.v_stride_head, next->key_begin, next_keys, next->head_k);
     add_queries(next->query_begin, next->query_end, next->head_k * group);
   }
   const int64_t blocks = (keys + kBlocks.keys - 1) / kBlocks.keys;

@@ -188,18 +188,18 @@ void look_ahead(const Params& p, const AttentionItem& item, const AttentionItem*
   const int64_t D = p.head_dim, group = p.num_heads / p.num_heads_k, keys = item.key_end - item.key_begin, end = token + queries;
   RowsAhead& ahead = scratch.ahead;
   const auto add_queries = [&](int64_t begin, int64_t query_end, int64_t of_head) {
-    add_rows<S>(ahead, p.q, p.q_stride_token, p.q_stride_head, begin, min(query_end - begin, kQueries), of_head, D);
+    add_rows<S>(ahead, p.q, p.q_stride_token, p.q_stride_head, begin, min(query_end - begin, kQueries), of_head);
   };
-  ahead.clear();
-  add_rows<S>(ahead, p.out, p.num_heads, token, queries, head, D);
+  ahead.plan(D * static_cast<int64_t>(sizeof(S)));
+  add_rows<S>(ahead, p.out, p.num_heads, token, queries, head, p);
   if (end < item.query_end) {
     add_queries(end, item.query_end, head);
   } else if (head + 1 < (item.head_k + 1) * group) {
     add_queries(item.query_begin, item.query_end, head + 1);
   } else if (next != nullptr) {
     const int64_t next_keys = next->key_end - next->key_begin;
-    add_rows<S>(ahead, p.k, p.k_stride_token, p.k_stride_head, next->key_begin, next_keys, next->head_k, D);
-    add_rows<S>(ahead, p.v, p.v_stride_token, p.v_stride_head, next->key_begin, next_keys, next->head_k, D);
+    add_rows<S>(ahead, p.k, p.k_stride_token, p.k_stride_head, next->key_begin, next_keys, next->head_k);
+    add_rows<S>(ahead, p.v, p.v_stride_token, p.v_stride_head, next->key_begin, next_keys, next->head_k);
     add_queries(next->query_begin, next->query_end, next->head_k * group);
   }
   ahead.spread(count_tiles<T>(queries, keys) + (keys + kKeys - 1) / kKeys * count_tiles<T>(queries, D));

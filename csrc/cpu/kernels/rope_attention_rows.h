@@ -170,16 +170,14 @@ CK_INLINE void load_row(const S* x, T* y, int64_t columns, const Tables<T>& tabl
 
 // Adds rows token .. token + rows of one head of x [*, heads, D] with the given strides.
 template <typename S>
-void add_rows(RowsAhead& ahead, const void* x, int64_t token_stride, int64_t head_stride, int64_t token, int64_t rows, int64_t head,
-              int64_t head_dim) {
-  constexpr int64_t kSize = sizeof(S);
-  ahead.add(static_cast<const S*>(x) + token * token_stride + head * head_stride, head_dim * kSize, token_stride * kSize, rows);
+void add_rows(RowsAhead& ahead, const void* x, int64_t token_stride, int64_t head_stride, int64_t token, int64_t rows, int64_t head) {
+  ahead.add(static_cast<const S*>(x) + token * token_stride + head * head_stride, token_stride * static_cast<int64_t>(sizeof(S)), rows);
 }
 
 // The same for a contiguous tensor.
 template <typename S>
-void add_rows(RowsAhead& ahead, const void* x, int64_t heads, int64_t token, int64_t rows, int64_t head, int64_t head_dim) {
-  add_rows<S>(ahead, x, heads * head_dim, head_dim, token, rows, head, head_dim);
+void add_rows(RowsAhead& ahead, const void* x, int64_t heads, int64_t token, int64_t rows, int64_t head, const Params& p) {
+  add_rows<S>(ahead, x, heads * p.head_dim, p.head_dim, token, rows, head);
 }
 
 // Rows token .. token + rows of one head, from x [*, heads, D] with the given strides, to y with rows `stride` apart.

@@ -1,4 +1,4 @@
-// Rows of the caller's tensors that will be touched soon, asked for a few cache lines at a time between the tiles of products.
+// Rows of the caller's tensors that will be touched soon, asked for one at a time while the tiles of products are computed.
 //
 // One head's rows are a few hundred bytes, several kilobytes apart: no hardware prefetcher follows them, and with a page for each
 // row the address alone takes time to translate. Products touch no memory beyond the caches, so the wait hides behind them.
@@ -12,63 +12,67 @@ namespace comp_kernels::COMP_KERNELS_ISA {
 
 class RowsAhead {
  public:
-  RowsAhead() { clear(); }
+  RowsAhead() { plan(0); }
 
-  // Forgets what was not asked for yet.
-  void clear() {
+  // Forgets what was not asked for yet, and takes rows of `row_bytes` from now on.
+  void plan(int64_t row_bytes) {
+    lines_ = (row_bytes + kLine - 1) / kLine;
+    for (int64_t i = 0; i < 4; ++i) tail_[i] = min(4 + i, lines_ - 1) * kLine;
     count_ = current_ = 0;
-    lines_ = rounds_ = 0;
+    rows_ = rounds_ = 0;
     close();
   }
 
-  // Appends `rows` rows, `stride_bytes` apart. At most kMostRanges calls after clear().
-  void add(const void* first_row, int64_t row_bytes, int64_t stride_bytes, int64_t rows) {
+  // Appends `rows` rows, `stride_bytes` apart. At most kMostRanges calls after plan().
+  void add(const void* first_row, int64_t stride_bytes, int64_t rows) {
     if (rows <= 0) return;
-    const int64_t lines = (row_bytes + kLine - 1) / kLine;
-    ranges_[count_++] = {static_cast<const char*>(first_row), lines, 0, stride_bytes, rows};
-    lines_ += lines * rows;
+    ranges_[count_++] = {static_cast<const char*>(first_row), stride_bytes, rows};
+    rows_ += rows;
     close();
   }
 
-  // All of it is asked for within the next `steps` calls of step().
+  // All rows are asked for within the next `steps` calls of step().
   void spread(int64_t steps) {
-    const int64_t lines = (steps > 1 ? steps : 1) * kLinesPerRound;
-    rounds_ = (lines_ + lines - 1) / lines;
+    steps = steps > 1 ? steps : 1;
+    rounds_ = (rows_ + steps - 1) / steps;
   }
 
-  // A fixed number of lines without a branch: after the end of a tile's loop the processor has just mispredicted one.
+  // A row. Every branch goes the same way throughout a plan, so none is mispredicted. Of more than eight lines the first eight:
+  // from there the hardware's prefetcher follows.
   CK_INLINE void step() {
     for (int64_t round = 0; round < rounds_; ++round) {
-      Range range = ranges_[current_];
-#pragma GCC unroll 8
-      for (int i = 0; i < kLinesPerRound; ++i) {
-        __builtin_prefetch(range.row + range.line * kLine);
-        ++range.line;
-        const bool row_ends = range.line == range.lines;
-        range.line = row_ends ? 0 : range.line;
-        range.row += row_ends ? range.stride_bytes : 0;
-        range.rows -= row_ends;
+      Range& range = ranges_[current_];
+      const char* row = range.row;
+      __builtin_prefetch(row);
+      __builtin_prefetch(row + kLine);
+      if (lines_ > 2) {
+        __builtin_prefetch(row + 2 * kLine);
+        __builtin_prefetch(row + 3 * kLine);
       }
-      ranges_[current_] = range;
-      if (range.rows <= 0) ++current_;
+      if (lines_ > 4) {
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) __builtin_prefetch(row + tail_[i]);
+      }
+      range.row = row + range.stride_bytes;
+      current_ += --range.rows == 0;
     }
   }
 
  private:
   struct Range {
     const char* row;
-    int64_t lines, line;  // per row; the next one
     int64_t stride_bytes, rows;
   };
-  static constexpr int kMostRanges = 9, kLinesPerRound = 4;
+  static constexpr int kMostRanges = 9;
   static constexpr int64_t kLine = 64;
 
-  // The last range never ends: it asks for a line that is there already.
-  void close() { ranges_[count_] = {reinterpret_cast<const char*>(this), 1, 0, 0, int64_t{1} << 60}; }
+  // The last range never ends: it asks for lines that are there already.
+  void close() { ranges_[count_] = {reinterpret_cast<const char*>(this), 0, int64_t{1} << 60}; }
 
   Range ranges_[kMostRanges + 1];
-  int count_, current_;
-  int64_t lines_, rounds_;
+  int64_t count_, current_;
+  int64_t lines_, tail_[4];  // lines of a row; where the fifth to eighth begin, or once more the last
+  int64_t rows_, rounds_;
 };
 
 }  // namespace comp_kernels::COMP_KERNELS_ISA
