@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 
 #include "../parallel.h"
 #include "../rope_attention_schedule.h"
@@ -17,7 +18,19 @@
 namespace comp_kernels::COMP_KERNELS_ISA {
 namespace {
 
-constexpr BlockSizes kBlocks{/*queries=*/96, /*keys=*/64};
+constexpr BlockSizes kBlocks{/*queries=*/96, /*keys=*/96};  // about
+
+// Queries are rows of products, keys are columns of some and rows of others.
+template <typename T>
+constexpr BlockSizes kMultiple{tile_rows(2), std::lcm(tile_rows(2), kLanes<T>)};
+template <typename T>
+constexpr BlockSizes kMost{longest_block(kBlocks.queries, kMultiple<T>.queries), longest_block(kBlocks.keys, kMultiple<T>.keys)};
+template <typename T>
+BlockSizes blocks_of(const AttentionItem& item) {
+  return {block_length(item.query_end - item.query_begin, kBlocks.queries, kMultiple<T>.queries),
+          block_length(item.key_end - item.key_begin, kBlocks.keys, kMultiple<T>.keys)};
+}
+
 constexpr int kTogether = 2;  // vectors of scores whose exponentials are taken together
 constexpr double kLog2e = 1.44269504088896340736, kLn2 = 0.693147180559945309417;
 
@@ -26,10 +39,10 @@ template <typename T>
 struct BackwardScratch {
   T *keys, *dkeys, *dvalues;         // [keys, D]: rotated keys, gradients
   T *key_panels, *value_panels;      // [D, keys] by blocks
-  T *query, *dquery, *dout;          // [kBlocks.queries, D]
-  T *probabilities, *dscores;        // [kBlocks.queries, kBlocks.keys]
-  T *row_lse, *row_lse_rest;         // [kBlocks.queries], lse / ln 2 in two parts: rounded, and what the rounding left
-  T *row_delta, *row_dlse;           // [kBlocks.queries]
+  T *query, *dquery, *dout;          // [most queries, D]
+  T *probabilities, *dscores;        // [most queries, most keys]
+  T *row_lse, *row_lse_rest;         // [most queries], lse / ln 2 in two parts: rounded, and what the rounding left
+  T *row_delta, *row_dlse;           // [most queries]
   T *values, *out;                   // [kLanes, D], values on their way into the panels, rows of out
   RowsAhead ahead;
   int64_t packed_key = -1, packed_key_end = -1, packed_head = -1;  // what the keys and panels hold
@@ -38,9 +51,9 @@ struct BackwardScratch {
     const int64_t stride = row_stride<T>(head_dim), padded = round_up_to_lanes<T>(most_keys);
     for (T** rows : {&keys, &dkeys, &dvalues}) carver.take(*rows, padded * stride);
     for (T** panels : {&key_panels, &value_panels}) carver.take(*panels, padded * head_dim);
-    for (T** rows : {&query, &dquery, &dout}) carver.take(*rows, kBlocks.queries * stride);
-    for (T** tile : {&probabilities, &dscores}) carver.take(*tile, kBlocks.queries * row_stride<T>(kBlocks.keys));
-    for (T** row : {&row_lse, &row_lse_rest, &row_delta, &row_dlse}) carver.take(*row, round_up_to_lanes<T>(kBlocks.queries));
+    for (T** rows : {&query, &dquery, &dout}) carver.take(*rows, kMost<T>.queries * stride);
+    for (T** tile : {&probabilities, &dscores}) carver.take(*tile, kMost<T>.queries * row_stride<T>(kMost<T>.keys));
+    for (T** row : {&row_lse, &row_lse_rest, &row_delta, &row_dlse}) carver.take(*row, round_up_to_lanes<T>(kMost<T>.queries));
     for (T** rows : {&values, &out}) carver.take(*rows, kLanes<T> * stride);
   }
 };
@@ -53,8 +66,9 @@ void pack_keys_and_values(const Params& p, const AttentionItem& item, BackwardSc
   scratch.packed_head = item.head_k;
   constexpr int L = kLanes<T>;
   const int64_t D = p.head_dim, stride = row_stride<T>(D), count = item.key_end - item.key_begin;
-  for (int64_t block = 0; block < count; block += kBlocks.keys) {
-    const int64_t in_block = min(count - block, kBlocks.keys);
+  const int64_t step = blocks_of<T>(item).keys;
+  for (int64_t block = 0; block < count; block += step) {
+    const int64_t in_block = min(count - block, step);
     const int64_t columns = round_up_to_lanes<T>(in_block);
     for (int64_t j = 0; j < in_block; j += L) {
       const int64_t rows = min(in_block - j, L), token = item.key_begin + block + j;
@@ -98,7 +112,7 @@ template <typename T>
 void softmax_gradients(BackwardScratch<T>& scratch, int64_t queries, int64_t keys) {
   constexpr int L = kLanes<T>;
   constexpr T kLowest = -std::numeric_limits<T>::infinity();
-  const int64_t score_stride = row_stride<T>(kBlocks.keys), padded = round_up_to_lanes<T>(keys);
+  const int64_t score_stride = row_stride<T>(kMost<T>.keys), padded = round_up_to_lanes<T>(keys);
   for (int64_t i = 0; i < queries; ++i) {
     T* p = scratch.probabilities + i * score_stride;
     T* ds = scratch.dscores + i * score_stride;
@@ -125,14 +139,15 @@ template <typename S, typename T>
 void backward_block(const Params& p, const AttentionItem& item, BackwardScratch<T>& scratch, int64_t token, int64_t queries,
                     int64_t head) {
   constexpr int L = kLanes<T>;
-  const int64_t D = p.head_dim, stride = row_stride<T>(D), score_stride = row_stride<T>(kBlocks.keys);
+  const int64_t D = p.head_dim, stride = row_stride<T>(D), score_stride = row_stride<T>(kMost<T>.keys);
   const int64_t vectors = round_up_to_lanes<T>(D) / L, count = item.key_end - item.key_begin;
   load_queries<S>(p, scratch, token, queries, head);
   // The first block of queries of the item's first head begins the sums over queries, the first block of keys those over keys.
   const bool first = token == item.query_begin && head == item.head_k * (p.num_heads / p.num_heads_k);
   const Result onto_keys = first ? Result::overwritten : Result::accumulated;
-  for (int64_t block = 0; block < count; block += kBlocks.keys) {
-    const int64_t keys = min(count - block, kBlocks.keys);
+  const int64_t step = blocks_of<T>(item).keys;
+  for (int64_t block = 0; block < count; block += step) {
+    const int64_t keys = min(count - block, step);
     const int64_t key_vectors = round_up_to_lanes<T>(keys) / L;
     product<T, RowsOfA::strided, RowsOfB::in_panels>(Result::overwritten, queries, key_vectors, D, scratch.query, stride,
                                                      scratch.key_panels + block * D, 0, scratch.probabilities, score_stride,
@@ -169,8 +184,8 @@ void look_ahead(const Params& p, const AttentionItem& item, bool last, const Att
                 int64_t token, int64_t queries, int64_t head) {
   const int64_t D = p.head_dim, group = p.num_heads / p.num_heads_k, keys = item.key_end - item.key_begin, end = token + queries;
   RowsAhead& ahead = scratch.ahead;
-  const auto add_queries = [&](int64_t begin, int64_t query_end, int64_t of_head) {
-    const int64_t rows = min(query_end - begin, kBlocks.queries);
+  const auto add_queries = [&](const AttentionItem& of, int64_t begin, int64_t of_head) {
+    const int64_t rows = min(of.query_end - begin, blocks_of<T>(of).queries);
     add_rows<S>(ahead, p.q, p.q_stride_token, p.q_stride_head, begin, rows, of_head);
     add_rows<S>(ahead, p.grad_out, p.grad_out_stride_token, p.grad_out_stride_head, begin, rows, of_head);
     add_rows<S>(ahead, p.out, p.num_heads, begin, rows, of_head, p);
@@ -182,14 +197,14 @@ void look_ahead(const Params& p, const AttentionItem& item, bool last, const Att
     add_rows<S>(ahead, p.dv, p.num_heads_k, item.key_begin, keys, item.head_k, p);
   }
   if (end < item.query_end) {
-    add_queries(end, item.query_end, head);
+    add_queries(item, end, head);
   } else if (!last) {
-    add_queries(item.query_begin, item.query_end, head + 1);
+    add_queries(item, item.query_begin, head + 1);
   } else if (next != nullptr) {
     const int64_t next_keys = next->key_end - next->key_begin;
     add_rows<S>(ahead, p.k, p.k_stride_token, p.k_stride_head, next->key_begin, next_keys, next->head_k);
     add_rows<S>(ahead, p.v, p.v_stride_token, p.v_stride_head, next->key_begin, next_keys, next->head_k);
-    add_queries(next->query_begin, next->query_end, next->head_k * group);
+    add_queries(*next, next->query_begin, next->head_k * group);
   }
   const int64_t blocks = (keys + kBlocks.keys - 1) / kBlocks.keys;
   int64_t tiles = 2 * count_tiles<T>(queries, keys);
@@ -226,10 +241,10 @@ const char* backward(const Params& p) {
       const AttentionItem& item = items[index];
       pack_keys_and_values<S>(p, item, mine);
       if (item.query_begin == item.query_end) next = draw();
-      const int64_t last_head = (item.head_k + 1) * group - 1;
+      const int64_t last_head = (item.head_k + 1) * group - 1, step = blocks_of<T>(item).queries;
       for (int64_t head = item.head_k * group; head <= last_head; ++head) {
-        for (int64_t token = item.query_begin; token < item.query_end; token += kBlocks.queries) {
-          const int64_t queries = min(item.query_end - token, kBlocks.queries);
+        for (int64_t token = item.query_begin; token < item.query_end; token += step) {
+          const int64_t queries = min(item.query_end - token, step);
           // The next item is drawn when this one's last block begins: early enough to ask for its rows, late enough to balance.
           const bool last = head == last_head && token + queries == item.query_end;
           if (last) next = draw();

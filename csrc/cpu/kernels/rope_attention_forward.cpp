@@ -10,16 +10,20 @@
 namespace comp_kernels::COMP_KERNELS_ISA {
 namespace {
 
-constexpr int64_t kQueries = 96;  // of a block
-constexpr int64_t kKeys = 192, kMostKeys = kKeys * 3 / 2;  // of a block: about, at most
+constexpr int64_t kQueries = 96, kKeys = 192;  // of a block, about
 
-// Keys per block of a sequence with `keys` of them: equal parts, for a short last block would cost a pass of its own. It depends
-// on the sequence alone, not on the number of threads.
-template <typename T>
-int64_t keys_per_block(int64_t keys) {
-  const int64_t blocks = (keys + kKeys / 2) / kKeys, panel = 2 * kLanes<T>;
-  return blocks <= 1 ? kMostKeys : ((keys + blocks - 1) / blocks + panel - 1) / panel * panel;
+// Lengths of the blocks of queries and keys. Those of the keys decide how a row is summed, so they depend on the sequence alone,
+// not on the number of threads.
+int64_t queries_per_block(const AttentionItem& item) {
+  return block_length(item.query_end - item.query_begin, kQueries, tile_rows(2));
 }
+template <typename T>
+int64_t keys_per_block(const AttentionItem& item) {
+  return block_length(item.key_end - item.key_begin, kKeys, 2 * kLanes<T>);
+}
+constexpr int64_t kMostQueries = longest_block(kQueries, tile_rows(2));
+template <typename T>
+constexpr int64_t kMostKeys = longest_block(kKeys, 2 * kLanes<T>);
 
 constexpr int kTogether = 2;  // vectors of scores whose exponentials are taken together
 constexpr double kLn2 = 0.693147180559945309417;
@@ -30,11 +34,11 @@ struct ForwardScratch {
   T* key_panels;  // all keys of the packed (sequence, head), block by block
   T* values;      // [keys, D]
   T* keys;        // [kLanes, D], rotated keys on their way into the panels
-  T* query;       // [kQueries, D], scaled: see load_scaled_queries
-  T* scores;      // [kQueries, kMostKeys], then probabilities
-  T* output;      // [kQueries, D], unnormalised
-  T* row_shift;   // [kQueries], maximum of the scores so far, in bits
-  T* row_sum;     // [kQueries], of exp2(scaled score - shift)
+  T* query;       // [kMostQueries, D], scaled: see load_scaled_queries
+  T* scores;      // [kMostQueries, kMostKeys], then probabilities
+  T* output;      // [kMostQueries, D], unnormalised
+  T* row_shift;   // [kMostQueries], maximum of the scores so far, in bits
+  T* row_sum;     // [kMostQueries], of exp2(scaled score - shift)
   RowsAhead ahead;
   int64_t packed_key = -1, packed_key_end = -1, packed_head = -1;  // what key_panels and values hold
 
@@ -43,11 +47,11 @@ struct ForwardScratch {
     carver.take(key_panels, round_up_to_lanes<T>(most_keys) * head_dim);
     carver.take(values, most_keys * stride);
     carver.take(keys, kLanes<T> * stride);
-    carver.take(query, kQueries * stride);
-    carver.take(scores, kQueries * row_stride<T>(kMostKeys));
-    carver.take(output, kQueries * stride);
-    carver.take(row_shift, kQueries);
-    carver.take(row_sum, kQueries);
+    carver.take(query, kMostQueries * stride);
+    carver.take(scores, kMostQueries * row_stride<T>(kMostKeys<T>));
+    carver.take(output, kMostQueries * stride);
+    carver.take(row_shift, round_up_to_lanes<T>(kMostQueries));
+    carver.take(row_sum, round_up_to_lanes<T>(kMostQueries));
   }
 };
 
@@ -59,7 +63,7 @@ void pack_keys_and_values(const Params& p, const AttentionItem& item, ForwardScr
   scratch.packed_head = item.head_k;
   constexpr int L = kLanes<T>;
   const int64_t stride = row_stride<T>(p.head_dim), count = item.key_end - item.key_begin;
-  const int64_t step = keys_per_block<T>(count);
+  const int64_t step = keys_per_block<T>(item);
   for (int64_t block = 0; block < count; block += step) {
     const int64_t in_block = min(count - block, step);
     for (int64_t j = 0; j < in_block; j += L) {
@@ -79,7 +83,7 @@ template <typename T>
 void online_softmax(ForwardScratch<T>& scratch, int64_t queries, int64_t keys, int64_t head_dim, bool first) {
   constexpr int L = kLanes<T>;
   constexpr T kLowest = -std::numeric_limits<T>::infinity();
-  const int64_t score_stride = row_stride<T>(kMostKeys), stride = row_stride<T>(head_dim);
+  const int64_t score_stride = row_stride<T>(kMostKeys<T>), stride = row_stride<T>(head_dim);
   const int64_t last = round_up_to_lanes<T>(keys) - L;  // the vector that may hold columns beyond the keys
   const BitVec<T> valid = first_lanes<T>(keys - last);
   for (int64_t i = 0; i < queries; i += L) {
@@ -163,10 +167,10 @@ template <typename S, typename T>
 void forward_block(const Params& p, const AttentionItem& item, ForwardScratch<T>& scratch, int64_t token, int64_t queries,
                    int64_t head) {
   constexpr int L = kLanes<T>;
-  const int64_t D = p.head_dim, stride = row_stride<T>(D), score_stride = row_stride<T>(kMostKeys);
+  const int64_t D = p.head_dim, stride = row_stride<T>(D), score_stride = row_stride<T>(kMostKeys<T>);
   const int64_t count = item.key_end - item.key_begin;
   load_scaled_queries<S>(p, token, queries, head, scratch.query, stride);
-  const int64_t step = keys_per_block<T>(count);
+  const int64_t step = keys_per_block<T>(item);
   for (int64_t block = 0; block < count; block += step) {
     const int64_t keys = min(count - block, step);
     product<T, RowsOfA::strided, RowsOfB::in_panels>(Result::overwritten, queries, round_up_to_lanes<T>(keys) / L, D, scratch.query,
@@ -187,20 +191,20 @@ void look_ahead(const Params& p, const AttentionItem& item, const AttentionItem*
                 int64_t queries, int64_t head) {
   const int64_t D = p.head_dim, group = p.num_heads / p.num_heads_k, keys = item.key_end - item.key_begin, end = token + queries;
   RowsAhead& ahead = scratch.ahead;
-  const auto add_queries = [&](int64_t begin, int64_t query_end, int64_t of_head) {
-    add_rows<S>(ahead, p.q, p.q_stride_token, p.q_stride_head, begin, min(query_end - begin, kQueries), of_head);
+  const auto add_queries = [&](const AttentionItem& of, int64_t begin, int64_t of_head) {
+    add_rows<S>(ahead, p.q, p.q_stride_token, p.q_stride_head, begin, min(of.query_end - begin, queries_per_block(of)), of_head);
   };
   ahead.plan(D * static_cast<int64_t>(sizeof(S)));
   add_rows<S>(ahead, p.out, p.num_heads, token, queries, head, p);
   if (end < item.query_end) {
-    add_queries(end, item.query_end, head);
+    add_queries(item, end, head);
   } else if (head + 1 < (item.head_k + 1) * group) {
-    add_queries(item.query_begin, item.query_end, head + 1);
+    add_queries(item, item.query_begin, head + 1);
   } else if (next != nullptr) {
     const int64_t next_keys = next->key_end - next->key_begin;
     add_rows<S>(ahead, p.k, p.k_stride_token, p.k_stride_head, next->key_begin, next_keys, next->head_k);
     add_rows<S>(ahead, p.v, p.v_stride_token, p.v_stride_head, next->key_begin, next_keys, next->head_k);
-    add_queries(next->query_begin, next->query_end, next->head_k * group);
+    add_queries(*next, next->query_begin, next->head_k * group);
   }
   ahead.spread(count_tiles<T>(queries, keys) + (keys + kKeys - 1) / kKeys * count_tiles<T>(queries, D));
 }
@@ -218,10 +222,10 @@ const char* forward(const Params& p) {
     for (int64_t index = draw(), next = -1; index >= 0; index = next) {
       const AttentionItem& item = items[index];
       pack_keys_and_values<S>(p, item, mine);
-      const int64_t last_head = (item.head_k + 1) * group - 1;
+      const int64_t last_head = (item.head_k + 1) * group - 1, step = queries_per_block(item);
       for (int64_t head = item.head_k * group; head <= last_head; ++head) {
-        for (int64_t token = item.query_begin; token < item.query_end; token += kQueries) {
-          const int64_t queries = min(item.query_end - token, kQueries);
+        for (int64_t token = item.query_begin; token < item.query_end; token += step) {
+          const int64_t queries = min(item.query_end - token, step);
           // The next item is drawn when this one's last block begins: early enough to ask for its rows, late enough to balance.
           const bool last = head == last_head && token + queries == item.query_end;
           if (last) next = draw();

@@ -16,6 +16,14 @@ using Params = comp_kernels_rope_attention_params;
 template <typename S>
 using Compute = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
+// Length of the blocks that `count` rows are cut into: equal parts of about `about` rows, multiples of `multiple` (the last is
+// what is left), for a short last block would cost a pass of its own. At most longest_block(about, multiple).
+inline int64_t block_length(int64_t count, int64_t about, int64_t multiple) {
+  const int64_t blocks = count > about ? (count + about / 2) / about : 1;
+  return ((count + blocks - 1) / blocks + multiple - 1) / multiple * multiple;
+}
+constexpr int64_t longest_block(int64_t about, int64_t multiple) { return (about * 3 / 2 + multiple - 1) / multiple * multiple; }
+
 template <typename S>
 CK_INLINE void widen_row(const S* x, Compute<S>* y, int64_t n) {
   for (int64_t i = 0; i < n; ++i) y[i] = widen(x[i]);
