@@ -66,10 +66,14 @@ struct PairIndex {
       : first(one_per_pair ? block / 2 + j : block + j), second(one_per_pair ? first : first + pair_stride) {}
 };
 
-// y = x * cos + swap(x) * sin over the first rotary_dim channels, tables read from entry `row` on; x and y are different memory.
-template <typename T>
+enum class Rotation { forward, transposed };
+
+// y = x * cos + swap(x) * sin over the first rotary_dim channels, or the transpose of that, which turns the gradient of the rotated
+// row into that of the row. Tables are read from entry `row` on; x and y are different memory.
+template <Rotation kRotation, typename T>
 CK_INLINE void rotate_row(const T* x, T* y, const Tables<T>& tables, int64_t row, const Params& p) {
   constexpr int L = kLanes<T>;
+  constexpr bool kForward = kRotation == Rotation::forward;
   const int64_t stride = p.pair_stride;
   const bool one_per_pair = tables.one_per_pair;
   const T *cos = tables.cos + row, *sin = tables.sin + row;
@@ -79,9 +83,9 @@ CK_INLINE void rotate_row(const T* x, T* y, const Tables<T>& tables, int64_t row
         if (j + L > stride) j = stride - L;  // the last vector overlaps its neighbour
         const PairIndex t(one_per_pair, stride, block, j);
         const int64_t a = block + j, b = a + stride;
-        const Vec<T> first = load(x + a), second = load(x + b);
-        store(y + a, first * load(cos + t.first) - second * load(sin + t.first));
-        store(y + b, second * load(cos + t.second) + first * load(sin + t.second));
+        const Vec<T> first = load(x + a), second = load(x + b), sin_a = load(sin + t.first), sin_b = load(sin + t.second);
+        store(y + a, kForward ? first * load(cos + t.first) - second * sin_a : first * load(cos + t.first) + second * sin_b);
+        store(y + b, kForward ? second * load(cos + t.second) + first * sin_b : second * load(cos + t.second) - first * sin_a);
       }
     }
     return;
@@ -89,10 +93,10 @@ CK_INLINE void rotate_row(const T* x, T* y, const Tables<T>& tables, int64_t row
   int64_t done = 0;
   if (stride == 1 && !one_per_pair) {  // neighbours in one vector
     Vec<T> sign;
-    for (int i = 0; i < L; ++i) sign[i] = i % 2 == 0 ? T(-1) : T(1);
+    for (int i = 0; i < L; ++i) sign[i] = (i % 2 == 0) == kForward ? T(-1) : T(1);
     for (; done + L <= p.rotary_dim; done += L) {
-      const Vec<T> v = load(x + done);
-      store(y + done, v * load(cos + done) + swap_neighbours<T>(v) * sign * load(sin + done));
+      const Vec<T> v = load(x + done), c = load(cos + done), s = load(sin + done);
+      store(y + done, v * c + (kForward ? swap_neighbours<T>(v) * sign * s : swap_neighbours<T>(v * s) * sign));
     }
   }
   for (int64_t block = done; block < p.rotary_dim; block += 2 * stride) {
@@ -100,34 +104,8 @@ CK_INLINE void rotate_row(const T* x, T* y, const Tables<T>& tables, int64_t row
       const PairIndex t(one_per_pair, stride, block, j);
       const int64_t a = block + j, b = a + stride;
       const T first = x[a], second = x[b];
-      y[a] = first * cos[t.first] - second * sin[t.first];
-      y[b] = second * cos[t.second] + first * sin[t.second];
-    }
-  }
-}
-
-// The transpose of rotate_row, in place: what turns the gradient of the rotated row into that of the row.
-template <typename T>
-CK_INLINE void rotate_row_transposed(T* g, const Tables<T>& tables, int64_t row, const Params& p) {
-  constexpr int L = kLanes<T>;
-  const int64_t stride = p.pair_stride;
-  const bool one_per_pair = tables.one_per_pair;
-  const T *cos = tables.cos + row, *sin = tables.sin + row;
-  for (int64_t block = 0; block < p.rotary_dim; block += 2 * stride) {
-    int64_t j = 0;
-    for (; j + L <= stride; j += L) {
-      const PairIndex t(one_per_pair, stride, block, j);
-      const int64_t a = block + j, b = a + stride;
-      const Vec<T> first = load(g + a), second = load(g + b);
-      store(g + a, first * load(cos + t.first) + second * load(sin + t.second));
-      store(g + b, second * load(cos + t.second) - first * load(sin + t.first));
-    }
-    for (; j < stride; ++j) {
-      const PairIndex t(one_per_pair, stride, block, j);
-      const int64_t a = block + j, b = a + stride;
-      const T first = g[a], second = g[b];
-      g[a] = first * cos[t.first] + second * sin[t.second];
-      g[b] = second * cos[t.second] - first * sin[t.first];
+      y[a] = kForward ? first * cos[t.first] - second * sin[t.first] : first * cos[t.first] + second * sin[t.second];
+      y[b] = kForward ? second * cos[t.second] + first * sin[t.second] : second * cos[t.second] - first * sin[t.first];
     }
   }
 }
@@ -170,7 +148,7 @@ CK_INLINE void load_row(const S* x, T* y, int64_t columns, const Tables<T>& tabl
       widen_row(x, widened, D);
       source = widened;
     }
-    rotate_row(source, y, tables, row, p);
+    rotate_row<Rotation::forward>(source, y, tables, row, p);
     for (int64_t d = p.rotary_dim; d < D; ++d) y[d] = source[d];
   }
   for (int64_t d = D; d < columns; ++d) y[d] = 0;
@@ -209,25 +187,29 @@ void load_scaled_queries(const Params& p, int64_t token, int64_t rows, int64_t h
   for (int64_t i = 0; i < rows * stride; ++i) y[i] *= factor;
 }
 
-// Writes the gradient of q or k for rows token .. token + rows of one head: g (destroyed) is that of the rotated rows, divided by
+// Writes the gradient of q or k for rows token .. token + rows of one head: g is that of the rotated rows, divided by
 // `scale`; x as in load_rows; dx is contiguous [*, heads, D].
 template <typename S, typename T>
-void store_rotated_gradients(T* g, int64_t stride, T scale, const void* x, int64_t token_stride, int64_t head_stride, int64_t token,
-                             int64_t rows, int64_t head, int64_t heads, const Tables<T>& tables, void* dx, const Params& p) {
+void store_rotated_gradients(const T* g, int64_t stride, T scale, const void* x, int64_t token_stride, int64_t head_stride,
+                             int64_t token, int64_t rows, int64_t head, int64_t heads, const Tables<T>& tables, void* dx, const Params& p) {
   const int64_t D = p.head_dim;
   const S* from = static_cast<const S*>(x) + token * token_stride + head * head_stride;
+  T turned[kMaxHeadDim];
   for (int64_t i = 0; i < rows; ++i, from += token_stride, g += stride) {
     const int64_t row = (token + i) * heads + head;
+    const T* gradient = g;
     if (tables.rotate()) {
       if (tables.dcos != nullptr) {
         T widened[kMaxHeadDim];
         widen_row(from, widened, D);
         table_row_gradients(g, scale, widened, tables, tables.dcos + row * tables.width, tables.dsin + row * tables.width, p);
       }
-      rotate_row_transposed(g, tables, tables.row(token + i, head), p);
+      rotate_row<Rotation::transposed>(g, turned, tables, tables.row(token + i, head), p);
+      for (int64_t d = p.rotary_dim; d < D; ++d) turned[d] = g[d];
+      gradient = turned;
     }
     S* to = static_cast<S*>(dx) + row * D;
-    for (int64_t d = 0; d < D; ++d) narrow(g[d] * scale, to[d]);
+    for (int64_t d = 0; d < D; ++d) narrow(gradient[d] * scale, to[d]);
   }
 }
 
