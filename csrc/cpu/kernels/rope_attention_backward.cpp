@@ -49,11 +49,12 @@ struct BackwardScratch {
 
   void carve(Carver& carver, const int64_t& most_keys, const int64_t& head_dim) {
     const int64_t stride = row_stride<T>(head_dim), padded = round_up_to_lanes<T>(most_keys);
+    constexpr int64_t kRows = round_up_to_lanes<T>(kMost<T>.queries);  // of a block, whole vectors of rows
     for (T** rows : {&keys, &dkeys, &dvalues}) carver.take(*rows, padded * stride);
     for (T** panels : {&key_panels, &value_panels}) carver.take(*panels, padded * head_dim);
-    for (T** rows : {&query, &dquery, &dout}) carver.take(*rows, kMost<T>.queries * stride);
-    for (T** tile : {&probabilities, &dscores}) carver.take(*tile, kMost<T>.queries * row_stride<T>(kMost<T>.keys));
-    for (T** row : {&row_lse, &row_lse_rest, &row_delta, &row_dlse}) carver.take(*row, round_up_to_lanes<T>(kMost<T>.queries));
+    for (T** rows : {&query, &dquery, &dout}) carver.take(*rows, kRows * stride);
+    for (T** tile : {&probabilities, &dscores}) carver.take(*tile, kRows * row_stride<T>(kMost<T>.keys));
+    for (T** row : {&row_lse, &row_lse_rest, &row_delta, &row_dlse}) carver.take(*row, kRows);
     for (T** rows : {&values, &out}) carver.take(*rows, kLanes<T> * stride);
   }
 };
