@@ -60,6 +60,17 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
+def lift_float32(patches: pytest.MonkeyPatch) -> None:
+    """Models rotate and sum in float32 whatever their dtype: not in the truth."""
+    new_zeros = Tensor.new_zeros
+
+    def wide_zeros(x: Tensor, *size, dtype: torch.dtype | None = None, **options) -> Tensor:
+        return new_zeros(x, *size, dtype=torch.float64 if dtype == torch.float32 else dtype, **options)
+
+    patches.setattr(Tensor, "float", Tensor.double)
+    patches.setattr(Tensor, "new_zeros", wide_zeros)
+
+
 def check_parity(tower: Tower, patch: Callable, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Patched against unpatched in `dtype`; both measured against the unpatched model in float64."""
     randomize(tower.model)
@@ -69,7 +80,7 @@ def check_parity(tower: Tower, patch: Callable, dtype: torch.dtype, monkeypatch:
     assert len(patch(model)) == tower.patched_modules
     actual = outputs_and_gradients(tower, model, dtype)
     with monkeypatch.context() as lifted:
-        lifted.setattr(Tensor, "float", Tensor.double)  # models rotate in float32 whatever their dtype: not in the truth
+        lift_float32(lifted)
         inputs = {name: widen(widen(x, dtype), torch.float64) for name, x in tower.inputs.items()}
         exact = outputs_and_gradients(Tower(tower.model, inputs, tower.pick), rounded, torch.float64)
     assert actual.keys() == peer.keys() == exact.keys()

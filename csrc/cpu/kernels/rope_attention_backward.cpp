@@ -3,10 +3,7 @@
 //
 //   P = exp(scale S - lse)    dP = dO V'    dS = P (dP - delta + dlse)    delta = sum_d dO O
 //   dV = P' dO                dK = scale dS' Q        dQ = scale dS K        then the transposed rotation
-//
-// Q is kept as scale / ln 2 Q, as in the forward pass: dK = ln 2 dS' (that).
 #include <algorithm>
-#include <cmath>
 #include <limits>
 #include <numeric>
 
@@ -32,7 +29,7 @@ BlockSizes blocks_of(const AttentionItem& item) {
 }
 
 constexpr int kTogether = 2;  // vectors of scores whose exponentials are taken together
-constexpr double kLog2e = 1.44269504088896340736, kLn2 = 0.693147180559945309417;
+constexpr double kLog2e = 1.44269504088896340736;
 
 // Scratch of one worker. Rows are row_stride apart; panels as in the forward pass.
 template <typename T>
@@ -91,7 +88,8 @@ void load_queries(const Params& p, BackwardScratch<T>& scratch, int64_t token, i
   for (int64_t i = 0; i < queries; i += L) {
     const int64_t rows = min(queries - i, L);
     T* dout = scratch.dout + i * stride;
-    load_scaled_queries<S>(p, token + i, rows, head, scratch.query + i * stride, stride);
+    load_rows<S>(p.q, p.q_stride_token, p.q_stride_head, token + i, rows, head, query_tables<T>(p), scratch.query + i * stride,
+                 stride, p);
     load_rows<S>(p.grad_out, p.grad_out_stride_token, p.grad_out_stride_head, token + i, rows, head, Tables<T>{}, dout, stride, p);
     load_rows<S>(p.out, p.num_heads * D, D, token + i, rows, head, Tables<T>{}, scratch.out, stride, p);
     // delta in the order in which the products sum dP, so that the two cancel exactly where one key has all the weight.
@@ -101,16 +99,14 @@ void load_queries(const Params& p, BackwardScratch<T>& scratch, int64_t token, i
     const int64_t statistic = head * p.num_tokens + token + i;
     const double lse_log2 = static_cast<const double*>(p.lse)[statistic] * kLog2e;
     scratch.row_lse[i] = static_cast<T>(lse_log2);
-    // Beyond 2^48 a double does not hold the sum beside the maximum: the rest would be its rounding.
-    const double rest = std::fabs(lse_log2) < 0x1p48 ? lse_log2 - static_cast<double>(scratch.row_lse[i]) : 0.0;
-    scratch.row_lse_rest[i] = static_cast<T>(rest);
+    scratch.row_lse_rest[i] = static_cast<T>(lse_log2 - static_cast<double>(scratch.row_lse[i]));
     scratch.row_dlse[i] = p.grad_lse == nullptr ? T(0) : static_cast<T>(static_cast<const double*>(p.grad_lse)[statistic]);
   }
 }
 
 // S and dP of one block -> P and dS, in place; P becomes zero beyond the keys.
 template <typename T>
-void softmax_gradients(BackwardScratch<T>& scratch, int64_t queries, int64_t keys) {
+void softmax_gradients(BackwardScratch<T>& scratch, int64_t queries, int64_t keys, T scale_log2) {
   constexpr int L = kLanes<T>;
   constexpr T kLowest = -std::numeric_limits<T>::infinity();
   const int64_t score_stride = row_stride<T>(kMost<T>.keys), padded = round_up_to_lanes<T>(keys);
@@ -121,7 +117,10 @@ void softmax_gradients(BackwardScratch<T>& scratch, int64_t queries, int64_t key
     for (int64_t j = 0; j < padded; j += kTogether * L) {
       Vec<T> e[kTogether];
 #pragma GCC unroll 8
-      for (int n = 0; n < kTogether; ++n) e[n] = load(p + j + n * L) - lse - lse_rest;
+      for (int n = 0; n < kTogether; ++n) {
+        e[n] = load(p + j + n * L) * scale_log2 - lse - lse_rest;
+        e[n] = min<T>(broadcast(T(0)), e[n]);  // what rounding leaves of huge logits
+      }
       if (j + kTogether * L > keys) {
         for (int n = 0; n < kTogether; ++n) e[n] = select<T>(first_lanes<T>(keys - j - n * L), e[n], broadcast(kLowest));
       }
@@ -156,7 +155,7 @@ void backward_block(const Params& p, const AttentionItem& item, BackwardScratch<
     product<T, RowsOfA::strided, RowsOfB::in_panels>(Result::overwritten, queries, key_vectors, D, scratch.dout, stride,
                                                      scratch.value_panels + block * D, 0, scratch.dscores, score_stride,
                                                      scratch.ahead);
-    softmax_gradients(scratch, queries, keys);
+    softmax_gradients(scratch, queries, keys, static_cast<T>(p.scale * kLog2e));
     if (item.key_gradients) {
       product<T, RowsOfA::transposed, RowsOfB::in_rows>(onto_keys, keys, vectors, queries, scratch.probabilities, score_stride,
                                                         scratch.dout, stride, scratch.dvalues + block * stride, stride,
@@ -221,7 +220,7 @@ void store_key_gradients(const Params& p, const AttentionItem& item, BackwardScr
   if (item.query_begin == item.query_end) {  // no block of queries wrote any
     for (T* rows : {scratch.dkeys, scratch.dvalues}) std::fill(rows, rows + count * stride, T(0));
   }
-  store_rotated_gradients<S>(scratch.dkeys, stride, static_cast<T>(kLn2), p.k, p.k_stride_token, p.k_stride_head, item.key_begin,
+  store_rotated_gradients<S>(scratch.dkeys, stride, static_cast<T>(p.scale), p.k, p.k_stride_token, p.k_stride_head, item.key_begin,
                              count, item.head_k, p.num_heads_k, key_tables<T>(p), p.dk, p);
   for (int64_t j = 0; j < count; ++j) {
     narrow_row(scratch.dvalues + j * stride, static_cast<S*>(p.dv) + ((item.key_begin + j) * p.num_heads_k + item.head_k) * D, D);

@@ -1,5 +1,6 @@
 // The forward pass of rope_attention: rotate and pack the keys once per (sequence, key head), then blocks of queries with the
 // online softmax (Milakov and Gimelshein, arXiv 1805.02867; blocked as in FlashAttention, arXiv 2205.14135).
+#include <cmath>
 #include <limits>
 
 #include "../parallel.h"
@@ -26,7 +27,7 @@ template <typename T>
 constexpr int64_t kMostKeys = longest_block(kKeys, 2 * kLanes<T>);
 
 constexpr int kTogether = 2;  // vectors of scores whose exponentials are taken together
-constexpr double kLn2 = 0.693147180559945309417;
+constexpr double kLog2e = 1.44269504088896340736, kLn2 = 0.693147180559945309417;
 
 // Scratch of one worker. Rows are row_stride apart; the keys of a block are the columns of packed panels [D, keys].
 template <typename T>
@@ -34,11 +35,11 @@ struct ForwardScratch {
   T* key_panels;  // all keys of the packed (sequence, head), block by block
   T* values;      // [keys, D]
   T* keys;        // [kLanes, D], rotated keys on their way into the panels
-  T* query;       // [kMostQueries, D], scaled: see load_scaled_queries
+  T* query;       // [kMostQueries, D], negated if the scale is negative: the maximum is taken before scaling
   T* scores;      // [kMostQueries, kMostKeys], then probabilities
   T* output;      // [kMostQueries, D], unnormalised
-  T* row_shift;   // [kMostQueries], maximum of the scores so far, in bits
-  T* row_sum;     // [kMostQueries], of exp2(scaled score - shift)
+  T* row_shift;   // [kMostQueries], maximum of the scores so far, not scaled
+  T* row_sum;     // [kMostQueries], of exp2((score - shift) * scale_log2)
   RowsAhead ahead;
   int64_t packed_key = -1, packed_key_end = -1, packed_head = -1;  // what key_panels and values hold
 
@@ -79,8 +80,11 @@ void pack_keys_and_values(const Params& p, const AttentionItem& item, ForwardScr
 
 // One block of scores -> probabilities, unnormalised; rescales what was accumulated before where a row's maximum grows. kLanes
 // rows go together: what is one number per row is one lane of a vector, and no row waits for another's maximum.
+//
+// The maximum is subtracted before scaling, exactly zero where it is reached: score * scale - maximum * scale, one rounded and one
+// fused, can be off by more than a float's exponent for scores beyond 5e9.
 template <typename T>
-void online_softmax(ForwardScratch<T>& scratch, int64_t queries, int64_t keys, int64_t head_dim, bool first) {
+void online_softmax(ForwardScratch<T>& scratch, int64_t queries, int64_t keys, int64_t head_dim, T scale_log2, bool first) {
   constexpr int L = kLanes<T>;
   constexpr T kLowest = -std::numeric_limits<T>::infinity();
   const int64_t score_stride = row_stride<T>(kMostKeys<T>), stride = row_stride<T>(head_dim);
@@ -103,7 +107,7 @@ void online_softmax(ForwardScratch<T>& scratch, int64_t queries, int64_t keys, i
 #pragma GCC unroll 16
     for (int r = 1; r < L; ++r) top = max<T>(tops[r], top);
     const Vec<T> old_shift = first ? broadcast(kLowest) : load(scratch.row_shift + i);
-    const Vec<T> shift = max<T>(top, old_shift), fade = exp2(old_shift - shift);
+    const Vec<T> shift = max<T>(top, old_shift), fade = exp2((old_shift - shift) * scale_log2);
     store(scratch.row_shift + i, shift);
 
     for (int64_t r = 0; r < rows; ++r) {
@@ -113,7 +117,7 @@ void online_softmax(ForwardScratch<T>& scratch, int64_t queries, int64_t keys, i
       for (int64_t j = 0; j < keys; j += kTogether * L) {
         Vec<T> e[kTogether];
 #pragma GCC unroll 8
-        for (int n = 0; n < kTogether; ++n) e[n] = load(row + j + n * L) - shift_r;
+        for (int n = 0; n < kTogether; ++n) e[n] = (load(row + j + n * L) - shift_r) * scale_log2;
         if (j + kTogether * L > keys) {
           for (int n = 0; n < kTogether; ++n) e[n] = select<T>(first_lanes<T>(keys - j - n * L), e[n], broadcast(kLowest));
         }
@@ -145,7 +149,8 @@ void online_softmax(ForwardScratch<T>& scratch, int64_t queries, int64_t keys, i
 
 // Divides by the sums and writes out and lse.
 template <typename S, typename T>
-void store_outputs(const Params& p, ForwardScratch<T>& scratch, int64_t token, int64_t queries, int64_t head, bool any_keys) {
+void store_outputs(const Params& p, ForwardScratch<T>& scratch, int64_t token, int64_t queries, int64_t head, T scale_log2,
+                   bool any_keys) {
   const int64_t D = p.head_dim, stride = row_stride<T>(D);
   for (int64_t i = 0; i < queries; ++i) {
     T* row = scratch.output + i * stride;
@@ -158,8 +163,18 @@ void store_outputs(const Params& p, ForwardScratch<T>& scratch, int64_t token, i
   for (int64_t i = 0; i < queries; i += L) {
     Vec<double> shift, sum;
     for (int n = 0; n < L; ++n) shift[n] = scratch.row_shift[i + n], sum[n] = scratch.row_sum[i + n];
-    const Vec<double> value = any_keys ? (shift + log2<double>(sum)) * kLn2 : broadcast(-std::numeric_limits<double>::infinity());
+    const Vec<double> value =
+        any_keys ? (shift * double(scale_log2) + log2<double>(sum)) * kLn2 : broadcast(-std::numeric_limits<double>::infinity());
     std::memcpy(lse + i, &value, min(queries - i, L) * sizeof(double));
+  }
+}
+
+template <typename S, typename T>
+void load_queries(const Params& p, ForwardScratch<T>& scratch, int64_t token, int64_t queries, int64_t head) {
+  const int64_t stride = row_stride<T>(p.head_dim);
+  load_rows<S>(p.q, p.q_stride_token, p.q_stride_head, token, queries, head, query_tables<T>(p), scratch.query, stride, p);
+  if (p.scale < 0) {
+    for (int64_t i = 0; i < queries * stride; ++i) scratch.query[i] = -scratch.query[i];
   }
 }
 
@@ -169,19 +184,20 @@ void forward_block(const Params& p, const AttentionItem& item, ForwardScratch<T>
   constexpr int L = kLanes<T>;
   const int64_t D = p.head_dim, stride = row_stride<T>(D), score_stride = row_stride<T>(kMostKeys<T>);
   const int64_t count = item.key_end - item.key_begin;
-  load_scaled_queries<S>(p, token, queries, head, scratch.query, stride);
+  const T scale_log2 = static_cast<T>(std::fabs(p.scale) * kLog2e);
+  load_queries<S>(p, scratch, token, queries, head);
   const int64_t step = keys_per_block<T>(item);
   for (int64_t block = 0; block < count; block += step) {
     const int64_t keys = min(count - block, step);
     product<T, RowsOfA::strided, RowsOfB::in_panels>(Result::overwritten, queries, round_up_to_lanes<T>(keys) / L, D, scratch.query,
                                                      stride, scratch.key_panels + block * D, 0, scratch.scores, score_stride,
                                                      scratch.ahead);
-    online_softmax(scratch, queries, keys, D, block == 0);
+    online_softmax(scratch, queries, keys, D, scale_log2, block == 0);
     product<T, RowsOfA::strided, RowsOfB::in_rows>(block == 0 ? Result::overwritten : Result::accumulated, queries,
                                                    round_up_to_lanes<T>(D) / L, keys, scratch.scores, score_stride,
                                                    scratch.values + block * stride, stride, scratch.output, stride, scratch.ahead);
   }
-  store_outputs<S>(p, scratch, token, queries, head, count > 0);
+  store_outputs<S>(p, scratch, token, queries, head, scale_log2, count > 0);
 }
 
 // Plans what the products of one block ask for: the rows the next block reads, be it of `item` or of `next` (null: none), and

@@ -177,16 +177,6 @@ void load_rows(const void* x, int64_t token_stride, int64_t head_stride, int64_t
   }
 }
 
-// Rows of q times scale / ln 2: their products with keys are scores in bits. Scores scaled later would be rounded where the row's
-// maximum is taken, and not where a fused multiply-add subtracts it: beyond 5e9 that is more than a float's exponent.
-template <typename S, typename T>
-void load_scaled_queries(const Params& p, int64_t token, int64_t rows, int64_t head, T* y, int64_t stride) {
-  constexpr double kLog2e = 1.44269504088896340736;
-  load_rows<S>(p.q, p.q_stride_token, p.q_stride_head, token, rows, head, query_tables<T>(p), y, stride, p);
-  const T factor = static_cast<T>(p.scale * kLog2e);
-  for (int64_t i = 0; i < rows * stride; ++i) y[i] *= factor;
-}
-
 // Writes the gradient of q or k for rows token .. token + rows of one head: g is that of the rotated rows, divided by
 // `scale`; x as in load_rows; dx is contiguous [*, heads, D].
 template <typename S, typename T>

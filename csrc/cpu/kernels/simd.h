@@ -86,6 +86,15 @@ CK_INLINE Vec<T> max(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
 }
 
+// The smaller of each pair; b where either is NaN.
+template <typename T>
+CK_INLINE Vec<T> min(Vec<T> a, Vec<T> b) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm256_min_ps(a, b);
+#endif
+  return a < b ? a : b;
+}
+
 // All bits set in the first `n` lanes, none in the rest.
 template <typename T>
 CK_INLINE BitVec<T> first_lanes(int64_t n) {
