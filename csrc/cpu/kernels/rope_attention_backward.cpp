@@ -4,6 +4,7 @@
 //   P = exp(scale S - lse)    dP = dO V'    dS = P (dP - delta + dlse)    delta = sum_d dO O
 //   dV = P' dO                dK = scale dS' Q        dQ = scale dS K        then the transposed rotation
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <numeric>
 
@@ -38,7 +39,7 @@ struct BackwardScratch {
   T *key_panels, *value_panels;      // [D, keys] by blocks
   T *query, *dquery, *dout;          // [most queries, D]
   T *probabilities, *dscores;        // [most queries, most keys]
-  T *row_lse, *row_lse_rest;         // [most queries], lse / ln 2 in two parts: rounded, and what the rounding left
+  T *row_lse, *row_lse_rest;         // [most queries], the exponent is (S - lse) scale_log2 - rest
   T *row_delta, *row_dlse;           // [most queries]
   T *values, *out;                   // [kLanes, D], values on their way into the panels, rows of out
   RowsAhead ahead;
@@ -84,6 +85,7 @@ void pack_keys_and_values(const Params& p, const AttentionItem& item, BackwardSc
 template <typename S, typename T>
 void load_queries(const Params& p, BackwardScratch<T>& scratch, int64_t token, int64_t queries, int64_t head) {
   const int64_t D = p.head_dim, stride = row_stride<T>(D);
+  const double scale_log2 = static_cast<T>(p.scale * kLog2e);
   constexpr int L = kLanes<T>;
   for (int64_t i = 0; i < queries; i += L) {
     const int64_t rows = min(queries - i, L);
@@ -98,8 +100,10 @@ void load_queries(const Params& p, BackwardScratch<T>& scratch, int64_t token, i
   for (int64_t i = 0; i < queries; ++i) {
     const int64_t statistic = head * p.num_tokens + token + i;
     const double lse_log2 = static_cast<const double*>(p.lse)[statistic] * kLog2e;
-    scratch.row_lse[i] = static_cast<T>(lse_log2);
-    scratch.row_lse_rest[i] = static_cast<T>(lse_log2 - static_cast<double>(scratch.row_lse[i]));
+    // The exponent is (S - lse) scale_log2 - rest: as in the forward pass, large numbers are subtracted before anything is rounded.
+    const double unscaled = lse_log2 / scale_log2;
+    scratch.row_lse[i] = std::fabs(unscaled) < 1e30 ? static_cast<T>(unscaled) : T(0);  // or infinite: a scale of zero
+    scratch.row_lse_rest[i] = static_cast<T>(lse_log2 - static_cast<double>(scratch.row_lse[i]) * scale_log2);
     scratch.row_dlse[i] = p.grad_lse == nullptr ? T(0) : static_cast<T>(static_cast<const double*>(p.grad_lse)[statistic]);
   }
 }
@@ -118,7 +122,7 @@ void softmax_gradients(BackwardScratch<T>& scratch, int64_t queries, int64_t key
       Vec<T> e[kTogether];
 #pragma GCC unroll 8
       for (int n = 0; n < kTogether; ++n) {
-        e[n] = load(p + j + n * L) * scale_log2 - lse - lse_rest;
+        e[n] = (load(p + j + n * L) - lse) * scale_log2 - lse_rest;
         e[n] = min<T>(broadcast(T(0)), e[n]);  // what rounding leaves of huge logits
       }
       if (j + kTogether * L > keys) {
