@@ -30,7 +30,6 @@ BlockSizes blocks_of(const AttentionItem& item) {
 }
 
 constexpr int kTogether = 2;  // vectors of scores whose exponentials are taken together
-constexpr double kLog2e = 1.44269504088896340736;
 
 // Scratch of one worker. Rows are row_stride apart; panels as in the forward pass.
 template <typename T>
@@ -85,7 +84,7 @@ void pack_keys_and_values(const Params& p, const AttentionItem& item, BackwardSc
 template <typename S, typename T>
 void load_queries(const Params& p, BackwardScratch<T>& scratch, int64_t token, int64_t queries, int64_t head) {
   const int64_t D = p.head_dim, stride = row_stride<T>(D);
-  const double scale_log2 = static_cast<T>(p.scale * kLog2e);
+  const double scale_log2 = scale_in_bits<T>(p);
   constexpr int L = kLanes<T>;
   for (int64_t i = 0; i < queries; i += L) {
     const int64_t rows = min(queries - i, L);
@@ -159,7 +158,7 @@ void backward_block(const Params& p, const AttentionItem& item, BackwardScratch<
     product<T, RowsOfA::strided, RowsOfB::in_panels>(Result::overwritten, queries, key_vectors, D, scratch.dout, stride,
                                                      scratch.value_panels + block * D, 0, scratch.dscores, score_stride,
                                                      scratch.ahead);
-    softmax_gradients(scratch, queries, keys, static_cast<T>(p.scale * kLog2e));
+    softmax_gradients(scratch, queries, keys, scale_in_bits<T>(p));
     if (item.key_gradients) {
       product<T, RowsOfA::transposed, RowsOfB::in_rows>(onto_keys, keys, vectors, queries, scratch.probabilities, score_stride,
                                                         scratch.dout, stride, scratch.dvalues + block * stride, stride,

@@ -27,7 +27,7 @@ template <typename T>
 constexpr int64_t kMostKeys = longest_block(kKeys, 2 * kLanes<T>);
 
 constexpr int kTogether = 2;  // vectors of scores whose exponentials are taken together
-constexpr double kLog2e = 1.44269504088896340736, kLn2 = 0.693147180559945309417;
+constexpr double kLn2 = 0.693147180559945309417;
 
 // Scratch of one worker. Rows are row_stride apart; the keys of a block are the columns of packed panels [D, keys].
 template <typename T>
@@ -184,7 +184,7 @@ void forward_block(const Params& p, const AttentionItem& item, ForwardScratch<T>
   constexpr int L = kLanes<T>;
   const int64_t D = p.head_dim, stride = row_stride<T>(D), score_stride = row_stride<T>(kMostKeys<T>);
   const int64_t count = item.key_end - item.key_begin;
-  const T scale_log2 = static_cast<T>(std::fabs(p.scale) * kLog2e);
+  const T scale_log2 = std::fabs(scale_in_bits<T>(p));
   load_queries<S>(p, scratch, token, queries, head);
   const int64_t step = keys_per_block<T>(item);
   for (int64_t block = 0; block < count; block += step) {

@@ -16,6 +16,14 @@ using Params = comp_kernels_rope_attention_params;
 template <typename S>
 using Compute = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
+constexpr double kLog2e = 1.44269504088896340736;
+
+// scale / ln 2, which turns scores into bits: one rounding, so that the backward pass finds the exponents of the forward pass.
+template <typename T>
+T scale_in_bits(const Params& p) {
+  return static_cast<T>(p.scale * kLog2e);
+}
+
 // Length of the blocks that `count` rows are cut into: equal parts of about `about` rows, multiples of `multiple` (the last is
 // what is left), for a short last block would cost a pass of its own. At most longest_block(about, multiple).
 inline int64_t block_length(int64_t count, int64_t about, int64_t multiple) {
