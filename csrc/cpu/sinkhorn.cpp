@@ -31,9 +31,9 @@ void prepare_memory(const comp_kernels_sinkhorn_params& p) {
 
 }  // namespace
 
-// All iterations, the potentials and, where wanted, the plan.
+// All iterations, the potentials and the plan.
 COMP_KERNELS_EXPORT const char* comp_kernels_cpu_sinkhorn_solve(const comp_kernels_sinkhorn_params* params) {
-  if (params->plan) prepare_memory(*params);
+  prepare_memory(*params);
   return DISPATCH_ISA(sinkhorn_solve, *params);
 }
 

@@ -1,5 +1,5 @@
-// The loops of sinkhorn over a block of columns [rows, cols]; cols is a multiple of kLanes. Members would be read again after
-// every vector store, which may alias anything: so these are free functions, and everything they read is an argument.
+// The loops of sinkhorn, over a block of columns [rows, cols], cols a multiple of kLanes, and over whole rows. Members would be read
+// again after every vector store, which may alias anything: so these are free functions, and everything they read is an argument.
 #pragma once
 
 #include "score_tile.h"
@@ -8,6 +8,9 @@ namespace comp_kernels::COMP_KERNELS_ISA {
 
 constexpr int kRowsAtOnce = 4;  // rows that share one load and store of the column sums
 constexpr int kExponentialRows = 2;  // the same for whole rows of scores: more, and as many ahead, crowd the first level cache
+constexpr int64_t kSumCols = 256;  // row sums are added up in double from sums of so many terms: longer ones lose digits
+// Scores are asked for ahead: the next rows where those stay in the caches until their turn, else so many columns.
+constexpr int64_t kShortRowBytes = 32 * 1024, kColsAhead = 512;
 
 template <typename F, int... kRow>
 CK_INLINE void each_row(F&& f, std::integer_sequence<int, kRow...>) {
@@ -72,26 +75,6 @@ void column_exponentials(const S* scores, int64_t stride, int64_t rows, int64_t 
   });
 }
 
-// e = kept, [rows, width], and its column sums weighted by x.
-template <typename T>
-void weighted_column_sums(const T* kept, int64_t stride, int64_t rows, int64_t cols, const T* x, T* e, int64_t width, T* sum) {
-  std::fill_n(sum, cols, T(0));
-  for_row_groups(rows, [&](int64_t first, auto count) {
-    const T* from = kept + first * stride;
-    T* out = e + first * width;
-    for (int64_t k = 0; k < cols; k += kLanes<T>) {
-      Vec<T> term[count];
-      each_row(count, [&](int r) {
-        __builtin_prefetch(from + r * stride + k + cols);
-        const Vec<T> value = load(from + r * stride + k);
-        store(out + r * width + k, value);
-        term[r] = value * x[first + r];
-      });
-      store(sum + k, load(sum + k) + sum_of<T>(term));
-    }
-  });
-}
-
 // Past the caches; p is aligned to vectors. Other threads see it after the next locked instruction, which the hand-out of work is.
 // A row at a time: lines that are not completed in one go cost three times as much.
 template <typename T>
@@ -125,19 +108,7 @@ CK_INLINE T weighted_row_sum(const T* e, const T* w, int64_t cols) {
   return reduce_sum<T>((x + y) + (z + t));
 }
 
-// Copies the first `cols` of one row, streaming: past the caches.
-template <typename T>
-CK_INLINE void copy_row(const T* from, T* to, int64_t cols, bool streaming) {
-  if (streaming && streamable(to)) {
-    int64_t k = 0;
-    for (; k + kLanes<T> <= cols; k += kLanes<T>) store_streaming<T>(to + k, load(from + k));
-    std::copy_n(from + k, cols - k, to + k);
-  } else {
-    std::copy_n(from, cols, to);
-  }
-}
-
-// --- whole rows: matrices narrow enough for a few rows to stay in the caches -----------------------------------------------
+// --- whole rows, of any number of columns -----------------------------------------------------------------------------------
 
 // One vector or, for the columns beyond the last whole vector, one number: f(k, constant<lanes>).
 template <typename T, typename F>
@@ -175,19 +146,24 @@ CK_INLINE Vec<T> load_widened(const S* p, std::integral_constant<int, kCount>) {
   return load_widened(p);
 }
 
-// e_ik = 2^(s_ik factor + u_i), sum_k += sum_i e_ik
-template <typename S, typename T = Compute<S>>
-void add_exponential_rows(const S* scores, int64_t stride, int64_t rows, int64_t cols, T factor, const T* u, T* e, T* sum) {
+// e_ik = 2^(s_ik factor + u_i + shift_k), sum_k = sum_i e_ik; kShifted: shift is not null
+template <bool kShifted, typename S, typename T = Compute<S>>
+void exponential_rows(const S* scores, int64_t stride, int64_t rows, int64_t cols, T factor, const T* u, const T* shift, T* e,
+                      T* sum) {
+  std::fill_n(sum, cols, T(0));
+  const bool rows_ahead = cols * static_cast<int64_t>(sizeof(S)) <= kShortRowBytes;
   for_row_groups<kExponentialRows>(rows, [&](int64_t first, auto count) {
     constexpr int kCount = count;
+    const int64_t ahead = rows_ahead ? kCount * stride : kColsAhead;
     const S* s = scores + first * stride;
     T* out = e + first * cols;
     const Vec<T> scale = broadcast(factor);
     for_columns<T>(cols, [&](int64_t k, auto lanes) {
       Vec<T> x[kCount];
       each_row(count, [&](int r) {
-        __builtin_prefetch(s + (kCount + r) * stride + k);
-        x[r] = load_widened(s + r * stride + k, lanes) * scale + u[first + r];
+        __builtin_prefetch(s + r * stride + k + ahead);
+        const Vec<T> row = broadcast(u[first + r]);
+        x[r] = load_widened(s + r * stride + k, lanes) * scale + (kShifted ? load(shift + k, lanes) + row : row);
       });
       exp2(x);
       each_row(count, [&](int r) { store(out + r * cols + k, x[r], lanes); });
@@ -196,36 +172,42 @@ void add_exponential_rows(const S* scores, int64_t stride, int64_t rows, int64_t
   });
 }
 
-// sum_k += sum_i x_i e_ik
-template <typename T>
-void add_weighted_rows(const T* e, int64_t rows, int64_t cols, const T* x, T* sum) {
+// peak_k = max_i (s_ik factor + u_i)
+template <typename S, typename T = Compute<S>>
+void peak_rows(const S* scores, int64_t stride, int64_t rows, int64_t cols, T factor, const T* u, T* peak) {
+  std::fill_n(peak, cols, kMinusInfinity<T>);
   for_row_groups(rows, [&](int64_t first, auto count) {
-    constexpr int kCount = count;
-    const T* from = e + first * cols;
+    const S* s = scores + first * stride;
+    const Vec<T> scale = broadcast(factor);
     for_columns<T>(cols, [&](int64_t k, auto lanes) {
-      Vec<T> term[kCount];
-      each_row(count, [&](int r) { term[r] = load(from + r * cols + k, lanes) * x[first + r]; });
-      store(sum + k, load(sum + k, lanes) + sum_of<T>(term), lanes);
+      Vec<T> top = load(peak + k, lanes);
+      each_row(count, [&](int r) { top = max<T>(top, load_widened(s + r * stride + k, lanes) * scale + u[first + r]); });
+      store(peak + k, top, lanes);
     });
   });
 }
 
 // A half step that scales rows and, while they are in the cache, what follows: row_sums_i = sum_k e_ik w_k, x_i = a_i / row_sums_i,
-// then sum_k += x_i e_ik or, where sum is null, plan_ik = e_ik w_k x_i. plan may be e, unless streaming: past the caches.
+// then sum_k = sum_i x_i e_ik or, where sum is null, plan_ik = e_ik w_k x_i. plan may be e, unless streaming: past the caches.
 template <typename T>
 void scale_rows_and_go_on(const T* e, int64_t rows, int64_t cols, const T* a, const T* w, double* row_sums, T* sum, T* plan,
                           bool streaming) {
+  if (sum != nullptr) std::fill_n(sum, cols, T(0));
   for_row_groups(rows, [&](int64_t first, auto count) {
     constexpr int kCount = count;
     const T* group = e + first * cols;
-    Vec<T> total[kCount], x[kCount];
-    each_row(count, [&](int r) { total[r] = Vec<T>{}; });
-    for_columns<T>(cols, [&](int64_t k, auto lanes) {
-      const Vec<T> weight = load(w + k, lanes);
-      each_row(count, [&](int r) { total[r] += load(group + r * cols + k, lanes) * weight; });
-    });
+    each_row(count, [&](int r) { row_sums[first + r] = 0; });
+    for (int64_t begin = 0; begin < cols; begin += kSumCols) {
+      Vec<T> part[kCount];
+      each_row(count, [&](int r) { part[r] = Vec<T>{}; });
+      for_columns<T>(std::min(kSumCols, cols - begin), [&](int64_t k, auto lanes) {
+        const Vec<T> weight = load(w + begin + k, lanes);
+        each_row(count, [&](int r) { part[r] += load(group + r * cols + begin + k, lanes) * weight; });
+      });
+      each_row(count, [&](int r) { row_sums[first + r] += reduce_sum<T>(part[r]); });
+    }
+    Vec<T> x[kCount];
     each_row(count, [&](int r) {
-      row_sums[first + r] = reduce_sum<T>(total[r]);
       x[r] = broadcast(a[first + r] > 0 ? static_cast<T>(a[first + r] / row_sums[first + r]) : T(0));
     });
     T* out = plan + first * cols;
@@ -250,21 +232,38 @@ void scale_rows_and_go_on(const T* e, int64_t rows, int64_t cols, const T* a, co
   });
 }
 
-// Adds the other parts [num_parts, cols] to the first.
-template <typename T>
-void merge_parts(T* parts, int64_t num_parts, int64_t cols) {
+// Merges the other parts, stride apart, into the first: part_k = merge(part_k, other part_k).
+template <typename T, typename F>
+void merge_parts(T* parts, int64_t num_parts, int64_t stride, int64_t cols, F&& merge) {
   for_columns<T>(cols, [&](int64_t k, auto lanes) {
-    Vec<T> sum = load(parts + k, lanes);
-    for (int64_t part = 1; part < num_parts; ++part) sum += load(parts + part * cols + k, lanes);
-    store(parts + k, sum, lanes);
+    Vec<T> merged = load(parts + k, lanes);
+    for (int64_t part = 1; part < num_parts; ++part) merged = merge(merged, load(parts + part * stride + k, lanes));
+    store(parts + k, merged, lanes);
   });
 }
 
+// potential_k += log2 weight_k
 template <typename T>
-bool all_within(const T* x, int64_t count, double least, double largest) {
-  bool within = true;
-  for (int64_t k = 0; k < count; ++k) within &= x[k] >= static_cast<T>(least) && x[k] <= static_cast<T>(largest);
-  return within;
+void add_log2(const T* weight, T* potential, int64_t cols) {
+  for_columns<T>(cols, [&](int64_t k, auto lanes) {
+    store(potential + k, load(potential + k, lanes) + log2<T>(load(weight + k, lanes)), lanes);
+  });
+}
+
+// plan_k = e_k w_k x over one row; plan may be e.
+template <typename T>
+void scale_row(const T* e, const T* w, T x, int64_t cols, T* plan) {
+  for_columns<T>(cols, [&](int64_t k, auto lanes) { store(plan + k, load(e + k, lanes) * load(w + k, lanes) * x, lanes); });
+}
+
+// sum_k |sum_k w_k - b_k| over the columns with b_k > 0
+template <typename T>
+double column_error(const T* sums, const T* w, const T* b, int64_t cols) {
+  double error = 0;
+  for (int64_t k = 0; k < cols; ++k) {
+    if (b[k] > 0) error += std::abs(static_cast<double>(sums[k] * w[k] - b[k]));
+  }
+  return error;
 }
 
 // w_k = b_k / sum_k, 0 where b is; returns the largest.

@@ -22,7 +22,7 @@ typedef struct {
   const void* col_marginals;  // [K] per item, compute, item stride col_marginals_stride (0: shared); not negative
   void* u;                    // [G, n] compute, contiguous: written, natural logarithm
   void* v;                    // [G, K] compute, contiguous: written, natural logarithm
-  void* plan;                 // [G, n, K] compute, contiguous: written; null: not wanted
+  void* plan;                 // [G, n, K] compute, contiguous: written
   int64_t item_stride, row_stride;
   int64_t row_marginals_stride, col_marginals_stride;
   int64_t num_items;   // G
