@@ -37,10 +37,10 @@ int64_t row_chunks(int64_t num_rows, int64_t row_bytes) {
 // An item between its half steps. Its potentials u, v are in the memory of the results: those of E while that is kept, in bits.
 template <typename T>
 struct Item {
-  Item(int64_t rows, int64_t cols, int64_t chunks) : x(rows), w(cols), sums(chunks * cols), row_sums(rows) {}
+  Item(int64_t rows, int64_t cols, int64_t chunks) : x(rows), w(cols), sums(new T[chunks * cols]), row_sums(rows) {}
   T* e = nullptr;  // [n, K] memory of E: of this plan, or of one whose turn comes later
   std::vector<T> x, w;           // [n], [K]
-  std::vector<T> sums;           // [chunks, K] column sums of the coming iteration: in the first row, merged
+  std::unique_ptr<T[]> sums;     // [chunks, K] column sums of the coming iteration: in the first row, merged
   std::vector<double> row_sums;  // [n]
   T largest_weight = 0;
   int64_t iter = 0;      // iterations done
@@ -100,8 +100,9 @@ class Solve {
   }
 
   void run_until_converged(int64_t workers) {
-    std::vector<Item<T>> items(p_.num_items, Item<T>(p_.num_rows, p_.num_cols, chunks_));
+    std::vector<Item<T>> items;
     for (int64_t g = 0; g < p_.num_items; ++g) {
+      items.emplace_back(p_.num_rows, p_.num_cols, chunks_);
       items[g].e = plan(g);
       begin(g, items[g]);
     }
@@ -111,7 +112,7 @@ class Solve {
         double mass = 0;
         for (int64_t i = 0; i < p_.num_rows; ++i) mass += a(g)[i];
         if (!items[g].kept) take_exponentials(g, items[g], workers);
-        converged = converged && column_error(items[g].sums.data(), items[g].w.data(), b(g), p_.num_cols) <= p_.tol * mass;
+        converged = converged && column_error(items[g].sums.get(), items[g].w.data(), b(g), p_.num_cols) <= p_.tol * mass;
       }
       if (converged) break;
       for (int64_t g = 0; g < p_.num_items; ++g) iterate(g, items[g], workers, /*last=*/false);
@@ -146,7 +147,7 @@ class Solve {
   void for_row_chunks(Item<T>& item, int64_t workers, bool backwards, F&& f) {
     parallel_shares(workers, chunks_, backwards, [&](int64_t, int64_t chunk) {
       const int64_t first = chunk * p_.num_rows / chunks_, end = (chunk + 1) * p_.num_rows / chunks_;
-      f(first, end - first, item.sums.data() + chunk * p_.num_cols);
+      f(first, end - first, item.sums.get() + chunk * p_.num_cols);
     });
   }
 
@@ -162,7 +163,7 @@ class Solve {
   void merge_sums(Item<T>& item, int64_t workers, F&& merge) {
     if (chunks_ == 1) return;
     for_column_blocks(workers, [&](int64_t first, int64_t cols) {
-      merge_parts(item.sums.data() + first, chunks_, p_.num_cols, cols, merge);
+      merge_parts(item.sums.get() + first, chunks_, p_.num_cols, cols, merge);
     });
   }
 
@@ -174,7 +175,7 @@ class Solve {
     item.kept = true;
     if (!first || !spans_many_bits(scores(g))) {
       exponentials(g, item, workers, /*shifted=*/!first);
-      if (first ? serves_without_shift(item.sums.data(), p_.num_cols) : !any_lost(item.sums.data(), b(g), p_.num_cols)) return;
+      if (first ? serves_without_shift(item.sums.get(), p_.num_cols) : !any_lost(item.sums.get(), b(g), p_.num_cols)) return;
     }
     // Below the columns' maxima instead; v becomes that of E, and w what it was.
     for_row_chunks(item, workers, /*backwards=*/true, [&](int64_t row, int64_t count, T* peaks) {
@@ -210,7 +211,7 @@ class Solve {
     std::vector<T> largest((p_.num_cols + kMergeCols - 1) / kMergeCols);
     for_column_blocks(workers, [&](int64_t first, int64_t cols) {
       T& of_block = largest[first / kMergeCols];
-      of_block = column_weights(item.sums.data() + first, cols, b(g) + first, item.w.data() + first);
+      of_block = column_weights(item.sums.get() + first, cols, b(g) + first, item.w.data() + first);
     });
     item.largest_weight = *std::max_element(largest.begin(), largest.end());
   }
