@@ -8,7 +8,9 @@ namespace comp_kernels::COMP_KERNELS_ISA {
 
 constexpr int kRowsAtOnce = 4;  // rows that share one load and store of the column sums
 constexpr int kExponentialRows = 2;  // the same for whole rows of scores: more, and as many ahead, crowd the first level cache
-constexpr int64_t kSumCols = 256;  // row sums are added up in double from sums of so many terms: longer ones lose digits
+// Row sums are added up in double from sums of so many terms, 32 in every lane: longer ones lose digits.
+template <typename T>
+constexpr int64_t kSumCols = 32 * kLanes<T>;
 // Scores are asked for ahead: the next rows where those stay in the caches until their turn, else so many columns.
 constexpr int64_t kShortRowBytes = 32 * 1024, kColsAhead = 512;
 
@@ -197,10 +199,10 @@ void scale_rows_and_go_on(const T* e, int64_t rows, int64_t cols, const T* a, co
     constexpr int kCount = count;
     const T* group = e + first * cols;
     each_row(count, [&](int r) { row_sums[first + r] = 0; });
-    for (int64_t begin = 0; begin < cols; begin += kSumCols) {
+    for (int64_t begin = 0; begin < cols; begin += kSumCols<T>) {
       Vec<T> part[kCount];
       each_row(count, [&](int r) { part[r] = Vec<T>{}; });
-      for_columns<T>(std::min(kSumCols, cols - begin), [&](int64_t k, auto lanes) {
+      for_columns<T>(std::min(kSumCols<T>, cols - begin), [&](int64_t k, auto lanes) {
         const Vec<T> weight = load(w + begin + k, lanes);
         each_row(count, [&](int r) { part[r] += load(group + r * cols + begin + k, lanes) * weight; });
       });
