@@ -164,7 +164,7 @@ void exponential_rows(const S* scores, int64_t stride, int64_t rows, int64_t col
       Vec<T> x[kCount];
       each_row(count, [&](int r) {
         __builtin_prefetch(s + r * stride + k + ahead);
-        const Vec<T> row = broadcast(u[first + r]);
+        const Vec<T> row = lanes == 1 ? Vec<T>{u[first + r]} : broadcast(u[first + r]);  // unused lanes may not overflow
         x[r] = load_widened(s + r * stride + k, lanes) * scale + (kShifted ? load(shift + k, lanes) + row : row);
       });
       exp2(x);
