@@ -1,14 +1,15 @@
-// rope_attention forward for sm_90a: warpgroup products (wgmma) fed by bulk copies, one block per 128 queries of one head.
+// rope_attention forward for sm_90a: warpgroup products (wgmma) fed by bulk copies, one block per tile of queries of one head.
 //
-// Schedule of a block of three warpgroups:
-//   producer   one thread walks the key tiles; for each it waits until a ring slot is free and starts two bulk copies (keys,
-//              values: images made by the previous kernel, one contiguous copy each). Its registers go to the others.
-//   consumers  two warpgroups of 64 queries. They turn the queries into shared memory once, then for tile j
-//                [0] start S_j = Q K_j^T
-//                [1] start O += P_{j-1} V_{j-1}, which runs while
-//                [2] S_j has come and becomes P_j in registers (softmax.cuh), and
-//                [3] wait for [1], release its slot, P_j takes the place of P_{j-1}.
-// The tile that is not full comes last, in steps of 32 keys.
+// Schedule of a block:
+//   producer   one thread of the first warpgroup walks the key tiles; for each it waits until a ring slot is free and starts two
+//              bulk copies (keys, values: pieces of images made by the previous kernel). Its registers go to the others.
+//   consumers  three warpgroups (two at 128 channels) of 64 queries. They turn the queries into shared memory once, then step j
+//                [0] takes its turn: warpgroups start products one after another, so that one's softmax lies under the
+//                    products of the others instead of all wanting the same unit at the same time,
+//                [1] starts S_j = Q K_j^T and O += P_{j-1} V_{j-1}, passes the turn on,
+//                [2] S_j has come and becomes P_j in registers, and
+//                [3] waits for O, releases its slot, P_j takes the place of P_{j-1}.
+// The last step has as many keys as are left, rounded up to 32, and runs like the others.
 #pragma once
 
 #include "softmax.cuh"
@@ -20,10 +21,16 @@ namespace comp_kernels {
 template <int kHeadDimension>
 struct ForwardSm90Config {
   static constexpr int kHeadDim = kHeadDimension;
-  static constexpr int kThreads = 384;
-  static constexpr int kConsumers = 256;
-  static constexpr int kQueries = 128;
-  static constexpr int kStages = 2;
+  // Registers decide: per thread kKeys / 2 scores, kKeys / 4 packed weights, kHeadDim / 2 outputs. Up to 96 channels three
+  // warpgroups of 160 registers fit without a spill, with 128 keys at 64 and 72 channels and 96 beyond; 192 rows share what a
+  // tile costs to bring from the L2, which 128 rows would keep near its limit.
+  static constexpr int kGroups = kHeadDim <= 96 ? 3 : 2;
+  static constexpr int kKeys = kHeadDim <= 72 || kHeadDim > 96 ? 128 : 96;  // per step
+  static constexpr int kProducerRegisters = kGroups == 3 ? 32 : 24;
+  static constexpr int kConsumerRegisters = kGroups == 3 ? 160 : 240;
+  static constexpr int kThreads = 128 * (1 + kGroups);
+  static constexpr int kConsumers = 128 * kGroups;
+  static constexpr int kQueries = 64 * kGroups;
   static constexpr int kSteps = (kHeadDim + 15) / 16;  // of 16 channels; the queries are zero beyond kHeadDim
   // Query image: core matrices of 8 rows x 16 bytes, 16 bytes apart so that the threads of a row write to different banks.
   static constexpr int kQueryLeading = 144;
@@ -31,10 +38,14 @@ struct ForwardSm90Config {
   static constexpr int kQueryBytes = kQueries / 8 * kQueryStride;
   static constexpr int kOutputBytes = kQueries * kPaddedRowBytes<kHeadDim>;
   static constexpr int kKeyStride = kHeadDim * 16;  // to the next 8 keys of an image
-  static constexpr int kTileBytes = kImageKeys * kHeadDim * 2;
-  static constexpr int kBarrierBytes = 128;
+  static constexpr int kTileBytes = kKeys * kHeadDim * 2;
+  static constexpr int kBarrierBytes = 256;
   static constexpr int kRing = kBarrierBytes + (kQueryBytes > kOutputBytes ? kQueryBytes : kOutputBytes);
+  static constexpr int kMaxSharedBytes = 227 * 1024;
+  static constexpr int kFit = (kMaxSharedBytes - kRing) / (2 * kTileBytes);
+  static constexpr int kStages = kFit < 5 ? kFit : 5;
   static constexpr int kSharedBytes = kRing + kStages * 2 * kTileBytes;
+  static_assert(kKeys % kImagePadding == 0 && kStages >= 2);
 };
 
 // Shared-memory addresses of the ring: a slot holds a key tile and a value tile, which come and go on their own.
@@ -47,7 +58,19 @@ struct Ring {
     return base + Config::kRing + (stage * 2 + half) * Config::kTileBytes;
   }
   __device__ uint32_t full(int stage, Half half) const { return base + (stage * 2 + half) * 8; }
-  __device__ uint32_t empty(int stage, Half half) const { return base + 64 + (stage * 2 + half) * 8; }
+  __device__ uint32_t empty(int stage, Half half) const { return base + Config::kBarrierBytes / 2 + (stage * 2 + half) * 8; }
+};
+
+// Where a walk around the ring stands: the slot, and the parity of its turn.
+template <int kStages>
+struct RingPosition {
+  int stage = 0, parity = 0;
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) stage = 0, parity ^= 1;
+  }
+  __device__ __forceinline__ RingPosition before() const {
+    return stage == 0 ? RingPosition{kStages - 1, parity ^ 1} : RingPosition{stage - 1, parity};
+  }
 };
 
 template <int kHeadDim>
@@ -56,12 +79,14 @@ __device__ __forceinline__ void produce(const ForwardParams& params, const Tile&
   using R = Ring<Config>;
   extern __shared__ __align__(128) char shared[];
   const R ring{shared_address(shared)};
+  // The images of a sequence follow one another, so a step may take its keys from any multiple of 8 on.
   const int64_t first = key_head * params.k_stride_head + static_cast<int64_t>(tile.other_start) * kImageKeys * kHeadDim;
-  for (int j = 0; j * kImageKeys < tile.other_rows; ++j) {
-    const int stage = j % Config::kStages, parity = j / Config::kStages & 1;
-    const int keys = min(kImageKeys, (tile.other_rows - j * kImageKeys + kImagePadding - 1) / kImagePadding * kImagePadding);
+  RingPosition<Config::kStages> position;
+  for (int key = 0; key < tile.other_rows; key += Config::kKeys, position.advance()) {
+    const int stage = position.stage, parity = position.parity;
+    const int keys = min(Config::kKeys, (tile.other_rows - key + kImagePadding - 1) / kImagePadding * kImagePadding);
     const uint32_t bytes = keys * kHeadDim * 2;
-    const int64_t at = first + static_cast<int64_t>(j) * kImageKeys * kHeadDim;
+    const int64_t at = first + static_cast<int64_t>(key) * kHeadDim;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const auto which = static_cast<typename R::Half>(half);
@@ -72,17 +97,24 @@ __device__ __forceinline__ void produce(const ForwardParams& params, const Tile&
   }
 }
 
+constexpr int kFirstTurn = 2;  // named barriers from here on are the turns of the warpgroups; 1 is used for all of them
+
 // One warp of a consumer warpgroup: 16 of its 64 queries.
 template <typename T, int kHeadDim>
 struct ConsumerWarp : SoftmaxRows<T, kHeadDim, 1> {
   using Config = ForwardSm90Config<kHeadDim>;
-  static constexpr int kColumns = kImageKeys / 8;
-  Ring<Config> ring;
+  static constexpr int kColumns = Config::kKeys / 8;
+  using R = Ring<Config>;
+  R ring;
+  RingPosition<Config::kStages> now;  // of this step's tiles
+  int turn, next_turn;  // named barriers: of this warpgroup, and of the one that comes after it
   uint64_t queries;  // descriptor of this warpgroup's rows in the query image
 
-  __device__ ConsumerWarp(uint32_t base, int group, float scale)
+  __device__ ConsumerWarp(uint32_t base, int group, int groups, float scale)
       : SoftmaxRows<T, kHeadDim, 1>(scale),
         ring{base},
+        turn(kFirstTurn + group),
+        next_turn(kFirstTurn + (group + 1 < groups ? group + 1 : 0)),
         queries(matrix_descriptor(base + Config::kBarrierBytes + group * 8 * Config::kQueryStride, Config::kQueryLeading,
                                   Config::kQueryStride)) {}
 
@@ -103,7 +135,7 @@ struct ConsumerWarp : SoftmaxRows<T, kHeadDim, 1> {
 
   // Start O += P V for 8 * kCount keys.
   template <int kCount>
-  __device__ __forceinline__ void start_output(const uint32_t (&p)[kCount / 2][4], uint32_t values) {
+  __device__ __forceinline__ void start_output(const uint32_t (&p)[kColumns / 2][4], uint32_t values) {
     wgmma_fence();
     const uint64_t all = matrix_descriptor(values, Config::kKeyStride, 128);
 #pragma unroll
@@ -166,7 +198,7 @@ struct ConsumerWarp : SoftmaxRows<T, kHeadDim, 1> {
 
   // The left operand of P V. Only between products: it defines registers that one reads.
   template <int kCount>
-  __device__ __forceinline__ static void pack_weights(uint32_t (&p)[kCount / 2][4], const Accumulator<1, kCount>& s) {
+  __device__ __forceinline__ static void pack_weights(uint32_t (&p)[kColumns / 2][4], const Accumulator<1, kCount>& s) {
 #pragma unroll
     for (int k = 0; k < kCount / 2; ++k) {
 #pragma unroll
@@ -177,63 +209,71 @@ struct ConsumerWarp : SoftmaxRows<T, kHeadDim, 1> {
     }
   }
 
-  __device__ __forceinline__ void release(int stage, typename Ring<Config>::Half half) {
+  __device__ __forceinline__ void release(int stage, typename R::Half half) {
     if (threadIdx.x % 32 == 0) barrier_arrive(ring.empty(stage, half));
+  }
+
+  // Wait for this warpgroup's turn to start products, and pass it on. One warpgroup alone has nobody to wait for.
+  __device__ __forceinline__ void take_turn() {
+    if (turn != next_turn) named_barrier_sync(turn, 256);
+  }
+  __device__ __forceinline__ void pass_turn() {
+    if (turn != next_turn) named_barrier_arrive(next_turn, 256);
+  }
+
+  // One step of 8 * kCount keys; kLast: `rest` of them exist, and nobody waits for the turn of the last warpgroup any more.
+  // p holds the weights of the step before (kColumns columns) and then of this one.
+  template <int kCount, bool kLast>
+  __device__ __forceinline__ void step(uint32_t (&p)[kColumns / 2][4], bool first, int rest) {
+    Accumulator<1, kCount> s;
+    barrier_wait(ring.full(now.stage, R::kKeys), now.parity);
+    take_turn();
+    start_scores<kCount>(s, ring.tile(now.stage, R::kKeys));
+    const bool pass = !kLast || next_turn != kFirstTurn;
+    if (first) {  // each branch starts and waits: the compiler must see which products are under way
+      if (pass) pass_turn();
+      wgmma_wait<0>();
+    } else {
+      const auto before = now.before();
+      barrier_wait(ring.full(before.stage, R::kValues), before.parity);
+      start_output<kColumns>(p, ring.tile(before.stage, R::kValues));
+      if (pass) pass_turn();
+      wgmma_wait<1>();
+    }
+    pin(s);
+    release(now.stage, R::kKeys);
+    if (kLast) mask_columns<1, kCount>(s, rest);
+    weigh<kCount>(s, first);
+    wgmma_wait<0>();
+    pin(this->accumulator);
+    pin(p);  // was still being read: what follows may not take its registers before
+    if (!first) release(now.before().stage, R::kValues);
+    pack_weights<kCount>(p, s);
+    if (kLast) {
+      barrier_wait(ring.full(now.stage, R::kValues), now.parity);
+      start_output<kCount>(p, ring.tile(now.stage, R::kValues));
+      wgmma_wait<0>();
+      pin(this->accumulator);
+      pin(p);
+    }
   }
 
   // All keys of the sequence.
   __device__ __forceinline__ void consume(int keys) {
-    using R = Ring<Config>;
-    const int whole = keys / kImageKeys;
-    auto stage_of = [](int j) { return j % Config::kStages; };
-    auto parity_of = [](int j) { return j / Config::kStages & 1; };
-    Accumulator<1, kColumns> s;
+    if (keys == 0) return;
+    const int whole = (keys - 1) / Config::kKeys;  // steps before the last
+    const int rest = keys - whole * Config::kKeys;
+    if (next_turn == kFirstTurn) pass_turn();  // the first warpgroup begins
     uint32_t p[kColumns / 2][4] = {};
     for (int j = 0; j < whole; ++j) {
-      barrier_wait(ring.full(stage_of(j), R::kKeys), parity_of(j));
-      start_scores<kColumns>(s, ring.tile(stage_of(j), R::kKeys));
-      if (j > 0) {
-        barrier_wait(ring.full(stage_of(j - 1), R::kValues), parity_of(j - 1));
-        start_output<kColumns>(p, ring.tile(stage_of(j - 1), R::kValues));
-        wgmma_wait<1>();
-      } else {
-        wgmma_wait<0>();
-      }
-      pin(s);
-      release(stage_of(j), R::kKeys);
-      weigh<kColumns>(s, j == 0);
-      wgmma_wait<0>();
-      pin(this->accumulator);
-      pin(p);  // was still being read: what follows may not take its registers before
-      if (j > 0) release(stage_of(j - 1), R::kValues);
-      pack_weights<kColumns>(p, s);
+      step<kColumns, false>(p, j == 0, 0);
+      now.advance();
     }
-    if (whole > 0) {
-      const int j = whole - 1;
-      barrier_wait(ring.full(stage_of(j), R::kValues), parity_of(j));
-      start_output<kColumns>(p, ring.tile(stage_of(j), R::kValues));
-      wgmma_wait<0>();
-      pin(this->accumulator);
-    }
-    const int rest = keys - whole * kImageKeys;
-    if (rest == 0) return;
-    barrier_wait(ring.full(stage_of(whole), R::kKeys), parity_of(whole));
-    barrier_wait(ring.full(stage_of(whole), R::kValues), parity_of(whole));
-    for (int at = 0; at < rest; at += kImagePadding) {
-      constexpr int kCount = kImagePadding / 8;
-      Accumulator<1, kCount> few;
-      uint32_t few_p[kCount / 2][4];
-      const uint32_t offset = at / 8 * Config::kKeyStride;
-      start_scores<kCount>(few, ring.tile(stage_of(whole), R::kKeys) + offset);
-      wgmma_wait<0>();
-      pin(few);
-      mask_columns<1, kCount>(few, rest - at);
-      weigh<kCount>(few, whole == 0 && at == 0);
-      pack_weights<kCount>(few_p, few);
-      start_output<kCount>(few_p, ring.tile(stage_of(whole), R::kValues) + offset);
-      wgmma_wait<0>();
-      pin(this->accumulator);
-    }
+    const int columns = (rest + kImagePadding - 1) / kImagePadding;
+    if (columns == 1) return step<4, true>(p, whole == 0, rest);
+    if (columns == 2) return step<8, true>(p, whole == 0, rest);
+    if (columns == 3) return step<12, true>(p, whole == 0, rest);
+    if constexpr (kColumns > 12) step<16, true>(p, whole == 0, rest);
   }
 };
 
@@ -244,8 +284,9 @@ __device__ __forceinline__ void attention_forward_sm90(const ForwardParams& para
   extern __shared__ __align__(128) char shared[];
   const Tile tile = params.tiles[blockIdx.x];
   if (tile.rows == 0) return;
-  const int head = blockIdx.y, group = threadIdx.x / 128;
-  const int groups = tile.rows > 64 ? 2 : 1;  // warpgroups that have queries
+  const int head = blockIdx.y;
+  const int group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);  // the same for the whole warp, and the compiler knows it
+  const int groups = (tile.rows + 63) / 64;  // warpgroups that have queries
   const R ring{shared_address(shared)};
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < Config::kStages; ++stage) {
@@ -259,11 +300,11 @@ __device__ __forceinline__ void attention_forward_sm90(const ForwardParams& para
   __syncthreads();
 
   if (group == 0) {
-    registers_down_to<24>();
+    registers_down_to<Config::kProducerRegisters>();
     if (threadIdx.x == 0) produce<kHeadDim>(params, tile, head / params.heads_per_key_head);
     return;
   }
-  registers_up_to<240>();
+  registers_up_to<Config::kConsumerRegisters>();
   const int thread = threadIdx.x - 128;
   char* query_image = shared + Config::kBarrierBytes;
   load_queries<T, Config::kQueries, Config::kSteps * 16, Config::kConsumers>(
@@ -275,7 +316,7 @@ __device__ __forceinline__ void attention_forward_sm90(const ForwardParams& para
   fence_async_proxy();  // of the thread that wrote ...
   named_barrier<1, Config::kConsumers>();
   fence_async_proxy();  // ... and of the one that lets wgmma read what others wrote
-  ConsumerWarp<T, kHeadDim> warp(shared_address(shared), group - 1, params.scale);
+  ConsumerWarp<T, kHeadDim> warp(shared_address(shared), group - 1, groups, params.scale);
   if (group <= groups) warp.consume(tile.other_rows);
   named_barrier<1, Config::kConsumers>();  // no one reads the query image any more: it becomes the way out
   const int first = thread / 32 * 16;
