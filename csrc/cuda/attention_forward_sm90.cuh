@@ -221,15 +221,15 @@ struct ConsumerWarp : SoftmaxRows<T, kHeadDim, 1> {
     if (turn != next_turn) named_barrier_arrive(next_turn, 256);
   }
 
-  // One step of 8 * kCount keys; kLast: `rest` of them exist, and nobody waits for the turn of the last warpgroup any more.
-  // p holds the weights of the step before (kColumns columns) and then of this one.
-  template <int kCount, bool kLast>
-  __device__ __forceinline__ void step(uint32_t (&p)[kColumns / 2][4], bool first, int rest) {
+  // One step of 8 * kCount keys, of which `rest` exist. p holds the weights of the step before (kColumns columns) and then of
+  // this one. final: nobody waits for the turn of the last warpgroup any more.
+  template <int kCount>
+  __device__ __forceinline__ void step(uint32_t (&p)[kColumns / 2][4], bool first, bool final, int rest) {
     Accumulator<1, kCount> s;
     barrier_wait(ring.full(now.stage, R::kKeys), now.parity);
     take_turn();
     start_scores<kCount>(s, ring.tile(now.stage, R::kKeys));
-    const bool pass = !kLast || next_turn != kFirstTurn;
+    const bool pass = !final || next_turn != kFirstTurn;
     if (first) {  // each branch starts and waits: the compiler must see which products are under way
       if (pass) pass_turn();
       wgmma_wait<0>();
@@ -242,38 +242,49 @@ struct ConsumerWarp : SoftmaxRows<T, kHeadDim, 1> {
     }
     pin(s);
     release(now.stage, R::kKeys);
-    if (kLast) mask_columns<1, kCount>(s, rest);
+    if (rest < 8 * kCount) mask_columns<1, kCount>(s, rest);
     weigh<kCount>(s, first);
     wgmma_wait<0>();
     pin(this->accumulator);
     pin(p);  // was still being read: what follows may not take its registers before
     if (!first) release(now.before().stage, R::kValues);
     pack_weights<kCount>(p, s);
-    if (kLast) {
-      barrier_wait(ring.full(now.stage, R::kValues), now.parity);
-      start_output<kCount>(p, ring.tile(now.stage, R::kValues));
-      wgmma_wait<0>();
-      pin(this->accumulator);
-      pin(p);
-    }
+  }
+
+  // The output of the last step, which no later step overlaps.
+  template <int kCount>
+  __device__ __forceinline__ void finish_output(uint32_t (&p)[kColumns / 2][4]) {
+    barrier_wait(ring.full(now.stage, R::kValues), now.parity);
+    start_output<kCount>(p, ring.tile(now.stage, R::kValues));
+    wgmma_wait<0>();
+    pin(this->accumulator);
+    pin(p);
+  }
+
+  template <int kCount>
+  __device__ __forceinline__ void last_step(uint32_t (&p)[kColumns / 2][4], bool first, int rest) {
+    step<kCount>(p, first, true, rest);
+    finish_output<kCount>(p);
   }
 
   // All keys of the sequence.
   __device__ __forceinline__ void consume(int keys) {
     if (keys == 0) return;
-    const int whole = (keys - 1) / Config::kKeys;  // steps before the last
+    // Steps of the loop. Its last one may lack up to kImagePadding - 1 keys; more than that, and it comes after it, shorter.
+    const int whole = (keys + kImagePadding - 1) / Config::kKeys;
     const int rest = keys - whole * Config::kKeys;
     if (next_turn == kFirstTurn) pass_turn();  // the first warpgroup begins
     uint32_t p[kColumns / 2][4] = {};
     for (int j = 0; j < whole; ++j) {
-      step<kColumns, false>(p, j == 0, 0);
-      now.advance();
+      if (j > 0) now.advance();
+      step<kColumns>(p, j == 0, rest <= 0 && j + 1 == whole, keys - j * Config::kKeys);
     }
+    if (rest <= 0) return finish_output<kColumns>(p);
+    if (whole > 0) now.advance();
     const int columns = (rest + kImagePadding - 1) / kImagePadding;
-    if (columns == 1) return step<4, true>(p, whole == 0, rest);
-    if (columns == 2) return step<8, true>(p, whole == 0, rest);
-    if (columns == 3) return step<12, true>(p, whole == 0, rest);
-    if constexpr (kColumns > 12) step<16, true>(p, whole == 0, rest);
+    if (columns == 1) return last_step<4>(p, whole == 0, rest);
+    if (columns == 2) return last_step<8>(p, whole == 0, rest);
+    if constexpr (kColumns > 12) last_step<12>(p, whole == 0, rest);
   }
 };
 
