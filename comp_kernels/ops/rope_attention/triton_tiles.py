@@ -92,7 +92,7 @@ def load_tile(base, rows, num_rows, stride, CHECK_ROWS: tl.constexpr, HEAD: tl.c
     tile = ()
     for c in tl.static_range(len(HEAD.chunks)):
         columns = HEAD.chunks[c][0] + tl.arange(0, HEAD.chunks[c][1])
-        row_offsets, column_offsets = outer(tl.multiple_of(rows * stride, HEAD.align), columns, TRANSPOSED)
+        row_offsets, column_offsets = outer(tl.multiple_of(rows * stride, tl.constexpr(HEAD.align)), columns, TRANSPOSED)
         keep_rows, keep_columns = outer(rows < num_rows, columns < HEAD.dim, TRANSPOSED)
         pointers = base + row_offsets + column_offsets
         if CHECK_ROWS:
