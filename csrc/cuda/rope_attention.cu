@@ -2,12 +2,15 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <utility>
 
 #include "attention_backward.cuh"
+#include "attention_backward_sm90.cuh"
 #include "attention_forward.cuh"
 #include "comp_kernels/export.h"
 #include "comp_kernels/rope_attention.h"
 #include "prepare.cuh"
+#include "prepare_sm90.cuh"
 #include "rope_attention.h"
 #include "tile_images.cuh"
 
@@ -39,31 +42,49 @@ Kernel kernel_of(const Params& p, Pass pass) {
 }
 
 #if COMP_KERNELS_SM90A
+template <typename T, int kHeadDim>
+Kernel sm90_kernel_of(Pass pass) {
+  if (pass == Pass::kForward) return forward_sm90_kernel<T, kHeadDim>();
+  return pass == Pass::kBackwardQueries ? backward_sm90_kernel<T, kHeadDim, false>() : backward_sm90_kernel<T, kHeadDim, true>();
+}
 template <typename T>
-Kernel sm90_kernel_of(int64_t head_dim) {
+Kernel sm90_kernel_of(Pass pass, int64_t head_dim) {
   switch (head_dim) {
-    case 64: return forward_sm90_kernel<T, 64>();
-    case 72: return forward_sm90_kernel<T, 72>();
-    case 80: return forward_sm90_kernel<T, 80>();
-    case 96: return forward_sm90_kernel<T, 96>();
-    default: return forward_sm90_kernel<T, 128>();
+    case 64: return sm90_kernel_of<T, 64>(pass);
+    case 72: return sm90_kernel_of<T, 72>(pass);
+    case 80: return sm90_kernel_of<T, 80>(pass);
+    case 96: return sm90_kernel_of<T, 96>(pass);
+    default: return sm90_kernel_of<T, 128>(pass);
   }
 }
 #else
 template <typename T>
-Kernel sm90_kernel_of(int64_t) {
+Kernel sm90_kernel_of(Pass, int64_t) {
+  return {};
+}
+template <>
+Kernel prepare_sm90_kernel<bf16>() {
+  return {};
+}
+template <>
+Kernel prepare_sm90_kernel<fp16>() {
   return {};
 }
 #endif
 
-Kernel sm90_kernel_of(const Params& p) {
-  return p.dtype == COMP_KERNELS_BFLOAT16 ? sm90_kernel_of<bf16>(p.head_dim) : sm90_kernel_of<fp16>(p.head_dim);
+Kernel sm90_kernel_of(const Params& p, Pass pass) {
+  return p.dtype == COMP_KERNELS_BFLOAT16 ? sm90_kernel_of<bf16>(pass, p.head_dim) : sm90_kernel_of<fp16>(pass, p.head_dim);
 }
 
-// Whether forward runs the sm_90a kernel: compiled in, on such a device, for this head size.
+// Whether the sm_90a kernels serve: compiled in, on such a device, for this head size.
 bool takes_sm90(const Params& p) {
   const int64_t d = p.head_dim;
   return COMP_KERNELS_SM90A && compute_capability() == 90 && (d == 64 || d == 72 || d == 80 || d == 96 || d == 128);
+}
+
+// Tiles of the sm_90a backward have 128 rows: where the mean sequence is shorter, smaller ones do less in vain.
+bool takes_sm90_backward(const Params& p) {
+  return takes_sm90(p) && p.num_tokens >= kImageKeys * p.num_sequences && p.num_tokens_k >= kImageKeys * p.num_sequences;
 }
 
 Kernel prepare_kernel_of(const Params& p) {
@@ -104,7 +125,7 @@ struct ForwardSm90Workspace {
 
   ForwardSm90Workspace(Workspace& memory, const Params& p)
       : slots(max_tiles(p.num_tokens_k, p.num_sequences, kImageKeys)),
-        tiles(memory.take<Tile>(max_tiles(p.num_tokens, p.num_sequences, sm90_kernel_of(p).rows))),
+        tiles(memory.take<Tile>(max_tiles(p.num_tokens, p.num_sequences, sm90_kernel_of(p, Pass::kForward).rows))),
         k_images(memory.take<uint16_t>(p.num_heads_k * slots * kImageKeys * p.head_dim)),
         v_images(memory.take<uint16_t>(p.num_heads_k * slots * kImageKeys * p.head_dim)) {}
 };
@@ -120,6 +141,24 @@ struct BackwardWorkspace {
         stats(memory.take<RowStats>(p.num_tokens * p.num_heads)),
         turned_q(p.cos ? memory.take<uint16_t>(p.num_tokens * p.num_heads * p.head_dim) : nullptr),
         turned_k(p.cos_k ? memory.take<uint16_t>(p.num_tokens_k * p.num_heads_k * p.head_dim) : nullptr) {}
+};
+
+struct BackwardSm90Workspace {
+  int64_t query_slots, key_slots;
+  Tile *query_tiles, *key_tiles;
+  RowStats* stats;
+  uint16_t *q, *grad_out, *k, *v;  // images
+
+  BackwardSm90Workspace(Workspace& memory, const Params& p)
+      : query_slots(max_tiles(p.num_tokens, p.num_sequences, kImageKeys)),
+        key_slots(max_tiles(p.num_tokens_k, p.num_sequences, kImageKeys)),
+        query_tiles(memory.take<Tile>(query_slots)),
+        key_tiles(memory.take<Tile>(key_slots)),
+        stats(memory.take<RowStats>(p.num_heads * query_slots * kImageKeys)),
+        q(memory.take<uint16_t>(p.num_heads * query_slots * kImageKeys * p.head_dim)),
+        grad_out(memory.take<uint16_t>(p.num_heads * query_slots * kImageKeys * p.head_dim)),
+        k(memory.take<uint16_t>(p.num_heads_k * key_slots * kImageKeys * p.head_dim)),
+        v(memory.take<uint16_t>(p.num_heads_k * key_slots * kImageKeys * p.head_dim)) {}
 };
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
@@ -245,7 +284,7 @@ const char* forward_sm80(const Params& p, void* memory, void* stream) {
 const char* forward_sm90(const Params& p, void* memory, void* stream) {
   Workspace workspace_memory(memory);
   const ForwardSm90Workspace workspace(workspace_memory, p);
-  const Kernel kernel = sm90_kernel_of(p);
+  const Kernel kernel = sm90_kernel_of(p, Pass::kForward);
 
   ImageParams images{};
   images.k = static_cast<const uint16_t*>(p.k), images.v = static_cast<const uint16_t*>(p.v);
@@ -285,8 +324,69 @@ GradientParams gradient_of(const Params& p, bool keys) {
   return gradient;
 }
 
-const char* backward(const Params& p, void* memory, void* stream) {
-  if (const char* wrong = check(p, true)) return wrong;
+StatsJob stats_of(const Params& p, RowStats* stats) {
+  StatsJob job{};
+  job.out = static_cast<const uint16_t*>(p.out);
+  job.grad_out = static_cast<const uint16_t*>(p.grad_out);
+  job.lse = static_cast<const float*>(p.lse);
+  job.grad_lse = static_cast<const float*>(p.grad_lse);
+  job.stats = stats;
+  job.cu_seqlens = p.cu_seqlens;
+  job.stride_token = p.grad_out_stride_token, job.stride_head = p.grad_out_stride_head;
+  job.tokens = static_cast<int>(p.num_tokens);
+  job.heads = static_cast<int>(p.num_heads);
+  return job;
+}
+
+ImageJob image_of(const void* x, int64_t stride_token, int64_t stride_head, const Tables& tables, uint16_t* images) {
+  return {static_cast<const uint16_t*>(x), images, tables, stride_token, stride_head};
+}
+
+const char* backward_sm90(const Params& p, void* memory, void* stream) {
+  Workspace workspace_memory(memory);
+  const BackwardSm90Workspace workspace(workspace_memory, p);
+
+  PrepareSm90Params prepare{};
+  prepare.queries.first = image_of(p.q, p.q_stride_token, p.q_stride_head, tables_of(p, false), workspace.q);
+  prepare.queries.second = image_of(p.grad_out, p.grad_out_stride_token, p.grad_out_stride_head, {}, workspace.grad_out);
+  prepare.keys.first = image_of(p.k, p.k_stride_token, p.k_stride_head, tables_of(p, true), workspace.k);
+  prepare.keys.second = image_of(p.v, p.v_stride_token, p.v_stride_head, {}, workspace.v);
+  prepare.queries.cu_seqlens = p.cu_seqlens, prepare.keys.cu_seqlens = p.cu_seqlens_k;
+  prepare.queries.tiles = workspace.query_tiles, prepare.keys.tiles = workspace.key_tiles;
+  prepare.queries.tokens = static_cast<int>(p.num_tokens), prepare.keys.tokens = static_cast<int>(p.num_tokens_k);
+  prepare.queries.heads = static_cast<int>(p.num_heads), prepare.keys.heads = static_cast<int>(p.num_heads_k);
+  prepare.queries.slots = static_cast<int>(workspace.query_slots), prepare.keys.slots = static_cast<int>(workspace.key_slots);
+  prepare.stats = stats_of(p, workspace.stats);
+  prepare.sequences = static_cast<int>(p.num_sequences);
+  prepare.head_dim = static_cast<int>(p.head_dim);
+  const Kernel preparation = p.dtype == COMP_KERNELS_BFLOAT16 ? prepare_sm90_kernel<bf16>() : prepare_sm90_kernel<fp16>();
+  const int64_t blocks = 2 * (workspace.query_slots * p.num_heads + workspace.key_slots * p.num_heads_k);
+  if (const char* wrong = launch(preparation, blocks, 1, prepare, stream)) return wrong;
+
+  BackwardSm90Params params{};
+  params.stats = workspace.stats;
+  params.heads_per_key_head = static_cast<int>(p.num_heads / p.num_heads_k);
+  params.scale = static_cast<float>(p.scale);
+
+  params.row_one = workspace.k, params.row_two = workspace.v;
+  params.column_one = workspace.q, params.column_two = workspace.grad_out;
+  params.row_slots = static_cast<int>(workspace.key_slots), params.column_slots = static_cast<int>(workspace.query_slots);
+  params.tiles = workspace.key_tiles;
+  params.first = gradient_of(p, true);
+  params.second.dx = static_cast<uint16_t*>(p.dv);
+  params.second.heads = static_cast<int>(p.num_heads_k);
+  if (const char* wrong = launch(sm90_kernel_of(p, Pass::kBackwardKeys), workspace.key_slots, p.num_heads_k, params, stream)) {
+    return wrong;
+  }
+  std::swap(params.row_one, params.column_one);
+  std::swap(params.row_two, params.column_two);
+  std::swap(params.row_slots, params.column_slots);
+  params.tiles = workspace.query_tiles;
+  params.first = gradient_of(p, false);
+  return launch(sm90_kernel_of(p, Pass::kBackwardQueries), workspace.query_slots, p.num_heads, params, stream);
+}
+
+const char* backward_sm80(const Params& p, void* memory, void* stream) {
   Workspace workspace_memory(memory);
   const BackwardWorkspace workspace(workspace_memory, p);
   const Kernel of_queries = kernel_of(p, Pass::kBackwardQueries), of_keys = kernel_of(p, Pass::kBackwardKeys);
@@ -296,15 +396,7 @@ const char* backward(const Params& p, void* memory, void* stream) {
   prepare.lists[prepare.num_lists++] = list_of(p, true, workspace.key_tiles, of_keys.rows);
   if (p.cos != nullptr) prepare.rotations[prepare.num_rotations++] = rotation_of(p, false, workspace.turned_q);
   if (p.cos_k != nullptr) prepare.rotations[prepare.num_rotations++] = rotation_of(p, true, workspace.turned_k);
-  prepare.stats.out = static_cast<const uint16_t*>(p.out);
-  prepare.stats.grad_out = static_cast<const uint16_t*>(p.grad_out);
-  prepare.stats.lse = static_cast<const float*>(p.lse);
-  prepare.stats.grad_lse = static_cast<const float*>(p.grad_lse);
-  prepare.stats.stats = workspace.stats;
-  prepare.stats.cu_seqlens = p.cu_seqlens;
-  prepare.stats.stride_token = p.grad_out_stride_token, prepare.stats.stride_head = p.grad_out_stride_head;
-  prepare.stats.tokens = static_cast<int>(p.num_tokens);
-  prepare.stats.heads = static_cast<int>(p.num_heads);
+  prepare.stats = stats_of(p, workspace.stats);
   if (const char* wrong = launch_prepare(p, prepare, stream)) return wrong;
 
   BackwardParams params{};
@@ -331,6 +423,11 @@ const char* backward(const Params& p, void* memory, void* stream) {
   return launch(of_queries, max_tiles(p.num_tokens, p.num_sequences, of_queries.rows), p.num_heads, params, stream);
 }
 
+const char* backward(const Params& p, void* memory, void* stream) {
+  if (const char* wrong = check(p, true)) return wrong;
+  return takes_sm90_backward(p) ? backward_sm90(p, memory, stream) : backward_sm80(p, memory, stream);
+}
+
 }  // namespace
 }  // namespace comp_kernels
 
@@ -338,7 +435,9 @@ const char* backward(const Params& p, void* memory, void* stream) {
 COMP_KERNELS_EXPORT int64_t comp_kernels_cuda_rope_attention_workspace(const comp_kernels_rope_attention_params* params,
                                                                        int32_t backward) {
   comp_kernels::Workspace memory(nullptr);
-  if (backward != 0) {
+  if (backward != 0 && comp_kernels::takes_sm90_backward(*params)) {
+    comp_kernels::BackwardSm90Workspace(memory, *params);
+  } else if (backward != 0) {
     comp_kernels::BackwardWorkspace(memory, *params);
   } else if (comp_kernels::takes_sm90(*params)) {
     comp_kernels::ForwardSm90Workspace(memory, *params);

@@ -19,6 +19,10 @@ Kernel prepare_kernel();
 // For compute capability 9.0, kHeadDim 64, 72, 80, 96 or 128 and no other head size; defined when COMP_KERNELS_SM90A.
 template <typename T, int kHeadDim>
 Kernel forward_sm90_kernel();
+template <typename T, int kHeadDim, bool kKeyRows>
+Kernel backward_sm90_kernel();
+template <typename T>
+Kernel prepare_sm90_kernel();
 template <typename T>
 Kernel images_kernel();
 

@@ -46,7 +46,8 @@ __device__ __forceinline__ void pin(uint32_t (&a)[kSteps][4]) {
 }
 
 // c[64, kN] (+)= a[64, 16] b[16, kN] of one warpgroup, asynchronous. from_shared: both operands are descriptors, K-major;
-// add = 0 overwrites c. from_registers: a is in registers, laid out as for mma_k16; b is MN-major; adds.
+// add = 0 overwrites c. from_registers: a is in registers, laid out as for mma_k16; b is MN-major; adds. from_registers_along: a
+// in registers, b K-major.
 template <typename T, int kN>
 struct Wgmma;
 
@@ -55,7 +56,7 @@ struct Wgmma;
       "+f"(c[0][n + 1][2]), "+f"(c[0][n + 1][3])
 
 // registers: the list of the kN / 2 accumulator registers; i0..i4: the numbers of the asm operands that follow them.
-#define WGMMA_SPECIALIZATION(T, type, kN, registers, i0, i1, i2, i3, i4, ...)                                              \
+#define WGMMA_SPECIALIZATION(T, type, kN, registers, i0, i1, i2, i3, i4, i5, ...)                                              \
   template <>                                                                                                              \
   struct Wgmma<T, kN> {                                                                                                    \
     static __device__ __forceinline__ void from_shared(Accumulator<1, kN / 8>& c, uint64_t a, uint64_t b, int add) {       \
@@ -70,10 +71,17 @@ struct Wgmma;
                    : __VA_ARGS__                                                                                           \
                    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                                  \
     }                                                                                                                      \
+    static __device__ __forceinline__ void from_registers_along(Accumulator<1, kN / 8>& c, const uint32_t (&a)[4],         \
+                                                                uint64_t b, int add) {                                     \
+      asm volatile("{.reg .pred p; setp.ne.b32 p, %" #i5 ", 0; wgmma.mma_async.sync.aligned.m64n" #kN "k16.f32." type "."  \
+                   type " {" registers "}, {%" #i0 ", %" #i1 ", %" #i2 ", %" #i3 "}, %" #i4 ", p, 1, 1, 0;}"               \
+                   : __VA_ARGS__                                                                                           \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));                                        \
+    }                                                                                                                      \
   };
-#define WGMMA_SPECIALIZATIONS(kN, registers, i0, i1, i2, i3, i4, ...)                            \
-  WGMMA_SPECIALIZATION(bf16, "bf16", kN, registers, i0, i1, i2, i3, i4, __VA_ARGS__)             \
-  WGMMA_SPECIALIZATION(fp16, "f16", kN, registers, i0, i1, i2, i3, i4, __VA_ARGS__)
+#define WGMMA_SPECIALIZATIONS(kN, registers, i0, i1, i2, i3, i4, i5, ...)                            \
+  WGMMA_SPECIALIZATION(bf16, "bf16", kN, registers, i0, i1, i2, i3, i4, i5, __VA_ARGS__)             \
+  WGMMA_SPECIALIZATION(fp16, "f16", kN, registers, i0, i1, i2, i3, i4, i5, __VA_ARGS__)
 
 #define WGMMA_REGISTERS_0 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define WGMMA_REGISTERS_16 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -81,20 +89,20 @@ struct Wgmma;
 #define WGMMA_REGISTERS_48 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define WGMMA_REGISTERS_32_36 "%32, %33, %34, %35"
 #define WGMMA_REGISTERS_32_40 WGMMA_REGISTERS_32_36 ", %36, %37, %38, %39"
-WGMMA_SPECIALIZATIONS(32, WGMMA_REGISTERS_0, 16, 17, 18, 19, 20, WGMMA_OUTPUTS_8(c, 0), WGMMA_OUTPUTS_8(c, 2))
-WGMMA_SPECIALIZATIONS(64, WGMMA_REGISTERS_0 ", " WGMMA_REGISTERS_16, 32, 33, 34, 35, 36, WGMMA_OUTPUTS_8(c, 0),
+WGMMA_SPECIALIZATIONS(32, WGMMA_REGISTERS_0, 16, 17, 18, 19, 20, 21, WGMMA_OUTPUTS_8(c, 0), WGMMA_OUTPUTS_8(c, 2))
+WGMMA_SPECIALIZATIONS(64, WGMMA_REGISTERS_0 ", " WGMMA_REGISTERS_16, 32, 33, 34, 35, 36, 37, WGMMA_OUTPUTS_8(c, 0),
                       WGMMA_OUTPUTS_8(c, 2), WGMMA_OUTPUTS_8(c, 4), WGMMA_OUTPUTS_8(c, 6))
-WGMMA_SPECIALIZATIONS(72, WGMMA_REGISTERS_0 ", " WGMMA_REGISTERS_16 ", " WGMMA_REGISTERS_32_36, 36, 37, 38, 39, 40,
+WGMMA_SPECIALIZATIONS(72, WGMMA_REGISTERS_0 ", " WGMMA_REGISTERS_16 ", " WGMMA_REGISTERS_32_36, 36, 37, 38, 39, 40, 41,
                       WGMMA_OUTPUTS_8(c, 0), WGMMA_OUTPUTS_8(c, 2), WGMMA_OUTPUTS_8(c, 4), WGMMA_OUTPUTS_8(c, 6),
                       "+f"(c[0][8][0]), "+f"(c[0][8][1]), "+f"(c[0][8][2]), "+f"(c[0][8][3]))
-WGMMA_SPECIALIZATIONS(80, WGMMA_REGISTERS_0 ", " WGMMA_REGISTERS_16 ", " WGMMA_REGISTERS_32_40, 40, 41, 42, 43, 44,
+WGMMA_SPECIALIZATIONS(80, WGMMA_REGISTERS_0 ", " WGMMA_REGISTERS_16 ", " WGMMA_REGISTERS_32_40, 40, 41, 42, 43, 44, 45,
                       WGMMA_OUTPUTS_8(c, 0), WGMMA_OUTPUTS_8(c, 2), WGMMA_OUTPUTS_8(c, 4), WGMMA_OUTPUTS_8(c, 6),
                       WGMMA_OUTPUTS_8(c, 8))
-WGMMA_SPECIALIZATIONS(96, WGMMA_REGISTERS_0 ", " WGMMA_REGISTERS_16 ", " WGMMA_REGISTERS_32, 48, 49, 50, 51, 52,
+WGMMA_SPECIALIZATIONS(96, WGMMA_REGISTERS_0 ", " WGMMA_REGISTERS_16 ", " WGMMA_REGISTERS_32, 48, 49, 50, 51, 52, 53,
                       WGMMA_OUTPUTS_8(c, 0), WGMMA_OUTPUTS_8(c, 2), WGMMA_OUTPUTS_8(c, 4), WGMMA_OUTPUTS_8(c, 6),
                       WGMMA_OUTPUTS_8(c, 8), WGMMA_OUTPUTS_8(c, 10))
 WGMMA_SPECIALIZATIONS(128, WGMMA_REGISTERS_0 ", " WGMMA_REGISTERS_16 ", " WGMMA_REGISTERS_32 ", " WGMMA_REGISTERS_48,
-                      64, 65, 66, 67, 68, WGMMA_OUTPUTS_8(c, 0), WGMMA_OUTPUTS_8(c, 2), WGMMA_OUTPUTS_8(c, 4),
+                      64, 65, 66, 67, 68, 69, WGMMA_OUTPUTS_8(c, 0), WGMMA_OUTPUTS_8(c, 2), WGMMA_OUTPUTS_8(c, 4),
                       WGMMA_OUTPUTS_8(c, 6), WGMMA_OUTPUTS_8(c, 8), WGMMA_OUTPUTS_8(c, 10), WGMMA_OUTPUTS_8(c, 12),
                       WGMMA_OUTPUTS_8(c, 14))
 

@@ -122,6 +122,30 @@ class TestSm90Forward:
         assert [name for name, _ in reports] == ["rope_attention_prepare_bf16", "rope_attention_forward_bf16_32"]
 
 
+SM90_BACKWARD = [
+    (AttentionCase("tiles", [200, 0, 190], head_dim=64, heads=2, kv_heads=1, slack=5), torch.bfloat16),
+    (AttentionCase("cross", [140, 130], lengths_k=[0, 257], head_dim=72, heads=1, kv_heads=1, slack=3), torch.float16),
+    (AttentionCase("tables", [150], head_dim=80, heads=1, layout="per_head_interleaved"), torch.bfloat16),
+    (AttentionCase("plain", [131], head_dim=96, heads=1, layout=None), torch.bfloat16),
+    (AttentionCase("tiles", [170], head_dim=128, heads=1), torch.bfloat16),
+]
+
+
+class TestSm90Backward:
+    pytestmark = emulated
+
+    @pytest.mark.parametrize(("case", "dtype"), SM90_BACKWARD, ids=[f"{case.name}_{case.head_dim}" for case, _ in SM90_BACKWARD])
+    def test_gradients(self, case, dtype):
+        reports = []
+        with launches_on_emulator(reports, capability=90, check_wgmma_regs=True, check_proxy=True):
+            check_rope_attention(case, dtype, "cuda")
+        names = [name for name, _ in reports]
+        assert [name.rsplit("_", 2)[0] for name in names[-2:]] == [
+            "rope_attention_backward_sm90_keys", "rope_attention_backward_sm90_queries",
+        ]
+        assert all(report["local_bytes"] == 0 for _, report in reports[-2:])
+
+
 # Lengths, heads and warp instructions of flash-attention 2.8.4's forward (sm_80, bf16, without rotary embedding), counted by
 # executing it on the same emulator: docs/kernels.md.
 MIX = AttentionCase("mix", [256, 576, 1024, 729, 400, 1369])
@@ -175,7 +199,7 @@ class TestCounters:
             assert report["global"]["atomic"]["requests"] == 0
 
 
-SOURCES = [f"{which}_{head_dim}" for which in ("forward", "backward", "forward_sm90") for head_dim in (64, 72, 128)]
+SOURCES = [f"{which}_{head_dim}" for which in ("forward", "backward", "forward_sm90", "backward_sm90") for head_dim in (64, 72, 128)]
 
 
 @pytest.mark.parametrize("source", SOURCES)

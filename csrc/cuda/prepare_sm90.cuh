@@ -1,0 +1,153 @@
+// What runs before the sm_90a backward: all four operands become images of tiles (tile_images.cuh) of kImageKeys rows, q and k
+// turned on the way, with the statistics of the query rows in the same order.
+//
+// Slot start / kImageKeys + b holds the first tile of sequence b; the rows after the last sequence count as one more sequence,
+// which has no image. Rows of a tile that do not exist are zeros, and their log-sum-exp is +inf: they weigh nothing.
+#pragma once
+
+#include "prepare.cuh"
+#include "tile_images.cuh"
+
+namespace comp_kernels {
+
+struct ImageJob {
+  const uint16_t* x;  // [tokens, heads, head_dim]
+  uint16_t* images;   // [heads, slots, kImageKeys, head_dim]
+  Tables tables;      // cos == nullptr: copied
+  int64_t stride_token, stride_head;
+};
+
+// One side of attention: two tensors over the same rows.
+struct ImageSide {
+  ImageJob first, second;  // q and grad_out, or k and v
+  const int32_t* cu_seqlens;
+  Tile* tiles;             // [slots]; other_start is a slot
+  int tokens, heads, slots;
+};
+
+struct PrepareSm90Params {
+  ImageSide queries, keys;
+  StatsJob stats;  // stats.stats: [Hq, slots, kImageKeys]
+  int sequences, head_dim;
+};
+
+// The last sequence (`sequences`: the slack) that starts at or before a slot.
+__device__ __forceinline__ int sequence_of_slot(const int32_t* cu_seqlens, int sequences, int slot) {
+  int sequence = 0;
+  for (int low = 1, high = sequences + 1; low < high;) {
+    const int middle = (low + high) / 2;
+    if (first_slot(cu_seqlens, middle) <= slot) {
+      sequence = middle, low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return sequence;
+}
+
+template <typename T, typename Place>
+__device__ __forceinline__ void image_of(const ImageJob& job, const Place& place, int64_t start, int rows, int head, int head_dim) {
+  const uint16_t* x = job.x + start * job.stride_token + head * job.stride_head;
+  const bool turned = job.tables.cos != nullptr;
+  for_each_in_rows(threadIdx.x, kImageThreads, kImageKeys, head_dim / 8, [&](int row, int chunk) {
+    if (turned && row < rows) return;
+    *reinterpret_cast<uint4*>(job.images + place(row, chunk * 8)) =
+        row < rows ? *reinterpret_cast<const uint4*>(x + row * job.stride_token + chunk * 8) : uint4{0, 0, 0, 0};
+  });
+  if (!turned) return;
+  const int64_t table = start * job.tables.token_stride + head * job.tables.head_stride;
+  rotate_rows<T>(threadIdx.x, kImageThreads, rows, head_dim, job.tables, [&](int row, auto turn_row) {
+    const int64_t table_row = table + static_cast<int64_t>(row) * job.tables.token_stride;
+    turn_row([&](int channel) { return job.images + place(row, channel); }, x + row * job.stride_token,
+             job.tables.cos + table_row, job.tables.sin + table_row);
+  });
+}
+
+// grad_out to its image, and from the same loads delta.
+template <typename T, typename Place>
+__device__ __forceinline__ void image_with_stats(const StatsJob& job, const ImageJob& image, RowStats* stats,
+                                                 const Place& place, int64_t start, int rows, int head, int head_dim) {
+  constexpr int kLanes = 8;  // per row
+  const int lane = threadIdx.x % kLanes;
+#pragma unroll 2
+  for (int row = threadIdx.x / kLanes; row < kImageKeys; row += kImageThreads / kLanes) {
+    const int64_t token = start + row;
+    float delta = 0.f;
+    for (int c = lane * 8; c < head_dim; c += kLanes * 8) {
+      Packed<8> g{};
+      if (row < rows) {
+        g = *reinterpret_cast<const Packed<8>*>(job.grad_out + token * job.stride_token + head * job.stride_head + c);
+        const Packed<8> o = *reinterpret_cast<const Packed<8>*>(job.out + (token * job.heads + head) * head_dim + c);
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+          float o0, o1, g0, g1;
+          unpack<T>(o.word[w], o0, o1);
+          unpack<T>(g.word[w], g0, g1);
+          delta += o0 * g0 + o1 * g1;
+        }
+      }
+      *reinterpret_cast<Packed<8>*>(image.images + place(row, c)) = g;
+    }
+#pragma unroll
+    for (int step = 1; step < kLanes; step *= 2) delta += __shfl_xor_sync(0xffffffffu, delta, step);
+    if (lane == 0) {
+      const int64_t at = static_cast<int64_t>(head) * job.tokens + token;
+      if (row < rows && job.grad_lse != nullptr) delta -= job.grad_lse[at];
+      stats[row] = row < rows ? RowStats{job.lse[at] * kLog2E, delta} : RowStats{kInfinity, 0.f};
+    }
+  }
+}
+
+// Grid: first tensor and second tensor of every slot and head of the queries, then of the keys.
+template <typename T>
+__device__ __forceinline__ void prepare_sm90(const PrepareSm90Params& params) {
+  const int of_queries = 2 * params.queries.slots * params.queries.heads;
+  const bool queries = static_cast<int>(blockIdx.x) < of_queries;
+  const ImageSide& side = queries ? params.queries : params.keys;
+  const ImageSide& other = queries ? params.keys : params.queries;
+  int block = static_cast<int>(blockIdx.x) - (queries ? 0 : of_queries);
+  const bool second = block >= side.slots * side.heads;
+  if (second) block -= side.slots * side.heads;
+  const int head = block / side.slots, slot = block - head * side.slots;
+
+  const int sequence = sequence_of_slot(side.cu_seqlens, params.sequences, slot);
+  const bool slack = sequence == params.sequences;
+  const int begin = side.cu_seqlens[sequence], end = slack ? side.tokens : side.cu_seqlens[sequence + 1];
+  const int start = begin + (slot - first_slot(side.cu_seqlens, sequence)) * kImageKeys;
+  const int rows = max(0, min(kImageKeys, end - start));
+  if (second && head == 0 && threadIdx.x == 0) {
+    Tile tile{start, rows, 0, 0};
+    if (!slack) {
+      tile.other_start = first_slot(other.cu_seqlens, sequence);
+      tile.other_rows = other.cu_seqlens[sequence + 1] - other.cu_seqlens[sequence];
+    }
+    side.tiles[slot] = tile;
+  }
+  if (rows == 0 || slack) return;
+
+  const int head_dim = params.head_dim;
+  const int64_t tile_of_all = static_cast<int64_t>(head) * side.slots + slot;
+  auto place = [&](int row, int channel) {
+    return tile_of_all * kImageKeys * head_dim + ((row >> 3) * (head_dim >> 3) + (channel >> 3)) * 64 + (row & 7) * 8 +
+           (channel & 7);
+  };
+  if (queries && second) {
+    image_with_stats<T>(params.stats, side.second, params.stats.stats + tile_of_all * kImageKeys, place, start, rows, head,
+                        head_dim);
+  } else {
+    image_of<T>(second ? side.second : side.first, place, start, rows, head, head_dim);
+  }
+}
+
+}  // namespace comp_kernels
+
+#define INSTANTIATE_PREPARE_SM90(T)                                                                                       \
+  extern "C" __global__ void __launch_bounds__(comp_kernels::kImageThreads)                                               \
+      rope_attention_prepare_sm90_##T(const __grid_constant__ comp_kernels::PrepareSm90Params params) {                   \
+    comp_kernels::prepare_sm90<comp_kernels::T>(params);                                                                  \
+  }                                                                                                                       \
+  template <>                                                                                                             \
+  comp_kernels::Kernel comp_kernels::prepare_sm90_kernel<comp_kernels::T>() {                                             \
+    return {"rope_attention_prepare_sm90_" #T, reinterpret_cast<const void*>(rope_attention_prepare_sm90_##T),            \
+            kImageThreads, 0, kImageKeys};                                                                                \
+  }
