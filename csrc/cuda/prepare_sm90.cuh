@@ -49,10 +49,16 @@ template <typename T, typename Place>
 __device__ __forceinline__ void image_of(const ImageJob& job, const Place& place, int64_t start, int rows, int head, int head_dim) {
   const uint16_t* x = job.x + start * job.stride_token + head * job.stride_head;
   const bool turned = job.tables.cos != nullptr;
-  for_each_in_rows(threadIdx.x, kImageThreads, kImageKeys, head_dim / 8, [&](int row, int chunk) {
-    if (turned && row < rows) return;
-    *reinterpret_cast<uint4*>(job.images + place(row, chunk * 8)) =
-        row < rows ? *reinterpret_cast<const uint4*>(x + row * job.stride_token + chunk * 8) : uint4{0, 0, 0, 0};
+  constexpr int kBatch = 4;
+  uint4 chunks[kBatch];
+  for_batches_in_rows<kBatch>(
+      threadIdx.x, kImageThreads, turned ? 0 : rows, head_dim / 8,
+      [&](int slot, int row, int chunk) {
+        chunks[slot] = *reinterpret_cast<const uint4*>(x + row * job.stride_token + chunk * 8);
+      },
+      [&](int slot, int row, int chunk) { *reinterpret_cast<uint4*>(job.images + place(row, chunk * 8)) = chunks[slot]; });
+  for_each_in_rows(threadIdx.x, kImageThreads, kImageKeys - rows, head_dim / 8, [&](int row, int chunk) {
+    *reinterpret_cast<uint4*>(job.images + place(rows + row, chunk * 8)) = uint4{0, 0, 0, 0};
   });
   if (!turned) return;
   const int64_t table = start * job.tables.token_stride + head * job.tables.head_stride;
@@ -142,7 +148,7 @@ __device__ __forceinline__ void prepare_sm90(const PrepareSm90Params& params) {
 }  // namespace comp_kernels
 
 #define INSTANTIATE_PREPARE_SM90(T)                                                                                       \
-  extern "C" __global__ void __launch_bounds__(comp_kernels::kImageThreads)                                               \
+  extern "C" __global__ void __launch_bounds__(comp_kernels::kImageThreads, 2)                                             \
       rope_attention_prepare_sm90_##T(const __grid_constant__ comp_kernels::PrepareSm90Params params) {                   \
     comp_kernels::prepare_sm90<comp_kernels::T>(params);                                                                  \
   }                                                                                                                       \

@@ -57,48 +57,6 @@ __device__ __forceinline__ void turn(float& first, float& second, float cos1, fl
   second = second * cos2 + x * sin2;
 }
 
-// kVec channels of `from` starting at `first`, and their partners `stride` further on, to the same channels of the row
-// that `to(channel)` addresses.
-template <typename T, int kVec, typename To>
-__device__ __forceinline__ void turn_halves(To to, const uint16_t* from, const float* cos, const float* sin, int first,
-                                            int stride, int table_first, int table_second) {
-  Packed<kVec> a = *reinterpret_cast<const Packed<kVec>*>(from + first);
-  Packed<kVec> b = *reinterpret_cast<const Packed<kVec>*>(from + first + stride);
-  float cos1[kVec], sin1[kVec], cos2[kVec], sin2[kVec];
-  load_floats(cos1, cos + table_first);
-  load_floats(sin1, sin + table_first);
-  load_floats(cos2, cos + table_second);
-  load_floats(sin2, sin + table_second);
-#pragma unroll
-  for (int i = 0; i < kVec / 2; ++i) {
-    float a0, a1, b0, b1;
-    unpack<T>(a.word[i], a0, a1);
-    unpack<T>(b.word[i], b0, b1);
-    turn(a0, b0, cos1[2 * i], sin1[2 * i], cos2[2 * i], sin2[2 * i]);
-    turn(a1, b1, cos1[2 * i + 1], sin1[2 * i + 1], cos2[2 * i + 1], sin2[2 * i + 1]);
-    a.word[i] = pack<T>(a0, a1);
-    b.word[i] = pack<T>(b0, b1);
-  }
-  *reinterpret_cast<Packed<kVec>*>(to(first)) = a;
-  *reinterpret_cast<Packed<kVec>*>(to(first + stride)) = b;
-}
-
-template <typename T, typename To>
-__device__ __forceinline__ void turn_neighbours(To to, const uint16_t* from, const float* cos, const float* sin, int first,
-                                                bool half_width) {
-  Packed<8> x = *reinterpret_cast<const Packed<8>*>(from + first);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int one = half_width ? first / 2 + i : first + 2 * i;
-    const int two = half_width ? one : one + 1;
-    float a, b;
-    unpack<T>(x.word[i], a, b);
-    turn(a, b, __ldg(cos + one), __ldg(sin + one), __ldg(cos + two), __ldg(sin + two));
-    x.word[i] = pack<T>(a, b);
-  }
-  *reinterpret_cast<Packed<8>*>(to(first)) = x;
-}
-
 template <typename T>
 __device__ __forceinline__ float to_float(uint16_t bits) {
   float low, high;
@@ -106,32 +64,90 @@ __device__ __forceinline__ float to_float(uint16_t bits) {
   return low;
 }
 
-// Turn unit `unit` of one row. from: the row; to(channel): where a channel of the result goes (even channels keep the
-// alignment that the access needs); cos, sin: this token's (and head's) row of the tables.
-template <typename T, Pairing kPairing, typename To>
-__device__ __forceinline__ void rotate_unit(To to, const uint16_t* from, const float* cos, const float* sin,
-                                            const Tables& tables, int unit) {
-  const bool half_width = tables.width != tables.rotary_dim;
-  if constexpr (kPairing == Pairing::kInterleaved) {
-    turn_neighbours<T>(to, from, cos, sin, unit * 8, half_width);
-  } else {
-    constexpr int kVec = kUnitChannels<kPairing> / 2;
-    const int stride = tables.pair_stride;
-    const int block = 2 * stride == tables.rotary_dim ? 0 : unit * kVec / stride;  // blocks of 2 * stride channels
-    const int first = unit * kVec + block * stride;
-    const int table_first = half_width ? unit * kVec : first;
-    const int table_second = half_width ? table_first : first + stride;
-    if constexpr (kPairing == Pairing::kGeneric) {
-      float a = to_float<T>(from[first]), b = to_float<T>(from[first + stride]);
-      turn(a, b, __ldg(cos + table_first), __ldg(sin + table_first), __ldg(cos + table_second), __ldg(sin + table_second));
-      const uint32_t packed = pack<T>(a, b);
+// One unit of a row between its loads and its store, so that a thread can have the loads of several units under way.
+template <typename T, Pairing kPairing>
+struct RotaryUnit {
+  static constexpr bool kNeighbours = kPairing == Pairing::kInterleaved;
+  static constexpr int kVec = kNeighbours ? 4 : kUnitChannels<kPairing> / 2;  // pairs
+  uint16_t first_bits, second_bits;  // of kGeneric
+  Packed<kVec < 4 ? 4 : kVec> a, b;  // the first and second channels of the pairs; neighbours: 4 channels each
+  float cos1[kVec], sin1[kVec], cos2[kVec], sin2[kVec];
+  int first;
+
+  // from: the row; cos, sin: this token's (and head's) row of the tables.
+  __device__ __forceinline__ void load(const uint16_t* from, const float* cos, const float* sin, const Tables& tables,
+                                       int unit) {
+    const bool half_width = tables.width != tables.rotary_dim;
+    if constexpr (kNeighbours) {
+      first = unit * 8;
+      const Packed<8> x = *reinterpret_cast<const Packed<8>*>(from + first);
+      a.word[0] = x.word[0], a.word[1] = x.word[1], b.word[0] = x.word[2], b.word[1] = x.word[3];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int one = half_width ? first / 2 + i : first + 2 * i, two = half_width ? one : one + 1;
+        cos1[i] = __ldg(cos + one), sin1[i] = __ldg(sin + one);
+        cos2[i] = __ldg(cos + two), sin2[i] = __ldg(sin + two);
+      }
+    } else {
+      const int stride = tables.pair_stride;
+      const int block = 2 * stride == tables.rotary_dim ? 0 : unit * kVec / stride;  // blocks of 2 * stride channels
+      first = unit * kVec + block * stride;
+      const int table_first = half_width ? unit * kVec : first, table_second = first + stride;
+      if constexpr (kPairing == Pairing::kGeneric) {
+        first_bits = from[first], second_bits = from[first + stride];
+        cos1[0] = cos2[0] = __ldg(cos + table_first), sin1[0] = sin2[0] = __ldg(sin + table_first);
+        if (!half_width) cos2[0] = __ldg(cos + table_second), sin2[0] = __ldg(sin + table_second);
+      } else {
+        a = *reinterpret_cast<const Packed<kVec>*>(from + first);
+        b = *reinterpret_cast<const Packed<kVec>*>(from + first + stride);
+        load_floats(cos1, cos + table_first);
+        load_floats(sin1, sin + table_first);
+        if (half_width) {
+#pragma unroll
+          for (int i = 0; i < kVec; ++i) cos2[i] = cos1[i], sin2[i] = sin1[i];
+        } else {
+          load_floats(cos2, cos + table_second);
+          load_floats(sin2, sin + table_second);
+        }
+      }
+    }
+  }
+
+  // to(channel): where a channel of the result goes (even channels keep the alignment that the access needs).
+  template <typename To>
+  __device__ __forceinline__ void store(To to, int stride) {
+    if constexpr (kNeighbours) {
+      Packed<8> x{{a.word[0], a.word[1], b.word[0], b.word[1]}};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float one, two;
+        unpack<T>(x.word[i], one, two);
+        turn(one, two, cos1[i], sin1[i], cos2[i], sin2[i]);
+        x.word[i] = pack<T>(one, two);
+      }
+      *reinterpret_cast<Packed<8>*>(to(first)) = x;
+    } else if constexpr (kPairing == Pairing::kGeneric) {
+      float one = to_float<T>(first_bits), two = to_float<T>(second_bits);
+      turn(one, two, cos1[0], sin1[0], cos2[0], sin2[0]);
+      const uint32_t packed = pack<T>(one, two);
       *to(first) = static_cast<uint16_t>(packed);
       *to(first + stride) = static_cast<uint16_t>(packed >> 16);
     } else {
-      turn_halves<T, kVec>(to, from, cos, sin, first, stride, table_first, table_second);
+#pragma unroll
+      for (int i = 0; i < kVec / 2; ++i) {
+        float a0, a1, b0, b1;
+        unpack<T>(a.word[i], a0, a1);
+        unpack<T>(b.word[i], b0, b1);
+        turn(a0, b0, cos1[2 * i], sin1[2 * i], cos2[2 * i], sin2[2 * i]);
+        turn(a1, b1, cos1[2 * i + 1], sin1[2 * i + 1], cos2[2 * i + 1], sin2[2 * i + 1]);
+        a.word[i] = pack<T>(a0, a1);
+        b.word[i] = pack<T>(b0, b1);
+      }
+      *reinterpret_cast<Packed<kVec>*>(to(first)) = a;
+      *reinterpret_cast<Packed<kVec>*>(to(first + stride)) = b;
     }
   }
-}
+};
 
 // Call visit(row, item) for all rows and items 0..items-1 of each row, spread over `threads` threads.
 template <typename Visit>
@@ -147,16 +163,49 @@ __device__ __forceinline__ void for_each_in_rows(int thread, int threads, int ro
   }
 }
 
+// The same in batches: load(slot, row, item) of kBatch items, then store(slot, row, item) of those.
+template <int kBatch, typename Load, typename Store>
+__device__ __forceinline__ void for_batches_in_rows(int thread, int threads, int rows, int items, Load load, Store store) {
+  if (items == 0) return;
+  const int row_step = threads / items, item_step = threads - row_step * items;
+  int row = thread / items, item = thread - row * items;
+  while (row < rows) {
+    int batch_row[kBatch], batch_item[kBatch];
+#pragma unroll
+    for (int slot = 0; slot < kBatch; ++slot) {
+      batch_row[slot] = row, batch_item[slot] = item;
+      row += row_step;
+      item += item_step;
+      if (item >= items) item -= items, ++row;
+    }
+#pragma unroll
+    for (int slot = 0; slot < kBatch; ++slot) {
+      if (batch_row[slot] < rows) load(slot, batch_row[slot], batch_item[slot]);
+    }
+#pragma unroll
+    for (int slot = 0; slot < kBatch; ++slot) {
+      if (batch_row[slot] < rows) store(slot, batch_row[slot], batch_item[slot]);
+    }
+  }
+}
+
 // Rows 0..rows-1 of a tile, turned by `threads` threads. with_row(row, turn) calls turn(to, from, cos, sin) unless the row is
 // to be left out; the channels that do not turn are copied.
 template <typename T, Pairing kPairing, typename WithRow>
 __device__ __forceinline__ void rotate_rows_as(int thread, int threads, int rows, int head_dim, const Tables& tables,
                                                WithRow with_row) {
-  for_each_in_rows(thread, threads, rows, tables.rotary_dim / kUnitChannels<kPairing>, [&](int row, int unit) {
-    with_row(row, [&](auto to, const uint16_t* from, const float* cos, const float* sin) {
-      rotate_unit<T, kPairing>(to, from, cos, sin, tables, unit);
-    });
-  });
+  constexpr int kBatch = kPairing == Pairing::kHalf8 ? 2 : 3;  // memory's latency is what these loops wait for
+  RotaryUnit<T, kPairing> units[kBatch];
+  for_batches_in_rows<kBatch>(
+      thread, threads, rows, tables.rotary_dim / kUnitChannels<kPairing>,
+      [&](int slot, int row, int unit) {
+        with_row(row, [&](auto, const uint16_t* from, const float* cos, const float* sin) {
+          units[slot].load(from, cos, sin, tables, unit);
+        });
+      },
+      [&](int slot, int row, int) {
+        with_row(row, [&](auto to, const uint16_t*, const float*, const float*) { units[slot].store(to, tables.pair_stride); });
+      });
   for_each_in_rows(thread, threads, rows, (head_dim - tables.rotary_dim) / 2, [&](int row, int word) {
     with_row(row, [&](auto to, const uint16_t* from, const float*, const float*) {
       const int channel = tables.rotary_dim + 2 * word;

@@ -65,17 +65,22 @@ __device__ __forceinline__ void make_images(const ImageParams& params) {
     return image + ((row >> 3) * (head_dim >> 3) + (channel >> 3)) * 64 + (row & 7) * 8 + (channel & 7);
   };
   const int padded = (rows + kImagePadding - 1) / kImagePadding * kImagePadding;
-  for_each_in_rows(threadIdx.x, kImageThreads, padded, head_dim / 8, [&](int row, int chunk) {
-    const int64_t at = place(row, chunk * 8);
-    const uint4 zero{0, 0, 0, 0};
-    *reinterpret_cast<uint4*>(params.v_images + at) =
-        row < rows ? *reinterpret_cast<const uint4*>(v + row * params.v_stride_token + chunk * 8) : zero;
-    if (row >= rows || params.tables.cos == nullptr) {
-      *reinterpret_cast<uint4*>(params.k_images + at) =
-          row < rows ? *reinterpret_cast<const uint4*>(k + row * params.k_stride_token + chunk * 8) : zero;
-    }
+  const bool turned = params.tables.cos != nullptr;
+  auto copy = [&](const uint16_t* from, int64_t stride, uint16_t* images) {
+    constexpr int kBatch = 4;
+    uint4 chunks[kBatch];
+    for_batches_in_rows<kBatch>(
+        threadIdx.x, kImageThreads, rows, head_dim / 8,
+        [&](int slot, int row, int chunk) { chunks[slot] = *reinterpret_cast<const uint4*>(from + row * stride + chunk * 8); },
+        [&](int slot, int row, int chunk) { *reinterpret_cast<uint4*>(images + place(row, chunk * 8)) = chunks[slot]; });
+  };
+  copy(v, params.v_stride_token, params.v_images);
+  if (!turned) copy(k, params.k_stride_token, params.k_images);
+  for_each_in_rows(threadIdx.x, kImageThreads, padded - rows, head_dim / 8, [&](int row, int chunk) {
+    const int64_t at = place(rows + row, chunk * 8);
+    *reinterpret_cast<uint4*>(params.v_images + at) = *reinterpret_cast<uint4*>(params.k_images + at) = uint4{0, 0, 0, 0};
   });
-  if (params.tables.cos == nullptr) return;
+  if (!turned) return;
   const int64_t table = static_cast<int64_t>(start) * params.tables.token_stride + head * params.tables.head_stride;
   rotate_rows<T>(threadIdx.x, kImageThreads, rows, head_dim, params.tables, [&](int row, auto turn_row) {
     const int64_t table_row = table + static_cast<int64_t>(row) * params.tables.token_stride;
@@ -87,7 +92,7 @@ __device__ __forceinline__ void make_images(const ImageParams& params) {
 }  // namespace comp_kernels
 
 #define INSTANTIATE_IMAGES(T)                                                                                             \
-  extern "C" __global__ void __launch_bounds__(comp_kernels::kImageThreads)                                               \
+  extern "C" __global__ void __launch_bounds__(comp_kernels::kImageThreads, 2)                                             \
       rope_attention_images_##T(const __grid_constant__ comp_kernels::ImageParams params) {                               \
     comp_kernels::make_images<comp_kernels::T>(params);                                                                   \
   }                                                                                                                       \
