@@ -1,4 +1,4 @@
-"""Running compiled GPU code without a GPU: finds ptx_emulator, and keeps a process in which Triton compiles.
+"""Running compiled GPU code without a GPU: imports ptx_emulator, and keeps a process in which Triton compiles.
 
 Triton decides when it is imported whether kernels are interpreted or compiled, once for the whole process. The suite itself
 runs with the interpreter (see conftest.py); what must be compiled goes through `run_compiled`.
@@ -6,7 +6,6 @@ runs with the interpreter (see conftest.py); what must be compiled goes through 
 
 from __future__ import annotations
 
-import importlib.util
 import multiprocessing
 import os
 import shutil
@@ -18,27 +17,12 @@ from pathlib import Path
 
 import pytest
 
-
-def emulator_folder() -> str | None:
-    """The folder to put on sys.path for `import ptx_emulator`, "" when that works already, None when it is not there."""
-    if importlib.util.find_spec("ptx_emulator"):
-        return ""
-    beside = Path(__file__).resolve().parents[2] / "shared" / "ptx_emulator"
-    for folder in (os.environ.get("PTX_EMULATOR_PATH"), beside):
-        if folder and (Path(folder) / "ptx_emulator" / "__init__.py").exists():
-            return str(folder)
-    return None
+EMULATOR = Path(__file__).resolve().parent / "ptx_emulator"
 
 
 def emulator_missing() -> str | None:
     """Why compiled kernels cannot be executed here, for a skip; None when they can."""
-    if emulator_folder() is None:
-        return (
-            "ptx_emulator not found (installed, $PTX_EMULATOR_PATH, or ../shared/ptx_emulator): compiled kernels not executed"
-        )
-    if shutil.which(os.environ.get("CXX", "g++")) is None:
-        return "ptx_emulator needs g++"
-    return None
+    return "ptx_emulator needs g++" if shutil.which(os.environ.get("CXX", "g++")) is None else None
 
 
 needs_emulator = pytest.mark.skipif(emulator_missing() is not None, reason=emulator_missing() or "")
@@ -46,9 +30,8 @@ needs_emulator = pytest.mark.skipif(emulator_missing() is not None, reason=emula
 
 def import_emulator():
     """The ptx_emulator module."""
-    folder = emulator_folder()
-    if folder and folder not in sys.path:
-        sys.path.insert(0, folder)
+    if str(EMULATOR) not in sys.path:
+        sys.path.insert(0, str(EMULATOR))
     import ptx_emulator
 
     return ptx_emulator
