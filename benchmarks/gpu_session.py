@@ -1,7 +1,7 @@
 """The truth about a GPU in minutes: is everything right there, how fast is it, what do its kernels take.
 
     python -m benchmarks.gpu_session --out session [--minutes 10] [--parts checks,attention] [--baseline OTHER.so]
-    python -m benchmarks.gpu_session --out session --dry-run    # the same path on the CPU with tiny cases; its times say nothing
+    python -m benchmarks.gpu_session --out session --dry-run    # the same path on the CPU, tiny cases: its times say nothing
 
 Every part runs in a process of its own with its own time limit, the most important first; one that fails or hangs does not stop
 the next. Results are written as they come, one JSON object per line, to OUT/results.jsonl, so a killed run loses nothing.
@@ -36,7 +36,7 @@ import torch
 import comp_kernels as ck
 from benchmarks import gpu_report
 from comp_kernels import _native
-from comp_kernels.testing import ATTENTION_CASES, AttentionCase, check_rope_attention
+from comp_kernels.testing import ATTENTION_CASES, AttentionCase, check_median_error, check_rope_attention
 
 SECONDS = {"checks": 120, "attention": 120, "kernels": 60, "host": 30, "sinkhorn": 60, "alignment": 90, "peers": 240}
 TINY = {"sinkhorn": ((4, 33),), "alignment": ((5, 40, 16),)}
@@ -154,7 +154,10 @@ def checks(session: Session) -> None:
         passed = 0
         for case in cases:
             try:
-                check_rope_attention(case, dtype, backend_of(session), session.device)
+                if case.name == "logits_of_1e4":  # decided by single roundings of q and k: one draw says nothing
+                    check_median_error(case, dtype, backend_of(session), device=session.device)
+                else:
+                    check_rope_attention(case, dtype, backend_of(session), session.device)
                 passed += 1
             except (AssertionError, RuntimeError) as error:
                 session.say(case=case.name, dtype=str(dtype), error=str(error)[:300])

@@ -37,7 +37,7 @@ def cuda_library() -> list[str]:
     return [
         f"{_native.LIB / 'libcomp_kernels_cuda.so'}",
         f"compiled for: {library.comp_kernels_cuda_architectures().decode()}",
-        "opt-in: backend='cuda' (Triton is preferred until these kernels have run on hardware)",
+        "taken before Triton where they serve the call: measured faster on an H200 (docs/hardware)",
     ]
 
 

@@ -327,7 +327,14 @@ def check_rope_attention(
         assert_within_budget(f"{case.name} {name}", actual[name], value, peer[name], factor)
 
 
-def check_median_error(case: AttentionCase, dtype: torch.dtype, backend: str, draws: int = 9, factor: float = 2.0) -> None:
+def check_median_error(
+    case: AttentionCase,
+    dtype: torch.dtype,
+    backend: str,
+    draws: int = 9,
+    factor: float = 2.0,
+    device: str | torch.device = "cpu",
+) -> None:
     """Assert that over several draws of `case` the median error is within `factor` of that of plain PyTorch.
 
     For logits of 1e4: the largest error of one draw is that of the nearest tie of two keys, decided by roundings of the
@@ -335,7 +342,7 @@ def check_median_error(case: AttentionCase, dtype: torch.dtype, backend: str, dr
     """
     drawn: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for seed in range(draws):
-        actual, exact, peer = three_ways(dataclasses.replace(case, seed=seed), dtype, backend)
+        actual, exact, peer = three_ways(dataclasses.replace(case, seed=seed), dtype, backend, device)
         for name, value in exact.items():
             drawn[name].append(error_and_allowance(actual[name], value, peer[name]))
     for name, pairs in drawn.items():

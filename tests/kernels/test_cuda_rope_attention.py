@@ -126,11 +126,11 @@ class TestSm90Forward:
 
 
 SM90_BACKWARD = [
-    (AttentionCase("tiles", [200, 0, 190], head_dim=64, heads=2, kv_heads=1, slack=5), torch.bfloat16),
-    (AttentionCase("cross", [140, 130], lengths_k=[0, 257], head_dim=72, heads=1, kv_heads=1, slack=3), torch.float16),
-    (AttentionCase("tables", [150], head_dim=80, heads=1, layout="per_head_interleaved"), torch.bfloat16),
-    (AttentionCase("plain", [131], head_dim=96, heads=1, layout=None), torch.bfloat16),
-    (AttentionCase("tiles", [170], head_dim=128, heads=1), torch.bfloat16),
+    (AttentionCase("tiles", [400, 0, 380], head_dim=64, heads=2, kv_heads=1, slack=5), torch.bfloat16),
+    (AttentionCase("cross", [270, 260], lengths_k=[0, 530], head_dim=72, heads=1, kv_heads=1, slack=3), torch.float16),
+    (AttentionCase("tables", [257], head_dim=80, heads=1, layout="per_head_interleaved"), torch.bfloat16),
+    (AttentionCase("plain", [270], head_dim=96, heads=1, layout=None), torch.bfloat16),
+    (AttentionCase("tiles", [260], head_dim=128, heads=1), torch.bfloat16),
 ]
 
 
