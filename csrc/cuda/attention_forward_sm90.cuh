@@ -318,7 +318,7 @@ __device__ __forceinline__ void attention_forward_sm90(const ForwardParams& para
   registers_up_to<Config::kConsumerRegisters>();
   const int thread = threadIdx.x - 128;
   char* query_image = shared + Config::kBarrierBytes;
-  load_queries<T, Config::kQueries, Config::kSteps * 16, Config::kConsumers>(
+  load_queries<T, Config::kQueries, Config::kSteps * 16, Config::kConsumers, true>(
       params, tile, head, thread, [&](int row, int channel) {
         return reinterpret_cast<uint16_t*>(query_image + (row >> 3) * Config::kQueryStride +
                                            (channel >> 3) * Config::kQueryLeading + (row & 7) * 16) +

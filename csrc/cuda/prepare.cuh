@@ -121,7 +121,7 @@ __device__ __forceinline__ void prepare(const PrepareParams& params) {
 }  // namespace comp_kernels
 
 #define INSTANTIATE_PREPARE(T)                                                                                            \
-  extern "C" __global__ void __launch_bounds__(comp_kernels::kPrepareThreads, 2)                                           \
+  extern "C" __global__ void __launch_bounds__(comp_kernels::kPrepareThreads)                                             \
       rope_attention_prepare_##T(const __grid_constant__ comp_kernels::PrepareParams params) {                            \
     comp_kernels::prepare<comp_kernels::T>(params);                                                                       \
   }                                                                                                                       \

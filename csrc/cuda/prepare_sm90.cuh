@@ -62,7 +62,7 @@ __device__ __forceinline__ void image_of(const ImageJob& job, const Place& place
   });
   if (!turned) return;
   const int64_t table = start * job.tables.token_stride + head * job.tables.head_stride;
-  rotate_rows<T>(threadIdx.x, kImageThreads, rows, head_dim, job.tables, [&](int row, auto turn_row) {
+  rotate_rows<T, true>(threadIdx.x, kImageThreads, rows, head_dim, job.tables, [&](int row, auto turn_row) {
     const int64_t table_row = table + static_cast<int64_t>(row) * job.tables.token_stride;
     turn_row([&](int channel) { return job.images + place(row, channel); }, x + row * job.stride_token,
              job.tables.cos + table_row, job.tables.sin + table_row);

@@ -92,23 +92,19 @@ struct RotaryUnit {
       const int stride = tables.pair_stride;
       const int block = 2 * stride == tables.rotary_dim ? 0 : unit * kVec / stride;  // blocks of 2 * stride channels
       first = unit * kVec + block * stride;
-      const int table_first = half_width ? unit * kVec : first, table_second = first + stride;
+      const int table_first = half_width ? unit * kVec : first;
+      const int table_second = half_width ? table_first : first + stride;
       if constexpr (kPairing == Pairing::kGeneric) {
         first_bits = from[first], second_bits = from[first + stride];
-        cos1[0] = cos2[0] = __ldg(cos + table_first), sin1[0] = sin2[0] = __ldg(sin + table_first);
-        if (!half_width) cos2[0] = __ldg(cos + table_second), sin2[0] = __ldg(sin + table_second);
+        cos1[0] = __ldg(cos + table_first), sin1[0] = __ldg(sin + table_first);
+        cos2[0] = __ldg(cos + table_second), sin2[0] = __ldg(sin + table_second);
       } else {
         a = *reinterpret_cast<const Packed<kVec>*>(from + first);
         b = *reinterpret_cast<const Packed<kVec>*>(from + first + stride);
         load_floats(cos1, cos + table_first);
         load_floats(sin1, sin + table_first);
-        if (half_width) {
-#pragma unroll
-          for (int i = 0; i < kVec; ++i) cos2[i] = cos1[i], sin2[i] = sin1[i];
-        } else {
-          load_floats(cos2, cos + table_second);
-          load_floats(sin2, sin + table_second);
-        }
+        load_floats(cos2, cos + table_second);
+        load_floats(sin2, sin + table_second);
       }
     }
   }
@@ -190,22 +186,36 @@ __device__ __forceinline__ void for_batches_in_rows(int thread, int threads, int
 }
 
 // Rows 0..rows-1 of a tile, turned by `threads` threads. with_row(row, turn) calls turn(to, from, cos, sin) unless the row is
-// to be left out; the channels that do not turn are copied.
-template <typename T, Pairing kPairing, typename WithRow>
+// to be left out; the channels that do not turn are copied. kAhead: the loads of several units are under way at a time, for some
+// instructions and registers more: where memory's latency is all that a block waits for.
+template <typename T, Pairing kPairing, bool kAhead, typename WithRow>
 __device__ __forceinline__ void rotate_rows_as(int thread, int threads, int rows, int head_dim, const Tables& tables,
                                                WithRow with_row) {
-  constexpr int kBatch = kPairing == Pairing::kHalf8 ? 2 : 3;  // memory's latency is what these loops wait for
-  RotaryUnit<T, kPairing> units[kBatch];
-  for_batches_in_rows<kBatch>(
-      thread, threads, rows, tables.rotary_dim / kUnitChannels<kPairing>,
-      [&](int slot, int row, int unit) {
-        with_row(row, [&](auto, const uint16_t* from, const float* cos, const float* sin) {
-          units[slot].load(from, cos, sin, tables, unit);
+  const int units_per_row = tables.rotary_dim / kUnitChannels<kPairing>;
+  if constexpr (kAhead) {
+    constexpr int kBatch = kPairing == Pairing::kHalf8 ? 2 : 3;
+    RotaryUnit<T, kPairing> units[kBatch];
+    for_batches_in_rows<kBatch>(
+        thread, threads, rows, units_per_row,
+        [&](int slot, int row, int unit) {
+          with_row(row, [&](auto, const uint16_t* from, const float* cos, const float* sin) {
+            units[slot].load(from, cos, sin, tables, unit);
+          });
+        },
+        [&](int slot, int row, int) {
+          with_row(row, [&](auto to, const uint16_t*, const float*, const float*) {
+            units[slot].store(to, tables.pair_stride);
+          });
         });
-      },
-      [&](int slot, int row, int) {
-        with_row(row, [&](auto to, const uint16_t*, const float*, const float*) { units[slot].store(to, tables.pair_stride); });
+  } else {
+    for_each_in_rows(thread, threads, rows, units_per_row, [&](int row, int unit) {
+      with_row(row, [&](auto to, const uint16_t* from, const float* cos, const float* sin) {
+        RotaryUnit<T, kPairing> one;
+        one.load(from, cos, sin, tables, unit);
+        one.store(to, tables.pair_stride);
       });
+    });
+  }
   for_each_in_rows(thread, threads, rows, (head_dim - tables.rotary_dim) / 2, [&](int row, int word) {
     with_row(row, [&](auto to, const uint16_t* from, const float*, const float*) {
       const int channel = tables.rotary_dim + 2 * word;
@@ -214,18 +224,18 @@ __device__ __forceinline__ void rotate_rows_as(int thread, int threads, int rows
   });
 }
 
-template <typename T, typename WithRow>
+template <typename T, bool kAhead = false, typename WithRow>
 __device__ __forceinline__ void rotate_rows(int thread, int threads, int rows, int head_dim, const Tables& tables,
                                             WithRow with_row) {
   switch (pairing_of(tables)) {
     case Pairing::kHalf8:
-      return rotate_rows_as<T, Pairing::kHalf8>(thread, threads, rows, head_dim, tables, with_row);
+      return rotate_rows_as<T, Pairing::kHalf8, kAhead>(thread, threads, rows, head_dim, tables, with_row);
     case Pairing::kHalf4:
-      return rotate_rows_as<T, Pairing::kHalf4>(thread, threads, rows, head_dim, tables, with_row);
+      return rotate_rows_as<T, Pairing::kHalf4, kAhead>(thread, threads, rows, head_dim, tables, with_row);
     case Pairing::kInterleaved:
-      return rotate_rows_as<T, Pairing::kInterleaved>(thread, threads, rows, head_dim, tables, with_row);
+      return rotate_rows_as<T, Pairing::kInterleaved, kAhead>(thread, threads, rows, head_dim, tables, with_row);
     case Pairing::kGeneric:
-      return rotate_rows_as<T, Pairing::kGeneric>(thread, threads, rows, head_dim, tables, with_row);
+      return rotate_rows_as<T, Pairing::kGeneric, kAhead>(thread, threads, rows, head_dim, tables, with_row);
   }
 }
 

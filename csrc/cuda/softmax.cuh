@@ -143,7 +143,7 @@ struct SoftmaxRows {
 
 // Turn (or copy) a tile of query rows into shared memory by kThreads threads; rows and channels that do not exist become zero.
 // place(row, channel): where the channel goes; eight channels from a multiple of 8 on lie side by side.
-template <typename T, int kRows, int kHeadDim, int kThreads, typename Place>
+template <typename T, int kRows, int kHeadDim, int kThreads, bool kAhead = false, typename Place>
 __device__ __forceinline__ void load_queries(const ForwardParams& params, const Tile& tile, int head, int thread, Place place) {
   constexpr int kChunks = kHeadDim / 8;
   const int chunks = params.head_dim / 8;
@@ -156,7 +156,7 @@ __device__ __forceinline__ void load_queries(const ForwardParams& params, const 
     }
   });
   if (params.tables.cos == nullptr) return;
-  rotate_rows<T>(thread, kThreads, kRows, params.head_dim, params.tables, [&](int index, auto turn_row) {
+  rotate_rows<T, kAhead>(thread, kThreads, kRows, params.head_dim, params.tables, [&](int index, auto turn_row) {
     // rows in the order 0 4 1 5 2 6 3 7: two rows that lie side by side in a store then differ by half the banks
     const int row = (index & ~7) | (index & 1) << 2 | (index >> 1 & 3);
     if (row >= tile.rows) return;

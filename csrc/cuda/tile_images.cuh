@@ -82,7 +82,7 @@ __device__ __forceinline__ void make_images(const ImageParams& params) {
   });
   if (!turned) return;
   const int64_t table = static_cast<int64_t>(start) * params.tables.token_stride + head * params.tables.head_stride;
-  rotate_rows<T>(threadIdx.x, kImageThreads, rows, head_dim, params.tables, [&](int row, auto turn_row) {
+  rotate_rows<T, true>(threadIdx.x, kImageThreads, rows, head_dim, params.tables, [&](int row, auto turn_row) {
     const int64_t table_row = table + static_cast<int64_t>(row) * params.tables.token_stride;
     turn_row([&](int channel) { return params.k_images + place(row, channel); }, k + row * params.k_stride_token,
              params.tables.cos + table_row, params.tables.sin + table_row);
