@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import comp_kernels as ck
-from comp_kernels import _native
+from comp_kernels import _native, testing
 from comp_kernels.ops.rope_attention import cpu, reference
 from comp_kernels.testing import (
     ATTENTION_CASES,
@@ -42,6 +42,17 @@ def run(inputs, backend="cpu"):
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
 def test_error_budget(name, dtype):
     check_rope_attention(ATTENTION_CASES[name], dtype, "cpu")
+
+
+def test_error_budget_sees_a_small_systematic_error(monkeypatch):
+    """More draws make room for bad luck, not for an error that is there in every draw."""
+
+    def slightly_wrong(q, k, *args, **kwargs):
+        return ck.rope_attention(q, k * (1 + 2e-6), *args, **kwargs)
+
+    monkeypatch.setattr(testing, "rope_attention", slightly_wrong)
+    with pytest.raises(AssertionError, match="of 16 draws exceeds the budget"):
+        check_rope_attention(ATTENTION_CASES["no_keys_first"], torch.float32, "cpu")
 
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
