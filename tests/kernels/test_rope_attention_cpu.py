@@ -212,3 +212,16 @@ def test_refusals():
         cpu.forward(q, q, q, wide, wide, half, half, bounds, bounds, rotary_dim=16, pair_stride=8, scale=1.0)
     with pytest.raises(RuntimeError, match="table_width must be rotary_dim = 8 or half of it, got 16"):
         cpu.forward(q, q, q, wide, wide, wide, wide, bounds, bounds, rotary_dim=8, pair_stride=4, scale=1.0)
+
+
+@pytest.mark.parametrize("magnitude", (1e3, 1e6, 1e18, 1e30))
+def test_gradients_of_huge_logits(magnitude):
+    """Weights recomputed in the backward pass are those of the forward pass, however large the logits."""
+    inputs = make_attention_inputs(AttentionCase("huge", [20, 9], layout=None))
+    inputs.q = inputs.q * magnitude
+    exact = attention_with_gradients(
+        inputs, lambda *args, **kwargs: reference.rope_attention(*args, return_lse=True, **kwargs), torch.float64
+    )
+    peer = attention_with_gradients(inputs, testing.plain_rope_attention)
+    for name, value in run(inputs).items():
+        testing.assert_within_budget(name, value, exact[name], peer[name])
