@@ -25,20 +25,25 @@ def assert_within_budget(
     happens to be exact does not make the budget zero. Infinities must sit at the same places.
     largest_term: of sums whose terms cancel, the largest; it is rounded too, whatever is left of it.
     """
+    check_places(name, actual, exact, peer)
+    error, allowed = error_and_allowance(actual, exact, peer, largest_term)
+    assert error <= factor * allowed, f"{name}: max error {error:.3e} exceeds the budget {factor * allowed:.3e}"
+
+
+def check_places(name: str, actual: Tensor, exact: Tensor, peer: Tensor) -> None:
+    """Assert that infinities sit at the same places and that everything else is finite."""
     actual64 = actual.detach().double()
     finite = exact.isfinite()
     assert torch.equal(actual64[~finite], exact[~finite]), f"{name}: infinities differ from the reference"
     assert actual64[finite].isfinite().all(), f"{name}: {int((~actual64[finite].isfinite()).sum())} non-finite values"
-    if not finite.any():
-        return
     assert peer.detach()[finite].isfinite().all(), f"{name}: no budget, the peer is not finite where the reference is"
-    error, allowed = error_and_allowance(actual, exact, peer, largest_term)
-    assert error <= factor * allowed, f"{name}: max error {error:.3e} exceeds the budget {factor * allowed:.3e}"
 
 
 def error_and_allowance(actual: Tensor, exact: Tensor, peer: Tensor, largest_term: float = 0.0) -> tuple[float, float]:
     """(largest error of `actual`, that of `peer` and one rounding of the largest value or term), where `exact` is finite."""
     finite = exact.isfinite()
+    if not finite.any():
+        return 0.0, 0.0
     error, allowed = (float((x.detach().double() - exact)[finite].abs().max()) for x in (actual, peer))
     return error, allowed + torch.finfo(peer.dtype).eps * max(float(exact[finite].abs().max()), largest_term)
 
@@ -319,12 +324,31 @@ def attention_with_gradients(
 
 
 def check_rope_attention(
-    case: AttentionCase, dtype: torch.dtype, backend: str, device: str | torch.device = "cpu", factor: float = 2.0
+    case: AttentionCase,
+    dtype: torch.dtype,
+    backend: str,
+    device: str | torch.device = "cpu",
+    factor: float = 2.0,
+    draws: int = 16,
 ) -> None:
-    """Assert that `backend` computes out, lse and all gradients of `case` within the error budget of `dtype`."""
-    actual, exact, peer = three_ways(case, dtype, backend, device)
-    for name, value in exact.items():
-        assert_within_budget(f"{case.name} {name}", actual[name], value, peer[name], factor)
+    """Assert that `backend` computes out, lse and all gradients of `case` within the error budget of `dtype`.
+
+    The largest of a few thousand rounding errors is a matter of luck on both sides, and that of plain PyTorch of the machine
+    too, whose sums run in another order. So where one draw does not settle it the largest error over `draws` of them counts,
+    against `factor` times the largest that plain PyTorch makes over the same ones.
+    """
+    largest: dict[str, tuple[float, float]] = {}
+    for seed in range(case.seed, case.seed + draws):
+        actual, exact, peer = three_ways(dataclasses.replace(case, seed=seed), dtype, backend, device)
+        for name, value in exact.items():
+            check_places(f"{case.name} {name}", actual[name], value, peer[name])
+            pair = error_and_allowance(actual[name], value, peer[name])
+            largest[name] = tuple(map(max, pair, largest.get(name, pair)))
+        if seed == case.seed and all(error <= factor * allowed for error, allowed in largest.values()):
+            return
+    for name, (error, allowed) in largest.items():
+        budget = factor * allowed
+        assert error <= budget, f"{case.name} {name}: max error {error:.3e} of {draws} draws exceeds the budget {budget:.3e}"
 
 
 def check_median_error(

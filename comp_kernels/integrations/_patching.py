@@ -29,23 +29,25 @@ class Family(Protocol):
 
 @dataclass
 class Patch:
-    """Kept on a patched module: how it runs now, and what `unpatch` puts back."""
+    """Kept on a patched module: how it runs now."""
 
     family: Family
     backend: str | None
     on_unsupported: str
-    previous: Callable | None  # a forward that was set on the instance before (hooks of other libraries)
+    active: bool = True  # False: unpatched, but a wrapper that another library put on later still calls `forward`
 
 
 def forward(self: nn.Module, *args, **kwargs):
     """The forward of a patched module, set as a partial of it: copied and pickled, that runs on the weights of the copy."""
     patch: Patch = self._comp_kernels_patch
+    if not patch.active:
+        return type(self).forward(self, *args, **kwargs)
     try:
         return patch.family.run(self, dict(zip(patch.family.parameters, args)) | kwargs, patch.backend)
     except UnsupportedCall:
         if patch.on_unsupported == "error":
             raise
-        return patch.previous(*args, **kwargs) if patch.previous else type(self).forward(self, *args, **kwargs)
+        return type(self).forward(self, *args, **kwargs)
 
 
 def patch_modules(
@@ -76,8 +78,16 @@ def patch_modules(
             raise ValueError(
                 f"{name}: this version of {library} arranges {type(module).__name__} differently, it has no {missing}"
             )
-        module._comp_kernels_patch = Patch(family, backend, on_unsupported, module.__dict__.get("forward"))
-        module.forward = partial(forward, module)
+        wrapped = "_comp_kernels_patch" in module.__dict__  # by a later library, around our forward
+        if "forward" in module.__dict__ and not wrapped:
+            unpatch(model)
+            raise ValueError(
+                f"{name}: its forward was replaced on the instance, as accelerate's offloading does, by {module.forward!r}: "
+                "patch the model first and let other libraries wrap it then"
+            )
+        module._comp_kernels_patch = Patch(family, backend, on_unsupported)
+        if not wrapped:
+            module.forward = partial(forward, module)
         patched.append(name)
     if not patched:
         raise ValueError(
@@ -88,15 +98,21 @@ def patch_modules(
 
 
 def unpatch(model: nn.Module) -> list[str]:
-    """Undo `patch_transformers` or `patch_timm` on every module of `model`; names of the modules that changed back."""
+    """Undo `patch_transformers` or `patch_timm` on every module of `model`; names of the modules that changed back.
+
+    A wrapper of `forward` that another library put on later stays, around the module's own forward.
+    """
     restored = []
     for name, module in model.named_modules():
-        patch = module.__dict__.pop("_comp_kernels_patch", None)
-        if patch is None:
+        patch = module.__dict__.get("_comp_kernels_patch")
+        if patch is None or not patch.active:
             continue
-        del module.forward
-        if patch.previous is not None:
-            module.forward = patch.previous
+        current = module.__dict__.get("forward")
+        if current is None or (isinstance(current, partial) and current.func is forward):
+            module.__dict__.pop("forward", None)
+            del module._comp_kernels_patch
+        else:
+            patch.active = False
         restored.append(name)
     return restored
 

@@ -90,6 +90,37 @@ def test_unpatch():
     assert torch.equal(tower.model(**tower.inputs), before)
 
 
+def test_wrappers_of_other_libraries():
+    """Put on after patching, one stays when the model is unpatched and patched again; before, patching refuses by name."""
+    tower, calls = TOWERS["eva02"](), []
+    model = tower.model.eval()
+    before = model(**tower.inputs)
+    names = patch_timm(model)
+    attention = model.blocks[1].attn
+
+    def wrap(inner):
+        def wrapper(*args, **kwargs):
+            calls.append(inner)
+            return inner(*args, **kwargs)
+
+        attention.forward = wrapper
+
+    wrap(attention.forward)
+    wrapper = attention.forward
+    assert unpatch(model) == names and attention.forward is wrapper
+    assert torch.equal(model(**tower.inputs), before) and len(calls) == 1
+    assert patch_timm(model) == names and attention.forward is wrapper
+    torch.testing.assert_close(model(**tower.inputs), before)
+    assert len(calls) == 2
+
+    model = TOWERS["eva02"]().model
+    attention = model.blocks[1].attn
+    wrap(attention.forward)
+    with pytest.raises(ValueError, match=r"blocks\.1\.attn: its forward was replaced on the instance"):
+        patch_timm(model)
+    assert "forward" not in model.blocks[0].attn.__dict__
+
+
 def test_patch_dropout_gives_every_image_its_own_positions():
     tower = by_name("vit_small_patch16_dinov3", patch_drop_rate=0.5)
     randomize(tower.model)

@@ -176,6 +176,37 @@ def test_a_prior_that_is_no_number_reaches_the_loss(mode, monkeypatch):
             assert ck.alignment_loss(vision, text, prototypes, prior=prior, mode=mode, backend=backend).isnan(), backend
 
 
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("normalize", (True, False))
+def test_nan_reaches_the_loss(mode, normalize, backend):
+    """Wherever it is, one entry or all: a check for losses that are not finite has to see it."""
+    for which in range(3):
+        for rows, columns in ((slice(1, 2), slice(2, 3)), (slice(None), slice(None))):
+            for value in (torch.nan, torch.inf):
+                features = [torch.randn(n, 8) for n in (5, 5, 300)]
+                features[which][rows, columns] = value
+                vision = features[0].requires_grad_()
+                loss = ck.alignment_loss(vision, *features[1:], mode=mode, normalize=normalize, backend=backend)
+                (gradient,) = torch.autograd.grad(loss, vision)
+                assert loss.isnan() and not gradient.isfinite().all(), (which, rows, value)
+
+
+@pytest.mark.parametrize("backend", ("reference", "cpu"))
+@pytest.mark.parametrize("mode", MODES)
+def test_squares_beyond_the_range_of_float32(mode, backend):
+    """Directions do not depend on lengths, 1e30 or 1e-8."""
+    vision, text, prototypes = (torch.randn(n, 8) for n in (5, 5, 300))
+    settings = dict(mode=mode, epsilon=0.05, temperature=0.05, backend=backend)
+    expected = ck.alignment_loss(vision, text, prototypes, **settings)
+    for scale in (2.0**100, 2.0**-26):
+        scaled = [
+            x.index_fill(0, torch.tensor(1), 0.0).index_add(0, torch.tensor([1]), x[1:2] * scale)
+            for x in (vision, text, prototypes)
+        ]
+        torch.testing.assert_close(ck.alignment_loss(*scaled, **settings), expected)
+
+
 def test_refuses_what_does_not_fit():
     features, prototypes = torch.randn(4, 8), torch.randn(30, 8)
     with pytest.raises(ValueError, match="num_iters must be at least 1, got 0"):

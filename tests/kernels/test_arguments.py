@@ -17,6 +17,8 @@ Q = torch.randn(4, 2, 16)
         (dict(q=np.ones((4, 2, 16))), r"q must be a tensor \[T, Hq, D\], got ndarray"),
         (dict(k=[1.0]), r"k must be a tensor \[Tk, Hkv, D\], got list"),
         (dict(q=Q.to_sparse()), "q must be dense, got layout torch.sparse_coo"),
+        (dict(q=Q.to_sparse(), backend="reference"), "q must be dense, got layout torch.sparse_coo"),
+        (dict(v=Q.to_sparse(), backend="reference"), "v must be dense, got layout torch.sparse_coo"),
         (dict(q=Q[..., :0], k=Q[..., :0], v=Q[..., :0]), r"a head size D of at least 1, got \(4, 2, 0\)"),
         (dict(rotary_dim=8.0), "rotary_dim must be an integer, got float 8.0"),
         (dict(pair_stride=4.0), "pair_stride must be an integer, got float 4.0"),
@@ -89,3 +91,60 @@ def test_shapes_on_the_meta_device():
 def test_shapes_of_fake_tensors():
     with FakeTensorMode():
         call_everything("cpu")
+
+
+@pytest.mark.parametrize("backend", ck.available_backends("rope_attention", "cpu"))
+@pytest.mark.parametrize("empty", ("queries", "keys", "heads", "everything", "all_in_slack"))
+def test_empty_dimensions_of_rope_attention(empty, backend):
+    """Gradients that no term reaches are zeros, not what memory held (tests/kernels/conftest.py fills it with NaN)."""
+    tokens, tokens_k, heads = {"queries": (0, 9, 2), "keys": (9, 0, 2), "heads": (9, 9, 0)}.get(empty, (9, 9, 2))
+    bounds = bounds_k = torch.tensor([0, 0, 0], dtype=torch.int32)
+    if empty not in ("everything", "all_in_slack"):
+        bounds, bounds_k = (torch.tensor([0, n // 2, n], dtype=torch.int32) for n in (tokens, tokens_k))
+    elif empty == "everything":
+        tokens = tokens_k = 0
+    for rotary in (False, True):
+        q, k, v = (torch.randn(t, h, 16, requires_grad=True) for t, h in ((tokens, heads), (tokens_k, 1), (tokens_k, 1)))
+        tables = (
+            [torch.randn(t, 16, requires_grad=True) for t in (tokens, tokens, tokens_k, tokens_k)] if rotary else [None] * 4
+        )
+        out, lse = ck.rope_attention(
+            q,
+            k,
+            v,
+            *tables[:2],
+            bounds,
+            cos_k=tables[2],
+            sin_k=tables[3],
+            cu_seqlens_k=bounds_k,
+            return_lse=True,
+            backend=backend,
+        )
+        assert (out == 0).all() and (lse == -torch.inf).all()
+        leaves = [q, k, v, *(tables if rotary else [])]
+        for x, gradient in zip(leaves, torch.autograd.grad(out.sum(), leaves, allow_unused=True)):
+            assert gradient is None or (gradient.shape == x.shape and (gradient == 0).all())
+
+
+@pytest.mark.parametrize("backend", ck.available_backends("sinkhorn", "cpu"))
+@pytest.mark.parametrize("shape", ((0, 4), (4, 0), (0, 3, 4), (2, 0, 4), (2, 3, 0), (0, 0)))
+def test_empty_dimensions_of_sinkhorn(shape, backend):
+    plan, u, _ = ck.sinkhorn(torch.randn(shape), epsilon=0.5, backend=backend, return_potentials=True)
+    assert plan.shape == shape and not any(x.isnan().any() for x in (plan, u))
+
+
+@pytest.mark.parametrize("backend", ck.available_backends("alignment_loss", "cpu"))
+@pytest.mark.parametrize("sizes", ((0, 8, 30), (0, 8, 0)))
+def test_empty_dimensions_of_alignment_loss(sizes, backend):
+    rows, dim, words = sizes
+    vision = torch.randn(rows, dim, requires_grad=True)
+    loss = ck.alignment_loss(vision, torch.randn(rows, dim), torch.randn(words, dim), backend=backend)
+    assert loss == 0 and torch.autograd.grad(loss, vision)[0].shape == (rows, dim)
+
+
+@pytest.mark.parametrize("last", (2**32 + 4, 2**31, -(2**32) + 4))
+def test_compiled_code_refuses_bounds_that_wrap(last):
+    bounds = torch.tensor([0, last])
+    compiled = torch.compile(lambda bounds: ck.rope_attention(Q, Q, Q, cu_seqlens=bounds, backend="cpu"), backend="aot_eager")
+    with pytest.raises(RuntimeError, match="cu_seqlens must start at 0, never decrease and end at or below the 4 tokens"):
+        compiled(bounds)

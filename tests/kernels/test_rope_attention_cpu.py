@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import comp_kernels as ck
-from comp_kernels import _native
+from comp_kernels import _native, testing
 from comp_kernels.ops.rope_attention import cpu, reference
 from comp_kernels.testing import (
     ATTENTION_CASES,
@@ -42,6 +42,17 @@ def run(inputs, backend="cpu"):
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
 def test_error_budget(name, dtype):
     check_rope_attention(ATTENTION_CASES[name], dtype, "cpu")
+
+
+def test_error_budget_sees_a_small_systematic_error(monkeypatch):
+    """More draws make room for bad luck, not for an error that is there in every draw."""
+
+    def slightly_wrong(q, k, *args, **kwargs):
+        return ck.rope_attention(q, k * (1 + 2e-6), *args, **kwargs)
+
+    monkeypatch.setattr(testing, "rope_attention", slightly_wrong)
+    with pytest.raises(AssertionError, match="of 16 draws exceeds the budget"):
+        check_rope_attention(ATTENTION_CASES["no_keys_first"], torch.float32, "cpu")
 
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
@@ -201,3 +212,16 @@ def test_refusals():
         cpu.forward(q, q, q, wide, wide, half, half, bounds, bounds, rotary_dim=16, pair_stride=8, scale=1.0)
     with pytest.raises(RuntimeError, match="table_width must be rotary_dim = 8 or half of it, got 16"):
         cpu.forward(q, q, q, wide, wide, wide, wide, bounds, bounds, rotary_dim=8, pair_stride=4, scale=1.0)
+
+
+@pytest.mark.parametrize("magnitude", (1e3, 1e6, 1e18, 1e30))
+def test_gradients_of_huge_logits(magnitude):
+    """Weights recomputed in the backward pass are those of the forward pass, however large the logits."""
+    inputs = make_attention_inputs(AttentionCase("huge", [20, 9], layout=None))
+    inputs.q = inputs.q * magnitude
+    exact = attention_with_gradients(
+        inputs, lambda *args, **kwargs: reference.rope_attention(*args, return_lse=True, **kwargs), torch.float64
+    )
+    peer = attention_with_gradients(inputs, testing.plain_rope_attention)
+    for name, value in run(inputs).items():
+        testing.assert_within_budget(name, value, exact[name], peer[name])

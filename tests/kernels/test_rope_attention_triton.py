@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from emulation import run_compiled
@@ -312,3 +313,24 @@ def test_no_trace_of_the_rotation_in_the_loop():
     allocation = {"move": 0, "integer": 0}
     assert rotated | allocation == plain | allocation
     assert rotated.total() <= 1.01 * plain.total()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="replaces the products of Triton's interpreter")
+@pytest.mark.parametrize("magnitude", (1e6, 1e18, 1e30))
+def test_gradients_of_huge_logits(magnitude, monkeypatch):
+    """Both passes find the same weights where both find the same scores, as hardware does that sums channels in one order.
+
+    The interpreter's products are NumPy's, whose order depends on the shapes: here they are rounded once.
+    """
+    matmul = np.matmul
+
+    def rounded_once(a, b, dtype):
+        return matmul(a.astype(np.float64), b.astype(np.float64)).astype(dtype)
+
+    inputs = make_attention_inputs(AttentionCase("huge", [20, 9], layout=None))
+    inputs.q = inputs.q * magnitude
+    exact = exact_gradients(inputs)
+    monkeypatch.setattr(np, "matmul", rounded_once)
+    found = gradients(inputs)
+    for name, x in found.items():
+        torch.testing.assert_close(x.double(), exact[name], rtol=1e-5, atol=1e-6 * magnitude if name == "dk" else 1e-6)

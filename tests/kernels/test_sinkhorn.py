@@ -315,3 +315,17 @@ def test_errors_about_the_scores():
         ck.sinkhorn(torch.randn(4), epsilon=0.5)
     with pytest.raises(ValueError, match="scores must be float32"):
         ck.sinkhorn(torch.ones(4, 4, dtype=torch.int64), epsilon=0.5)
+
+
+@pytest.mark.parametrize("backend", ck.available_backends("sinkhorn", "cpu"))
+def test_a_row_or_column_without_scores_is_named(backend):
+    scores = torch.randn(2, 5, 7)
+    row, column = scores.clone(), scores.clone()
+    row[1, 3], column[0, :, 6] = -torch.inf, -torch.inf
+    with pytest.raises(ValueError, match=r"scores of row 3 of item \[1\] are all -inf, .* row_marginals to zero"):
+        ck.sinkhorn(row, epsilon=0.5, backend=backend)
+    with pytest.raises(ValueError, match=r"scores of column 6 of item \[0\] are all -inf, .* col_marginals to zero"):
+        ck.sinkhorn(column, epsilon=0.5, backend=backend)
+    masked = torch.ones(2, 5)
+    masked[1, 3] = 0
+    assert ck.sinkhorn(row, epsilon=0.5, row_marginals=masked, backend=backend).isfinite().all()

@@ -12,6 +12,7 @@ from torch import Tensor
 from ... import _native
 from ..._native import pointer
 from ..sinkhorn.cpu import call_step, column_statistics, unavailable_reason, update_row_statistics
+from .reference import SCALE_DOWN
 from .streaming import TileLimits
 
 __all__ = [
@@ -61,7 +62,14 @@ def add_products(score_gradients: Tensor, prototypes: Tensor, out: Tensor) -> No
 
 def inverse_norms(prototypes: Tensor, floor: float, out: Tensor) -> None:
     """out [C] = 1 / max(norm of each row, floor)."""
-    torch.reciprocal(torch.linalg.vector_norm(prototypes, dim=1).clamp_(min=floor), out=out)
+    norms = torch.linalg.vector_norm(prototypes, dim=1)
+    torch.reciprocal(norms.clamp(min=floor), out=out)
+    too_long = norms == torch.inf  # in the squares
+    if bool(too_long.any()):
+        down = SCALE_DOWN[prototypes.dtype]
+        again = torch.linalg.vector_norm(prototypes[too_long] * down, dim=1)
+        # One beyond the largest number has no scale that could be multiplied by: NaN, not a cosine of zero.
+        out[too_long] = torch.where((again / down).isfinite(), again.reciprocal() * down, torch.nan)
 
 
 class RowSums:

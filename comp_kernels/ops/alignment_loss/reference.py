@@ -9,6 +9,7 @@ from torch import Tensor
 from ..sinkhorn.reference import sinkhorn
 
 MODES = ("sinkhorn", "literal", "released", "softmax")
+SCALE_DOWN = {torch.float32: 2.0**-80, torch.float64: 2.0**-600}  # the largest number's square is in range, sums of them too
 NORM_FLOOR = 1e-12  # rows shorter than this count as zero; torch.nn.functional.normalize divides by it
 
 
@@ -18,8 +19,15 @@ def unit_rows(x: Tensor) -> Tensor:
     A row shorter than NORM_FLOOR has no direction: it becomes zero, its cosines are 0, and it receives no gradient. That of the
     division would be up to 1e12 times as large as the others' and leave nothing of them after clipping.
     """
+    x = within_squares(x)
     length = torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True)
-    return torch.nn.functional.normalize(torch.where(length > NORM_FLOOR, x, 0.0), dim=-1)
+    return torch.nn.functional.normalize(torch.where(length <= NORM_FLOOR, 0.0, x), dim=-1)  # NaN stays NaN
+
+
+def within_squares(x: Tensor) -> Tensor:
+    """x [n, D] with rows whose squares are beyond the range of its dtype scaled down; their direction is what it was."""
+    too_long = torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True) == torch.inf
+    return torch.where(too_long, x * SCALE_DOWN[x.dtype], x)
 
 
 def target_distribution(
@@ -102,7 +110,7 @@ def alignment_loss(
     text = torch.where(valid.unsqueeze(-1), text, 0.0)
     if normalize:
         vision = unit_rows(vision)
-        text, prototypes = (torch.nn.functional.normalize(x, dim=-1) for x in (text, prototypes))
+        text, prototypes = (torch.nn.functional.normalize(within_squares(x), dim=-1) for x in (text, prototypes))
 
     with torch.no_grad():
         target = target_distribution(

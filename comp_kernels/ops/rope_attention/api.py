@@ -108,12 +108,7 @@ def rope_attention(
             )
     cu_seqlens_k = normalised_bounds(cu_seqlens if cu_seqlens_k is None else cu_seqlens_k, k)
     cu_seqlens = normalised_bounds(cu_seqlens, q)
-    try:
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    except RuntimeError:  # asked here alone, it costs the calls that are right nothing
-        for name, x in (("q", q), ("k", k), ("v", v)):
-            check_dense(name, x)
-        raise
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     table_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     cos, sin, cos_k, sin_k = (contiguous(table, table_dtype) for table in (cos, sin, cos_k, sin_k))
     out, lse = attention(q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, rotary_dim, pair_stride, scale, backend)
@@ -136,6 +131,10 @@ def normalised_bounds(cu_seqlens: Tensor | None, x: Tensor) -> Tensor:
             return torch.tensor((0, x.shape[0]), dtype=torch.int32)
         # Elsewhere without waiting for a copy from the host; in a graph for any number of tokens.
         return torch.arange(2, dtype=torch.int32, device=x.device) * x.shape[0]
+    if cu_seqlens.dtype == torch.int64:
+        # A bound beyond int32 must not come back as a small one: in a compiled graph the kernel's own check sees this alone.
+        limits = torch.iinfo(torch.int32)
+        cu_seqlens = cu_seqlens.clamp(limits.min, limits.max)
     return contiguous(cu_seqlens, torch.int32)
 
 
@@ -147,6 +146,8 @@ def contiguous(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def check_arguments(q, k, v, cos, sin, cu_seqlens, rotary_dim, pair_stride, cos_k, sin_k, cu_seqlens_k) -> tuple[int, int]:
     """Refuse what does not fit together; return rotary_dim and pair_stride with their defaults filled in."""
     check_float("q", q)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_dense(name, x)
     check_same("k", k, "q", q)
     check_same("v", v, "q", q)
     num_heads, head_dim = q.shape[1:]

@@ -78,6 +78,10 @@ def gradients(
     backend: str,
     table_grads: bool,
 ) -> tuple[Tensor | None, ...]:
+    if q.numel() == 0:  # no query, no gradient; the kernels' loops over queries would leave their results unwritten
+        tables = ((table if table_grads else None) for table in (cos, sin, cos_k, sin_k))
+        zeros = (None if table is None else torch.zeros_like(table) for table in tables)
+        return *(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)), *zeros
     return implementation(OPERATOR, backend).backward(
         grad_out,
         grad_lse,

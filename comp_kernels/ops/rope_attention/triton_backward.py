@@ -64,7 +64,8 @@ def row_terms_kernel(
         delta -= tl.load(grad_lse_ptr + row + rows, mask=rows < num_rows, other=0.0).to(tl.float32)
     lse = tl.load(lse_ptr + row + rows, mask=rows < num_rows, other=0.0) * tl.full((BLOCK,), LOG2_E, tl.float64)
     high = lse.to(tl.float32)
-    low = tl.where(lse > -float("inf"), lse - high, 0.0).to(tl.float32)
+    # Beyond 2^45 changes of base have cost lse the logarithm of the sum: the key with the largest score then has all weight.
+    low = tl.where(tl.abs(lse) < 35184372088832.0, lse - high, 0.0).to(tl.float32)
     for_delta = terms_ptr + row + rows
     for_high = for_delta + num_rows_of_all_heads
     tl.store(for_delta, delta, mask=rows < num_rows)
@@ -90,6 +91,12 @@ def load_row_terms(terms, num_rows_of_all_heads, rows, num_rows, CHECK_ROWS: tl.
 
 
 @triton.jit
+def weights_of(exponents):
+    """Softmax weights. Above 1 they would be only by what rounding leaves of huge logits; NaN stays NaN."""
+    return tl.exp2(tl.minimum(exponents, 0.0, propagate_nan=tl.PropagateNan.ALL))
+
+
+@triton.jit
 def add_query_tile(
     grad_key, grad_value, key, value, q, grad_out, terms, num_rows_of_all_heads, first, num_rows, scale_log2,
     Q_STRIDE: tl.constexpr, GRAD_STRIDE: tl.constexpr, FOR_KEY: tl.constexpr, FOR_VALUE: tl.constexpr,
@@ -101,7 +108,7 @@ def add_query_tile(
     query, query_t = load_both_ways(q, rows, num_rows - first, Q_STRIDE, LAST, HEAD_QK, PRECISION)
     delta, high, low = load_row_terms(terms + first, num_rows_of_all_heads, rows, num_rows - first, LAST)
     scores = dot_channels(key, query_t, HEAD, PRECISION)  # [BLOCK_N, BLOCK_M]: transposed
-    weights = tl.exp2(scores * scale_log2 - high[None, :] - low[None, :])
+    weights = weights_of(scores * scale_log2 - high[None, :] - low[None, :])
     grad_out += offset(first, GRAD_STRIDE, HEAD.align)
     cotangent, cotangent_t = load_both_ways(grad_out, rows, num_rows - first, GRAD_STRIDE, LAST, HEAD, PRECISION)
     if FOR_VALUE:
@@ -198,7 +205,7 @@ def add_key_tile(
     key, key_t = load_both_ways(k, columns, num_keys - first, K_STRIDE, LAST, HEAD_QK, PRECISION)
     value = load_tile(v, columns, num_keys - first, V_STRIDE, LAST, HEAD)
     scores = dot_channels(query, key_t, HEAD, PRECISION)
-    weights = tl.exp2(scores * scale_log2 - high[:, None] - low[:, None])
+    weights = weights_of(scores * scale_log2 - high[:, None] - low[:, None])
     if LAST:
         weights = tl.where((columns < num_keys - first)[None, :], weights, 0.0)
     grad_scores = weights * (dot_channels(cotangent, transpose_tile(value, HEAD), HEAD, PRECISION) - delta[:, None])

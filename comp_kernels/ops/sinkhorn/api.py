@@ -60,7 +60,8 @@ def sinkhorn(
         P [..., n, K] in float32 (float64 for float64 scores), or (P, u, v).
 
     Raises:
-        ValueError: shapes, dtypes or marginals that do not fit.
+        ValueError: shapes, dtypes or marginals that do not fit; on the CPU also a row or column whose scores are all -inf
+            and whose marginal is positive.
         RuntimeError: a named backend cannot run this call; the message says why.
     """
     check_tensor("scores", scores, "[..., n, K]")
@@ -89,7 +90,23 @@ def sinkhorn(
     plan, u, v = solve(
         scores, rows, cols, epsilon, num_iters, tol, None if group is None else group.group_name, gradient, backend
     )
+    if readable(u):
+        check_reachable(scores, rows, cols, u, group)
     return (plan, u, v) if return_potentials else plan
+
+
+def check_reachable(scores: Tensor, rows: Tensor, cols: Tensor, u: Tensor, group: dist.ProcessGroup | None) -> None:
+    """Name a row or column that must have mass and has scores of -inf alone; looked for where the potentials tell of one."""
+    if bool(((u != torch.inf) & ~u.isnan()).all()):
+        return
+    for name, argument, dim, marginal in (("row", "row_marginals", -1, rows), ("column", "col_marginals", -2, cols)):
+        if scores.shape[dim] == 0 or (name == "column" and group is not None):  # whose other rows are elsewhere
+            continue
+        found = ((scores == -torch.inf).all(dim) & (marginal > 0)).nonzero()
+        if len(found):
+            *item, index = found[0].tolist()
+            where = f"{name} {index}" + (f" of item {item}" if item else "")
+            raise ValueError(f"scores of {where} are all -inf, but its marginal is positive: set that of {argument} to zero")
 
 
 def default_marginals(

@@ -47,8 +47,10 @@ class Tile {
     const int64_t whole = p_.num_cols / kLanes<T> * kLanes<T>;
     auto entry = [&](int64_t k, Vec<T> text_score, Vec<T> vision_score, Vec<T>& sum) {
       const Vec<T> scale = load(scales + k);
-      const Vec<T> target = exp2(text_score * (scale * text_factor) + (load(shifts + k) + u));
-      const Vec<T> below_peak = vision_score * (scale * vision_factor) - peak;
+      // At most 0 but for what rounding leaves of huge scores; min keeps NaN.
+      const Vec<T> zero = broadcast(T(0));
+      const Vec<T> target = exp2(min<T>(zero, text_score * (scale * text_factor) + (load(shifts + k) + u)));
+      const Vec<T> below_peak = min<T>(zero, vision_score * (scale * vision_factor) - peak);
       sum += target * (log_sum - below_peak);
       return (exp2(below_peak) * prediction_factor - target * target_factor) * scale;
     };

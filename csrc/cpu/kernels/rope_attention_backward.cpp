@@ -101,7 +101,8 @@ void load_queries(const Params& p, BackwardScratch<T>& scratch, int64_t token, i
     const double lse_log2 = static_cast<const double*>(p.lse)[statistic] * kLog2e;
     // The exponent is (S - lse) scale_log2 - rest: as in the forward pass, large numbers are subtracted before anything is rounded.
     const double unscaled = lse_log2 / scale_log2;
-    scratch.row_lse[i] = std::fabs(unscaled) < 1e30 ? static_cast<T>(unscaled) : T(0);  // or infinite: a scale of zero
+    const bool in_range = std::fabs(unscaled) <= static_cast<double>(std::numeric_limits<T>::max());  // not of a scale of zero
+    scratch.row_lse[i] = in_range ? static_cast<T>(unscaled) : T(0);
     scratch.row_lse_rest[i] = static_cast<T>(lse_log2 - static_cast<double>(scratch.row_lse[i]) * scale_log2);
     scratch.row_dlse[i] = p.grad_lse == nullptr ? T(0) : static_cast<T>(static_cast<const double*>(p.grad_lse)[statistic]);
   }

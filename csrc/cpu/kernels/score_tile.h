@@ -82,14 +82,20 @@ CK_INLINE void update_row_statistics(const Scores<S>& scores, int64_t row, const
       top = max<T>(load(entry + k) * load(scale + k) + load(shift + k), top);
     }
     const T segment_peak = reduce_max<T>(top);
-    if (segment_peak == kMinusInfinity<T>) continue;
+    if (segment_peak == kMinusInfinity<T>) {  // nothing but -inf, which adds nothing, and NaN, which no maximum sees
+      for (int64_t k = 0; k < cols; ++k) {
+        if (std::isnan(entry[k] * scale[k] + shift[k])) sum = std::numeric_limits<T>::quiet_NaN();
+      }
+      continue;
+    }
     if (segment_peak > peak) {
-      sum = peak == kMinusInfinity<T> ? T(0) : sum * std::exp2(peak - segment_peak);
+      if (peak != kMinusInfinity<T>) sum *= std::exp2(peak - segment_peak);
       peak = segment_peak;
     }
     Vec<T> total{};
     for (int64_t k = 0; k < padded; k += kLanes<T>) {
-      total += exp2(load(entry + k) * load(scale + k) + (load(shift + k) - peak));
+      // At most 0 but for what rounding leaves of huge entries, once the product is fused.
+      total += exp2(min<T>(broadcast(T(0)), load(entry + k) * load(scale + k) + (load(shift + k) - peak)));
     }
     sum += reduce_sum<T>(total);
   }
