@@ -5,6 +5,7 @@
 
 #include "attention_backward.cuh"
 #include "attention_forward.cuh"
+#include "attention_short_forward.cuh"
 #include "comp_kernels/export.h"
 #include "comp_kernels/rope_attention.h"
 #include "prepare.cuh"
@@ -64,6 +65,45 @@ Kernel sm90_kernel_of(const Params& p) {
 bool takes_sm90(const Params& p) {
   const int64_t d = p.head_dim;
   return COMP_KERNELS_SM90A && compute_capability() == 90 && (d == 64 || d == 72 || d == 80 || d == 96 || d == 128);
+}
+
+// Calls whose sequences have at most this many rows on average go to the kernels for short sequences. They are right for any
+// length: only speed depends on the guess.
+int short_length = 256;
+
+template <typename T, int kKeys>
+Kernel short_forward_of(int64_t head_dim) {
+  switch (head_dim) {
+    case 64: return short_forward_kernel<T, 64, kKeys>();
+    case 72: return short_forward_kernel<T, 72, kKeys>();
+    case 80: return short_forward_kernel<T, 80, kKeys>();
+    case 96: return short_forward_kernel<T, 96, kKeys>();
+    case 128: return short_forward_kernel<T, 128, kKeys>();
+    default: return {};
+  }
+}
+
+int64_t average_length(const Params& p) {
+  return (std::max(p.num_tokens, p.num_tokens_k) + p.num_sequences - 1) / std::max<int64_t>(p.num_sequences, 1);
+}
+
+// Shared memory that a block may have on every device of this capability.
+int most_shared_bytes() {
+  switch (compute_capability()) {
+    case 80: case 87: return 163 * 1024;
+    case 90: case 100: case 103: return 227 * 1024;
+    default: return 99 * 1024;
+  }
+}
+
+// The kernel for short sequences if this call is one for it, else one without a function.
+Kernel short_forward_of(const Params& p) {
+  const int64_t length = average_length(p);
+  if (p.num_sequences == 0 || length > short_length) return {};
+  const bool bfloat = p.dtype == COMP_KERNELS_BFLOAT16;
+  const Kernel kernel = length <= 64 ? (bfloat ? short_forward_of<bf16, 64>(p.head_dim) : short_forward_of<fp16, 64>(p.head_dim))
+                                     : (bfloat ? short_forward_of<bf16, 256>(p.head_dim) : short_forward_of<fp16, 256>(p.head_dim));
+  return kernel.shared_bytes <= most_shared_bytes() ? kernel : Kernel{};
 }
 
 Kernel prepare_kernel_of(const Params& p) {
@@ -267,8 +307,21 @@ const char* forward_sm90(const Params& p, void* memory, void* stream) {
   return launch(kernel, max_tiles(p.num_tokens, p.num_sequences, kernel.rows), p.num_heads, params, stream);
 }
 
+const char* forward_short(const Params& p, const Kernel& kernel, void* stream) {
+  ShortForwardParams params{};
+  params.attention = forward_params(p, nullptr);
+  params.attention.k = static_cast<const uint16_t*>(p.k), params.attention.v = static_cast<const uint16_t*>(p.v);
+  params.attention.k_stride_token = p.k_stride_token, params.attention.k_stride_head = p.k_stride_head;
+  params.attention.v_stride_token = p.v_stride_token, params.attention.v_stride_head = p.v_stride_head;
+  params.key_tables = tables_of(p, true);
+  params.cu_seqlens = p.cu_seqlens, params.cu_seqlens_k = p.cu_seqlens_k;
+  params.sequences = static_cast<int>(p.num_sequences);
+  return launch(kernel, short_blocks(p.num_tokens, p.num_sequences, kernel.rows), p.num_heads, params, stream);
+}
+
 const char* forward(const Params& p, void* memory, void* stream) {
   if (const char* wrong = check(p, false)) return wrong;
+  if (const Kernel kernel = short_forward_of(p); kernel.function != nullptr) return forward_short(p, kernel, stream);
   return takes_sm90(p) ? forward_sm90(p, memory, stream) : forward_sm80(p, memory, stream);
 }
 
@@ -334,12 +387,18 @@ const char* backward(const Params& p, void* memory, void* stream) {
 }  // namespace
 }  // namespace comp_kernels
 
+// Calls with at most `rows` rows per sequence on average take the kernels for short sequences; 256 unless set, 0: none does.
+// Results agree within rounding. For tests and for measuring the kernels against each other.
+COMP_KERNELS_EXPORT void comp_kernels_cuda_rope_attention_set_short(int32_t rows) { comp_kernels::short_length = rows; }
+
 // Bytes of device memory that a forward or backward call needs besides its arguments; 256-byte aligned.
 COMP_KERNELS_EXPORT int64_t comp_kernels_cuda_rope_attention_workspace(const comp_kernels_rope_attention_params* params,
                                                                        int32_t backward) {
   comp_kernels::Workspace memory(nullptr);
   if (backward != 0) {
     comp_kernels::BackwardWorkspace(memory, *params);
+  } else if (comp_kernels::short_forward_of(*params).function != nullptr) {
+    // one launch, nothing between kernels
   } else if (comp_kernels::takes_sm90(*params)) {
     comp_kernels::ForwardSm90Workspace(memory, *params);
   } else {

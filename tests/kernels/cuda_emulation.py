@@ -46,6 +46,8 @@ def source_of(kernel: str) -> tuple[str, str]:
     """File (relative to csrc/cuda) and architecture that define a kernel, from its name."""
     if found := re.fullmatch(r"rope_attention_forward_sm90_\w+?_(\d+)", kernel):
         return f"instantiations/forward_sm90_{found[1]}.cu", "sm_90a"
+    if found := re.fullmatch(r"rope_attention_short_(forward|backward)_[a-z0-9]+_(\d+)_\d+", kernel):
+        return f"instantiations/short_{found[1]}_{found[2]}.cu", "sm_80"
     if found := re.fullmatch(r"rope_attention_(forward|backward)_\w+?_(\d+)", kernel):
         return f"instantiations/{found[1]}_{found[2]}.cu", "sm_80"
     if kernel.startswith("rope_attention_prepare"):
