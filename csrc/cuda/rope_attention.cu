@@ -5,6 +5,7 @@
 
 #include "attention_backward.cuh"
 #include "attention_forward.cuh"
+#include "attention_short_backward.cuh"
 #include "attention_short_forward.cuh"
 #include "comp_kernels/export.h"
 #include "comp_kernels/rope_attention.h"
@@ -71,16 +72,24 @@ bool takes_sm90(const Params& p) {
 // length: only speed depends on the guess.
 int short_length = 256;
 
+template <typename T, int kHeadDim, int kKeys>
+Kernel short_kernel(bool backward) {
+  return backward ? short_backward_kernel<T, kHeadDim, kKeys>() : short_forward_kernel<T, kHeadDim, kKeys>();
+}
 template <typename T, int kKeys>
-Kernel short_forward_of(int64_t head_dim) {
+Kernel short_kernel(int64_t head_dim, bool backward) {
   switch (head_dim) {
-    case 64: return short_forward_kernel<T, 64, kKeys>();
-    case 72: return short_forward_kernel<T, 72, kKeys>();
-    case 80: return short_forward_kernel<T, 80, kKeys>();
-    case 96: return short_forward_kernel<T, 96, kKeys>();
-    case 128: return short_forward_kernel<T, 128, kKeys>();
+    case 64: return short_kernel<T, 64, kKeys>(backward);
+    case 72: return short_kernel<T, 72, kKeys>(backward);
+    case 80: return short_kernel<T, 80, kKeys>(backward);
+    case 96: return short_kernel<T, 96, kKeys>(backward);
+    case 128: return short_kernel<T, 128, kKeys>(backward);
     default: return {};
   }
+}
+template <typename T>
+Kernel short_kernel(int64_t head_dim, bool backward, int64_t length) {
+  return length <= 64 ? short_kernel<T, 64>(head_dim, backward) : short_kernel<T, 256>(head_dim, backward);
 }
 
 int64_t average_length(const Params& p) {
@@ -97,12 +106,11 @@ int most_shared_bytes() {
 }
 
 // The kernel for short sequences if this call is one for it, else one without a function.
-Kernel short_forward_of(const Params& p) {
+Kernel short_kernel_of(const Params& p, bool backward) {
   const int64_t length = average_length(p);
   if (p.num_sequences == 0 || length > short_length) return {};
-  const bool bfloat = p.dtype == COMP_KERNELS_BFLOAT16;
-  const Kernel kernel = length <= 64 ? (bfloat ? short_forward_of<bf16, 64>(p.head_dim) : short_forward_of<fp16, 64>(p.head_dim))
-                                     : (bfloat ? short_forward_of<bf16, 256>(p.head_dim) : short_forward_of<fp16, 256>(p.head_dim));
+  const Kernel kernel = p.dtype == COMP_KERNELS_BFLOAT16 ? short_kernel<bf16>(p.head_dim, backward, length)
+                                                         : short_kernel<fp16>(p.head_dim, backward, length);
   return kernel.shared_bytes <= most_shared_bytes() ? kernel : Kernel{};
 }
 
@@ -321,7 +329,7 @@ const char* forward_short(const Params& p, const Kernel& kernel, void* stream) {
 
 const char* forward(const Params& p, void* memory, void* stream) {
   if (const char* wrong = check(p, false)) return wrong;
-  if (const Kernel kernel = short_forward_of(p); kernel.function != nullptr) return forward_short(p, kernel, stream);
+  if (const Kernel kernel = short_kernel_of(p, false); kernel.function != nullptr) return forward_short(p, kernel, stream);
   return takes_sm90(p) ? forward_sm90(p, memory, stream) : forward_sm80(p, memory, stream);
 }
 
@@ -338,8 +346,31 @@ GradientParams gradient_of(const Params& p, bool keys) {
   return gradient;
 }
 
+const char* backward_short(const Params& p, const Kernel& kernel, void* stream) {
+  ShortBackwardParams params{};
+  params.q = operand(p.q, p.q_stride_token, p.q_stride_head, nullptr, 0, 0);
+  params.k = operand(p.k, p.k_stride_token, p.k_stride_head, nullptr, 0, 0);
+  params.v = operand(p.v, p.v_stride_token, p.v_stride_head, nullptr, 0, 0);
+  params.grad_out = operand(p.grad_out, p.grad_out_stride_token, p.grad_out_stride_head, nullptr, 0, 0);
+  params.out = static_cast<const uint16_t*>(p.out);
+  params.lse = static_cast<const float*>(p.lse);
+  params.grad_lse = static_cast<const float*>(p.grad_lse);
+  params.dq = gradient_of(p, false);
+  params.dk = gradient_of(p, true);
+  params.dv.dx = static_cast<uint16_t*>(p.dv);
+  params.dv.heads = static_cast<int>(p.num_heads_k);
+  params.cu_seqlens = p.cu_seqlens, params.cu_seqlens_k = p.cu_seqlens_k;
+  params.sequences = static_cast<int>(p.num_sequences);
+  params.num_tokens = static_cast<int>(p.num_tokens);
+  params.num_tokens_k = static_cast<int>(p.num_tokens_k);
+  params.heads_per_key_head = static_cast<int>(p.num_heads / p.num_heads_k);
+  params.scale = static_cast<float>(p.scale);
+  return launch(kernel, short_blocks(p.num_tokens_k, p.num_sequences, kernel.rows), p.num_heads_k, params, stream);
+}
+
 const char* backward(const Params& p, void* memory, void* stream) {
   if (const char* wrong = check(p, true)) return wrong;
+  if (const Kernel kernel = short_kernel_of(p, true); kernel.function != nullptr) return backward_short(p, kernel, stream);
   Workspace workspace_memory(memory);
   const BackwardWorkspace workspace(workspace_memory, p);
   const Kernel of_queries = kernel_of(p, Pass::kBackwardQueries), of_keys = kernel_of(p, Pass::kBackwardKeys);
@@ -395,10 +426,10 @@ COMP_KERNELS_EXPORT void comp_kernels_cuda_rope_attention_set_short(int32_t rows
 COMP_KERNELS_EXPORT int64_t comp_kernels_cuda_rope_attention_workspace(const comp_kernels_rope_attention_params* params,
                                                                        int32_t backward) {
   comp_kernels::Workspace memory(nullptr);
-  if (backward != 0) {
-    comp_kernels::BackwardWorkspace(memory, *params);
-  } else if (comp_kernels::short_forward_of(*params).function != nullptr) {
+  if (comp_kernels::short_kernel_of(*params, backward != 0).function != nullptr) {
     // one launch, nothing between kernels
+  } else if (backward != 0) {
+    comp_kernels::BackwardWorkspace(memory, *params);
   } else if (comp_kernels::takes_sm90(*params)) {
     comp_kernels::ForwardSm90Workspace(memory, *params);
   } else {

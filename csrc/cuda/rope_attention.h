@@ -25,6 +25,8 @@ Kernel images_kernel();
 // For short sequences, kHeadDim 64, 72, 80, 96 or 128 and no other head size. kKeys, 64 or 256: for how many they are made.
 template <typename T, int kHeadDim, int kKeys>
 Kernel short_forward_kernel();
+template <typename T, int kHeadDim, int kKeys>
+Kernel short_backward_kernel();
 
 constexpr int kMaxHeadDim = 128;
 
