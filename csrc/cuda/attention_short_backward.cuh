@@ -33,6 +33,7 @@ struct ShortBackwardConfig {
   static constexpr int kHeadDim = kHeadDimension;
   static constexpr bool kSmall = kMostKeys == 64;
   static constexpr int kBlocks = kSmall || kHeadDim > 80 ? 1 : 2;  // of 16 keys per warp; registers decide
+  static constexpr int kPadding = 16 * kBlocks;
   static constexpr int kThreads = kSmall ? 128 : 256;
   static constexpr int kKeys = kThreads / 32 * 16 * kBlocks;
   static constexpr int kQueries = kThreads / 32 * 16;  // of a chunk

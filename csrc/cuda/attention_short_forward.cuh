@@ -30,6 +30,7 @@ struct ShortForwardConfig {
   static constexpr int kWarps = kThreads / 32;
   static constexpr int kRows = 256;                                          // queries per block
   static constexpr int kKeys = kMostKeys > 64 && kHeadDim > 80 ? 208 : kMostKeys;  // in shared memory at a time
+  static constexpr int kPadding = 16;
   static constexpr int kColumns = 4;                     // of eight keys per step; registers decide
   static constexpr bool kQueriesInRegisters = false;
   static constexpr int kRowBytes = kPaddedRowBytes<kHeadDim>;

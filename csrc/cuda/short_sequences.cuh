@@ -48,13 +48,14 @@ struct Rows {
   int64_t stride;  // between tokens
 };
 
-// Start copying `rows` rows from `token` on to shared address `to` by cp.async, zeros behind them up to a multiple of 16.
+// Start copying `rows` rows from `token` on to shared address `to` by cp.async, zeros behind them up to a multiple of
+// Config::kPadding.
 template <typename T, typename Config, int kThreads = Config::kThreads>
 __device__ __forceinline__ void copy_rows(const Rows& x, uint32_t to, int token, int rows, int thread = threadIdx.x) {
   constexpr int kChunks = Config::kHeadDim / 8;
   const uint16_t* from = x.data + token * x.stride;
 #pragma unroll 4
-  for (int i = thread; i < (rows + 15) / 16 * 16 * kChunks; i += kThreads) {
+  for (int i = thread; i < (rows + Config::kPadding - 1) / Config::kPadding * Config::kPadding * kChunks; i += kThreads) {
     const int row = i / kChunks, chunk = i % kChunks;
     const bool exists = row < rows;
     copy_async_16<0>(to + row * Config::kRowBytes + chunk * 16, exists ? from + row * x.stride + chunk * 8 : x.data,
@@ -72,7 +73,7 @@ __device__ __forceinline__ void turn_rows(const Rows& x, char* to, int token, in
     return;
   }
   constexpr int kChunks = Config::kHeadDim / 8;
-  const int padded = (rows + 15) / 16 * 16;
+  const int padded = (rows + Config::kPadding - 1) / Config::kPadding * Config::kPadding;
   for (int i = rows * kChunks + thread; i < padded * kChunks; i += kThreads) {
     *reinterpret_cast<uint4*>(to + i / kChunks * Config::kRowBytes + i % kChunks * 16) = uint4{0, 0, 0, 0};
   }
