@@ -75,16 +75,19 @@ def module(source: str, arch: str):
 
 
 @contextmanager
-def launches_on_emulator(reports: list | None = None, capability: int = 80, **options):
+def launches_on_emulator(reports: list | None = None, capability: int = 80, short: int = 0, **options):
     """Within: the cuda backend accepts CPU tensors and its kernels run on the emulator.
 
     A kernel may touch the tensors whose address was taken, and no byte more; memory from new_empty is filled with NaN, so
     that what was not written cannot pass. reports: receives (kernel name, report) of every launch. capability: of the device
-    that is pretended, 80 or 90. options: see ptx_emulator.
+    that is pretended, 80 or 90. short: average length up to which the kernels for short sequences serve; 256 in life, here none
+    unless asked. options: see ptx_emulator.
     """
     buffers, failures = {}, []
     library = _native.cuda()
     library.comp_kernels_cuda_set_launch_hook.argtypes = [ctypes.c_void_p, ctypes.c_int32]
+    set_short = library.comp_kernels_cuda_rope_attention_set_short
+    set_short.argtypes, set_short.restype = [ctypes.c_int32], None
 
     def launch(kernel, grid_x, grid_y, threads, shared_bytes, params, params_bytes):
         name = kernel.decode()
@@ -117,6 +120,7 @@ def launches_on_emulator(reports: list | None = None, capability: int = 80, **op
         patch.setattr(torch.Tensor, "new_empty", new_empty)
         patch.setattr(_native, "cuda_unavailable_reason", lambda device: None)
         library.comp_kernels_cuda_set_launch_hook(ctypes.cast(hook, ctypes.c_void_p), capability)
+        set_short(short)
         try:
             yield
         except RuntimeError:
@@ -125,3 +129,4 @@ def launches_on_emulator(reports: list | None = None, capability: int = 80, **op
             raise
         finally:
             library.comp_kernels_cuda_set_launch_hook(None, 0)
+            set_short(256)
