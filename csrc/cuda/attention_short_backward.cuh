@@ -45,6 +45,7 @@ struct ShortBackwardConfig {
   static constexpr int kStatsBytes = kQueries * 8;
   static constexpr int kSharedBytes = 2 * kKeyBytes + 2 * kQueryBytes + kScoreBytes + kStatsBytes;
   static constexpr int kBlocksPerSm = !kSmall ? 1 : kHeadDim <= 80 ? 3 : 2;
+  static constexpr bool kPairsBesideSums = kSmall || kHeadDim == 80;
   // Gradients on the way out, as in attention_backward.cuh. They fit where the rows of both tensors of a side were.
   static constexpr int kStagingFloats = kHeadDim % 16 == 8 ? kHeadDim : kHeadDim + 8;
   static_assert(kStagingFloats * 4 <= 2 * kRowBytes);
@@ -77,13 +78,15 @@ struct ShortBackward {
                                                   threadIdx.x);
   }
 
-  // A chunk of queries, dO and statistics. Rows that do not exist get a softmax denominator of infinity: their P is zero.
+  // A chunk of queries, dO and statistics. kPairs: see turn_rows. Rows that do not exist get a softmax denominator of infinity: their P is zero.
+  template <bool kPairs>
   __device__ __forceinline__ void load_queries(int token, int rows, int head) const {
     constexpr int kLanes = 8;  // per row
-    turn_rows<T, Config, Config::kThreads, false>(rows_of(params.q, head), queries(), token, rows, head, params.dq.tables,
-                                                  threadIdx.x);
+    turn_rows<T, Config, Config::kThreads, kPairs>(rows_of(params.q, head), queries(), token, rows, head, params.dq.tables,
+                                                   threadIdx.x);
     const int lane = threadIdx.x % kLanes, padded = (rows + 15) / 16 * 16;
     char* to = queries() + Config::kQueryBytes;
+#pragma unroll 1
     for (int first = 0; first < padded; first += Config::kThreads / kLanes) {
       const int row = first + threadIdx.x / kLanes;
       const int64_t at = token + row;
@@ -135,6 +138,7 @@ struct ShortBackward {
     RowOperand<kHeadDim, kBlocks, false> k(base + own * kRowBytes), v(base + Config::kKeyBytes + own * kRowBytes);
     const uint32_t q = shared_address(queries()), grad = q + Config::kQueryBytes;
     const float scale_log2 = params.scale * kLog2E;
+#pragma unroll 1
     for (int at = 0; at < query_rows; at += 16) {
       Accumulator<kBlocks, 2> p, ds;
       multiply_transposed<T, kHeadDim, kBlocks, false, 2>(p, k, q + at * kRowBytes);
@@ -169,6 +173,7 @@ struct ShortBackward {
   __device__ __forceinline__ void gather(QuerySide& dq, int keys) const {
     uint32_t from = shared_address(scores()) + lane_offset_of_columns<Config::kScoreRowBytes>() + warp() * 32;
     uint32_t columns = shared_address(shared) + lane_offset_of_rows<kRowBytes>();
+#pragma unroll 1
     for (int at = 0; at < keys; at += 16, from += 16 * Config::kScoreRowBytes, columns += 16 * kRowBytes) {
       uint32_t a[4];
       load_matrix_x4_transposed<0>(a, from);
@@ -230,13 +235,16 @@ __device__ __forceinline__ void attention_short_backward(const ShortBackwardPara
   const Work work{params, shared};
   const bool all_keys = piece.length <= kKeys;  // are here
   typename Work::KeySide dk, dv;
+  work.load_keys(piece.row, piece.rows, key_head);
+  work.template load_queries<false>(query_start, min(kQueries, queries), first_head);
   fill<Config::kBlocks, kHeadDim / 8>(dk, 0.f);
   fill<Config::kBlocks, kHeadDim / 8>(dv, 0.f);
-  work.load_keys(piece.row, piece.rows, key_head);
   for (int head = first_head; head < end_head; ++head) {
     for (int at = 0; at < queries; at += kQueries) {
       const int rows = min(kQueries, queries - at);
-      work.load_queries(query_start + at, rows, head);
+      if (head > first_head || at > 0) {  // the sums leave few registers
+        work.template load_queries<Config::kPairsBesideSums>(query_start + at, rows, head);
+      }
       Work::arrive();
       work.template weigh<true>(dk, dv, piece.rows, rows, all_keys);
       __syncthreads();
@@ -263,7 +271,7 @@ __device__ __forceinline__ void attention_short_backward(const ShortBackwardPara
       for (int from = 0; from < piece.length; from += kKeys) {
         const int keys = min(kKeys, piece.length - from);
         __syncthreads();
-        if (from == 0) work.load_queries(query_start + at, rows, head);
+        if (from == 0) work.template load_queries<false>(query_start + at, rows, head);
         work.load_keys(key_start + from, keys, key_head);
         Work::arrive();
         work.template weigh<false>(dk, dv, keys, rows, true);

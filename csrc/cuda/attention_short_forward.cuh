@@ -67,9 +67,11 @@ struct ShortForwardWarp : SoftmaxRows<T, Config::kHeadDim, 1> {
   __device__ __forceinline__ void attend(uint32_t k, uint32_t v, int keys, bool first) {
     constexpr int kStep = Config::kColumns * 8;
     int at = 0;
+#pragma unroll 1
     for (; at + kStep <= keys; at += kStep) {
       step<Config::kColumns, false>(k + at * Config::kRowBytes, v + at * Config::kRowBytes, first && at == 0, 0);
     }
+#pragma unroll 1
     for (; at < keys; at += 16) {
       step<2, true>(k + at * Config::kRowBytes, v + at * Config::kRowBytes, first && at == 0, keys - at);
     }

@@ -54,7 +54,7 @@ template <typename T, typename Config, int kThreads = Config::kThreads>
 __device__ __forceinline__ void copy_rows(const Rows& x, uint32_t to, int token, int rows, int thread = threadIdx.x) {
   constexpr int kChunks = Config::kHeadDim / 8;
   const uint16_t* from = x.data + token * x.stride;
-#pragma unroll 4
+#pragma unroll 1
   for (int i = thread; i < (rows + Config::kPadding - 1) / Config::kPadding * Config::kPadding * kChunks; i += kThreads) {
     const int row = i / kChunks, chunk = i % kChunks;
     const bool exists = row < rows;
@@ -74,6 +74,7 @@ __device__ __forceinline__ void turn_rows(const Rows& x, char* to, int token, in
   }
   constexpr int kChunks = Config::kHeadDim / 8;
   const int padded = (rows + Config::kPadding - 1) / Config::kPadding * Config::kPadding;
+#pragma unroll 1
   for (int i = rows * kChunks + thread; i < padded * kChunks; i += kThreads) {
     *reinterpret_cast<uint4*>(to + i / kChunks * Config::kRowBytes + i % kChunks * 16) = uint4{0, 0, 0, 0};
   }
