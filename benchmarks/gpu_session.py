@@ -8,7 +8,8 @@ the next. Results are written as they come, one JSON object per line, to OUT/res
 
     checks      rope_attention against float64 in every 16-bit dtype: the shared cases, longer ones at every head size that has
                 kernels of its own, equal bits from run to run
-    attention   the workloads of gpu_report, ours eager and as a CUDA graph, forward and with the backward. --baseline: another
+    attention   the workloads of gpu_report, ours eager and as a CUDA graph, forward and with the backward; "ours, short": with
+                the kernels for short sequences, which are off by default until they have been measured. --baseline: another
                 build of the CUDA library, timed in turn with this one
     kernels     device time of every kernel of those workloads, by torch's profiler
     host        Python and C cost of one call, without waiting for the device
@@ -69,7 +70,7 @@ class Session:
         self.flush = torch.empty(0 if tiny else 128 << 20, dtype=torch.uint8, device=self.device)
         self.libraries: dict[str, ctypes.CDLL] = {}
         if not tiny and _native.cuda_unavailable_reason(torch.device("cuda")) is None:
-            self.libraries["ours"] = _native.cuda()
+            self.libraries["ours"] = self.libraries["ours, short"] = _native.cuda()
             if baseline is not None:
                 self.libraries["baseline"] = ctypes.CDLL(str(baseline))
 
@@ -90,7 +91,10 @@ class Session:
         """`function` on that build of the CUDA library."""
 
         def call():
-            _native._cuda = lambda: self.libraries[name]
+            library = self.libraries[name]
+            _native._cuda = lambda: library
+            if hasattr(library, "comp_kernels_cuda_rope_attention_set_short"):  # a baseline may be older
+                library.comp_kernels_cuda_rope_attention_set_short(256 if name == "ours, short" else 0)
             return function()
 
         return call

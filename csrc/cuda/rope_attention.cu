@@ -7,6 +7,8 @@
 #include "attention_backward.cuh"
 #include "attention_backward_sm90.cuh"
 #include "attention_forward.cuh"
+#include "attention_short_backward.cuh"
+#include "attention_short_forward.cuh"
 #include "comp_kernels/export.h"
 #include "comp_kernels/rope_attention.h"
 #include "prepare.cuh"
@@ -86,6 +88,52 @@ bool takes_sm90(const Params& p) {
 bool takes_sm90_backward(const Params& p) {
   const int64_t enough = 2 * kImageKeys * p.num_sequences;
   return takes_sm90(p) && p.num_tokens >= enough && p.num_tokens_k >= enough;
+}
+
+// Calls whose sequences have at most this many rows on average go to the kernels for short sequences. They are right for any
+// length: only speed depends on the guess. None do unless asked for: they have not run on a GPU yet.
+int short_length = 0;
+
+template <typename T, int kHeadDim, int kKeys>
+Kernel short_kernel(bool backward) {
+  return backward ? short_backward_kernel<T, kHeadDim, kKeys>() : short_forward_kernel<T, kHeadDim, kKeys>();
+}
+template <typename T, int kKeys>
+Kernel short_kernel(int64_t head_dim, bool backward) {
+  switch (head_dim) {
+    case 64: return short_kernel<T, 64, kKeys>(backward);
+    case 72: return short_kernel<T, 72, kKeys>(backward);
+    case 80: return short_kernel<T, 80, kKeys>(backward);
+    case 96: return short_kernel<T, 96, kKeys>(backward);
+    case 128: return short_kernel<T, 128, kKeys>(backward);
+    default: return {};
+  }
+}
+template <typename T>
+Kernel short_kernel(int64_t head_dim, bool backward, int64_t length) {
+  return length <= 64 ? short_kernel<T, 64>(head_dim, backward) : short_kernel<T, 256>(head_dim, backward);
+}
+
+int64_t average_length(const Params& p) {
+  return (std::max(p.num_tokens, p.num_tokens_k) + p.num_sequences - 1) / std::max<int64_t>(p.num_sequences, 1);
+}
+
+// Shared memory that a block may have on every device of this capability.
+int most_shared_bytes() {
+  switch (compute_capability()) {
+    case 80: case 87: return 163 * 1024;
+    case 90: case 100: case 103: return 227 * 1024;
+    default: return 99 * 1024;
+  }
+}
+
+// The kernel for short sequences if this call is one for it, else one without a function.
+Kernel short_kernel_of(const Params& p, bool backward) {
+  const int64_t length = average_length(p);
+  if (p.num_sequences == 0 || length > short_length) return {};
+  const Kernel kernel = p.dtype == COMP_KERNELS_BFLOAT16 ? short_kernel<bf16>(p.head_dim, backward, length)
+                                                         : short_kernel<fp16>(p.head_dim, backward, length);
+  return kernel.shared_bytes <= most_shared_bytes() ? kernel : Kernel{};
 }
 
 Kernel prepare_kernel_of(const Params& p) {
@@ -307,8 +355,21 @@ const char* forward_sm90(const Params& p, void* memory, void* stream) {
   return launch(kernel, max_tiles(p.num_tokens, p.num_sequences, kernel.rows), p.num_heads, params, stream);
 }
 
+const char* forward_short(const Params& p, const Kernel& kernel, void* stream) {
+  ShortForwardParams params{};
+  params.attention = forward_params(p, nullptr);
+  params.attention.k = static_cast<const uint16_t*>(p.k), params.attention.v = static_cast<const uint16_t*>(p.v);
+  params.attention.k_stride_token = p.k_stride_token, params.attention.k_stride_head = p.k_stride_head;
+  params.attention.v_stride_token = p.v_stride_token, params.attention.v_stride_head = p.v_stride_head;
+  params.key_tables = tables_of(p, true);
+  params.cu_seqlens = p.cu_seqlens, params.cu_seqlens_k = p.cu_seqlens_k;
+  params.sequences = static_cast<int>(p.num_sequences);
+  return launch(kernel, short_blocks(p.num_tokens, p.num_sequences, kernel.rows), p.num_heads, params, stream);
+}
+
 const char* forward(const Params& p, void* memory, void* stream) {
   if (const char* wrong = check(p, false)) return wrong;
+  if (const Kernel kernel = short_kernel_of(p, false); kernel.function != nullptr) return forward_short(p, kernel, stream);
   return takes_sm90(p) ? forward_sm90(p, memory, stream) : forward_sm80(p, memory, stream);
 }
 
@@ -387,6 +448,28 @@ const char* backward_sm90(const Params& p, void* memory, void* stream) {
   return launch(sm90_kernel_of(p, Pass::kBackwardQueries), workspace.query_slots, p.num_heads, params, stream);
 }
 
+const char* backward_short(const Params& p, const Kernel& kernel, void* stream) {
+  ShortBackwardParams params{};
+  params.q = operand(p.q, p.q_stride_token, p.q_stride_head, nullptr, 0, 0);
+  params.k = operand(p.k, p.k_stride_token, p.k_stride_head, nullptr, 0, 0);
+  params.v = operand(p.v, p.v_stride_token, p.v_stride_head, nullptr, 0, 0);
+  params.grad_out = operand(p.grad_out, p.grad_out_stride_token, p.grad_out_stride_head, nullptr, 0, 0);
+  params.out = static_cast<const uint16_t*>(p.out);
+  params.lse = static_cast<const float*>(p.lse);
+  params.grad_lse = static_cast<const float*>(p.grad_lse);
+  params.dq = gradient_of(p, false);
+  params.dk = gradient_of(p, true);
+  params.dv.dx = static_cast<uint16_t*>(p.dv);
+  params.dv.heads = static_cast<int>(p.num_heads_k);
+  params.cu_seqlens = p.cu_seqlens, params.cu_seqlens_k = p.cu_seqlens_k;
+  params.sequences = static_cast<int>(p.num_sequences);
+  params.num_tokens = static_cast<int>(p.num_tokens);
+  params.num_tokens_k = static_cast<int>(p.num_tokens_k);
+  params.heads_per_key_head = static_cast<int>(p.num_heads / p.num_heads_k);
+  params.scale = static_cast<float>(p.scale);
+  return launch(kernel, short_blocks(p.num_tokens_k, p.num_sequences, kernel.rows), p.num_heads_k, params, stream);
+}
+
 const char* backward_sm80(const Params& p, void* memory, void* stream) {
   Workspace workspace_memory(memory);
   const BackwardWorkspace workspace(workspace_memory, p);
@@ -426,17 +509,24 @@ const char* backward_sm80(const Params& p, void* memory, void* stream) {
 
 const char* backward(const Params& p, void* memory, void* stream) {
   if (const char* wrong = check(p, true)) return wrong;
+  if (const Kernel kernel = short_kernel_of(p, true); kernel.function != nullptr) return backward_short(p, kernel, stream);
   return takes_sm90_backward(p) ? backward_sm90(p, memory, stream) : backward_sm80(p, memory, stream);
 }
 
 }  // namespace
 }  // namespace comp_kernels
 
+// Calls with at most `rows` rows per sequence on average take the kernels for short sequences; 0, as it is unless set: none does.
+// Results agree within rounding. For tests and for measuring the kernels against each other.
+COMP_KERNELS_EXPORT void comp_kernels_cuda_rope_attention_set_short(int32_t rows) { comp_kernels::short_length = rows; }
+
 // Bytes of device memory that a forward or backward call needs besides its arguments; 256-byte aligned.
 COMP_KERNELS_EXPORT int64_t comp_kernels_cuda_rope_attention_workspace(const comp_kernels_rope_attention_params* params,
                                                                        int32_t backward) {
   comp_kernels::Workspace memory(nullptr);
-  if (backward != 0 && comp_kernels::takes_sm90_backward(*params)) {
+  if (comp_kernels::short_kernel_of(*params, backward != 0).function != nullptr) {
+    // one launch, nothing between kernels
+  } else if (backward != 0 && comp_kernels::takes_sm90_backward(*params)) {
     comp_kernels::BackwardSm90Workspace(memory, *params);
   } else if (backward != 0) {
     comp_kernels::BackwardWorkspace(memory, *params);

@@ -26,6 +26,12 @@ Kernel prepare_sm90_kernel();
 template <typename T>
 Kernel images_kernel();
 
+// For short sequences, kHeadDim 64, 72, 80, 96 or 128 and no other head size. kKeys, 64 or 256: for how many they are made.
+template <typename T, int kHeadDim, int kKeys>
+Kernel short_forward_kernel();
+template <typename T, int kHeadDim, int kKeys>
+Kernel short_backward_kernel();
+
 constexpr int kMaxHeadDim = 128;
 
 }  // namespace comp_kernels

@@ -50,6 +50,8 @@ def source_of(kernel: str) -> tuple[str, str]:
         return f"instantiations/backward_sm90_{found[1]}.cu", "sm_90a"
     if kernel.startswith("rope_attention_prepare_sm90"):
         return "instantiations/prepare_sm90_all.cu", "sm_90a"
+    if found := re.fullmatch(r"rope_attention_short_(forward|backward)_[a-z0-9]+_(\d+)_\d+", kernel):
+        return f"instantiations/short_{found[1]}_{found[2]}.cu", "sm_80"
     if found := re.fullmatch(r"rope_attention_(forward|backward)_\w+?_(\d+)", kernel):
         return f"instantiations/{found[1]}_{found[2]}.cu", "sm_80"
     if kernel.startswith("rope_attention_prepare"):
@@ -77,16 +79,19 @@ def module(source: str, arch: str):
 
 
 @contextmanager
-def launches_on_emulator(reports: list | None = None, capability: int = 80, **options):
+def launches_on_emulator(reports: list | None = None, capability: int = 80, short: int = 0, **options):
     """Within: the cuda backend accepts CPU tensors and its kernels run on the emulator.
 
     A kernel may touch the tensors whose address was taken, and no byte more; memory from new_empty is filled with NaN, so
     that what was not written cannot pass. reports: receives (kernel name, report) of every launch. capability: of the device
-    that is pretended, 80 or 90. options: see ptx_emulator.
+    that is pretended, 80 or 90. short: average length up to which the kernels for short sequences serve; none as long as nobody asks
+    unless asked. options: see ptx_emulator.
     """
     buffers, failures = {}, []
     library = _native.cuda()
     library.comp_kernels_cuda_set_launch_hook.argtypes = [ctypes.c_void_p, ctypes.c_int32]
+    set_short = library.comp_kernels_cuda_rope_attention_set_short
+    set_short.argtypes, set_short.restype = [ctypes.c_int32], None
 
     def launch(kernel, grid_x, grid_y, threads, shared_bytes, params, params_bytes):
         name = kernel.decode()
@@ -119,6 +124,7 @@ def launches_on_emulator(reports: list | None = None, capability: int = 80, **op
         patch.setattr(torch.Tensor, "new_empty", new_empty)
         patch.setattr(_native, "cuda_unavailable_reason", lambda device: None)
         library.comp_kernels_cuda_set_launch_hook(ctypes.cast(hook, ctypes.c_void_p), capability)
+        set_short(short)
         try:
             yield
         except RuntimeError:
@@ -127,3 +133,4 @@ def launches_on_emulator(reports: list | None = None, capability: int = 80, **op
             raise
         finally:
             library.comp_kernels_cuda_set_launch_hook(None, 0)
+            set_short(0)
