@@ -84,8 +84,8 @@ def launches_on_emulator(reports: list | None = None, capability: int = 80, shor
 
     A kernel may touch the tensors whose address was taken, and no byte more; memory from new_empty is filled with NaN, so
     that what was not written cannot pass. reports: receives (kernel name, report) of every launch. capability: of the device
-    that is pretended, 80 or 90. short: average length up to which the kernels for short sequences serve; none as long as nobody asks
-    unless asked. options: see ptx_emulator.
+    that is pretended, 80 or 90. short: average length up to which the kernels for short sequences
+    serve. options: see ptx_emulator.
     """
     buffers, failures = {}, []
     library = _native.cuda()
