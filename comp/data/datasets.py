@@ -75,13 +75,13 @@ class LlavaDataset:
         place = f"{self.path.name}[{index}]"
         try:
             record = json.loads(self._records[index])
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadSampleError(f"{place}: not valid JSON ({error})") from error
         return sample_from_record(record, place, self.images)
 
 
 def sample_from_record(record: Any, place: str, images: Path) -> Sample:
-    """A `Sample` from one LLaVA record. Images stand in front of their turn; those without marker, of the first user turn."""
+    """A `Sample` from one LLaVA record. Images stand in front of the turn that marks them; without marks, of the first turn."""
     if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
         raise BadSampleError(f'{place}: needs an object with a list "conversations", got {str(record)[:80]}')
     name = f"{place} {record['id']}" if "id" in record else place
@@ -96,6 +96,8 @@ def sample_from_record(record: Any, place: str, images: Path) -> Sample:
     for field, texts in (("image", paths), ("answers", answers), ("options", options)):
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise BadSampleError(f'{name}: "{field}" must be a list of texts, got {str(record[field])[:80]}')
+        for text in texts:
+            _check_characters(text, field, name)
     for field in ("question_type", "metric"):
         if not isinstance(record.get(field), str | None):
             raise BadSampleError(f'{name}: "{field}" must be a text or absent, got {str(record[field])[:80]}')
@@ -110,6 +112,10 @@ def sample_from_record(record: Any, place: str, images: Path) -> Sample:
         messages.append(Message(role=role, text=text.replace(IMAGE_MARKER, "").strip(), images=waiting[:num_markers]))
         waiting = waiting[num_markers:]
     _check_turns(messages, name)
+    if waiting and len(waiting) < num_images:  # which picture a marker means can only be guessed
+        raise BadSampleError(
+            f"{name}: fewer {IMAGE_MARKER} markers than its {num_images} images; mark all of them, or none to show them first"
+        )
     first_user = next(m for m in messages if m.role == "user")
     first_user.images = waiting + first_user.images
     return Sample(
@@ -123,9 +129,19 @@ def sample_from_record(record: Any, place: str, images: Path) -> Sample:
 
 
 def _role_and_text(turn: Any, name: str) -> tuple[str, str]:
-    if not isinstance(turn, dict) or not isinstance(turn.get("value"), str) or turn.get("from") not in _ROLES:
+    speaker = turn.get("from") if isinstance(turn, dict) else None
+    if not isinstance(speaker, str) or speaker not in _ROLES or not isinstance(turn.get("value"), str):
         raise BadSampleError(f'{name}: a turn needs "from" ({", ".join(_ROLES)}) and a text "value", got {str(turn)[:80]}')
-    return _ROLES[turn["from"]], turn["value"]
+    _check_characters(turn["value"], "value", name)
+    return _ROLES[speaker], turn["value"]
+
+
+def _check_characters(text: str, field: str, name: str) -> None:
+    """JSON may hold halves of characters (surrogates), which no tokenizer and no file name takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadSampleError(f'{name}: "{field}" holds half a character at position {error.start}: {text!r:.80}') from error
 
 
 def _check_turns(messages: list[Message], name: str) -> None:

@@ -160,6 +160,24 @@ PREFIXES = (
 )  # of the tower inside a larger model
 
 
+def weight_files(directory: Path) -> list[Path]:
+    """The files that are a directory's weights, by the rule of transformers: model.safetensors, else what its index names, else
+    the same for pytorch_model.bin. Others beside them (a moving average, another library's format) are not read."""
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        if (directory / single).is_file():
+            return [directory / single]
+        index = directory / f"{single}.index.json"
+        if index.is_file():
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            if missing := [name for name in names if not (directory / name).is_file()]:
+                raise ValueError(f"{index} names {missing}, which {directory} does not hold")
+            return [directory / name for name in names]
+    raise ValueError(
+        "path must hold model.safetensors or pytorch_model.bin, or the index of their parts, "
+        f"{directory} has {sorted(os.listdir(directory))}"
+    )
+
+
 @dataclass
 class Checkpoint:
     """What a directory holds; tensors are read one by one, and which ones is remembered."""
@@ -177,7 +195,9 @@ class Checkpoint:
         if not directory.is_dir():
             from huggingface_hub import snapshot_download
 
-            directory = Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "pytorch_model*.bin"]))
+            directory = Path(
+                snapshot_download(str(path), allow_patterns=["*.json", "model*.safetensors", "pytorch_model*.bin"])
+            )
         if not (directory / "config.json").is_file():
             raise ValueError(f"path must hold a config.json, {directory} has {sorted(os.listdir(directory))}")
         config = json.loads((directory / "config.json").read_text())
@@ -185,16 +205,16 @@ class Checkpoint:
         if (directory / "preprocessor_config.json").is_file():
             settings = json.loads((directory / "preprocessor_config.json").read_text())
             statistics = {key: settings[key] for key in ("image_mean", "image_std") if settings.get(key)}
-        names = sorted(directory.glob("*.safetensors"))
-        if names:
-            opened = [safe_open(name, framework="pt") for name in names]
-            return cls(config, {key: file for file in opened for key in file.keys()}, statistics)
-        names = sorted(directory.glob("pytorch_model*.bin"))
-        if not names:
-            raise ValueError(f"path must hold .safetensors or pytorch_model.bin weights, {directory} has neither")
-        tensors = {}
-        for name in names:
-            tensors.update(torch.load(name, map_location="cpu", weights_only=True))
+        tensors: dict[str, Any] = {}
+        for path in weight_files(directory):
+            if path.suffix == ".safetensors":
+                opened = safe_open(path, framework="pt")
+                held = dict.fromkeys(opened.keys(), opened)
+            else:
+                held = torch.load(path, map_location="cpu", weights_only=True)
+            if twice := sorted(held.keys() & tensors.keys()):
+                raise ValueError(f"{path} holds {twice[:3]}, which another file of the same checkpoint holds as well")
+            tensors |= held
         return cls(config, tensors, statistics)
 
     def __contains__(self, name: str) -> bool:

@@ -9,6 +9,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from towers import TOWERS, make_tower
+from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from comp import VisionEncoder
 from comp.model import Adapter
@@ -253,5 +254,46 @@ def test_a_directory_without_a_checkpoint(tmp_path):
     with pytest.raises(ValueError, match="must hold a config"):
         VisionEncoder.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="has neither"):
+    with pytest.raises(ValueError, match=r"must hold model.safetensors or pytorch_model.bin"):
         VisionEncoder.from_pretrained(tmp_path)
+
+
+class TestWhichFilesAreTheWeights:
+    """model.safetensors, else what its index names, else pytorch_model.bin and its index: as transformers reads a folder."""
+
+    def folder(self, tmp_path):
+        config = SiglipVisionConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=4
+        )
+        SiglipVisionModel(config).save_pretrained(tmp_path)
+        return tmp_path, load_file(tmp_path / "model.safetensors")
+
+    def bias(self, folder):
+        return VisionEncoder.from_pretrained(folder).patch_embed.bias
+
+    def test_other_weight_files_beside_them_are_not_read(self, tmp_path):
+        folder, weights = self.folder(tmp_path)
+        expected = self.bias(folder).clone()
+        for name in ("model_ema.safetensors", "open_clip_model.safetensors", "a.safetensors"):
+            save_file({key: value + 1 for key, value in weights.items()}, folder / name)
+        torch.save({key: value + 1 for key, value in weights.items()}, folder / "pytorch_model.bin")
+        torch.testing.assert_close(self.bias(folder), expected, rtol=0, atol=0)
+
+    def test_parts_are_those_of_the_index(self, tmp_path):
+        folder, weights = self.folder(tmp_path)
+        expected = self.bias(folder).clone()
+        (folder / "model.safetensors").unlink()
+        names = sorted(weights)
+        parts = {"part-1.safetensors": names[::2], "part-2.safetensors": names[1::2]}
+        for part, held in parts.items():
+            save_file({name: weights[name] for name in held}, folder / part)
+        save_file({name: weights[name] + 1 for name in names}, folder / "old.safetensors")
+        index = {"weight_map": {name: part for part, held in parts.items() for name in held}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        torch.testing.assert_close(self.bias(folder), expected, rtol=0, atol=0)
+        save_file({name: weights[name] for name in names}, folder / "part-2.safetensors")
+        with pytest.raises(ValueError, match="another file of the same checkpoint"):
+            self.bias(folder)
+        (folder / "part-2.safetensors").unlink()
+        with pytest.raises(ValueError, match=r"names \['part-2.safetensors'\]"):
+            self.bias(folder)

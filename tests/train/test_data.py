@@ -82,17 +82,46 @@ def test_llava_records_become_samples(tmp_path, name):
     assert len(LlavaDataset(path)) == 5
 
 
+def two_turns(first, second):
+    values = (("human", first), ("gpt", "a"), ("human", second), ("gpt", "b"))
+    return [{"from": speaker, "value": value} for speaker, value in values]
+
+
 def test_images_of_later_turns_stay_there(tmp_path):
-    turns = [
-        {"from": "human", "value": "<image> First"},
-        {"from": "gpt", "value": "a"},
-        {"from": "human", "value": "<image> Second"},
-        {"from": "gpt", "value": "b"},
-    ]
+    turns = two_turns("<image> <image> First", "<image> Second")
     path = write_llava(tmp_path, [{"image": ["1.png", "2.png", "3.png"], "conversations": turns}])
     messages = LlavaDataset(path, images="/pictures")[0].messages
-    assert messages[0].images == ["/pictures/3.png", "/pictures/1.png"], "the image without marker goes to the first turn"
-    assert messages[2].images == ["/pictures/2.png"]
+    assert messages[0].images == ["/pictures/1.png", "/pictures/2.png"]
+    assert messages[2].images == ["/pictures/3.png"]
+
+
+def test_images_without_any_marker_come_first_and_in_order(tmp_path):
+    path = write_llava(tmp_path, [{"image": ["1.png", "2.png"], "conversations": two_turns("First", "Second")}])
+    assert LlavaDataset(path, images="/pictures")[0].messages[0].images == ["/pictures/1.png", "/pictures/2.png"]
+
+
+@pytest.mark.parametrize("turns", [("<image> q", "r"), ("q", "<image> r"), ("<image> q", "<image> r")])
+def test_fewer_markers_than_images_are_refused(tmp_path, turns):
+    """Texts say "the first picture": a picture left over would stand in the wrong place without a word."""
+    path = write_llava(tmp_path, [{"image": ["1.png", "2.png", "3.png"], "conversations": two_turns(*turns)}])
+    with pytest.raises(BadSampleError, match="fewer <image> markers than its 3 images"):
+        LlavaDataset(path)[0]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"conversations": [{"from": ["human"], "value": "x"}, {"from": "gpt", "value": "y"}]}', 'a turn needs "from"'),
+        ('{"conversations": [{"from": "human", "value": "x\\ud800"}, {"from": "gpt", "value": "y"}]}', "half a character"),
+        ('{"answers": ["\\ud800"], "conversations": [{"from": "human", "value": "x"}]}', "half a character"),
+        ("[" * 100_000 + "]" * 100_000, "not valid JSON"),
+    ],
+    ids=["role", "value", "answers", "depth"],
+)
+def test_odd_records_are_named(tmp_path, line, message):
+    (tmp_path / "odd.jsonl").write_text(line + "\n")
+    with pytest.raises(BadSampleError, match=message):
+        LlavaDataset(tmp_path / "odd.jsonl")[0]
 
 
 @pytest.mark.parametrize(
