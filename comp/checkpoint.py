@@ -32,7 +32,7 @@ class CheckpointStore:
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> Path:
         """Write a checkpoint; once this returns it survives a power cut, and before that the previous one does.
 
-        `progress` is JSON data of the caller, given back by `load`.
+        `progress` is JSON data of the caller, given back by `read_progress`. Saving changes neither model nor optimiser.
         """
         final = self.folder / f"step-{step:08d}"
         temporary = self.folder / f".writing-{final.name}"
@@ -40,8 +40,8 @@ class CheckpointStore:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         self.world.barrier()
-        model_state, optimizer_state = get_state_dict(model, optimizer)
-        with _single_process_is_meant():
+        with _fresh_state_filled(model, optimizer), _single_process_is_meant():
+            model_state, optimizer_state = get_state_dict(model, optimizer)
             dcp.save(
                 {"model": model_state, "optimizer": optimizer_state},
                 checkpoint_id=temporary,
@@ -77,6 +77,26 @@ class CheckpointStore:
             optim_state_dict=optimizer_state,
             options=StateDictOptions(strict=True),
         )
+
+
+@contextmanager
+def _fresh_state_filled(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Within: an optimiser before its first update has the state of one that made no update; after: it has none again.
+
+    torch's get_state_dict fills missing state by an update of zero gradients and leaves it counted: the first real update would
+    then be corrected for a bias of two.
+    """
+    fresh = not optimizer.state
+    if fresh:
+        get_state_dict(model, optimizer)
+        for state in optimizer.state.values():
+            if "step" in state:
+                state["step"] = torch.zeros_like(state["step"]) if isinstance(state["step"], torch.Tensor) else 0
+    try:
+        yield
+    finally:
+        if fresh:
+            optimizer.state.clear()
 
 
 def read_progress(path: Path) -> dict[str, Any]:
