@@ -217,8 +217,6 @@ class Trainer:
         if world.is_main:
             write_predictions(self.folder / "predictions" / f"{label}.jsonl", predictions)
             self.log.write(record)
-        if skipped:
-            self.progress.print(f"{len(skipped)} questions could not be asked, the first: {skipped[0]}")
         self.progress.print("held-out score (%)\n" + result_table(self.state.evaluations))
 
     # --- beginning, end, and interruptions -----------------------------------------------------------------------------------
