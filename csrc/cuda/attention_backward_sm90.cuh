@@ -71,15 +71,6 @@ struct BackwardRing {
   __device__ uint32_t rows_full() const { return base + 64; }
 };
 
-// A position in the ring and the parity of its turn.
-template <int kStages>
-struct BackwardTurn {
-  int stage = 0, parity = 0;
-  __device__ __forceinline__ void advance() {
-    if (++stage == kStages) stage = 0, parity ^= 1;
-  }
-};
-
 template <typename Config>
 __device__ __forceinline__ void produce_columns(const BackwardSm90Params& params, const Tile& tile, int row_head, int row_slot,
                                                 int first_head, int heads) {
@@ -93,16 +84,16 @@ __device__ __forceinline__ void produce_columns(const BackwardSm90Params& params
     copy_bulk(ring.rows(0), params.row_one + at, bytes, ring.rows_full());
     copy_bulk(ring.rows(1), params.row_two + at, bytes, ring.rows_full());
   }
-  BackwardTurn<Config::kStages> turn;
+  RingPosition<Config::kStages> now;
   for (int head = first_head; head < first_head + heads; ++head) {
     const int64_t first = (static_cast<int64_t>(head) * params.column_slots + tile.other_start) * kImageKeys;
-    for (int column = 0; column < tile.other_rows; column += Config::kColumns, turn.advance()) {
-      barrier_wait(ring.empty(turn.stage), turn.parity ^ 1);
-      const uint32_t full = ring.full(turn.stage);
+    for (int column = 0; column < tile.other_rows; column += Config::kColumns, now.advance()) {
+      barrier_wait(ring.empty(now.stage), now.parity ^ 1);
+      const uint32_t full = ring.full(now.stage);
       barrier_arrive_expecting(full, Config::kStageBytes);
-      copy_bulk(ring.one(turn.stage), params.column_one + (first + column) * kHeadDim, Config::kTileBytes, full);
-      copy_bulk(ring.two(turn.stage), params.column_two + (first + column) * kHeadDim, Config::kTileBytes, full);
-      if (Config::kKeyRows) copy_bulk(ring.stats(turn.stage), params.stats + first + column, Config::kStatsBytes, full);
+      copy_bulk(ring.one(now.stage), params.column_one + (first + column) * kHeadDim, Config::kTileBytes, full);
+      copy_bulk(ring.two(now.stage), params.column_two + (first + column) * kHeadDim, Config::kTileBytes, full);
+      if (Config::kKeyRows) copy_bulk(ring.stats(now.stage), params.stats + first + column, Config::kStatsBytes, full);
     }
   }
 }
@@ -146,18 +137,6 @@ struct KeptRows {
     wgmma_commit();
   }
 };
-
-template <typename T, int kCount>
-__device__ __forceinline__ void pack_rows(uint32_t (&packed)[kCount / 2][4], const Accumulator<1, kCount>& c) {
-#pragma unroll
-  for (int k = 0; k < kCount / 2; ++k) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float(&w)[4] = c[0][2 * k + i / 2];
-      packed[k][i] = pack<T>(w[i % 2 * 2], w[i % 2 * 2 + 1]);
-    }
-  }
-}
 
 template <typename T, int kHeadDim, bool kKeyRows>
 __device__ __forceinline__ void attention_backward_sm90(const BackwardSm90Params& params) {
@@ -217,28 +196,27 @@ __device__ __forceinline__ void attention_backward_sm90(const BackwardSm90Params
   if constexpr (kKeyRows) fill<1, kHeadDim / 8>(second, 0.f);
   Accumulator<1, kCount> p, ds;
 
-  constexpr int kFirstTurn = 2;
   const bool alone = groups == 1;
   const int own_turn = kFirstTurn + group - 1, other_turn = kFirstTurn + 2 - group;
   if (!alone && group == 2) named_barrier_arrive(other_turn, 256);  // the first warpgroup begins
   const int tiles = (tile.other_rows + Config::kColumns - 1) / Config::kColumns, steps = tiles * heads;
   int exist = tile.other_rows;
-  BackwardTurn<Config::kStages> turn;
+  RingPosition<Config::kStages> now;
   for (int step = 0; step < steps; ++step) {
-    barrier_wait(ring.full(turn.stage), turn.parity);
+    barrier_wait(ring.full(now.stage), now.parity);
     if (!alone) named_barrier_sync(own_turn, 256);
-    one.template start<kCount>(p, ring.one(turn.stage));
-    two.template start<kCount>(ds, ring.two(turn.stage));
+    one.template start<kCount>(p, ring.one(now.stage));
+    two.template start<kCount>(ds, ring.two(now.stage));
     if (!alone && (group == 1 || step + 1 < steps)) named_barrier_arrive(other_turn, 256);
     wgmma_wait<1>();  // S, and the second products of the step before
     pin(p);
     pin(first);
     if constexpr (kKeyRows) pin(second);
-    if (step > 0 && lane == 0) barrier_arrive(ring.empty(turn.stage == 0 ? Config::kStages - 1 : turn.stage - 1));
+    if (step > 0 && lane == 0) barrier_arrive(ring.empty(now.before().stage));
     if (!kKeyRows && exist < Config::kColumns) mask_columns<1, kCount>(p, exist);
     if constexpr (!kKeyRows) exist -= Config::kColumns;
     const RowStats* column_stats =
-        reinterpret_cast<const RowStats*>(shared + (ring.stats(turn.stage) - ring.base)) + lane % 4 * 2;
+        reinterpret_cast<const RowStats*>(shared + (ring.stats(now.stage) - ring.base)) + lane % 4 * 2;
 #pragma unroll
     for (int n = 0; n < kCount; ++n) {
       float lse[4];
@@ -267,11 +245,11 @@ __device__ __forceinline__ void attention_backward_sm90(const BackwardSm90Params
     }
     // They depend on S, so they are written after the products that read those of the step before have been waited for.
     uint32_t packed_p[kCount / 2][4], packed_ds[kCount / 2][4];
-    if constexpr (kKeyRows) pack_rows<T, kCount>(packed_p, p);
-    pack_rows<T, kCount>(packed_ds, ds);
+    if constexpr (kKeyRows) pack_left<T, kCount>(packed_p, p);
+    pack_left<T, kCount>(packed_ds, ds);
     wgmma_fence();
-    const uint64_t along_one = matrix_descriptor(ring.one(turn.stage), Config::kStride, 128);
-    const uint64_t along_two = matrix_descriptor(ring.two(turn.stage), Config::kStride, 128);
+    const uint64_t along_one = matrix_descriptor(ring.one(now.stage), Config::kStride, 128);
+    const uint64_t along_two = matrix_descriptor(ring.two(now.stage), Config::kStride, 128);
 #pragma unroll
     for (int k = 0; k < kCount / 2; ++k) {
       if constexpr (kKeyRows) {
@@ -285,13 +263,13 @@ __device__ __forceinline__ void attention_backward_sm90(const BackwardSm90Params
       pin(first);
       pin(second);
     }
-    turn.advance();
+    now.advance();
   }
   wgmma_wait<0>();
   pin(first);
   if constexpr (kKeyRows) pin(second);
 
-  if (alone) {
+  if (groups == 1) {
     named_barrier<1, 128>();
   } else {
     named_barrier<1, 256>();  // the staging area overlaps all buffers

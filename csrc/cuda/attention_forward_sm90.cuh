@@ -61,18 +61,6 @@ struct Ring {
   __device__ uint32_t empty(int stage, Half half) const { return base + Config::kBarrierBytes / 2 + (stage * 2 + half) * 8; }
 };
 
-// Where a walk around the ring stands: the slot, and the parity of its turn.
-template <int kStages>
-struct RingPosition {
-  int stage = 0, parity = 0;
-  __device__ __forceinline__ void advance() {
-    if (++stage == kStages) stage = 0, parity ^= 1;
-  }
-  __device__ __forceinline__ RingPosition before() const {
-    return stage == 0 ? RingPosition{kStages - 1, parity ^ 1} : RingPosition{stage - 1, parity};
-  }
-};
-
 template <int kHeadDim>
 __device__ __forceinline__ void produce(const ForwardParams& params, const Tile& tile, int key_head) {
   using Config = ForwardSm90Config<kHeadDim>;
@@ -96,8 +84,6 @@ __device__ __forceinline__ void produce(const ForwardParams& params, const Tile&
     }
   }
 }
-
-constexpr int kFirstTurn = 2;  // named barriers from here on are the turns of the warpgroups; 1 is used for all of them
 
 // One warp of a consumer warpgroup: 16 of its 64 queries.
 template <typename T, int kHeadDim>
@@ -196,19 +182,6 @@ struct ConsumerWarp : SoftmaxRows<T, kHeadDim, 1> {
     }
   }
 
-  // The left operand of P V. Only between products: it defines registers that one reads.
-  template <int kCount>
-  __device__ __forceinline__ static void pack_weights(uint32_t (&p)[kColumns / 2][4], const Accumulator<1, kCount>& s) {
-#pragma unroll
-    for (int k = 0; k < kCount / 2; ++k) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float(&w)[4] = s[0][2 * k + i / 2];
-        p[k][i] = pack<T>(w[i % 2 * 2], w[i % 2 * 2 + 1]);
-      }
-    }
-  }
-
   __device__ __forceinline__ void release(int stage, typename R::Half half) {
     if (threadIdx.x % 32 == 0) barrier_arrive(ring.empty(stage, half));
   }
@@ -248,7 +221,7 @@ struct ConsumerWarp : SoftmaxRows<T, kHeadDim, 1> {
     pin(this->accumulator);
     pin(p);  // was still being read: what follows may not take its registers before
     if (!first) release(now.before().stage, R::kValues);
-    pack_weights<kCount>(p, s);
+    pack_left<T, kCount>(p, s);
   }
 
   // The output of the last step, which no later step overlaps.

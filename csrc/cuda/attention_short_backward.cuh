@@ -102,16 +102,9 @@ struct ShortBackward {
           g = *reinterpret_cast<const Packed<8>*>(grad + c);
         }
         *reinterpret_cast<Packed<8>*>(to + row * kRowBytes + c * 2) = g;
-#pragma unroll
-        for (int w = 0; w < 4; ++w) {
-          float o0, o1, g0, g1;
-          unpack<T>(o.word[w], o0, o1);
-          unpack<T>(g.word[w], g0, g1);
-          delta += o0 * g0 + o1 * g1;
-        }
+        add_product<T>(delta, o, g);
       }
-#pragma unroll
-      for (int step = 1; step < kLanes; step *= 2) delta += __shfl_xor_sync(0xffffffffu, delta, step);
+      delta = octet_sum(delta);
       if (lane == 0 && row < padded) {
         RowStats found{kInfinity, 0.f};
         if (row < rows) {

@@ -80,17 +80,10 @@ __device__ void stats_block(const StatsJob& job, int block, int sequences, int h
       const uint16_t* grad_out = job.grad_out + token * job.stride_token + head * job.stride_head;
       for (int c = lane * 8; c < head_dim; c += kLanes * 8) {
         const Packed<8> o = *reinterpret_cast<const Packed<8>*>(out + c), g = *reinterpret_cast<const Packed<8>*>(grad_out + c);
-#pragma unroll
-        for (int w = 0; w < 4; ++w) {
-          float o0, o1, g0, g1;
-          unpack<T>(o.word[w], o0, o1);
-          unpack<T>(g.word[w], g0, g1);
-          delta += o0 * g0 + o1 * g1;
-        }
+        add_product<T>(delta, o, g);
       }
     }
-#pragma unroll
-    for (int step = 1; step < kLanes; step *= 2) delta += __shfl_xor_sync(0xffffffffu, delta, step);
+    delta = octet_sum(delta);
     if (lane == 0 && token < end) {
       const int64_t at = static_cast<int64_t>(head) * job.tokens + token;
       if (job.grad_lse != nullptr) delta -= job.grad_lse[at];

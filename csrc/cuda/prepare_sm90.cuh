@@ -84,18 +84,11 @@ __device__ __forceinline__ void image_with_stats(const StatsJob& job, const Imag
       if (row < rows) {
         g = *reinterpret_cast<const Packed<8>*>(job.grad_out + token * job.stride_token + head * job.stride_head + c);
         const Packed<8> o = *reinterpret_cast<const Packed<8>*>(job.out + (token * job.heads + head) * head_dim + c);
-#pragma unroll
-        for (int w = 0; w < 4; ++w) {
-          float o0, o1, g0, g1;
-          unpack<T>(o.word[w], o0, o1);
-          unpack<T>(g.word[w], g0, g1);
-          delta += o0 * g0 + o1 * g1;
-        }
+        add_product<T>(delta, o, g);
       }
       *reinterpret_cast<Packed<8>*>(image.images + place(row, c)) = g;
     }
-#pragma unroll
-    for (int step = 1; step < kLanes; step *= 2) delta += __shfl_xor_sync(0xffffffffu, delta, step);
+    delta = octet_sum(delta);
     if (lane == 0) {
       const int64_t at = static_cast<int64_t>(head) * job.tokens + token;
       if (row < rows && job.grad_lse != nullptr) delta -= job.grad_lse[at];

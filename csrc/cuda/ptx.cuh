@@ -167,5 +167,11 @@ __device__ __forceinline__ float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
   return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
 }
+// Sum over the eight lanes of an aligned group.
+__device__ __forceinline__ float octet_sum(float x) {
+#pragma unroll
+  for (int step = 1; step < 8; step *= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+  return x;
+}
 
 }  // namespace comp_kernels

@@ -41,6 +41,18 @@ struct __align__(2 * kCount) Packed {
   uint32_t word[kCount / 2];
 };
 
+// sum += a . b
+template <typename T, int kCount>
+__device__ __forceinline__ void add_product(float& sum, const Packed<kCount>& a, const Packed<kCount>& b) {
+#pragma unroll
+  for (int w = 0; w < kCount / 2; ++w) {
+    float a0, a1, b0, b1;
+    unpack<T>(a.word[w], a0, a1);
+    unpack<T>(b.word[w], b0, b1);
+    sum += a0 * b0 + a1 * b1;
+  }
+}
+
 template <int kCount>
 __device__ __forceinline__ void load_floats(float (&x)[kCount], const float* from) {
 #pragma unroll

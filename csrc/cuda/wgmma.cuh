@@ -106,6 +106,21 @@ WGMMA_SPECIALIZATIONS(128, WGMMA_REGISTERS_0 ", " WGMMA_REGISTERS_16 ", " WGMMA_
                       WGMMA_OUTPUTS_8(c, 6), WGMMA_OUTPUTS_8(c, 8), WGMMA_OUTPUTS_8(c, 10), WGMMA_OUTPUTS_8(c, 12),
                       WGMMA_OUTPUTS_8(c, 14))
 
+// Weights as left operands of from_registers: c rounded to T, in the first kCount / 2 of packed. Only while no product that
+// reads packed is under way.
+template <typename T, int kCount, int kSteps>
+__device__ __forceinline__ void pack_left(uint32_t (&packed)[kSteps][4], const Accumulator<1, kCount>& c) {
+  static_assert(kCount / 2 <= kSteps);
+#pragma unroll
+  for (int k = 0; k < kCount / 2; ++k) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float(&w)[4] = c[0][2 * k + i / 2];
+      packed[k][i] = pack<T>(w[i % 2 * 2], w[i % 2 * 2 + 1]);
+    }
+  }
+}
+
 // --- bulk copies and the barriers that announce them ------------------------------------------------------------------------
 
 __device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
@@ -158,5 +173,20 @@ __device__ __forceinline__ void named_barrier_sync(int number, int threads) {
 __device__ __forceinline__ void named_barrier_arrive(int number, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
+
+// Where a walk around a ring of tiles stands: the slot, and the parity of its turn.
+template <int kStages>
+struct RingPosition {
+  int stage = 0, parity = 0;
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) stage = 0, parity ^= 1;
+  }
+  __device__ __forceinline__ RingPosition before() const {
+    return stage == 0 ? RingPosition{kStages - 1, parity ^ 1} : RingPosition{stage - 1, parity};
+  }
+};
+
+// Named barriers from here on are the turns in which the warpgroups start products; 1 is used for all of them.
+constexpr int kFirstTurn = 2;
 
 }  // namespace comp_kernels
