@@ -90,6 +90,7 @@ def rope_attention(
 
     backend = choose_backend("rope_attention", backend, q.device, declines)
     if backend == "reference" and has_values(q):  # else the operators tell the shapes
+        check_all_dense(q, k, v)
         with torch.autocast(q.device.type, enabled=False):  # the definition is float32 arithmetic
             return reference.rope_attention(
                 q,
@@ -108,7 +109,11 @@ def rope_attention(
             )
     cu_seqlens_k = normalised_bounds(cu_seqlens if cu_seqlens_k is None else cu_seqlens_k, k)
     cu_seqlens = normalised_bounds(cu_seqlens, q)
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    try:
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    except RuntimeError:  # asked here alone, it costs the calls that are right nothing
+        check_all_dense(q, k, v)
+        raise
     table_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     cos, sin, cos_k, sin_k = (contiguous(table, table_dtype) for table in (cos, sin, cos_k, sin_k))
     out, lse = attention(q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, rotary_dim, pair_stride, scale, backend)
@@ -138,6 +143,11 @@ def normalised_bounds(cu_seqlens: Tensor | None, x: Tensor) -> Tensor:
     return contiguous(cu_seqlens, torch.int32)
 
 
+def check_all_dense(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_dense(name, x)
+
+
 def contiguous(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """x.to(dtype).contiguous(), without the calls where there is nothing to do."""
     return x if x is None or (x.dtype == dtype and x.is_contiguous()) else x.to(dtype).contiguous()
@@ -146,8 +156,6 @@ def contiguous(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def check_arguments(q, k, v, cos, sin, cu_seqlens, rotary_dim, pair_stride, cos_k, sin_k, cu_seqlens_k) -> tuple[int, int]:
     """Refuse what does not fit together; return rotary_dim and pair_stride with their defaults filled in."""
     check_float("q", q)
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        check_dense(name, x)
     check_same("k", k, "q", q)
     check_same("v", v, "q", q)
     num_heads, head_dim = q.shape[1:]
