@@ -137,6 +137,11 @@ def backend_of(session: Session) -> str:
     return "cpu" if session.tiny else "cuda"
 
 
+def backends_of(op: str, session: Session) -> list[str]:
+    """All that can run `op` there; on a GPU not the kernels of the CPU."""
+    return [name for name in ck.available_backends(op, session.device) if name != "cpu" or session.tiny]
+
+
 def calls(session: Session, workload: gpu_report.Workload) -> tuple[Callable, Callable]:
     """(forward, forward and backward) of ours on one workload."""
     x = gpu_report.make_inputs(workload, session.device, torch.bfloat16)
@@ -218,7 +223,7 @@ def sinkhorn(session: Session) -> None:
         scores = torch.randn(shape, device=session.device) * 0.1
         target = torch.empty_like(scores)
         functions: dict[str, Callable] = {"copy": lambda x=scores, y=target: y.copy_(x)}
-        for backend in gpu_report_backends("sinkhorn", session):
+        for backend in backends_of("sinkhorn", session):
 
             def solve(backend=backend, scores=scores):
                 return ck.sinkhorn(scores, epsilon=0.05, backend=backend)
@@ -235,7 +240,7 @@ def alignment(session: Session) -> None:
         vision = torch.randn(n, width, device=session.device, requires_grad=True)
         text, prototypes = (torch.randn(rows, width, device=session.device) for rows in (n, words))
         functions, memory = {}, {}
-        for backend in gpu_report_backends("alignment_loss", session):
+        for backend in backends_of("alignment_loss", session):
 
             def gradient(backend=backend, vision=vision, text=text, prototypes=prototypes):
                 return torch.autograd.grad(ck.alignment_loss(vision, text, prototypes, backend=backend), vision)
@@ -268,10 +273,6 @@ def peers(session: Session) -> None:
                         mib=result.memory, error=result.error)  # fmt: skip
         for failure in failures:
             session.say(failed=failure)
-
-
-def gpu_report_backends(op: str, session: Session) -> list[str]:
-    return [name for name in ck.available_backends(op, session.device) if name != "cpu" or session.tiny]
 
 
 PARTS = {"checks": checks, "attention": attention, "kernels": kernels, "host": host, "sinkhorn": sinkhorn,

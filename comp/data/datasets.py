@@ -199,7 +199,7 @@ def _read_list(path: Path) -> tuple[bytes, list[tuple[int, int]]]:
     with path.open("rb") as file:
         try:
             records = json.load(file)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"data.path {path} is not valid JSON: {error}") from error
     if not isinstance(records, list):
         raise ConfigError(f"data.path {path} must hold a JSON list, got {type(records).__name__}")

@@ -124,6 +124,12 @@ def test_odd_records_are_named(tmp_path, line, message):
         LlavaDataset(tmp_path / "odd.jsonl")[0]
 
 
+def test_brackets_too_deep_for_the_reader_name_the_file(tmp_path):
+    (tmp_path / "odd.json").write_text("[" * 100_000 + "]" * 100_000)
+    with pytest.raises(ConfigError, match=r"odd.json is not valid JSON"):
+        LlavaDataset(tmp_path / "odd.json")
+
+
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
