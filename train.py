@@ -15,9 +15,9 @@ from comp.config_io import apply_overrides
 from comp.data.datasets import BadSampleError
 from comp.parallel import stop_world
 from comp.recipes import RECIPES
-from comp.step import NonFiniteLossError
-from comp.summary import result_table
-from comp.trainer import StopRequested, Trainer
+from comp.train.step import NonFiniteLossError
+from comp.train.summary import result_table
+from comp.train.trainer import StopRequested, Trainer
 
 
 def main(arguments: list[str] | None = None) -> int:

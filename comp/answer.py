@@ -14,11 +14,11 @@ from pathlib import Path
 from PIL import Image
 
 from .build import make_sample_encoder
+from .cli import positive_int
 from .config import ConfigError
 from .data.batch import Message, Sample
 from .data.datasets import BadSampleError
 from .data.template import ChatTemplate, load_tokenizer
-from .eval.options import positive_int
 from .eval.vqa import generate_answers
 from .model import CoMP
 

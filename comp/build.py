@@ -13,7 +13,7 @@ from .config import Config, ConfigError, StageConfig
 from .data.encode import ImageSettings, SampleEncoder
 from .data.template import ChatTemplate, load_tokenizer
 from .model import VisionEncoder
-from .model.comp import CoMP
+from .model.multimodal import CoMP
 from .parallel import World, uses_fsdp
 
 

@@ -14,7 +14,7 @@ from comp_kernels.ops.alignment_loss.reference import MODES
 
 from .eval.metrics import METRICS
 from .model.adapter import INITS
-from .model.comp import POSITION_IDS, PROTOTYPE_SOURCES
+from .model.multimodal import POSITION_IDS, PROTOTYPE_SOURCES
 from .model.vit_config import ABS_POS_INTERPS, ABS_POS_ORDERS, POS_MODES
 
 PARTS = ("vision", "adapter", "language")
@@ -83,7 +83,7 @@ class AlignmentConfig:
     """alpha of arXiv 2503.18931v2, Eq. 11."""
     mode: str = "sinkhorn"
     """How the target distribution is made; formulas in `comp_kernels.alignment_loss`. "contrastive" has no distribution over
-    words: images pick their texts (`comp.losses.contrastive_loss`), and of the fields below `temperature` alone counts."""
+    words: images pick their texts (`comp.model.losses.contrastive_loss`); of the fields below `temperature` alone counts."""
     epsilon: float = 0.005
     """Temperature of the text scores; v2 appendix C: "all temperature coefficients are 0.005"."""
     temperature: float = 0.005

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 import types
 import typing
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -13,6 +16,12 @@ import yaml
 from .config import Config, ConfigError, need
 
 _MISSING = object()
+
+RENAMED = (
+    (r"^comp\.data\.tiny:", "comp.tiny.pages:"),
+    (r"/comp/assets/tiny/(vision|language)$", r"/comp/tiny/assets/\1"),
+)
+"""(pattern, replacement) of values in the config.json of runs that were started before their names changed."""
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -23,6 +32,29 @@ def to_dict(config: Any) -> dict[str, Any]:
 def from_dict(values: dict[str, Any]) -> Config:
     """Inverse of `to_dict`; unknown fields, missing fields and wrong types raise ConfigError naming the field."""
     return _build(Config, values, "")
+
+
+def read_config(path: Path) -> Config:
+    """The configuration that a run wrote to `path`, in today's names; newer fields have their defaults."""
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid JSON ({error})") from error
+    try:
+        return from_dict(_renamed(values))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _renamed(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _renamed(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_renamed(v) for v in value]
+    if isinstance(value, str):
+        for pattern, replacement in RENAMED:
+            value = re.sub(pattern, replacement, value)
+    return value
 
 
 def differences(a: Any, b: Any, where: str = "") -> list[str]:

@@ -20,7 +20,7 @@ from .config import (
     StageConfig,
     VisionConfig,
 )
-from .recipes_tiny import smollm2, tiny
+from .tiny.recipe import smollm2, tiny
 
 # --- the models of the paper ------------------------------------------------------------------------------------------------
 

@@ -43,7 +43,7 @@ CHAPTERS = [
             "comp/model/vision_encoder.py": "VisionEncoder",
             "comp/model/vit_config.py": "ViTConfig",
             "comp/model/adapter.py": "Adapter",
-            "comp/model/comp.py": "CoMP CoMPOutput",
+            "comp/model/multimodal.py": "CoMP CoMPOutput",
         },
     ),
     (
@@ -74,13 +74,14 @@ CHAPTERS = [
                 "train.py",
                 "comp/answer.py",
                 "comp/eval/evaluate.py",
-                "comp/eval/sweep.py",
-                "comp/eval/probe.py",
-                "comp/eval/segment.py",
-                "comp/data/fetch_probes.py",
-                "comp/eval/ablations.py",
-                "comp/eval/report.py",
-                "comp/pretrain_tiny.py",
+                "comp/studies/sweep.py",
+                "comp/studies/probes/classify.py",
+                "comp/studies/segmentation/segment.py",
+                "comp/fetch/fetch.py",
+                "comp/fetch/probes.py",
+                "comp/studies/ablations/run.py",
+                "comp/studies/report/report.py",
+                "comp/tiny/pretrain.py",
                 "comp_kernels/info.py",
                 "comp_kernels/hf_kernels.py",
             )
@@ -127,7 +128,12 @@ def _entries(sources: dict[str, str | None]) -> Iterator[tuple[str, str]]:
 
 
 def _command(file: str) -> str:
-    return f"python {file}" if "/" not in file else "python -m " + file.removesuffix(".py").replace("/", ".")
+    """`python train.py`, `python -m comp.answer`; a package is run by its own name."""
+    if "/" not in file:
+        return f"python {file}"
+    is_package = (REPOSITORY / file).with_name("__main__.py").exists() and file != "comp/fetch/probes.py"
+    module = file.rpartition("/")[0] if is_package else file.removesuffix(".py")
+    return "python -m " + module.replace("/", ".")
 
 
 def _docstring(node: ast.AST, where: str) -> str:

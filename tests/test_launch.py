@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from comp.metrics import read_records
+from comp.log import read_records
 
 REPOSITORY = Path(__file__).parent.parent
 USAGE = (REPOSITORY / "docs" / "usage.md").read_text()

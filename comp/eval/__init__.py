@@ -1,1 +1,1 @@
-"""Evaluation of a run: answers to visual questions, frozen probes, sweeps and the report page."""
+"""Answers to visual questions: benchmarks, metrics, and the harness adapter."""

@@ -25,15 +25,15 @@ from tqdm import tqdm
 
 from ..answer import check_export, load
 from ..build import longest_answer, question_encoder
-from ..checkpoint import write_json
+from ..cli import positive_int
 from ..config import ConfigError, SourceConfig
 from ..data.datasets import BadSampleError, Dataset
 from ..data.encode import SampleEncoder, prompt_messages, reference_answers
 from ..data.mixture import open_sources
-from ..metrics import table
+from ..log import table
 from ..model import CoMP
+from ..train.checkpoint import write_json
 from .benchmarks import BENCHMARKS, open_benchmark
-from .options import positive_int
 from .vqa import Prediction, answer_batches, scores_by_type
 
 FILES = (".json", ".jsonl", ".yaml", ".yml")

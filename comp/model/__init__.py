@@ -1,7 +1,7 @@
 """The model: vision encoder, adapter, and the multimodal model that joins them to a language model."""
 
 from .adapter import Adapter
-from .comp import CoMP, CoMPOutput, StepText
+from .multimodal import CoMP, CoMPOutput, StepText
 from .vision_encoder import VisionEncoder
 from .vit_config import ViTConfig
 

@@ -16,9 +16,19 @@ from toy import save_toy_models, toy_config
 
 from comp.config import EvalConfig
 from comp.config_io import differences, to_dict
-from comp.eval import ablations
-from comp.eval.ablation_table import difference, main, markdown, pooled_standard_error, values_by_variant
-from comp.eval.ablations import BASELINE, VARIANTS, baseline, claimed, collect, configure, result_path, run_all, stage_one_key
+from comp.studies.ablations import run as ablations
+from comp.studies.ablations.run import (
+    BASELINE,
+    VARIANTS,
+    baseline,
+    claimed,
+    collect,
+    configure,
+    result_path,
+    run_all,
+    stage_one_key,
+)
+from comp.studies.ablations.table import difference, main, markdown, pooled_standard_error, values_by_variant
 
 DOCS = Path(__file__).parents[2] / "docs"
 CHANGED = {  # written out by hand: what each variant may differ in, beside its name
@@ -86,7 +96,7 @@ def toy(models):
         checkpoint = dataclasses.replace(config.checkpoint, every_steps=2, keep=100)
         return dataclasses.replace(config, stages=stages, checkpoint=checkpoint)
 
-    with patch("comp.trainer.plot_run"):
+    with patch("comp.train.trainer.plot_run"):
         yield base
 
 
@@ -118,7 +128,7 @@ def test_an_interrupted_run_goes_on_and_a_finished_one_is_kept(toy, tmp_path):
     with patch.object(ablations, "answer_loss", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
         run_all(broken, ["align-off"], [0], base=toy, num_questions=3)
     assert not result_path(broken, "align-off", 0).exists()
-    with patch("comp.trainer.train_step", side_effect=AssertionError("every step was done before")):
+    with patch("comp.train.trainer.train_step", side_effect=AssertionError("every step was done before")):
         run_all(broken, ["align-off"], [0], base=toy, num_questions=3)
     assert measured(broken, "align-off") == measured(whole, "align-off")
     with patch.object(ablations, "train_and_score", side_effect=AssertionError("the result is there")):

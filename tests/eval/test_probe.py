@@ -15,11 +15,12 @@ from toy import save_toy_models, toy_config
 
 from comp.config import ConfigError
 from comp.config_io import to_dict
-from comp.eval import frozen, probe, sweep
-from comp.eval.frozen import Measure, change_of, learning_rate, make_table, subset
-from comp.eval.probe import ACCURACY, AttentiveProbe, LabelledImages, ProbeSettings, correct_answers, folder_images
-from comp.eval.runs import trained_config
 from comp.model import VisionEncoder
+from comp.studies import sweep
+from comp.studies.probes import classify, frozen
+from comp.studies.probes.classify import ACCURACY, AttentiveProbe, LabelledImages, ProbeSettings, correct_answers, folder_images
+from comp.studies.probes.frozen import Measure, change_of, learning_rate, make_table, subset
+from comp.studies.runs import trained_config
 
 SETTINGS = ProbeSettings(size=16, epochs=8, batch_size=16, lr=1e-2)
 
@@ -75,7 +76,7 @@ def test_numbers_that_cannot_train_are_refused(run, capsys):
         ("--train-images", "0", "at least 1"),
     ):
         with pytest.raises(SystemExit):
-            probe.main([str(run), option, value])
+            classify.main([str(run), option, value])
         said = capsys.readouterr().err
         assert option in said and f"must be {needed}, got {value}" in said
 
@@ -127,7 +128,7 @@ def test_probe_program(run, tmp_path, monkeypatch):
             (tmp_path / split / str(label)).mkdir(parents=True, exist_ok=True)
             image.save(tmp_path / split / str(label) / f"{index}.png")
     command = [str(run), "--data", str(tmp_path), "--size", "16", "--epochs", "1", "--seeds", "2", "--device", "cpu"]
-    assert probe.main(command) == 0
+    assert classify.main(command) == 0
     folder = run / "probes" / tmp_path.name
     table = json.loads((folder / "table.json").read_text())
     (before, after) = table["rows"]
@@ -136,14 +137,14 @@ def test_probe_program(run, tmp_path, monkeypatch):
 
     # finished encoders are not measured again, unless what they depend on has changed
     measured = []
-    original = probe.correct_answers
-    monkeypatch.setattr(probe, "correct_answers", lambda *args: measured.append(args[4]) or original(*args))
+    original = classify.correct_answers
+    monkeypatch.setattr(classify, "correct_answers", lambda *args: measured.append(args[4]) or original(*args))
     (folder / "III.pt").unlink()
-    assert probe.main(command) == 0 and measured == [0, 1]
-    assert probe.main([*command, "--train-images", "5"]) == 0 and measured == [0, 1, 0, 1, 0, 1]
+    assert classify.main(command) == 0 and measured == [0, 1]
+    assert classify.main([*command, "--train-images", "5"]) == 0 and measured == [0, 1, 0, 1, 0, 1]
     assert "5 training and 3 test images" in (folder / "table.json").read_text()
     with pytest.raises(SystemExit):
-        probe.main([*command, "--test-images", "0"])
+        classify.main([*command, "--test-images", "0"])
 
 
 def test_table_of_outcomes():

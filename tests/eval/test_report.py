@@ -18,10 +18,10 @@ from toy import save_toy_models, toy_config
 from comp.config import ConfigError, SourceConfig
 from comp.config_io import to_dict
 from comp.data.batch import Message, Sample
-from comp.eval.page import Example, Gallery, Heading, Table, write_page
-from comp.eval.pictures import centre_attention, feature_colours
-from comp.eval.report import HeldOutSamples, choose_names, held_out_samples, main, telling_pictures, write_report
 from comp.model import VisionEncoder
+from comp.studies.report.page import Example, Gallery, Heading, Table, write_page
+from comp.studies.report.pictures import centre_attention, feature_colours
+from comp.studies.report.report import HeldOutSamples, choose_names, held_out_samples, main, telling_pictures, write_report
 
 LABELS = ("before", "I", "III")
 

@@ -16,8 +16,11 @@ from toy import save_toy_models, toy_config
 from comp.config import ConfigError
 from comp.config_io import to_dict
 from comp.data.batch import IGNORED
-from comp.eval import segment
-from comp.eval.segment import (
+from comp.model import VisionEncoder
+from comp.studies.segmentation import segment
+from comp.studies.segmentation.data import annotated_folder, augmented_square
+from comp.studies.segmentation.heads import make_head
+from comp.studies.segmentation.segment import (
     AugmentedCrops,
     CachedCrops,
     SegmentationSettings,
@@ -30,9 +33,6 @@ from comp.eval.segment import (
     pixel_accuracy,
     train_head,
 )
-from comp.eval.segment_data import annotated_folder, augmented_square
-from comp.eval.segment_heads import make_head
-from comp.model import VisionEncoder
 
 SETTINGS = SegmentationSettings(head="linear", crop=16, iterations=60, warmup=5, batch_size=4, lr=3e-2)
 COLOURS = ((255, 255, 255), (220, 40, 40), (40, 60, 200))

@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
-from comp.losses import contrastive_loss
+from comp.model.losses import contrastive_loss
 
 ROWS, WIDTH = 8, 6
 

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from comp.losses import masked_mean, mean_by_segment, next_token_loss
+from comp.model.losses import masked_mean, mean_by_segment, next_token_loss
 
 
 def example():

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from comp.checkpoint import CheckpointStore, read_progress
 from comp.parallel import start_world
+from comp.train.checkpoint import CheckpointStore, read_progress
 
 
 def parts(seed=0):

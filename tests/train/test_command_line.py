@@ -13,8 +13,8 @@ from toy import toy_config
 
 import train
 from comp.eval.vqa import answer_questions
-from comp.metrics import read_records
-from comp.step import NonFiniteLossError
+from comp.log import read_records
+from comp.train.step import NonFiniteLossError
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parent.parent
@@ -69,20 +69,20 @@ def test_what_cannot_be_loaded_is_named(toy_recipe, capsys):
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_mistakes_that_show_in_the_data_end_with_a_message(toy_recipe, capsys, override, code, message, num_workers):
     arguments = ["--recipe", "toy", "bad_samples=stop", "stages.*.alignment=null", f"num_workers={num_workers}"]
-    with patch("comp.trainer.plot_run"):
+    with patch("comp.train.trainer.plot_run"):
         assert train.main([*arguments, *([] if "eval" in override else ["eval.data=[]"]), override]) == code
     assert message in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_written_is_named_before_the_weights_are_loaded(toy_recipe, capsys):
     (toy_recipe / "file").touch()
-    with patch("comp.trainer.build_model", side_effect=AssertionError("loaded the model first")):
+    with patch("comp.train.trainer.build_model", side_effect=AssertionError("loaded the model first")):
         assert train.main(["--recipe", "toy", f"output_dir={toy_recipe}/file/runs"]) == 2
     assert f"train.py: output_dir {toy_recipe}/file/runs cannot be written: " in capsys.readouterr().err
 
 
 def test_resuming_nothing_is_said(toy_recipe, capsys):
-    with patch("comp.trainer.plot_run"):
+    with patch("comp.train.trainer.plot_run"):
         train.main(["--recipe", "toy", "stages.*.max_steps=1", "eval.data=[]", "--resume", "name=mistyped"])
     assert f"nothing to continue in {toy_recipe}/runs/mistyped: starting from the beginning\n" in capsys.readouterr().out
 
@@ -91,7 +91,7 @@ def test_a_loss_that_is_not_finite_ends_with_one(toy_recipe, capsys):
     def fails(*args, **kwargs):
         raise NonFiniteLossError("loss nan")
 
-    with patch("comp.trainer.train_step", fails):
+    with patch("comp.train.trainer.train_step", fails):
         assert train.main(["--recipe", "toy", "eval.data=[]"]) == 1
     assert "stopped before step 1: loss nan\nNo checkpoint was written before." in capsys.readouterr().err
 
@@ -104,7 +104,7 @@ def test_an_evaluation_that_asks_nothing_is_said_and_fails(toy_recipe, capsys):
             return [], ["rectangle 100: on purpose"] * len(samples)
         return answer_questions(model, samples, encoder, **settings)
 
-    with patch("comp.trainer.plot_run"), patch("comp.trainer.answer_questions", no_room_in_the_last):
+    with patch("comp.train.trainer.plot_run"), patch("comp.train.trainer.answer_questions", no_room_in_the_last):
         assert train.main(["--recipe", "toy", "stages.*.max_steps=1", "stages.3.max_text_tokens=255"]) == 1
     printed = capsys.readouterr()
     (overall,) = (line.split() for line in printed.out.splitlines() if line.startswith("overall"))
@@ -117,7 +117,7 @@ def test_an_evaluation_that_asks_nothing_is_said_and_fails(toy_recipe, capsys):
 
 def test_a_finished_run_is_not_overwritten_and_may_be_resumed(toy_recipe, capsys):
     arguments = ["--recipe", "toy", "stages.*.max_steps=1", "eval.data=[]"]
-    with patch("comp.trainer.plot_run"):
+    with patch("comp.train.trainer.plot_run"):
         assert train.main(arguments) == 0
         assert train.main(arguments) == 2
         assert "continue it with --resume" in capsys.readouterr().err

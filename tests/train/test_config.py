@@ -6,7 +6,7 @@ import pytest
 from toy import toy_config
 
 from comp.config import AlignmentConfig, ConfigError, OptimConfig, SourceConfig, StageConfig
-from comp.config_io import apply_overrides, differences, from_dict, to_dict
+from comp.config_io import apply_overrides, differences, from_dict, read_config, to_dict
 from comp.recipes import RECIPES
 
 
@@ -127,3 +127,20 @@ def test_recipe_from_the_released_tower_trains_native_and_unaligned():
     assert one.trainable == ("adapter",)
     assert all(stage.rope and stage.resolution is None and stage.alignment is None for stage in (one, two, three))
     assert (two.optim.lr_vision, three.optim.lr_vision) == (1e-4, 5e-6)
+
+
+def test_a_run_written_under_older_names_and_with_fewer_fields_reads_as_todays(tmp_path):
+    today = RECIPES["tiny"]()
+    values = to_dict(today)
+    for part in ("vision", "language"):
+        values[part]["path"] = values[part]["path"].replace("/comp/tiny/assets/", "/comp/assets/tiny/")
+    for stage in values["stages"]:
+        for source in stage["data"]:
+            source["factory"] = source["factory"].replace("comp.tiny.pages:", "comp.data.tiny:")
+    values["eval"]["data"][0]["factory"] = "comp.data.tiny:TinyPages"
+    del values["bad_samples"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert read_config(tmp_path / "config.json") == today
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"config\.json is not valid JSON"):
+        read_config(tmp_path / "config.json")

@@ -15,8 +15,8 @@ from comp.data.encode import ImageSettings, SampleEncoder, reference_answers
 from comp.data.loader import StepDataset, iterate_steps
 from comp.data.mixture import SampleOrder, choose_indices, open_sources
 from comp.data.packing import EncodedSample, collate, empty_batch, pack, pad_right
-from comp.data.prior import count_words
 from comp.data.template import ChatTemplate, load_tokenizer
+from comp.train.prior import count_words
 
 
 @pytest.fixture(scope="module")

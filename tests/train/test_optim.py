@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from comp.config import OptimConfig
-from comp.optim import build_optimizer, check_partition, lr_multiplier, part_reports, set_learning_rates, set_trainable
+from comp.train.optim import build_optimizer, check_partition, lr_multiplier, part_reports, set_learning_rates, set_trainable
 
 RATES = OptimConfig(lr_vision=1e-4, lr_adapter=5e-3, lr_language=2e-5, weight_decay=0.1)
 

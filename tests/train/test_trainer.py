@@ -16,14 +16,14 @@ import torch
 from safetensors.torch import load_file
 from toy import toy_config
 
-import comp.trainer
+import comp.train.trainer
 from comp import VisionEncoder
 from comp.build import build_model
 from comp.config import ConfigError, SourceConfig, VisionConfig
 from comp.config_io import apply_overrides
-from comp.metrics import read_records
-from comp.step import NonFiniteLossError
-from comp.trainer import StopRequested, Trainer
+from comp.log import read_records
+from comp.train.step import NonFiniteLossError
+from comp.train.trainer import StopRequested, Trainer
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parent.parent
@@ -33,7 +33,7 @@ TIMING = ("step_time", "data_time", "images_per_s", "tokens_per_s")  # what diff
 
 def run(folder, *overrides, resume=False, plots=False):
     """A run in this process; drawing takes longer than training the toy, so it is left out where it is not asked for."""
-    with nullcontext() if plots else patch("comp.trainer.plot_run"):
+    with nullcontext() if plots else patch("comp.train.trainer.plot_run"):
         return Trainer(apply_overrides(toy_config(folder), overrides), resume=resume).run()
 
 
@@ -185,7 +185,7 @@ def test_kill_and_resume_repeats_the_unbroken_run(unbroken, toy_folder):
 
 def test_sigterm_saves_and_resume_repeats(unbroken, toy_folder, monkeypatch):
     folder, _ = unbroken
-    train_step = comp.trainer.train_step
+    train_step = comp.train.trainer.train_step
     calls = []
 
     def with_signal(*args, **kwargs):
@@ -194,7 +194,7 @@ def test_sigterm_saves_and_resume_repeats(unbroken, toy_folder, monkeypatch):
             signal.raise_signal(signal.SIGTERM)
         return train_step(*args, **kwargs)
 
-    monkeypatch.setattr(comp.trainer, "train_step", with_signal)
+    monkeypatch.setattr(comp.train.trainer, "train_step", with_signal)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(StopRequested):
         run(toy_folder, "checkpoint.every_steps=1000")
@@ -205,14 +205,14 @@ def test_sigterm_saves_and_resume_repeats(unbroken, toy_folder, monkeypatch):
 
 
 def test_sigterm_during_an_evaluation_ends_it(toy_folder, monkeypatch):
-    generate, calls = comp.trainer.answer_questions, []
+    generate, calls = comp.train.trainer.answer_questions, []
 
     def with_signal(*args, **kwargs):
         signal.raise_signal(signal.SIGTERM)
         calls.append(generate(*args, **kwargs))
         return calls[-1]
 
-    monkeypatch.setattr(comp.trainer, "answer_questions", with_signal)
+    monkeypatch.setattr(comp.train.trainer, "answer_questions", with_signal)
     with pytest.raises(StopRequested):
         run(toy_folder)
     assert len(calls[0][0]) == 4, "one batch of four, the other two questions are left out"
@@ -220,7 +220,7 @@ def test_sigterm_during_an_evaluation_ends_it(toy_folder, monkeypatch):
 
 
 def test_non_finite_loss_stops_before_the_update(toy_folder, monkeypatch):
-    train_step, seen = comp.trainer.train_step, {}
+    train_step, seen = comp.train.trainer.train_step, {}
 
     def poisoned(model, *args, **kwargs):
         seen["steps"] = seen.get("steps", 0) + 1
@@ -231,7 +231,7 @@ def test_non_finite_loss_stops_before_the_update(toy_folder, monkeypatch):
             seen["before"] = {name: p.clone() for name, p in model.named_parameters()}
         return train_step(model, *args, **kwargs)
 
-    monkeypatch.setattr(comp.trainer, "train_step", poisoned)
+    monkeypatch.setattr(comp.train.trainer, "train_step", poisoned)
     with pytest.raises(NonFiniteLossError, match=r"loss nan.*nothing was updated.*rectangle"):
         run(toy_folder, "eval.data=[]")
     for name, parameter in seen["model"].named_parameters():
@@ -298,7 +298,7 @@ def test_a_run_is_not_overwritten_and_resumes_only_itself(toy_folder):
 
 
 def test_wrong_paths_are_found_before_the_weights_are_loaded(toy_folder, monkeypatch):
-    monkeypatch.setattr(comp.trainer, "build_model", lambda *args, **kwargs: pytest.fail("loaded the model first"))
+    monkeypatch.setattr(comp.train.trainer, "build_model", lambda *args, **kwargs: pytest.fail("loaded the model first"))
     for path in ("absent.json", "absent.yaml"):
         with pytest.raises(ConfigError, match=f"data.path {path} is not a file"):
             run(toy_folder, f"stages.2.data=[{{path: {path}}}]")

@@ -11,8 +11,8 @@ from comp.data.batch import Message, Sample
 from comp.data.encode import ImageSettings, SampleEncoder
 from comp.data.template import ChatTemplate, load_tokenizer
 from comp.eval.vqa import answer_loss, answer_questions, blind_baselines, scores_by_type, write_predictions
-from comp.model.comp import CoMPOutput
-from comp.summary import result_table
+from comp.model.multimodal import CoMPOutput
+from comp.train.summary import result_table
 
 
 @pytest.fixture(scope="module")

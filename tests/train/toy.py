@@ -190,8 +190,8 @@ if __name__ == "__main__":
     from unittest.mock import patch
 
     from comp.config_io import apply_overrides
-    from comp.trainer import Trainer
+    from comp.train.trainer import Trainer
 
     folder, *overrides = sys.argv[1:]
-    with patch("comp.trainer.plot_run"):
+    with patch("comp.train.trainer.plot_run"):
         Trainer(apply_overrides(toy_config(Path(folder)), overrides)).run()

@@ -1,0 +1,391 @@
+"""CoMP: vision encoder, adapter and a transformers causal language model as one multimodal model (arXiv 2503.18931).
+
+Shape suffixes:
+    B  samples   L  text tokens of a row   E  language width   N  patches   D  vision width   M  images
+    V  visual tokens of all images, N / merge_size^2
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from comp_kernels import alignment_loss
+
+from .adapter import Adapter
+from .losses import contrastive_loss, masked_mean, mean_by_segment, next_token_loss
+from .mrope import install_mrope, mrope_position_ids
+from .vision_encoder import VisionEncoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..config import AlignmentConfig
+    from ..data.batch import Batch
+
+Grid = tuple[int, int, int]
+SETTINGS_FILE = "comp.json"
+PROTOTYPE_SOURCES = ("embed_tokens", "lm_head", "frozen")
+POSITION_IDS = ("mrope", "1d")
+
+
+@dataclass
+class CoMPOutput:
+    """Losses of one batch. Divide `token_loss_sum` by the number of learned tokens of the *global* batch."""
+
+    token_loss_sum: Tensor
+    """Float32 scalar: sum of the next-token losses of this batch."""
+    num_tokens: int
+    """Learned tokens of this batch."""
+    alignment_loss: Tensor | None
+    """Float32 scalar: mean over the samples of the whole group; its gradient is that of the local rows, to be *summed* over
+    the ranks. None where no alignment loss was asked for."""
+    num_aligned: int = 0
+    """Samples of this batch in the alignment loss: those with an image and an answer."""
+
+
+@dataclass
+class StepText:
+    """Text side of the alignment loss of all batches of an optimiser step, so that targets couple the samples of all.
+
+    Where there are several, the alignment loss of one batch has log(choices) in place of each loss of the other batches' rows:
+    over M batches the sum of the values minus (M - 1) * log(choices) is the loss of the step. The choices are the words of the
+    vocabulary, in mode "contrastive" the valid texts of the step.
+    """
+
+    features: Tensor
+    """[n, E] pooled texts of all samples of this process."""
+    valid: Tensor
+    """[n] bool: samples with an image and an answer."""
+    begin: int = 0
+    """Row of `features` where the batch at hand begins."""
+
+
+class CoMP(nn.Module):
+    """The multimodal model.
+
+    encoder:          a VisionEncoder. Its adapter is used where it has one that fits, else a new one is put there.
+    language_model:   any transformers causal language model whose decoder takes `inputs_embeds`.
+    image_token_id:   the placeholder in input_ids; an image of grid (t, h, w) has t * h * w / merge_size^2 of them in a run.
+    position_ids:     "mrope": image tokens carry (time, row, column), identical to "1d" for text (comp.model.mrope); or "1d".
+    adapter_init:     of a new adapter, "lecun" or "truncated" (comp.model.Adapter).
+    dummy_image:      let batches without images push one block of zeros through encoder and adapter, times zero. Every rank
+                      then touches the same parameters whatever its batch holds, as DDP and FSDP need. Off by default: such
+                      a batch costs nothing in the vision tower.
+
+    Parts: `encoder` (which holds `adapter`) and `language_model`; `named_parts` partitions the parameters.
+    """
+
+    def __init__(
+        self,
+        encoder: VisionEncoder,
+        language_model: PreTrainedModel,
+        *,
+        image_token_id: int,
+        position_ids: str = "mrope",
+        adapter_init: str = "lecun",
+        dummy_image: bool = False,
+    ) -> None:
+        super().__init__()
+        width = language_model.get_input_embeddings().embedding_dim
+        vocabulary = language_model.get_input_embeddings().num_embeddings
+        if not 0 <= image_token_id < vocabulary:
+            raise ValueError(f"image_token_id must be a row of the {vocabulary} word embeddings, got {image_token_id}")
+        if position_ids not in POSITION_IDS:
+            raise ValueError(f"position_ids must be one of {POSITION_IDS}, got {position_ids!r}")
+        if encoder.adapter is None:
+            encoder.adapter = Adapter(encoder.config.width, width, merge_size=encoder.config.merge_size, init=adapter_init)
+            encoder.adapter.to(encoder.patch_embed.weight.device, encoder.patch_embed.weight.dtype)
+        if encoder.adapter.language_width != width:
+            raise ValueError(
+                f"the encoder's adapter makes tokens of width {encoder.adapter.language_width}, the language model has "
+                f"{width}; set encoder.adapter = None to start a new one"
+            )
+        self.encoder = encoder
+        self.language_model = language_model
+        self.image_token_id = image_token_id
+        self.dummy_image = dummy_image
+        self.mrope = position_ids == "mrope"
+        if self.mrope:
+            install_mrope(language_model.base_model)
+        self.register_buffer("word_counts", None, persistent=False)
+        self.register_buffer("frozen_prototypes", None)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike, *, dtype: torch.dtype | None = None) -> CoMP:
+        """Load what save_pretrained wrote, in evaluation mode. dtype: of the parameters, default that of the files."""
+        from transformers import AutoModelForCausalLM
+
+        folder = Path(folder)
+        if not (folder / SETTINGS_FILE).is_file():
+            raise ValueError(f"folder must hold {SETTINGS_FILE}, vision/ and language/ as save_pretrained writes, got {folder}")
+        settings = json.loads((folder / SETTINGS_FILE).read_text())
+        encoder = VisionEncoder.from_pretrained(folder / "vision", dtype=dtype)
+        language_model = AutoModelForCausalLM.from_pretrained(folder / "language", dtype=dtype or "auto")
+        return cls(encoder, language_model, **settings).eval()
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write `folder`/vision (the encoder with its adapter) and `folder`/language, each in Hugging Face layout, and what
+        joins them in comp.json. The tokenizer goes to `folder`/language by its own save_pretrained."""
+        folder = Path(folder)
+        self.encoder.save_pretrained(folder / "vision")
+        self.language_model.save_pretrained(folder / "language")
+        settings = dict(image_token_id=self.image_token_id, position_ids="mrope" if self.mrope else "1d")
+        (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+
+    @property
+    def adapter(self) -> Adapter:
+        return self.encoder.adapter
+
+    def named_parts(self) -> dict[str, dict[str, nn.Parameter]]:
+        """Every parameter in exactly one of "vision", "adapter" and "language", by name."""
+        parts: dict[str, dict[str, nn.Parameter]] = {"vision": {}, "adapter": {}, "language": {}}
+        for name, parameter in self.named_parameters():
+            part = "language" if name.startswith("language_model.") else "vision"
+            parts["adapter" if name.startswith("encoder.adapter.") else part][name] = parameter
+        return parts
+
+    def set_word_counts(self, counts: Tensor) -> None:
+        """Prior of the alignment loss: how often each vocabulary item occurs in the corpus, [vocabulary]."""
+        rows = self.language_model.get_input_embeddings().num_embeddings
+        if counts.shape != (rows,):
+            raise ValueError(f"counts must have one entry per word embedding, ({rows},), got {tuple(counts.shape)}")
+        self.word_counts = counts.to(self.language_model.get_input_embeddings().weight.device)
+
+    def freeze_prototypes(self, source: str = "embed_tokens") -> None:
+        """Keep a copy of today's prototypes for prototype_source "frozen"; saved with the model's state."""
+        self.frozen_prototypes = self.prototypes(source).clone()
+
+    def prototypes(self, source: str) -> Tensor:
+        """Word embeddings of the alignment loss, [vocabulary, E], detached."""
+        if source == "embed_tokens":
+            return self.language_model.get_input_embeddings().weight.detach()
+        if source == "lm_head":
+            return self.language_model.get_output_embeddings().weight.detach()
+        if source == "frozen":
+            if self.frozen_prototypes is None:
+                raise ValueError('prototype_source "frozen" needs a call of freeze_prototypes first')
+            return self.frozen_prototypes
+        raise ValueError(f"prototype_source must be one of {PROTOTYPE_SOURCES}, got {source!r}")
+
+    def forward(
+        self,
+        batch: Batch,
+        *,
+        alignment: AlignmentConfig | None = None,
+        group: dist.ProcessGroup | None = None,
+        step_text: StepText | None = None,
+    ) -> CoMPOutput:
+        """Losses of a batch; every mix of text-only, one-image and several-image samples is legal, and no image at all.
+
+        alignment:  also compute the alignment loss with these settings (comp.config.AlignmentConfig; its weight is not
+                    applied here). All ranks of `group` must then call, each with its share of the global batch.
+        step_text:  where this batch is one of several of an optimiser step: the text side of all of them (StepText).
+        Raises ValueError where placeholders and images do not match, with the counts.
+        """
+        token_grids = self.token_grids(batch)
+        if alignment is not None and step_text is None:
+            step_text = self.step_text([batch])
+        visual_VE = self.visual_tokens(batch)
+        hidden_BLE = self.decode(batch, visual_VE, token_grids)
+        lm_head = self.language_model.get_output_embeddings()
+        loss_sum, num_tokens = next_token_loss(hidden_BLE, batch.labels, lm_head, lm_head.weight.shape[0])
+        output = CoMPOutput(token_loss_sum=loss_sum, num_tokens=num_tokens, alignment_loss=None)
+        if alignment is not None:
+            output.alignment_loss = self.align(visual_VE, token_grids, step_text, alignment, group)
+            output.num_aligned = batch.num_aligned_rows()
+        return output
+
+    def token_grids(self, batch: Batch) -> list[list[Grid]]:
+        """Per sample, the grids (t, h, w) of its images counted in merged tokens; checked against the placeholders."""
+        merge_size = self.encoder.config.merge_size
+        grids: list[list[Grid]] = [[] for _ in batch.input_ids]
+        image_sample = batch.image_sample.tolist()
+        if len(image_sample) != len(batch.grid_thw) or image_sample != sorted(image_sample):
+            raise ValueError(
+                f"image_sample must give each of the {len(batch.grid_thw)} images of grid_thw its row of input_ids, "
+                f"never decreasing, got {image_sample}"
+            )
+        for (t, h, w), sample in zip(batch.grid_thw.tolist(), image_sample):
+            grids[sample].append((t, h // merge_size, w // merge_size))
+        placeholders = (batch.input_ids == self.image_token_id).sum(1).tolist()
+        for sample, (found, images) in enumerate(zip(placeholders, grids)):
+            needed = sum(t * h * w for t, h, w in images)
+            if found != needed:
+                raise ValueError(
+                    f"input_ids row {sample} has {found} placeholders (id {self.image_token_id}) but its {len(images)} images "
+                    f"make {needed} visual tokens: {images} as (frames, rows, columns)"
+                )
+        return grids
+
+    def visual_tokens(self, batch: Batch) -> Tensor:
+        """Adapter outputs of all images of the batch, [V, E]; no rows for a batch without images."""
+        pixel_values, grid_thw = batch.pixel_values, batch.grid_thw
+        is_dummy = len(grid_thw) == 0
+        if is_dummy and not self.dummy_image:
+            # no rows through the adapter: costs nothing, and the loss can be differentiated where only the adapter trains
+            return self.adapter(self.adapter.norm.weight.new_zeros(0, self.encoder.config.width))
+        if is_dummy:
+            side = self.encoder.config.merge_size
+            pixel_values = pixel_values.new_zeros(side * side, self.encoder.config.patch_dim)
+            grid_thw = torch.tensor([[1, side, side]])
+        visual_VE = self.adapter(self.encoder(pixel_values, grid_thw))
+        return visual_VE[:0] if is_dummy else visual_VE
+
+    def embed(self, batch: Batch, visual_VE: Tensor, token_grids: list[list[Grid]]) -> tuple[Tensor, Tensor | None]:
+        """Input embeddings [B, L, E] with the images in place, and M-RoPE positions [3, B, L] (None: plain positions)."""
+        embeds_BLE = self.language_model.get_input_embeddings()(batch.input_ids)
+        is_image_BL1 = (batch.input_ids == self.image_token_id).unsqueeze(-1)
+        # done without images too: scattering no rows is what ties the parameters behind a dummy image to the loss
+        embeds_BLE = embeds_BLE.masked_scatter(is_image_BL1, visual_VE.to(embeds_BLE.dtype))
+        if not self.mrope or not any(token_grids):
+            return embeds_BLE, None
+        return embeds_BLE, mrope_position_ids(batch.input_ids.cpu(), token_grids, self.image_token_id).to(embeds_BLE.device)
+
+    def decode(self, batch: Batch, visual_VE: Tensor, token_grids: list[list[Grid]]) -> Tensor:
+        """Last hidden states [B, L, E], after the decoder's final norm."""
+        embeds_BLE, position_ids = self.embed(batch, visual_VE, token_grids)
+        with self.multimodal_positions(position_ids):
+            return self.run_decoder(batch.attention_mask, inputs_embeds=embeds_BLE).last_hidden_state
+
+    def run_decoder(self, attention_mask: Tensor, **inputs):
+        """The decoder without its lm_head, on right-padded rows."""
+        position_ids = torch.arange(attention_mask.shape[1], device=attention_mask.device).unsqueeze(0)
+        position_ids = position_ids.expand(attention_mask.shape[0], -1)
+        inputs = {"use_cache": False, **inputs}
+        return self.language_model.base_model(attention_mask=attention_mask.long(), position_ids=position_ids, **inputs)
+
+    @contextmanager
+    def multimodal_positions(self, position_ids: Tensor | None) -> Iterator[None]:
+        """Let the decoder use these M-RoPE positions [3, B, L]; None leaves its own."""
+        rotary = self.language_model.base_model.rotary_emb if self.mrope else None
+        try:
+            if rotary is not None:
+                rotary.position_ids = position_ids
+            yield
+        finally:
+            if rotary is not None:
+                rotary.position_ids = None
+
+    def align(
+        self,
+        visual_VE: Tensor,
+        token_grids: list[list[Grid]],
+        step_text: StepText,
+        settings: AlignmentConfig,
+        group: dist.ProcessGroup | None = None,
+    ) -> Tensor:
+        """Alignment loss over the group, always in float32.
+
+        Vision: mean over the visual tokens of all images of a sample. Samples without an image or without an answer do not
+        count; a group without any that count has loss 0. The rows of other batches of the step have vision features zero,
+        hence constant losses: gradients of the batches add up to that of the step.
+        """
+        lengths = [sum(t * h * w for t, h, w in images) for images in token_grids]
+        with torch.autocast(visual_VE.device.type, enabled=False):
+            before, after = step_text.begin, len(step_text.features) - step_text.begin - len(lengths)
+            vision = F.pad(mean_by_segment(visual_VE, lengths), (0, 0, before, after))
+            if settings.mode == "contrastive":
+                text, valid = step_text.features, step_text.valid
+                return contrastive_loss(vision, text, temperature=settings.temperature, valid=valid, group=group)
+            return alignment_loss(
+                vision,
+                step_text.features,
+                self.prototypes(settings.prototype_source),
+                prior=self.word_counts,
+                mode=settings.mode,
+                epsilon=settings.epsilon,
+                temperature=settings.temperature,
+                num_iters=settings.num_iters,
+                prior_temperature=settings.prior_temperature,
+                valid=step_text.valid,
+                group=group,
+            )
+
+    def step_text(self, batches: Sequence[Batch]) -> StepText:
+        """The text side of the alignment loss for batches that are learned from together."""
+        features = [self.text_features(b.answer_ids, b.answer_mask) for b in batches]
+        return StepText(features=torch.cat(features), valid=torch.cat([b.aligned_rows() for b in batches]))
+
+    @torch.no_grad()
+    def text_features(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Mean of the last hidden states over the tokens of each row, [B, E] float32: no image, no lm_head, no gradient,
+        evaluation mode. Rows without tokens give zeros."""
+        if mask.shape[1] == 0:
+            return torch.zeros(len(mask), self.adapter.language_width, device=mask.device)
+        with evaluation_mode(self.language_model):
+            return masked_mean(self.run_decoder(mask, input_ids=ids).last_hidden_state, mask)
+
+    @torch.no_grad()
+    def generate(
+        self, batch: Batch, *, max_new_tokens: int, eos_token_id: int | Sequence[int] | None = None
+    ) -> list[list[int]]:
+        """Greedy continuation of every row of batch.input_ids (prompts, right padded), with a key-value cache.
+
+        eos_token_id:  ids that end an answer, default those of the language model's generation config.
+        Returns the new ids of each row, without the one that ended it. Answers do not depend on the other rows.
+        """
+        if eos_token_id is None:
+            eos_token_id = self.language_model.generation_config.eos_token_id
+        stops = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+        with evaluation_mode(self):
+            new_ids = self._greedy(batch, max_new_tokens, stops)
+        return [list(takewhile(lambda token: token not in stops, row)) for row in new_ids.tolist()]
+
+    def _greedy(self, batch: Batch, max_new_tokens: int, stops: list[int]) -> Tensor:
+        """New ids [B, at most max_new_tokens]; stops early once every row has met a stop."""
+        decoder, lm_head = self.language_model.base_model, self.language_model.get_output_embeddings()
+        mask, rows = batch.attention_mask, torch.arange(len(batch.input_ids), device=batch.input_ids.device)
+        lengths = mask.sum(1)
+        if not bool((lengths > 0).all()):
+            raise ValueError(f"every row of input_ids must have a prompt, got lengths {lengths.tolist()}")
+        token_grids = self.token_grids(batch)
+        embeds_BLE, position_ids = self.embed(batch, self.visual_tokens(batch), token_grids)
+        with self.multimodal_positions(position_ids):
+            state = self.run_decoder(mask, inputs_embeds=embeds_BLE, use_cache=True)
+        # the padding stays in the cache, masked; new tokens go behind it and count on from the last real position
+        last_BE = state.last_hidden_state[rows, lengths - 1]
+        position_B = lengths if position_ids is None else position_ids.amax(0)[rows, lengths - 1] + 1
+        ended_B = torch.zeros_like(rows, dtype=torch.bool)
+        stop_ids = torch.tensor(stops, device=rows.device, dtype=torch.long)
+        new_ids = []
+        for step in range(max_new_tokens):
+            token_B = lm_head(last_BE).argmax(-1)
+            new_ids.append(token_B)
+            ended_B |= torch.isin(token_B, stop_ids)
+            if step == max_new_tokens - 1 or bool(ended_B.all()):
+                break
+            mask = torch.cat((mask, mask.new_ones(len(mask), 1)), dim=1)
+            state = decoder(
+                input_ids=token_B.unsqueeze(1),
+                attention_mask=mask.long(),
+                position_ids=(position_B + step).unsqueeze(1),
+                past_key_values=state.past_key_values,
+                use_cache=True,
+            )
+            last_BE = state.last_hidden_state[:, -1]
+        return torch.stack(new_ids, dim=1) if new_ids else rows.new_zeros(len(rows), 0)
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Switch dropout and the like off for a while, and restore what each submodule had."""
+    training = [part for part in module.modules() if part.training]
+    try:
+        for part in training:
+            part.training = False
+        yield
+    finally:
+        for part in training:
+            part.training = True

@@ -1,0 +1,1 @@
+"""Programs that ask what a finished run is worth; nothing in the trainer imports them."""

@@ -1,0 +1,1 @@
+"""Frozen classification: does the encoder still classify after training?"""

@@ -1,0 +1,209 @@
+"""What the probes of frozen encoders share: training of heads, kept results, and the table they become.
+
+A probe leaves counts for every test image. Scores come from their sums, and whether a change of the score is more than chance
+comes from drawing the same test images again for both encoders (paired bootstrap).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ...cli import positive_int
+from ...config import ConfigError
+from ...log import table
+from ...model import VisionEncoder
+
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A score in [0, 1] made of counts that are summed over images."""
+
+    name: str
+    score: Callable[[Tensor], Tensor]
+    """Sums [..., K] float64 -> scores [...]."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One probe experiment, the same for every encoder."""
+
+    name: str
+    """Of its folder below RUN/probes."""
+    title: str
+    text: str
+    """What was measured on what, for the report page."""
+    measures: Sequence[Measure]
+    """The first is the one whose change is judged."""
+    key: str
+    """Everything that the outcome depends on but the encoder. A kept outcome with another key is measured anew."""
+    run: Callable[[VisionEncoder], dict[str, Tensor]]
+    """Returns "counts" [probes, images, K], and whatever else is to be kept."""
+
+
+def fit(head: nn.Module, losses: Iterable[Tensor], settings: Any, *, num_steps: int, warmup: float, cosine: bool) -> nn.Module:
+    """Train `head` with AdamW; returns it in evaluation mode.
+
+    losses:    of `num_steps` batches; each is asked for when the step before is done.
+    settings:  rates (see `learning_rate`) and weight decay.
+    """
+    optimizer = torch.optim.AdamW(head.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+    for step, loss in enumerate(losses):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, num_steps, warmup, settings, cosine=cosine)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return head.eval()
+
+
+def learning_rate(step: int, total: int, warmup: float, settings: Any, *, cosine: bool) -> float:
+    """Linear warm-up from 0 to settings.lr, then down to settings.min_lr along half a cosine or a line."""
+    if step < warmup:
+        return settings.lr * (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1.0, total - warmup)
+    left = 0.5 * (1 + math.cos(math.pi * progress)) if cosine else 1 - progress
+    return settings.min_lr + (settings.lr - settings.min_lr) * left
+
+
+def subset(items: Sequence, count: int | None) -> list:
+    """`count` items in their order, always the same ones; all where there are no more or none is asked for."""
+    if count is None or count >= len(items):
+        return list(items)
+    return [items[i] for i in sorted(np.random.default_rng(0).permutation(len(items))[:count])]
+
+
+def in_batches(count: int, size: int) -> Iterator[range]:
+    """The indices 0 .. count - 1, `size` at a time."""
+    return (range(start, min(start + size, count)) for start in range(0, count, size))
+
+
+# --- outcomes ----------------------------------------------------------------------------------------------------------------
+
+
+def run_trial(trial: Trial, run: Path, encoders: Iterator[tuple[str, VisionEncoder]], device: str) -> dict[str, dict]:
+    """The outcome per encoder, kept in RUN/probes/NAME: an interrupted trial goes on with the encoders that are missing.
+    Writes table.json there, which the report page shows."""
+    folder = run / "probes" / trial.name
+    outcomes: dict[str, dict] = {}
+    for label, encoder in encoders:  # the first one has found RUN to be a run
+        folder.mkdir(parents=True, exist_ok=True)
+        kept, key = folder / f"{label}.pt", f"{trial.key} {fingerprint(encoder)}"
+        outcome = torch.load(kept, weights_only=True) if kept.is_file() else {}
+        if outcome.get("key") != key:
+            outcome = {"key": key, **trial.run(encoder.to(device))}
+            torch.save(outcome, kept)
+        outcomes[label] = outcome
+    made = make_table({label: outcome["counts"] for label, outcome in outcomes.items()}, trial.measures)
+    (folder / "table.json").write_text(json.dumps(dict(title=trial.title, text=trial.text, **made), indent=1))
+    return outcomes
+
+
+def fingerprint(encoder: VisionEncoder) -> str:
+    """Of weights and choices."""
+    digest = hashlib.sha256(repr(encoder.config).encode())
+    for name, tensor in encoder.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def data_key(*items: Image.Image | Path | int) -> str:
+    """Changes when a picture, the name or size of a file, or a label does."""
+    digest = hashlib.sha256()
+    for item in items:
+        if isinstance(item, Image.Image):
+            digest.update(item.tobytes())
+        else:
+            named = f"{item.parent.name}/{item.name} {item.stat().st_size}" if isinstance(item, Path) else str(item)
+            digest.update(f"{named}\n".encode())
+    return digest.hexdigest()
+
+
+def make_table(counts: dict[str, Tensor], measures: Sequence[Measure]) -> dict[str, list]:
+    """Rows of encoders, all in per cent: the first measure as mean ± standard deviation over probes, its change against the
+    first encoder ± standard error over test images, the means of the other measures."""
+    first, *others = measures
+    header = ["encoder", first.name, "change", *(measure.name for measure in others)]
+    baseline = next(iter(counts.values()))
+    rows = []
+    for label, own in counts.items():
+        scores = 100 * first.score(own.double().sum(1))
+        spread = f" ± {scores.std():.2f}" if len(scores) > 1 else ""
+        change = "" if own is baseline else "{:+.2f} ± {:.2f}".format(*change_of(baseline, own, first))
+        means = (f"{100 * measure.score(own.double().sum(1)).mean():.1f}" for measure in others)
+        rows.append([label, f"{scores.mean():.2f}{spread}", change, *means])
+    return dict(header=header, rows=rows)
+
+
+def change_of(before: Tensor, after: Tensor, measure: Measure) -> tuple[float, float]:
+    """Change of the mean score over probes and its standard error over test images, in per cent.
+
+    before, after:  counts [probes, images, K] on the same images.
+    """
+    generator = torch.Generator().manual_seed(0)
+    num_images = before.shape[1]
+    drawn = torch.randint(num_images, (RESAMPLES, num_images), generator=generator)
+    weights = torch.zeros(RESAMPLES, num_images, dtype=torch.float64)
+    weights.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
+
+    def score(weights: Tensor) -> Tensor:  # [R, images] -> [R]
+        a, b = (measure.score(torch.einsum("rn,pnk->rpk", weights, x.double())).mean(1) for x in (before, after))
+        return 100 * (b - a)
+
+    return score(torch.ones(1, num_images, dtype=torch.float64)).item(), score(weights).std().item()
+
+
+# --- command line ------------------------------------------------------------------------------------------------------------
+
+
+def add_options(parser: argparse.ArgumentParser, settings: object) -> None:
+    """RUN, the options of every probe, and one option per field of the dataclass `settings`."""
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run, for example runs/tiny")
+    parser.add_argument(
+        "--stages", nargs="+", metavar="STAGE", help="whose encoders to compare with the start (default: the last)"
+    )
+    parser.add_argument("--seeds", type=positive_int, default=3, help="probes trained per encoder (default: 3)")
+    parser.add_argument("--train-images", type=positive_int, metavar="N", help="use N of the training images (default: all)")
+    parser.add_argument("--test-images", type=positive_int, metavar="N", help="use N of the test images (default: all)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    for field in dataclasses.fields(settings):
+        value, flag = getattr(settings, field.name), f"--{field.name.replace('_', '-')}"
+        if isinstance(value, bool):
+            parser.add_argument(flag, action="store_true", help=field.metadata.get("help"))
+        else:
+            choices = field.metadata.get("choices")
+            parser.add_argument(flag, type=type(value), default=value, choices=choices, help=f"default: {value}")
+
+
+def settings_from(options: argparse.Namespace, settings_class: type) -> Any:
+    """The options as `settings_class`. ConfigError for a number that cannot train: below its field's metadata "least", or where
+    there is none not more than 0."""
+    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(settings_class)}
+    for field in dataclasses.fields(settings_class):
+        value, least = values[field.name], field.metadata.get("least")
+        if type(value) in (int, float) and not (value > 0 if least is None else value >= least):
+            needed = "more than 0" if least is None else f"at least {least}"
+            raise ConfigError(f"--{field.name.replace('_', '-')} must be {needed}, got {value}")
+    return settings_class(**values)
+
+
+def describe_table(folder: Path) -> str:
+    """The table of a finished trial as text."""
+    found = json.loads((folder / "table.json").read_text())
+    return table(found["header"], found["rows"])

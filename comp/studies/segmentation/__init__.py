@@ -1,0 +1,1 @@
+"""Frozen segmentation: does the encoder know what lies where after training?"""

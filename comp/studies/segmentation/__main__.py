@@ -1,0 +1,5 @@
+import sys
+
+from .segment import main
+
+sys.exit(main())

@@ -1,0 +1,117 @@
+"""Resolution sweep: `python -m comp.studies.sweep RUN` answers the held-out questions under several caps on visual tokens.
+
+Images stay at native size and are scaled down only where the cap asks for it (CoMP, arXiv 2503.18931, Figure 3). Writes
+RUN/sweep/{table.json, sweep.png}, which the report page shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from ..build import build_model, sample_encoder, set_position_mode
+from ..cli import positive_int
+from ..config import Config, ConfigError
+from ..data.mixture import open_sources
+from ..eval.vqa import OVERALL, answer_questions, scores_by_type
+from .runs import trained_config
+
+CAPS = (8, 16, 32, 64, 128)
+
+
+def sweep(config: Config, caps: Sequence[int], num_questions: int | None = None) -> dict[int, dict[str, dict[str, Any]]]:
+    """Scores by question type (as `scores_by_type`) for every cap on the visual tokens of a question."""
+    if not config.eval.data:
+        raise ConfigError("eval.data lists no source: this run has no held-out questions")
+    model, template = build_model(config)
+    model.eval()
+    stage = config.stages[0]
+    set_position_mode(model, config, stage)
+    samples = open_sources(config.eval.data, config.seed)
+    indices = range(min(num_questions or len(samples), len(samples)))
+    results = {}
+    for cap in caps:
+        capped = dataclasses.replace(
+            stage,
+            resolution=None,
+            max_visual_tokens=cap,
+            min_visual_tokens=min(stage.min_visual_tokens, cap),
+            forward_visual_tokens=None,
+        )
+        predictions, skipped = answer_questions(
+            model,
+            samples,
+            sample_encoder(model, template, config, capped),
+            indices=indices,
+            metric=config.eval.metric,
+            max_new_tokens=config.eval.max_new_tokens,
+            batch_size=config.eval.batch_size,
+        )
+        for message in skipped:
+            print(f"skipped {message}", file=sys.stderr)
+        results[cap] = scores_by_type(predictions)
+        print(f"{cap} visual tokens: {100 * results[cap][OVERALL]['score']:.1f}%", file=sys.stderr)
+    return results
+
+
+def write_sweep(results: dict[int, dict[str, dict[str, Any]]], folder: Path) -> None:
+    """folder/table.json, a row per question type and a column per cap, and folder/sweep.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    types = list(next(iter(results.values())))
+    rows = [[name, *(f"{100 * scores[name]['score']:.1f}" for scores in results.values())] for name in types]
+    count = next(iter(results.values()))[OVERALL]["count"]
+    text = (
+        f"Score in per cent on {count} held-out questions at native resolution, against the cap on visual tokens per question."
+    )
+    table = dict(text=text, header=["visual tokens at most", *map(str, results)], rows=rows, total=True)
+    (folder / "table.json").write_text(json.dumps(table, indent=1))
+
+    figure, ax = plt.subplots(figsize=(8, 4.6))
+    colours = plt.get_cmap("tab20").colors[::2] + plt.get_cmap("tab20").colors[1::2]
+    at_last = list(results.values())[-1]
+    for number, name in enumerate(sorted(types, key=lambda name: -at_last[name]["score"])):  # the legend in the lines' order
+        values = [100 * scores[name]["score"] for scores in results.values()]
+        strong = name == OVERALL
+        style = dict(color="black", linewidth=2.4, zorder=3) if strong else dict(color=colours[number % 20], linewidth=1.1)
+        ax.plot(list(results), values, marker="osD^v"[number % 5], markersize=5, label=name, **style)
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(list(results), [str(cap) for cap in results])
+    ax.set_xlabel("visual tokens per question at most")
+    ax.set_ylabel("held-out score (%)")
+    ax.set_ylim(0, 100)
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.tight_layout()
+    figure.savefig(folder / "sweep.png", dpi=110)
+    plt.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run, for example runs/tiny")
+    default = " ".join(map(str, CAPS))
+    parser.add_argument("--caps", type=positive_int, nargs="+", default=CAPS, metavar="N", help=f"default: {default}")
+    parser.add_argument("--stage", help="whose models to use (default: the last)")
+    parser.add_argument("--questions", type=positive_int, help="use the first questions only")
+    options = parser.parse_args(arguments)
+    try:
+        results = sweep(trained_config(options.run, options.stage), sorted(options.caps), options.questions)
+    except ConfigError as error:
+        parser.error(str(error))
+    write_sweep(results, options.run / "sweep")
+    print(options.run / "sweep" / "table.json")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""The optimiser: every trainable parameter in exactly one group (part x decay), and the learning-rate schedule.
+
+`model.named_parts()` gives the parameters of "vision", "adapter" and "language" by name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..config import OptimConfig
+
+
+@dataclass(kw_only=True, slots=True)
+class PartReport:
+    """What one part of the model contributes to training."""
+
+    part: str
+    num_parameters: int
+    num_trainable: int
+    lr: float
+
+
+def set_trainable(model: nn.Module, trainable: Iterable[str]) -> None:
+    """Switch gradients on for the parameters of the named parts, off for all others."""
+    trainable = set(trainable)
+    for part, parameters in model.named_parts().items():
+        for parameter in parameters.values():
+            parameter.requires_grad_(part in trainable)
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over the parameters that require gradients; groups carry "part" and their peak rate "peak_lr"."""
+    groups = []
+    for part, parameters in model.named_parts().items():
+        trainable = [(name, p) for name, p in parameters.items() if p.requires_grad]
+        matrices = [p for name, p in trainable if _decays(name, p)]
+        others = [p for name, p in trainable if not _decays(name, p)]
+        for params, weight_decay in ((matrices, config.weight_decay), (others, 0.0)):
+            if params:
+                lr = config.lr(part)
+                groups.append(dict(params=params, part=part, peak_lr=lr, lr=lr, weight_decay=weight_decay))
+    check_partition(model, groups)
+    return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps)
+
+
+def check_partition(model: nn.Module, groups: Iterable[dict]) -> None:
+    """Each parameter that requires a gradient is in exactly one group with a positive rate, and no other one is in any."""
+    times: dict[int, int] = {}
+    for group in groups:
+        for parameter in group["params"]:
+            times[id(parameter)] = times.get(id(parameter), 0) + 1
+        if not group["peak_lr"] > 0:
+            raise ValueError(f"part {group['part']} trains with learning rate {group['peak_lr']}")
+    for name, parameter in model.named_parameters():
+        needed = 1 if parameter.requires_grad else 0
+        found = times.pop(id(parameter), 0)
+        if found != needed:
+            raise ValueError(f"parameter {name} must be in {needed} optimiser group(s), found in {found}")
+    if times:
+        raise ValueError(f"the optimiser holds {len(times)} parameters that are not the model's")
+
+
+def _decays(name: str, parameter: nn.Parameter) -> bool:
+    """Weight decay acts on matrices: not on biases, norm weights, scales, nor on tables of positions."""
+    return parameter.dim() >= 2 and "pos" not in name
+
+
+def part_reports(model: nn.Module, config: OptimConfig) -> list[PartReport]:
+    reports = []
+    for part, parameters in model.named_parts().items():
+        trainable = sum(p.numel() for p in parameters.values() if p.requires_grad)
+        reports.append(
+            PartReport(
+                part=part,
+                num_parameters=sum(p.numel() for p in parameters.values()),
+                num_trainable=trainable,
+                lr=config.lr(part) if trainable else 0.0,
+            )
+        )
+    return reports
+
+
+def lr_multiplier(step: int, num_steps: int, config: OptimConfig) -> float:
+    """Share of the peak rate in step `step` (from 0): linear warm-up that reaches 1, then half a cosine to `min_lr_ratio`."""
+    num_warmup = math.ceil(config.warmup_ratio * num_steps)
+    if step < num_warmup:
+        return (step + 1) / num_warmup
+    progress = (step - num_warmup) / max(1, num_steps - num_warmup)
+    return config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, multiplier: float) -> dict[str, float]:
+    """Set every group to `multiplier` times its peak; returns the rate of each part."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * multiplier
+    return {group["part"]: group["lr"] for group in optimizer.param_groups}

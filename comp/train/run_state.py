@@ -1,0 +1,85 @@
+"""The folder of a run: whose it is, how far the run has come, and where to continue."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..config import Config, ConfigError
+from ..config_io import differences, read_config, to_dict
+from ..parallel import World
+from .checkpoint import CheckpointStore, read_progress, write_json
+
+# What does not change what is learned, up to rounding; "checkpoint" stands for all its fields.
+MAY_DIFFER_ON_RESUME = (
+    "output_dir",
+    "num_workers",
+    "tensorboard",
+    "checkpoint",
+    "device",
+    "parallel",
+    "activation_checkpointing",
+    "bad_samples",
+    "eval.batch_size",
+    "stages.*.forward_visual_tokens",
+    "stages.*.forward_text_tokens",
+)
+
+
+@dataclass(kw_only=True, slots=True)
+class RunState:
+    """How far a run has come; stored with every checkpoint."""
+
+    stage: int = 0
+    step_in_stage: int = 0
+    samples_in_stage: int = 0
+    step: int = 0  # optimiser steps of all stages so far
+    seconds: float = 0.0  # time spent so far, evaluation included
+    samples: int = 0
+    images: int = 0
+    text_tokens: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)  # message of an unusable sample -> times met
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    metrics_bytes: int = 0  # length of metrics.jsonl that belongs to this state
+
+
+def find_state(folder: Path, config: Config, store: CheckpointStore, *, resume: bool) -> tuple[RunState, Path | None]:
+    """Where a run in `folder` begins: at its newest checkpoint when resuming, else at the start.
+
+    ConfigError: the folder holds results and `resume` is false, the run in it was started with another configuration, or its
+    records are gone while its checkpoints are there.
+    """
+    metrics, stored = folder / "metrics.jsonl", folder / "config.json"
+    holds_results = stored.is_file() and metrics.is_file() and metrics.stat().st_size > 0
+    if not holds_results:
+        if store.latest() is not None:
+            lacks = " and ".join(path.name for path in (stored, metrics) if not path.is_file() or path.stat().st_size == 0)
+            raise ConfigError(
+                f"{store.folder} holds checkpoints, but {folder} lacks {lacks}; restore it, or choose another name=NAME"
+            )
+        return RunState(), None
+    if not resume:
+        raise ConfigError(f"{folder} holds a run already; continue it with --resume, or choose another name=NAME")
+    changed = differences(to_dict(read_config(stored)), to_dict(config))
+    changed = [name for name in changed if not {name.split(".")[0], re.sub(r"\.\d+\.", ".*.", name)} & {*MAY_DIFFER_ON_RESUME}]
+    if changed:
+        raise ConfigError(f"--resume needs the configuration the run was started with; these differ: {', '.join(changed)}")
+    checkpoint = store.latest()
+    return (RunState(), None) if checkpoint is None else (RunState(**read_progress(checkpoint)), checkpoint)
+
+
+def claim_folder(folder: Path, config: Config, world: World) -> None:
+    """Note the configuration in the folder of the run; after all processes have looked at it with `find_state`.
+
+    ConfigError: the folder cannot be written.
+    """
+    world.barrier()
+    if world.is_main:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / "config.json", to_dict(config))
+        except OSError as error:
+            raise ConfigError(f"output_dir {config.output_dir} cannot be written: {error}") from error
+    world.barrier()

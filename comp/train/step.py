@@ -1,0 +1,171 @@
+"""One optimiser step: forward passes of this process, losses normalised over all processes, gradients, clipping, update.
+
+    loss = sum of next-token losses / learned tokens of the whole step  +  weight * alignment loss of the whole step
+
+so neither the number of processes nor the cut into forward passes changes what is learned.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..config import StageConfig
+from ..data.batch import Batch
+from ..data.loader import StepData
+from ..data.packing import empty_batch
+from ..parallel import World, loss_scale, sum_gradients, total_norm
+
+
+class NonFiniteLossError(RuntimeError):
+    """Loss or gradient is not finite. Raised before the update: the parameters are still those of the last good step."""
+
+
+@dataclass(kw_only=True, slots=True)
+class StepTotals:
+    """Counts over all processes, known before the first forward pass."""
+
+    tokens: int  # learned tokens
+    samples: int
+    images: int
+    text_tokens: int
+    visual_tokens: int
+    skipped: int
+    stop: bool  # some process was asked to stop
+    num_forwards: int  # the most forward passes any process needs; all run as many
+    aligned_rows: int  # samples in the alignment loss
+
+    @classmethod
+    def gather(cls, data: StepData, world: World, *, stop: bool) -> StepTotals:
+        """Add up the shares of all processes."""
+        counts = (
+            sum(batch.num_learned_tokens() for batch in data.batches),
+            data.num_samples,
+            data.num_images,
+            data.num_text_tokens,
+            data.num_visual_tokens,
+            len(data.skipped),
+            sum(batch.num_aligned_rows() for batch in data.batches),
+            int(stop),
+        )
+        *totals, stops = (int(value) for value in world.sum(counts))
+        num_forwards = int(world.max([len(data.batches)])[0])
+        names = ("tokens", "samples", "images", "text_tokens", "visual_tokens", "skipped", "aligned_rows")
+        return cls(**dict(zip(names, totals)), stop=stops > 0, num_forwards=num_forwards)
+
+
+@dataclass(kw_only=True, slots=True)
+class StepLosses:
+    """Means over the whole step, and gradient norms per part before clipping; "total" is the norm that is clipped."""
+
+    loss: float
+    token_loss: float
+    alignment_loss: float | None
+    grad_norm: dict[str, float]
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data: StepData,
+    totals: StepTotals,
+    stage: StageConfig,
+    world: World,
+    *,
+    pad_id: int,
+    bf16: bool,
+) -> StepLosses:
+    """Learn from one step's samples. Raises NonFiniteLossError before anything is updated."""
+    optimizer.zero_grad(set_to_none=True)
+    token_loss, alignment = accumulate_gradients(model, data, totals, stage, world, pad_id=pad_id, bf16=bf16)
+    parts = {part: [p for p in named.values() if p.requires_grad] for part, named in model.named_parts().items()}
+    trainable = [p for parameters in parts.values() for p in parameters]
+    sum_gradients(trainable, world)
+    norms = {part: total_norm([p.grad for p in parameters]) for part, parameters in parts.items() if parameters}
+    total = torch.linalg.vector_norm(torch.stack(list(norms.values())))
+    losses = _to_host(token_loss, alignment, norms, total, stage, world)
+    _check_finite(losses, data, world)
+    scale = stage.optim.max_grad_norm / (losses.grad_norm["total"] + 1e-6)
+    if scale < 1:
+        torch._foreach_mul_([p.grad for p in trainable], scale)
+    optimizer.step()
+    return losses
+
+
+def accumulate_gradients(
+    model: nn.Module, data: StepData, totals: StepTotals, stage: StageConfig, world: World, *, pad_id: int, bf16: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Forward and backward over this process's batches; returns its share of the mean token loss, and the alignment loss."""
+    if totals.tokens == 0:
+        raise ValueError(f"no sample of this step can be learned from: {data.skipped[:3]}")
+    autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=bf16)
+    batches = [batch.to(world.device) for batch in _padded(data.batches, totals.num_forwards, pad_id)]
+    step_text = None
+    if stage.alignment is not None:
+        with autocast:
+            step_text = model.step_text(batches)
+    token_loss = torch.zeros((), dtype=torch.float64, device=world.device)
+    alignment = torch.zeros_like(token_loss)
+    scale = loss_scale(model, world)
+    for batch in batches:
+        with autocast:
+            output = model(batch, alignment=stage.alignment, group=world.group, step_text=step_text)
+        loss = output.token_loss_sum / totals.tokens
+        token_loss += loss.detach()
+        if step_text is not None:
+            alignment += output.alignment_loss.detach()
+            loss = loss + stage.alignment.weight * output.alignment_loss
+            step_text = replace(step_text, begin=step_text.begin + len(batch.input_ids))
+        if loss.requires_grad:  # not so for text alone while only vision parts train
+            (loss * scale).backward()
+    if step_text is None:
+        return token_loss, None
+    # A pass scores images of other passes 0 for every choice: each such row costs log(choices) whatever its target is. Each
+    # of the n rows is in one pass and outside M - 1, so all M passes sum to (sum of their losses + n (M - 1) log(choices)) / n.
+    contrastive = stage.alignment.mode == "contrastive"
+    choices = totals.aligned_rows if contrastive else len(model.prototypes(stage.alignment.prototype_source))
+    constant = math.log(choices) if totals.aligned_rows else 0.0
+    return token_loss, alignment - (len(batches) - 1) * constant
+
+
+def _padded(batches: Sequence[Batch], num_forwards: int, pad_id: int) -> list[Batch]:
+    """As many batches as the busiest process has: forward passes contain collectives that all must join."""
+    missing = num_forwards - len(batches)
+    patch_features = batches[0].pixel_values.shape[1] if batches else 0
+    return [*batches, *(empty_batch(pad_id=pad_id, patch_features=patch_features) for _ in range(missing))]
+
+
+def _to_host(
+    token_loss: Tensor, alignment: Tensor | None, norms: dict[str, Tensor], total: Tensor, stage: StageConfig, world: World
+) -> StepLosses:
+    """The one read-back of a step."""
+    device_values = [token_loss, token_loss.new_zeros(()) if alignment is None else alignment, *norms.values(), total]
+    own_token_loss, alignment_loss, *norm_values = torch.stack([v.double() for v in device_values]).tolist()
+    mean_token_loss = world.sum([own_token_loss])[0]
+    weighted = 0.0 if alignment is None else stage.alignment.weight * alignment_loss
+    return StepLosses(
+        loss=mean_token_loss + weighted,
+        token_loss=mean_token_loss,
+        alignment_loss=None if alignment is None else alignment_loss,
+        grad_norm=dict(zip((*norms, "total"), norm_values)),
+    )
+
+
+def _check_finite(losses: StepLosses, data: StepData, world: World) -> None:
+    """Loss and norm are the same everywhere, so all processes stop together."""
+    if not (math.isfinite(losses.loss) and math.isfinite(losses.grad_norm["total"])):
+        names = [name for share in world.gather([n for batch in data.batches for n in batch.names]) for name in share]
+        raise NonFiniteLossError(
+            f"loss {losses.loss} (next token {losses.token_loss}, alignment {losses.alignment_loss}), gradient norms "
+            f"{losses.grad_norm}; nothing was updated. Samples of this step: {', '.join(names)}"
+        )
+
+
+def seed_step(seed: int, stage: int, step: int, rank: int) -> None:
+    """Seed torch's generators for one step, so that a resumed run draws the same numbers without stored state."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, stage, step, rank]).generate_state(1, np.uint64)[0] >> 1))

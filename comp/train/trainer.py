@@ -1,0 +1,297 @@
+"""The trainer: a run through its stages, with evaluation between them, checkpoints and exact resume.
+
+Whatever is random in a step follows from (seed, stage, step, rank) and the data of a step from its number, so a checkpoint
+holds the model, the optimiser and counters, and a resumed run repeats an unbroken one bit for bit on the same number of CPUs.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..build import build_model, export_model, sample_encoder, set_position_mode
+from ..config import BEFORE, Config, ConfigError, StageConfig
+from ..data.datasets import BadSampleError
+from ..data.loader import StepData, StepDataset, iterate_steps
+from ..data.mixture import open_sources
+from ..eval.vqa import answer_questions, blind_baselines, scores_by_type, write_predictions
+from ..log import MetricsLog, Progress, table
+from ..parallel import distribute, gathered, note_trainable_changed, start_world, uses_bf16, uses_fsdp
+from .checkpoint import CheckpointStore, write_json
+from .optim import build_optimizer, lr_multiplier, part_reports, set_learning_rates, set_trainable
+from .plots import plot_run
+from .prior import count_words
+from .run_state import claim_folder, find_state
+from .step import StepTotals, seed_step, train_step
+from .summary import result_table, summarize
+
+
+class StopRequested(Exception):
+    """SIGTERM arrived; what was learned so far is saved."""
+
+
+class Trainer:
+    """One run of a configuration. All processes construct it and call `run`."""
+
+    def __init__(self, config: Config, *, resume: bool = False):
+        self.config = config
+        self.world = start_world(config.device)
+        self.folder = Path(config.output_dir) / config.name
+        self.store = CheckpointStore(self.folder / "checkpoints", keep=config.checkpoint.keep, world=self.world)
+        self.state, self._checkpoint = find_state(self.folder, config, self.store, resume=resume)
+        if resume and self._checkpoint is None and self.world.is_main:
+            print(f"nothing to continue in {self.folder}: starting from the beginning")
+        self._stop = False
+        self._started = time.monotonic() - self.state.seconds
+
+        # data and folder first: a wrong path should not wait for the weights
+        self.sources = [open_sources(stage.data, config.seed) for stage in config.stages]
+        self.held_out = open_sources(config.eval.data, config.seed) if config.eval.data else None
+        claim_folder(self.folder, config, self.world)
+        torch.manual_seed(config.seed)
+        model, self.template = build_model(config, dummy_image=uses_fsdp(config, self.world))
+        self.model = distribute(model, config, self.world)
+        self.bf16 = uses_bf16(config, self.world)
+        self.datasets = [self._open_stage(index) for index in range(len(config.stages))]
+        self._set_prior()
+
+    def run(self) -> dict[str, Any]:
+        """Train all stages that are left; returns the summary (also in summary.json). Raises StopRequested after SIGTERM."""
+        config, state = self.config, self.state
+        is_main = self.world.is_main
+        self.log = self._open_log() if is_main else None
+        total = sum(len(dataset) for dataset in self.datasets)
+        self.progress = Progress(total, state.step, enabled=is_main)
+        try:
+            with self._sigterm_asks_to_stop():
+                if not state.evaluations:
+                    self._evaluate(BEFORE, config.stages[0])
+                for index in range(state.stage, len(config.stages)):
+                    self._run_stage(index)
+        finally:
+            self.progress.close()
+            if is_main:
+                self.log.close()
+        return self._finish()
+
+    # --- stages and steps ----------------------------------------------------------------------------------------------------
+
+    def _run_stage(self, index: int) -> None:
+        config, state, stage = self.config, self.state, self.config.stages[index]
+        if state.stage != index:
+            state.stage, state.step_in_stage, state.samples_in_stage = index, 0, 0
+        set_trainable(self.model, stage.trainable)
+        note_trainable_changed(self.model)
+        set_position_mode(self.model, config, stage)
+        optimizer = build_optimizer(self.model, stage.optim)
+        if self._checkpoint is not None:
+            self.store.load(self._checkpoint, self.model, optimizer)
+            self._checkpoint = None
+        self._print_parts(stage)
+        self.model.train()
+        dataset = self.datasets[index]
+        loaded = time.monotonic()
+        for data in iterate_steps(dataset, start=state.step_in_stage, num_workers=config.num_workers):
+            stop = self._step(optimizer, data, begun=loaded)
+            loaded = time.monotonic()
+            if stop or state.step_in_stage % config.checkpoint.every_steps == 0 or state.step_in_stage == len(dataset):
+                self._save(optimizer)
+            if stop:
+                raise StopRequested
+        if state.samples_in_stage == 0:
+            raise ConfigError(f"no sample of stage {stage.name} can be learned from; the last: {list(state.skipped)[-3:]}")
+        optimizer.zero_grad(set_to_none=True)
+        self._evaluate(stage.name, stage)
+        if self.world.is_main:
+            plot_run(self.log.path, self.folder / "plots")
+        self._export(stage)
+
+    def _step(self, optimizer: torch.optim.Optimizer, data: StepData, *, begun: float) -> bool:
+        """One optimiser step and its record; true when a process was asked to stop."""
+        state = self.state
+        stage, num_steps = self.config.stages[state.stage], len(self.datasets[state.stage])
+        data_time = time.monotonic() - begun
+        totals = StepTotals.gather(data, self.world, stop=self._stop)
+        if totals.skipped and self.config.bad_samples == "stop":
+            raise BadSampleError("; ".join(message for share in self.world.gather(data.skipped) for message in share))
+        if totals.tokens == 0 and totals.skipped:
+            return self._skip_step(data, totals)
+        seed_step(self.config.seed, state.stage, state.step_in_stage, self.world.rank)
+        rates = set_learning_rates(optimizer, lr_multiplier(state.step_in_stage, num_steps, stage.optim))
+        losses = train_step(self.model, optimizer, data, totals, stage, self.world, pad_id=self.template.pad_id, bf16=self.bf16)
+        state.step += 1
+        state.step_in_stage += 1
+        state.samples += totals.samples
+        state.samples_in_stage += totals.samples
+        state.images += totals.images
+        state.text_tokens += totals.text_tokens
+        if totals.skipped:
+            self._note_skipped(data.skipped)
+        step_time = time.monotonic() - begun
+        record = dict(
+            event="train",
+            step=state.step,
+            stage=stage.name,
+            **{name: value for name, value in asdict(losses).items() if value is not None},
+            lr=rates,
+            tokens=totals.tokens,
+            samples=totals.samples,
+            images=totals.images,
+            text_tokens=totals.text_tokens,
+            visual_tokens=totals.visual_tokens,
+            forwards=totals.num_forwards,
+            step_time=step_time,
+            data_time=data_time,
+            images_per_s=totals.images / step_time,
+            tokens_per_s=totals.text_tokens / step_time,
+        )
+        if self.world.is_main:
+            self.log.write(record)
+            self.progress.update(stage.name, record)
+        return totals.stop
+
+    def _skip_step(self, data: StepData, totals: StepTotals) -> bool:
+        """A step without any usable sample is named and counted; nothing is updated."""
+        self.state.step += 1
+        self.state.step_in_stage += 1
+        self._note_skipped(data.skipped)
+        self.progress.advance()
+        return totals.stop
+
+    def _note_skipped(self, messages: list[str]) -> None:
+        """Count unusable samples of all processes by their message, and say each one once."""
+        for message in (m for share in self.world.gather(messages) for m in share):
+            if message not in self.state.skipped:
+                self.progress.print(f"skipped {message}")
+                if self.world.is_main:
+                    self.log.write(dict(event="skipped", step=self.state.step, message=message))
+            self.state.skipped[message] = self.state.skipped.get(message, 0) + 1
+
+    def _print_parts(self, stage: StageConfig) -> None:
+        """Which parameters train, per part: the answer to "is the vision tower training?"."""
+        rows = [
+            [r.part, f"{r.num_parameters:,}", f"{r.num_trainable:,}", f"{r.lr:g}" if r.num_trainable else "frozen"]
+            for r in part_reports(self.model, stage.optim)
+        ]
+        self.progress.print(f"\nstage {stage.name}\n" + table(["part", "parameters", "trainable", "learning rate"], rows))
+
+    # --- evaluation ----------------------------------------------------------------------------------------------------------
+
+    def _evaluate(self, label: str, stage: StageConfig) -> None:
+        """Answer the held-out questions at the stage's resolution, share by share, and record the scores."""
+        if self.held_out is None:
+            return
+        settings, world = self.config.eval, self.world
+        set_position_mode(self.model, self.config, stage)
+        self.progress.print(f"evaluation: {label} ({len(self.held_out)} questions)")
+        with gathered(self.model), torch.autocast(world.device.type, torch.bfloat16, enabled=self.bf16):
+            share = answer_questions(
+                self.model,
+                self.held_out,
+                sample_encoder(self.model, self.template, self.config, stage),
+                indices=range(world.rank, len(self.held_out), world.size),
+                metric=settings.metric,
+                max_new_tokens=settings.max_new_tokens,
+                batch_size=settings.batch_size,
+                device=world.device,
+                after_batch=lambda: self._stop,
+            )
+        if world.max([int(self._stop)])[0]:  # agreed on by all: no process may wait for one that left
+            raise StopRequested  # the steps so far are saved, and resuming repeats the evaluation
+        shares = world.gather(share)
+        predictions = [p for predictions, _ in shares for p in predictions]
+        skipped = [message for _, messages in shares for message in messages]
+        if skipped:
+            self.progress.print(f"{len(skipped)} questions could not be asked and do not count: {skipped[0]}")
+        scores = scores_by_type(predictions)
+        record = dict(event="evaluation", step=self.state.step, label=label, scores=scores, skipped=skipped)
+        self.state.evaluations.append({k: record[k] for k in ("label", "step", "scores", "skipped")})
+        if world.is_main:
+            write_predictions(self.folder / "predictions" / f"{label}.jsonl", predictions)
+            self.log.write(record)
+        self.progress.print("held-out score (%)\n" + result_table(self.state.evaluations))
+
+    # --- beginning, end, and interruptions -----------------------------------------------------------------------------------
+
+    def _open_stage(self, index: int) -> StepDataset:
+        config, stage = self.config, self.config.stages[index]
+        return StepDataset(
+            self.sources[index],
+            sample_encoder(self.model, self.template, config, stage),
+            batch_size=stage.batch_size,
+            epochs=stage.epochs,
+            max_steps=stage.max_steps,
+            seed=int(np.random.SeedSequence([config.seed, index]).generate_state(1)[0]),
+            forward_visual_tokens=stage.forward_visual_tokens,
+            forward_text_tokens=stage.forward_text_tokens,
+            rank=self.world.rank,
+            world_size=self.world.size,
+        )
+
+    def _set_prior(self) -> None:
+        """Count the words of the last stage that uses the alignment loss (the paper's: Stage II), once per run."""
+        aligned = [i for i, stage in enumerate(self.config.stages) if stage.alignment is not None]
+        if not aligned:
+            return
+        path = self.folder / "word_counts.npy"
+        if self._checkpoint is not None and path.is_file():
+            counts = torch.from_numpy(np.load(path))
+        else:
+            counts = count_words(self.sources[aligned[-1]], self.template, len(self.template.tokenizer), self.world)
+            if self.world.is_main:
+                temporary = path.with_name(".writing-word_counts.npy")
+                np.save(temporary, counts.numpy())
+                temporary.rename(path)
+        self.model.set_word_counts(counts)
+
+    def _open_log(self) -> MetricsLog:
+        return MetricsLog(
+            self.folder / "metrics.jsonl",
+            self.folder / "tensorboard" if self.config.tensorboard else None,
+            keep_bytes=self.state.metrics_bytes,
+            purge_step=self.state.step + 1,
+        )
+
+    def _save(self, optimizer: torch.optim.Optimizer) -> None:
+        state = self.state
+        state.seconds = time.monotonic() - self._started
+        if self.world.is_main:
+            state.metrics_bytes = self.log.num_bytes()
+        self.store.save(state.step, self.model, optimizer, asdict(state))
+
+    def _export(self, stage: StageConfig) -> None:
+        """The model after a stage as Hugging Face directories: vision (with adapter) and language (with tokenizer)."""
+        export_model(self.model, self.template, self.config, self.world, self.folder / "models" / stage.name)
+
+    def _finish(self) -> dict[str, Any]:
+        config, state = self.config, self.state
+        state.seconds = time.monotonic() - self._started
+        if not self.world.is_main:
+            return {}
+        baselines = {}
+        if config.eval.baselines and self.held_out is not None:
+            baselines = blind_baselines(self.sources[-1], self.held_out, metric=config.eval.metric, seed=config.seed)
+        summary = summarize(config, state, baselines, self.folder / "metrics.jsonl", self.world, self.model)
+        write_json(self.folder / "summary.json", summary)
+        return summary
+
+    @contextmanager
+    def _sigterm_asks_to_stop(self) -> Iterator[None]:
+        """SIGTERM, sent to any process, ends the run with a checkpoint after the next step; an evaluation ends at once."""
+
+        def note(signum: int, frame: object) -> None:
+            self._stop = True
+
+        previous = signal.signal(signal.SIGTERM, note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, previous)
