@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from PIL import Image
 
@@ -18,21 +17,10 @@ from .cli import positive_int
 from .config import ConfigError
 from .data.batch import Message, Sample
 from .data.datasets import BadSampleError
-from .data.template import ChatTemplate, load_tokenizer
+from .data.template import ChatTemplate
+from .eval.exported import load
 from .eval.vqa import generate_answers
 from .model import CoMP
-
-
-def check_export(folder: str | Path) -> None:
-    """ConfigError where `folder` does not look like the export of a stage."""
-    if not all((Path(folder) / part).is_dir() for part in ("vision", "language")):
-        raise ConfigError(f"a model must be a folder with vision/ and language/ as a stage exports it, got {folder}")
-
-
-def load(folder: str | Path) -> tuple[CoMP, ChatTemplate]:
-    """The model of an exported folder and the chat template of its tokenizer."""
-    check_export(folder)
-    return CoMP.from_pretrained(folder), ChatTemplate(load_tokenizer(str(Path(folder) / "language")))
 
 
 def answer(

@@ -31,11 +31,7 @@ def build_model(config: Config, *, dummy_image: bool = False) -> tuple[CoMP, Cha
     if language_model.get_input_embeddings().num_embeddings != len(template.tokenizer):
         language_model.resize_token_embeddings(len(template.tokenizer), mean_resizing=False)
     with _loading(config.vision.path):
-        encoder = VisionEncoder.from_pretrained(
-            config.vision.path,
-            abs_pos_order=config.vision.abs_pos_order,
-            abs_pos_interp=config.vision.abs_pos_interp,
-        ).float()
+        encoder = VisionEncoder.from_pretrained(config.vision.path, **config.vision.choices()).float()
     model = CoMP(
         encoder,
         language_model,

@@ -6,21 +6,24 @@ changes configurations by field names.
 
 from __future__ import annotations
 
+import functools
+import types
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-from comp_kernels.ops.alignment_loss.reference import MODES
-
-from .eval.metrics import METRICS
-from .model.adapter import INITS
-from .model.multimodal import POSITION_IDS, PROTOTYPE_SOURCES
-from .model.vit_config import ABS_POS_INTERPS, ABS_POS_ORDERS, POS_MODES
+from typing import Any, Literal
 
 PARTS = ("vision", "adapter", "language")
 BEFORE = "before"
 """What results before the first stage are called; no stage may be."""
-ALIGNMENT_MODES = (*MODES, "contrastive")
+
+PosMode = Literal["abs", "rope", "abs+rope"]
+AbsPosOrder = Literal["merge", "raster_legacy"]
+AbsPosInterp = Literal["bicubic", "bilinear"]
+RopeDtype = Literal["fp32", "bf16_legacy"]
+AdapterInit = Literal["lecun", "truncated"]
+PositionIds = Literal["mrope", "1d"]
+PrototypeSource = Literal["embed_tokens", "lm_head", "frozen"]
 
 
 class ConfigError(ValueError):
@@ -36,28 +39,81 @@ def need_choice(name: str, value: object, choices: Sequence[object]) -> None:
     need(value in choices, f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
+def alternatives(kind: Any) -> tuple[Any, ...]:
+    """`X | Y | None` -> (X, Y, NoneType); any other type -> (type,)."""
+    is_union = isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
+    return typing.get_args(kind) if is_union else (kind,)
+
+
+@functools.cache
+def field_types(cls: type) -> dict[str, Any]:
+    """The annotations of a dataclass, by field."""
+    hints = typing.get_type_hints(cls)
+    return {name: hints[name] for name in cls.__dataclass_fields__}
+
+
+def need_literals(settings: Any, owner: str = "") -> None:
+    """Fields annotated `Literal[...]` hold one of its values; `owner` comes before the name in the message."""
+    for name, kind in field_types(type(settings)).items():
+        literals = [k for k in alternatives(kind) if typing.get_origin(k) is Literal]
+        if literals:
+            choices = [value for k in literals for value in typing.get_args(k)]
+            optional = [None] if types.NoneType in alternatives(kind) else []
+            need_choice(f"{owner}{name}", getattr(settings, name), (*optional, *choices))
+
+
 @dataclass(kw_only=True, slots=True)
-class VisionConfig:
+class TowerChoices:
+    """What a user may choose about a vision tower; None: what its checkpoint needs or was trained with."""
+
+    pos_mode: PosMode | None = None
+    """"abs": position table; "rope": 2D rotary embedding; "abs+rope": both, CoMP's C-RoPE."""
+    abs_pos_order: AbsPosOrder | None = None
+    """"merge": each patch gets the table entry of its place. "raster_legacy": the released CoMP code, where the table is in
+    raster order while patches are in merge-block order; checkpoints trained that way need it."""
+    abs_pos_interp: AbsPosInterp | None = None
+    """How the table is resampled to the grid of an image: "bicubic" (released code) or "bilinear" (paper)."""
+    align_corners: bool | None = None
+    """Of that resampling, as in torch.nn.functional.interpolate; not together with `antialias`."""
+    antialias: bool | None = None
+    """Of that resampling, as in torch.nn.functional.interpolate."""
+    rope_dtype: RopeDtype | None = None
+    """"fp32", or "bf16_legacy": positions, frequencies and angles rounded to bfloat16, as casting the released code does."""
+    keep_prefix_tokens: bool | None = None
+    """Keep CLS and registers: same attention segment, no rotation, no table entry, stripped from the output."""
+    final_norm: bool | None = None
+    """Keep the norm after the last block. Off by default for SigLIP (as in CoMP) and CLIP (it belongs to the CLS output)."""
+    merge_size: int | None = None
+    """Patches come in blocks of merge_size x merge_size, of which the adapter makes one token."""
+
+
+@dataclass(kw_only=True, slots=True)
+class VisionConfig(TowerChoices):
     """The pre-trained vision tower."""
 
     path: str
     """Directory with config.json and model.safetensors in Hugging Face layout, or a hub id."""
-    pos_mode: str = "abs+rope"
+    pos_mode: PosMode = "abs+rope"
     """Position signal while a stage has `rope` on: "abs+rope" (CoMP) or "rope". Stages with `rope` off use "abs"."""
-    abs_pos_order: str | None = None
-    """Order of the position table: "merge", "raster_legacy", or None for the one the checkpoint needs."""
-    abs_pos_interp: str | None = None
-    """Resampling of the position table: "bicubic" (released code), "bilinear" (paper), or None for the tower's own."""
     pretrain_resolution: int | None = None
     """Side in pixels of the images the tower was pre-trained on; None: what its position table covers."""
-    adapter_init: str = "lecun"
+    adapter_init: AdapterInit = "lecun"
     """Weights of a new adapter: "lecun" or "truncated" (`comp.model.Adapter`)."""
 
     def __post_init__(self) -> None:
-        need_choice("vision.pos_mode", self.pos_mode, POS_MODES)
-        need_choice("vision.abs_pos_order", self.abs_pos_order, (None, *ABS_POS_ORDERS))
-        need_choice("vision.adapter_init", self.adapter_init, INITS)
-        need_choice("vision.abs_pos_interp", self.abs_pos_interp, (None, *ABS_POS_INTERPS))
+        need_literals(self, "vision.")
+        need(
+            not (self.align_corners and self.antialias),
+            "vision.align_corners and vision.antialias cannot be combined: antialiased resampling has no aligned corners",
+        )
+        for name in ("merge_size", "pretrain_resolution"):
+            value = getattr(self, name)
+            need(value is None or value > 0, f"vision.{name} must be positive or null, got {value}")
+
+    def choices(self) -> dict[str, Any]:
+        """What to load the tower with: the fields of TowerChoices that say something, but pos_mode, which stages switch."""
+        values = {name: getattr(self, name) for name in field_types(TowerChoices) if name != "pos_mode"}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -68,11 +124,11 @@ class LanguageConfig:
     """Directory of a transformers causal language model with its tokenizer, or a hub id."""
     tokenizer: str | None = None
     """Directory of the tokenizer where it is not beside the model."""
-    position_ids: str = "mrope"
+    position_ids: PositionIds = "mrope"
     """"mrope": image tokens carry (time, row, column), as Qwen2-VL; "1d": plain running index."""
 
     def __post_init__(self) -> None:
-        need_choice("language.position_ids", self.position_ids, POSITION_IDS)
+        need_literals(self, "language.")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -81,7 +137,7 @@ class AlignmentConfig:
 
     weight: float = 0.05
     """alpha of arXiv 2503.18931v2, Eq. 11."""
-    mode: str = "sinkhorn"
+    mode: Literal["sinkhorn", "literal", "released", "softmax", "contrastive"] = "sinkhorn"
     """How the target distribution is made; formulas in `comp_kernels.alignment_loss`. "contrastive" has no distribution over
     words: images pick their texts (`comp.model.losses.contrastive_loss`); of the fields below `temperature` alone counts."""
     epsilon: float = 0.005
@@ -92,13 +148,12 @@ class AlignmentConfig:
     """Sinkhorn iterations; 3 in the released code."""
     prior_temperature: float = 0.05
     """Temperature of the word prior, mode "released" only; 0.05 in the released code."""
-    prototype_source: str = "embed_tokens"
+    prototype_source: PrototypeSource = "embed_tokens"
     """"embed_tokens" (paper: word embeddings), "lm_head" (released code; the same matrix when tied), or "frozen": the word
     embeddings as they were when the run began."""
 
     def __post_init__(self) -> None:
-        need_choice("alignment.mode", self.mode, ALIGNMENT_MODES)
-        need_choice("alignment.prototype_source", self.prototype_source, PROTOTYPE_SOURCES)
+        need_literals(self, "alignment.")
         need(self.weight >= 0, f"alignment.weight must be at least 0, got {self.weight}")
         need(self.num_iters >= 1, f"alignment.num_iters must be at least 1, got {self.num_iters}")
         for name in ("epsilon", "temperature", "prior_temperature"):
@@ -255,7 +310,7 @@ class EvalConfig:
 
     data: list[SourceConfig] = field(default_factory=list)
     """No source: no evaluation."""
-    metric: str = "relaxed_accuracy"
+    metric: Literal["relaxed_accuracy", "anls", "exact_match", "vqa_accuracy", "vqav2_accuracy"] = "relaxed_accuracy"
     """Metric of samples that name none: a function of `comp.eval.metrics`."""
     max_new_tokens: int = 16
     """Longest answer."""
@@ -266,7 +321,7 @@ class EvalConfig:
     answers of the last stage's data."""
 
     def __post_init__(self) -> None:
-        need_choice("eval.metric", self.metric, tuple(METRICS))
+        need_literals(self, "eval.")
         for name in ("max_new_tokens", "batch_size"):
             need(getattr(self, name) > 0, f"eval.{name} must be positive, got {getattr(self, name)}")
 
@@ -298,17 +353,17 @@ class Config:
     stages: list[StageConfig]
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    device: str = "auto"
+    device: Literal["auto", "cuda", "cpu"] = "auto"
     """"cuda", "cpu", or "auto": a GPU when there is one."""
-    precision: str = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     """"fp32", "bf16", or "auto": bf16 on a GPU, fp32 on a CPU. Parameters and optimiser state stay float32."""
-    parallel: str = "auto"
+    parallel: Literal["auto", "fsdp", "replicate"] = "auto"
     """Several processes: "fsdp" shards parameters, "replicate" keeps copies; "auto": fsdp on GPUs, replicate on CPUs."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
     num_workers: int = 0
     """Processes per rank that read and resize images ahead of training."""
-    bad_samples: str = "skip"
+    bad_samples: Literal["skip", "stop"] = "skip"
     """"skip": leave out samples that cannot be read, name and count them in the summary. "stop": end the run at the first."""
     tensorboard: bool = True
 
@@ -317,9 +372,6 @@ class Config:
         need(len(self.stages) > 0, "stages lists no stage")
         names = [stage.name for stage in self.stages]
         need(len(set(names)) == len(names), f"stages must have different names, got {names}")
-        need_choice("device", self.device, ("auto", "cuda", "cpu"))
-        need_choice("precision", self.precision, ("auto", "fp32", "bf16"))
-        need_choice("parallel", self.parallel, ("auto", "fsdp", "replicate"))
-        need_choice("bad_samples", self.bad_samples, ("skip", "stop"))
+        need_literals(self)
         need(self.seed >= 0, f"seed must be at least 0, got {self.seed}")
         need(self.num_workers >= 0, f"num_workers must be at least 0, got {self.num_workers}")

@@ -9,11 +9,11 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
-from .config import Config, ConfigError, need
+from .config import Config, ConfigError, alternatives, field_types, need
 
 _MISSING = object()
 
@@ -95,40 +95,29 @@ def _dotted(where: str, name: object) -> str:
     return f"{where}.{name}" if where else str(name)
 
 
-def _alternatives(kind: Any) -> tuple[Any, ...]:
-    """`X | Y | None` -> (X, Y, NoneType); any other type -> (type,)."""
-    is_union = isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
-    return typing.get_args(kind) if is_union else (kind,)
-
-
 def _dataclass_in(kind: Any) -> type | None:
-    return next((k for k in _alternatives(kind) if dataclasses.is_dataclass(k)), None)
-
-
-def _fields(cls: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(cls)
-    return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+    return next((k for k in alternatives(kind) if dataclasses.is_dataclass(k)), None)
 
 
 def _check_field(cls: type, name: str, where: str) -> None:
-    valid = _fields(cls)
+    valid = field_types(cls)
     owner = where or "the configuration"
     need(name in valid, f"unknown field {_dotted(where, name)!r}; {owner} has: {', '.join(valid)}")
 
 
 def _build(kind: Any, value: Any, where: str) -> Any:
     """`value` as an instance of `kind`, or ConfigError."""
-    alternatives = _alternatives(kind)
-    if value is None and types.NoneType in alternatives:
+    kinds = alternatives(kind)
+    if value is None and types.NoneType in kinds:
         return None
     cls = _dataclass_in(kind)
     if cls is not None:
         return _build_dataclass(cls, value, where)
-    for alternative in alternatives:
+    for alternative in kinds:
         converted = _convert(alternative, value, where)
         if converted is not None:
             return converted
-    names = " or ".join("null" if k is types.NoneType else getattr(k, "__name__", str(k)) for k in alternatives)
+    names = " or ".join("null" if k is types.NoneType else getattr(k, "__name__", str(k)) for k in kinds)
     raise ConfigError(f"{where} must be {names}, got {value!r}")
 
 
@@ -137,7 +126,7 @@ def _build_dataclass(cls: type, value: Any, where: str) -> Any:
         raise ConfigError(f"{where or 'the configuration'} must be a mapping of fields, got {value!r}")
     for name in value:
         _check_field(cls, name, where)
-    kinds = _fields(cls)
+    kinds = field_types(cls)
     missing = [f.name for f in dataclasses.fields(cls) if f.name not in value and _is_required(f)]
     need(not missing, f"{where or 'the configuration'} lacks: {', '.join(missing)}")
     arguments = {name: _build(kinds[name], v, _dotted(where, name)) for name, v in value.items()}
@@ -156,6 +145,8 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return value
+    if origin is Literal:
+        return value if isinstance(value, str) else None  # which ones, the dataclass checks
     if kind is float:
         return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
     if kind in (int, bool, str):
@@ -182,7 +173,7 @@ def _set(values: Any, kind: Any, path: list[str], text: str, where: str) -> None
         need(values is not None, f"{where} is null; give it as a whole first, for example {where}={{}}")
         _check_field(cls, name, where)
         keys: list[Any] = [name]
-        kinds = _fields(cls)[name]
+        kinds = field_types(cls)[name]
     elif isinstance(values, list):
         indices = [str(i) for i in range(len(values))]
         need(name in (*indices, "*"), f"{_dotted(where, name)}: {where} has elements {', '.join(indices) or 'none'} (or *)")
@@ -203,16 +194,16 @@ def _set(values: Any, kind: Any, path: list[str], text: str, where: str) -> None
 
 def _parse(kind: Any, text: str, where: str) -> Any:
     """The text of an override as plain data; YAML reads 1e-4 as a string, so numbers are tried first."""
-    alternatives = _alternatives(kind)
-    if types.NoneType in alternatives and text.lower() in ("null", "none"):
+    kinds = alternatives(kind)
+    if types.NoneType in kinds and text.lower() in ("null", "none"):
         return None
     for number in (int, float):
-        if number in alternatives:
+        if number in kinds:
             try:
                 return number(text)
             except ValueError:
                 pass
-    if str in alternatives:
+    if str in kinds or any(typing.get_origin(k) is Literal for k in kinds):
         return text
     try:
         return yaml.safe_load(text)

@@ -23,17 +23,17 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..answer import check_export, load
 from ..build import longest_answer, question_encoder
 from ..cli import positive_int
 from ..config import ConfigError, SourceConfig
 from ..data.datasets import BadSampleError, Dataset
 from ..data.encode import SampleEncoder, prompt_messages, reference_answers
 from ..data.mixture import open_sources
+from ..files import write_json
 from ..log import table
 from ..model import CoMP
-from ..train.checkpoint import write_json
 from .benchmarks import BENCHMARKS, open_benchmark
+from .exported import check_export, load
 from .vqa import Prediction, answer_batches, scores_by_type
 
 FILES = (".json", ".jsonl", ".yaml", ".yml")

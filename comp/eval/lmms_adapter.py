@@ -20,12 +20,12 @@ import torch
 from lmms_eval.api.model import lmms
 from PIL import Image
 
-from ..answer import load
 from ..build import longest_answer, question_encoder
 from ..data.batch import LazyImage, Message, Sample
 from ..data.datasets import IMAGE_MARKER, BadSampleError
 from ..data.encode import SampleEncoder
 from ..data.packing import EncodedSample
+from .exported import load
 from .vqa import generate_answers
 
 if TYPE_CHECKING:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-INITS = ("lecun", "truncated")
+from ..config import AdapterInit, need_choice
 
 
 class Adapter(nn.Module):
@@ -19,11 +20,10 @@ class Adapter(nn.Module):
     """
 
     def __init__(
-        self, vision_width: int, language_width: int, *, merge_size: int = 2, init: str = "lecun", std: float = 0.02
+        self, vision_width: int, language_width: int, *, merge_size: int = 2, init: AdapterInit = "lecun", std: float = 0.02
     ) -> None:
         super().__init__()
-        if init not in INITS:
-            raise ValueError(f"init must be one of {INITS}, got {init!r}")
+        need_choice("init", init, get_args(AdapterInit))
         self.merge_size, self.init, self.std = merge_size, init, std
         merged_width = vision_width * merge_size**2
         self.norm = nn.LayerNorm(vision_width, eps=1e-6)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from comp_kernels import alignment_loss
 
+from ..config import AdapterInit, AlignmentConfig, PositionIds, PrototypeSource, need_choice
 from .adapter import Adapter
 from .losses import contrastive_loss, masked_mean, mean_by_segment, next_token_loss
 from .mrope import install_mrope, mrope_position_ids
@@ -31,13 +32,10 @@ from .vision_encoder import VisionEncoder
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..config import AlignmentConfig
     from ..data.batch import Batch
 
 Grid = tuple[int, int, int]
 SETTINGS_FILE = "comp.json"
-PROTOTYPE_SOURCES = ("embed_tokens", "lm_head", "frozen")
-POSITION_IDS = ("mrope", "1d")
 
 
 @dataclass
@@ -93,8 +91,8 @@ class CoMP(nn.Module):
         language_model: PreTrainedModel,
         *,
         image_token_id: int,
-        position_ids: str = "mrope",
-        adapter_init: str = "lecun",
+        position_ids: PositionIds = "mrope",
+        adapter_init: AdapterInit = "lecun",
         dummy_image: bool = False,
     ) -> None:
         super().__init__()
@@ -102,8 +100,7 @@ class CoMP(nn.Module):
         vocabulary = language_model.get_input_embeddings().num_embeddings
         if not 0 <= image_token_id < vocabulary:
             raise ValueError(f"image_token_id must be a row of the {vocabulary} word embeddings, got {image_token_id}")
-        if position_ids not in POSITION_IDS:
-            raise ValueError(f"position_ids must be one of {POSITION_IDS}, got {position_ids!r}")
+        need_choice("position_ids", position_ids, get_args(PositionIds))
         if encoder.adapter is None:
             encoder.adapter = Adapter(encoder.config.width, width, merge_size=encoder.config.merge_size, init=adapter_init)
             encoder.adapter.to(encoder.patch_embed.weight.device, encoder.patch_embed.weight.dtype)
@@ -163,11 +160,11 @@ class CoMP(nn.Module):
             raise ValueError(f"counts must have one entry per word embedding, ({rows},), got {tuple(counts.shape)}")
         self.word_counts = counts.to(self.language_model.get_input_embeddings().weight.device)
 
-    def freeze_prototypes(self, source: str = "embed_tokens") -> None:
+    def freeze_prototypes(self, source: PrototypeSource = "embed_tokens") -> None:
         """Keep a copy of today's prototypes for prototype_source "frozen"; saved with the model's state."""
         self.frozen_prototypes = self.prototypes(source).clone()
 
-    def prototypes(self, source: str) -> Tensor:
+    def prototypes(self, source: PrototypeSource) -> Tensor:
         """Word embeddings of the alignment loss, [vocabulary, E], detached."""
         if source == "embed_tokens":
             return self.language_model.get_input_embeddings().weight.detach()
@@ -177,7 +174,7 @@ class CoMP(nn.Module):
             if self.frozen_prototypes is None:
                 raise ValueError('prototype_source "frozen" needs a call of freeze_prototypes first')
             return self.frozen_prototypes
-        raise ValueError(f"prototype_source must be one of {PROTOTYPE_SOURCES}, got {source!r}")
+        raise ValueError(f"prototype_source must be one of {get_args(PrototypeSource)}, got {source!r}")
 
     def forward(
         self,

@@ -11,32 +11,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from comp_kernels import rope_attention
 
+from ..config import PosMode, TowerChoices, need_choice
 from ..data.images import check_grid, prepare_image, to_raster
+from . import weights
 from .adapter import Adapter
 from .positions import Grids, in_token_order, patch_positions, resample_table, rotary_tables, sincos_table
-from .vit_config import POS_MODES, ViTConfig
-from .weights import load_encoder, save_encoder
-
-
-def quick_gelu(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(1.702 * x)
-
-
-def gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
-ACTIVATIONS = {"gelu": F.gelu, "gelu_pytorch_tanh": gelu_tanh, "quick_gelu": quick_gelu, "silu": F.silu}
+from .vit_config import ACTIVATIONS, ViTConfig
 
 
 def make_norm(config: ViTConfig) -> nn.Module:
@@ -165,13 +154,12 @@ class VisionEncoder(nn.Module):
                 nn.init.ones_(parameter)
 
     @property
-    def pos_mode(self) -> str:
+    def pos_mode(self) -> PosMode:
         return self.config.pos_mode
 
     @pos_mode.setter
-    def pos_mode(self, mode: str) -> None:
-        if mode not in POS_MODES:
-            raise ValueError(f"pos_mode must be one of {POS_MODES}, got {mode!r}")
+    def pos_mode(self, mode: PosMode) -> None:
+        need_choice("pos_mode", mode, get_args(PosMode))
         self.config.pos_mode = mode
 
     @classmethod
@@ -179,46 +167,41 @@ class VisionEncoder(nn.Module):
         cls,
         path: str | os.PathLike,
         *,
-        pos_mode: str | None = None,
-        abs_pos_order: str | None = None,
-        abs_pos_interp: str | None = None,
-        align_corners: bool | None = None,
-        antialias: bool | None = None,
-        rope_dtype: str | None = None,
-        keep_prefix_tokens: bool | None = None,
-        final_norm: bool | None = None,
-        merge_size: int | None = None,
         dtype: torch.dtype | None = None,
+        **choices: Any,
     ) -> VisionEncoder:
         """Load a tower in Hugging Face layout (SigLIP, SigLIP 2, DINOv2, AIMv2, CLIP) or a CoMP checkpoint,
         also out of a whole CoMP-MM (`visual.*` beside the language model, which is left out).
 
         path:  a directory with config.json and weights (.safetensors, sharded or not, or pytorch_model.bin), or a hub id.
-        The choices are fields of comp.model.ViTConfig. None takes the stored choice of a directory that `save_pretrained`
-        wrote, else what the weights were trained with: "abs" for plain towers; for released CoMP checkpoints (`use_rope` in
-        the configuration or `merger.*` among the weights) "abs+rope" and, with a warning, abs_pos_order "raster_legacy".
         dtype:  of the parameters, default that of the file.
+        choices:  pos_mode, abs_pos_order, abs_pos_interp, align_corners, antialias, rope_dtype, keep_prefix_tokens,
+        final_norm, merge_size: fields of comp.config.TowerChoices. None takes the stored choice of a directory that
+        `save_pretrained` wrote, else what the weights were trained with: "abs" for plain towers; for released CoMP checkpoints
+        (`use_rope` in the configuration or `merger.*` among the weights) "abs+rope" and, with a warning, abs_pos_order
+        "raster_legacy".
 
         Raises ValueError naming every missing and every unexpected weight; heads that CoMP drops on purpose (pooling heads,
-        text towers, and the like: comp.model.weights.DROPPED) are neither.
+        text towers, and the like: comp.model.weights.DROPPED) are neither. TypeError for a choice of another name.
         """
-        choices = dict(
-            pos_mode=pos_mode,
-            abs_pos_order=abs_pos_order,
-            abs_pos_interp=abs_pos_interp,
-            align_corners=align_corners,
-            antialias=antialias,
-            rope_dtype=rope_dtype,
-            keep_prefix_tokens=keep_prefix_tokens,
-            final_norm=final_norm,
-            merge_size=merge_size,
-        )
-        return load_encoder(cls, path, choices, dtype)
+        TowerChoices(**choices)  # TypeError for a name that is none of them
+        file = weights.Checkpoint.open(path)
+        config = weights.tower_config(file, choices, path)
+        with torch.device("meta"):  # no random initialisation of what is overwritten anyway
+            width = file.adapter_width
+            adapter = None if width is None else Adapter(config.width, width, merge_size=config.merge_size)
+            encoder = cls(config, adapter)
+        shapes = {name: tensor.shape for name, tensor in encoder.state_dict().items()}
+        tensors = weights.read_tensors(file, config, shapes, path)
+        if dtype is not None:
+            tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+        encoder.load_state_dict(tensors, assign=True)
+        return encoder.requires_grad_(True).eval()
 
     def save_pretrained(self, path: str | os.PathLike) -> None:
         """Write config.json and model.safetensors in the tower's Hugging Face layout, the choices of CoMP under "comp" and
         the adapter as `merger.*`; `from_pretrained` gives the same encoder back."""
-        save_encoder(self, path)
+        weights.write_tower(path, self.config, self.state_dict())
 
     def forward(
         self, pixel_values: Tensor, grid_thw: Tensor, return_layers: Sequence[int] | None = None

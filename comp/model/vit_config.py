@@ -7,11 +7,27 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-POS_MODES = ("abs", "rope", "abs+rope")
-ABS_POS_ORDERS = ("merge", "raster_legacy")
-ABS_POS_INTERPS = ("bicubic", "bilinear")
-ROPE_DTYPES = ("fp32", "bf16_legacy")
-ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "quick_gelu", "silu")
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..config import AbsPosInterp, AbsPosOrder, PosMode, RopeDtype, need_choice, need_literals
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": gelu_tanh,
+    "quick_gelu": quick_gelu,
+    "silu": F.silu,
+}
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP_STATISTICS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -20,7 +36,8 @@ HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 @dataclass(kw_only=True)
 class ViTConfig:
-    """One vision transformer. The second half holds the choices of CoMP (arXiv 2503.18931), which can change between stages."""
+    """One vision transformer. The second half are the choices of CoMP (arXiv 2503.18931): comp.config.TowerChoices says what
+    each does."""
 
     family: str
     """"siglip", "siglip2" (NaFlex), "dinov2", "aimv2", "aimv2_original" or "clip": whose weight names are used on disk."""
@@ -33,7 +50,7 @@ class ViTConfig:
     """Side of the learned position table, in patches: pre-training image size // patch size."""
     num_channels: int = 3
     activation: str = "gelu"
-    """"gelu", "gelu_pytorch_tanh", "quick_gelu" or "silu"; of the gate where gated_mlp."""
+    """One of ACTIVATIONS; of the gate where gated_mlp."""
     gated_mlp: bool = False
     """SwiGLU: down(act(gate(x)) * up(x))."""
     norm: str = "layer"
@@ -50,42 +67,27 @@ class ViTConfig:
     """A norm after the patch embedding, before the position table is added (AIMv2)."""
     pre_norm: bool = False
     """A norm after the position table is added (CLIP)."""
-    final_norm: bool = True
-    """Keep the norm after the last block. Off by default for SigLIP (as in CoMP) and CLIP (it belongs to the CLS output)."""
     sincos_table: bool = False
     """The position table is computed, not learned (AIMv2 "native")."""
     image_mean: tuple[float, ...] = HALF[0]
     image_std: tuple[float, ...] = HALF[1]
 
-    merge_size: int = 2
-    """Patches come in blocks of merge_size x merge_size."""
-    pos_mode: str = "abs"
-    """"abs": position table; "rope": 2D rotary embedding; "abs+rope": both, CoMP's C-RoPE."""
-    abs_pos_order: str = "merge"
-    """"merge": each patch gets the table entry of its place. "raster_legacy": the released CoMP code, where the table is in
-    raster order while patches are in merge-block order; checkpoints trained that way need it."""
-    abs_pos_interp: str = "bicubic"
-    """"bicubic" or "bilinear": how the table is resampled to the grid of an image."""
+    pos_mode: PosMode = "abs"
+    abs_pos_order: AbsPosOrder = "merge"
+    abs_pos_interp: AbsPosInterp = "bicubic"
     align_corners: bool = False
     antialias: bool = False
     rope_base: float = 10000.0
-    rope_dtype: str = "fp32"
-    """"fp32", or "bf16_legacy": positions, frequencies and angles rounded to bfloat16, as casting the released code does."""
+    rope_dtype: RopeDtype = "fp32"
     keep_prefix_tokens: bool = False
-    """Keep CLS and registers: same attention segment, no rotation, no table entry, stripped from the output."""
+    final_norm: bool = True
+    merge_size: int = 2
     hugging_face: dict[str, Any] = field(default_factory=dict)
     """The configuration this one was read from; written back by save_pretrained."""
 
     def __post_init__(self) -> None:
-        for name, choices in (
-            ("pos_mode", POS_MODES),
-            ("abs_pos_order", ABS_POS_ORDERS),
-            ("abs_pos_interp", ABS_POS_INTERPS),
-            ("rope_dtype", ROPE_DTYPES),
-            ("activation", ACTIVATIONS),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        need_literals(self)
+        need_choice("activation", self.activation, tuple(ACTIVATIONS))
         if self.width % self.num_heads or (self.head_dim % 4 and "rope" in self.pos_mode):
             raise ValueError(
                 f"hidden_size must be a multiple of num_attention_heads, and the head size a multiple of 4 for 2D rotary "

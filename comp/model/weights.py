@@ -1,4 +1,4 @@
-"""Weights on disk <-> VisionEncoder: names of every tower family, strict both ways, and CoMP's own checkpoints.
+"""Weights on disk <-> the parameters of a VisionEncoder: names of every tower family, strict both ways, CoMP's own included.
 
 Each of our parameters is made of one or several tensors of the file (q, k and v become one matrix). Three also change form:
 the patch convolution becomes a matrix, the position table a [G, G, D] grid, CLS and registers one [prefix, D] matrix.
@@ -12,34 +12,18 @@ import re
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .adapter import Adapter
+from ..config import TowerChoices, field_types
 from .vit_config import ViTConfig
 
-if TYPE_CHECKING:
-    from .vision_encoder import VisionEncoder
-
 # Fields of ViTConfig that config.json keeps under "comp": everything its Hugging Face part does not say.
-CHOICES = (
-    "merge_size",
-    "pos_mode",
-    "abs_pos_order",
-    "abs_pos_interp",
-    "align_corners",
-    "antialias",
-    "rope_base",
-    "rope_dtype",
-    "keep_prefix_tokens",
-    "final_norm",
-    "image_mean",
-    "image_std",
-)
+STORED = (*field_types(TowerChoices), "rope_base", "image_mean", "image_std")
 
 
 @dataclass(frozen=True)
@@ -233,6 +217,19 @@ class Checkpoint:
     def has_adapter(self) -> bool:
         return any(re.match(r"(visual\.)?merger\.", name) for name in self.files)
 
+    def merger_name(self, name: str) -> str:
+        """Where a weight of the adapter stands: beside the tower, at the top, or under visual. in a whole CoMP-MM."""
+        return name if name in self or not self.tower_prefix.startswith("visual.") else "visual." + name
+
+    @property
+    def adapter_width(self) -> int | None:
+        """Width of the adapter's output, None without an adapter; 1 where the file lacks the weight that says it."""
+        name = self.merger_name("merger.mlp.2.weight")
+        if name not in self:
+            return 1 if self.has_adapter else None
+        held = self.files[name]
+        return (held.shape if isinstance(held, Tensor) else held.get_slice(name).get_shape())[0]
+
     @property
     def is_released_comp(self) -> bool:
         """A checkpoint of the released CoMP code: it has a flag `use_rope` or an adapter, and not our "comp" section."""
@@ -240,27 +237,14 @@ class Checkpoint:
         return "comp" not in settings and ("use_rope" in settings or self.has_adapter)
 
 
-def load_encoder(
-    cls: type[VisionEncoder], path: str | os.PathLike, choices: dict[str, Any], dtype: torch.dtype | None
-) -> VisionEncoder:
-    """The work of VisionEncoder.from_pretrained."""
-    checkpoint = Checkpoint.open(path)
-    config = ViTConfig.from_hugging_face(checkpoint.config, **with_stored_choices(checkpoint, choices, path))
-    tensors = read_tensors(checkpoint, config, expected_shapes(cls, checkpoint, config), path)
-    with torch.device("meta"):  # no random initialisation of what is overwritten anyway
-        adapter = None
-        if "adapter.fc2.weight" in tensors:
-            adapter = Adapter(config.width, tensors["adapter.fc2.weight"].shape[0], merge_size=config.merge_size)
-        encoder = cls(config, adapter)
-    if dtype is not None:
-        tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    encoder.load_state_dict(tensors, assign=True)
-    return encoder.requires_grad_(True).eval()
-
-
-def with_stored_choices(checkpoint: Checkpoint, choices: dict[str, Any], path: str | os.PathLike) -> dict[str, Any]:
-    """The caller's choices, completed by those in the checkpoint and, for released CoMP checkpoints, by what they need."""
+def tower_config(checkpoint: Checkpoint, choices: dict[str, Any], path: str | os.PathLike) -> ViTConfig:
+    """The tower's configuration with the caller's choices (fields of TowerChoices; None leaves the checkpoint's own)."""
     given = {name: value for name, value in choices.items() if value is not None}
+    return ViTConfig.from_hugging_face(checkpoint.config, **with_stored_choices(checkpoint, given, path))
+
+
+def with_stored_choices(checkpoint: Checkpoint, given: dict[str, Any], path: str | os.PathLike) -> dict[str, Any]:
+    """The caller's choices, completed by those in the checkpoint and, for released CoMP checkpoints, by what they need."""
     if not checkpoint.is_released_comp:
         return {**checkpoint.statistics, **checkpoint.config.get("comp", {}), **given}
     settings = {**checkpoint.config, **(checkpoint.config.get("vision_config") or {})}
@@ -280,17 +264,14 @@ def with_stored_choices(checkpoint: Checkpoint, choices: dict[str, Any], path: s
 
 
 def read_tensors(
-    checkpoint: Checkpoint, config: ViTConfig, shapes: dict[str, torch.Size | None], path: str | os.PathLike
+    checkpoint: Checkpoint, config: ViTConfig, shapes: dict[str, torch.Size], path: str | os.PathLike
 ) -> dict[str, Tensor]:
     """Our parameters from the file's; raises ValueError that lists what is missing, what is unexpected, what does not fit."""
     names, prefix = FAMILIES[config.family], checkpoint.tower_prefix
     missing, tensors = [], {}
 
     def fetch(name: str) -> Tensor | None:
-        if name.startswith("merger."):  # beside the tower: at the top, or under visual. in a whole CoMP-MM
-            name = name if name in checkpoint or not prefix.startswith("visual.") else "visual." + name
-        else:
-            name = prefix + name
+        name = checkpoint.merger_name(name) if name.startswith("merger.") else prefix + name
         if name in checkpoint:
             return checkpoint.get(name)
         missing.append(name)
@@ -307,7 +288,7 @@ def read_tensors(
         if any(part is None for part in parts):
             continue
         tensors[ours] = to_ours(ours, parts, config).clone()  # the file stays mapped: own the memory
-        if shape is not None and tensors[ours].shape != shape:
+        if tensors[ours].shape != shape:
             raise ValueError(
                 f"{path}: {ours} must be {tuple(shape)} by config.json, the file has {[tuple(part.shape) for part in parts]}"
             )
@@ -319,14 +300,6 @@ def read_tensors(
             f"Unexpected: {sorted(unexpected) or 'none'}"
         )
     return tensors
-
-
-def expected_shapes(cls: type[VisionEncoder], checkpoint: Checkpoint, config: ViTConfig) -> dict[str, torch.Size | None]:
-    """Names and shapes of the encoder's parameters; None where the file decides (the adapter's width)."""
-    with torch.device("meta"):
-        adapter = Adapter(config.width, 1, merge_size=config.merge_size) if checkpoint.has_adapter else None
-        parameters = cls(config, adapter).state_dict()
-    return {name: None if name.startswith("adapter.fc2") else tensor.shape for name, tensor in parameters.items()}
 
 
 def is_dropped(name: str, prefix: str) -> bool:
@@ -354,10 +327,10 @@ def to_ours(ours: str, parts: list[Tensor], config: ViTConfig) -> Tensor:
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def to_theirs(encoder: VisionEncoder) -> dict[str, Tensor]:
+def to_theirs(config: ViTConfig, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
     """The encoder's parameters under the family's names: the inverse of reading, with CLS's table entry as zeros."""
-    config, names = encoder.config, FAMILIES[encoder.config.family]
-    state = {name: tensor.detach() for name, tensor in encoder.state_dict().items()}
+    names = FAMILIES[config.family]
+    state = {name: tensor.detach() for name, tensor in parameters.items()}
     theirs = {}
     if "prefix_tokens" in state:
         tokens = state.pop("prefix_tokens")
@@ -379,11 +352,11 @@ def to_theirs(encoder: VisionEncoder) -> dict[str, Tensor]:
     return {name: tensor.cpu().contiguous() for name, tensor in theirs.items()}
 
 
-def save_encoder(encoder: VisionEncoder, path: str | os.PathLike) -> None:
-    """The work of VisionEncoder.save_pretrained."""
+def write_tower(path: str | os.PathLike, config: ViTConfig, parameters: dict[str, Tensor]) -> None:
+    """config.json, with the choices of CoMP under "comp", and model.safetensors in the family's Hugging Face layout."""
     directory = Path(path)
     directory.mkdir(parents=True, exist_ok=True)
-    stored = {name: getattr(encoder.config, name) for name in CHOICES}
-    config = {**encoder.config.hugging_face, "comp": stored}
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_file(to_theirs(encoder), directory / "model.safetensors", metadata={"format": "pt"})
+    stored = {name: getattr(config, name) for name in STORED}
+    written = {**config.hugging_face, "comp": stored}
+    (directory / "config.json").write_text(json.dumps(written, indent=2) + "\n")
+    save_file(to_theirs(config, parameters), directory / "model.safetensors", metadata={"format": "pt"})

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..config import BEFORE, Config, ConfigError
+from ..config import BEFORE, Config, ConfigError, VisionConfig
 from ..config_io import read_config
 from ..model import VisionEncoder
 
@@ -30,7 +30,11 @@ def trained_config(run: Path, stage: str | None = None) -> Config:
         raise ConfigError(f"{models} does not exist: stage {stage} of this run is not finished")
     return dataclasses.replace(
         config,
-        vision=dataclasses.replace(config.vision, path=str(models / "vision"), abs_pos_order=None),
+        vision=VisionConfig(  # the export knows what else was chosen for it
+            path=str(models / "vision"),
+            pos_mode=config.vision.pos_mode,
+            pretrain_resolution=config.vision.pretrain_resolution,
+        ),
         language=dataclasses.replace(config.language, path=str(models / "language"), tokenizer=None),
         stages=[s for s in config.stages if s.name == stage],
     )
@@ -40,7 +44,7 @@ def encoders_of(run: Path, stages: Sequence[str] | None = None) -> Iterator[tupl
     """The encoder that the run in folder `run` started from, then those that `stages` (default: the last) made; float32."""
     trained = [trained_config(run, stage) for stage in stages or [None]]
     start = run_config(run).vision
-    before = VisionEncoder.from_pretrained(start.path, abs_pos_order=start.abs_pos_order, abs_pos_interp=start.abs_pos_interp)
+    before = VisionEncoder.from_pretrained(start.path, **start.choices())
     yield BEFORE, before.float().eval()
     for config in trained:
         yield config.stages[0].name, VisionEncoder.from_pretrained(config.vision.path).float().eval()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
+from ..files import sync_folder, write_json
 from ..parallel import World
 
 PROGRESS = "progress.json"
@@ -49,10 +49,10 @@ class CheckpointStore:
             )
         if self.world.is_main:
             write_json(temporary / PROGRESS, progress)
-            _sync_folder(temporary)
+            sync_folder(temporary)
             shutil.rmtree(final, ignore_errors=True)  # same step, saved before a resume: contents are equal
             temporary.rename(final)
-            _sync_folder(self.folder)
+            sync_folder(self.folder)
             for old in self.complete()[: -self.keep]:
                 shutil.rmtree(old)
         self.world.barrier()
@@ -101,25 +101,6 @@ def _fresh_state_filled(model: nn.Module, optimizer: torch.optim.Optimizer) -> I
 
 def read_progress(path: Path) -> dict[str, Any]:
     return json.loads((path / PROGRESS).read_text())
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a crash leaves either the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.writing")
-    with temporary.open("w") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

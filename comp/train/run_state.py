@@ -9,8 +9,9 @@ from typing import Any
 
 from ..config import Config, ConfigError
 from ..config_io import differences, read_config, to_dict
+from ..files import write_json
 from ..parallel import World
-from .checkpoint import CheckpointStore, read_progress, write_json
+from .checkpoint import CheckpointStore, read_progress
 
 # What does not change what is learned, up to rounding; "checkpoint" stands for all its fields.
 MAY_DIFFER_ON_RESUME = (

@@ -23,9 +23,10 @@ from ..data.datasets import BadSampleError
 from ..data.loader import StepData, StepDataset, iterate_steps
 from ..data.mixture import open_sources
 from ..eval.vqa import answer_questions, blind_baselines, scores_by_type, write_predictions
+from ..files import write_json
 from ..log import MetricsLog, Progress, table
 from ..parallel import distribute, gathered, note_trainable_changed, start_world, uses_bf16, uses_fsdp
-from .checkpoint import CheckpointStore, write_json
+from .checkpoint import CheckpointStore
 from .optim import build_optimizer, lr_multiplier, part_reports, set_learning_rates, set_trainable
 from .plots import plot_run
 from .prior import count_words

@@ -30,9 +30,10 @@ from ...config import CheckpointConfig, Config, EvalConfig
 from ...config_io import apply_overrides, to_dict
 from ...data.mixture import open_sources
 from ...eval.vqa import OVERALL, answer_loss, answer_questions, scores_by_type
+from ...files import write_json
 from ...log import read_records
 from ...tiny.recipe import tiny
-from ...train.checkpoint import PROGRESS, write_json
+from ...train.checkpoint import PROGRESS
 from ...train.trainer import StopRequested, Trainer
 from .table import BASELINE, write_tables
 
