@@ -5,11 +5,11 @@
     CXX=aarch64-linux-gnu-g++ python setup.py build_native --build-lib FOLDER    builds for another processor, elsewhere
 
 csrc is plain C++17 and CUDA behind a C ABI and includes no torch header, so the build needs a C++ compiler and nothing more,
-and one library serves every PyTorch and every Python. Files of csrc/cpu are compiled once; files of csrc/cpu/kernels once per
-instruction set (the choice is made at run time). A missing compiler or a failing build does not fail the installation: a
+and one library serves every PyTorch and every Python. Files of csrc/*/cpu are compiled once; files of csrc/*/cpu/kernels once
+per instruction set (the choice is made at run time). A missing compiler or a failing build does not fail the installation: a
 warning says what is missing, `python -m comp_kernels.info` repeats it, and the reference backend serves.
 
-csrc/cuda is compiled where nvcc and a CUDA driver are found; COMP_KERNELS_BUILD_CUDA=1 does without the driver (a build
+csrc/*/cuda is compiled where nvcc and a CUDA driver are found; COMP_KERNELS_BUILD_CUDA=1 does without the driver (a build
 machine), =0 leaves it out. Neither torch nor a GPU is needed for that.
 
 Environment: CXX (default c++ or g++), CXXFLAGS (appended), MAX_JOBS (compiler processes, default all cores), CUDA_HOME (where
@@ -37,19 +37,20 @@ from setuptools.command.build import build
 
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
-fingerprint = runpy.run_path(str(ROOT / "comp_kernels" / "_sources.py"))["fingerprint"]
+sources = runpy.run_path(str(ROOT / "comp_kernels" / "_sources.py"))
+fingerprint, CXX_FLAGS, X86_FLAGS, INCLUDES = (sources[name] for name in ("fingerprint", "CXX_FLAGS", "X86_FLAGS", "INCLUDES"))
 
-CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-fno-math-errno", "-fno-trapping-math"]
-CXX_FLAGS += ["-ffp-contract=fast", f"-I{CSRC / 'include'}"]
-X86_FLAGS = {
-    "baseline": [],
-    "avx2": ["-mavx2", "-mfma", "-mf16c", "-mtune=haswell"],
-    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512 -mtune=icelake-server".split(),
-}
-
-
-NVCC_FLAGS = ["-std=c++17", "-O3", "-lineinfo", f"-I{CSRC / 'include'}", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
+NVCC_FLAGS = ["-std=c++17", "-O3", "-lineinfo", *INCLUDES, "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
 CUDA_ARCHITECTURES = "8.0;9.0a+PTX"
+HEAD_SIZES = {
+    "forward": (32, 64, 72, 80, 96, 128),
+    "backward": (32, 64, 72, 80, 96, 128),
+    "forward_sm90": (64, 72, 80, 96, 128),
+    "backward_sm90": (64, 72, 80, 96, 128),
+    "short_forward": (64, 72, 80, 96, 128),
+    "short_backward": (64, 72, 80, 96, 128),
+}
+"""Files of csrc/rope_attention/cuda that are compiled once per head size, with -DHEAD_DIM."""
 
 
 class MissingCompiler(Exception):
@@ -75,6 +76,11 @@ def newer(target: Path, sources: list[Path]) -> bool:
     return target.exists() and all(target.stat().st_mtime > source.stat().st_mtime for source in sources)
 
 
+def name_of(source: Path) -> str:
+    """A name for what is made of a file of csrc: files of two operators may be called alike."""
+    return "-".join(source.relative_to(CSRC).with_suffix("").parts)
+
+
 def run_all(commands: list[list[str]]) -> None:
     """Run compiler commands side by side; the first failure is raised with the compiler's words."""
 
@@ -90,18 +96,20 @@ def run_all(commands: list[list[str]]) -> None:
 
 
 def build_cpu(lib: Path, objects: Path) -> None:
-    """csrc/cpu -> libcomp_kernels_cpu.so; objects that are newer than their sources are kept."""
+    """csrc/*/cpu -> libcomp_kernels_cpu.so; objects that are newer than their sources are kept."""
     compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("c++") or shutil.which("g++") or ""]
     if not shutil.which(compiler[0]):
         raise MissingCompiler("no C++ compiler found: install g++ or clang++, or set CXX")
     extra = shlex.split(os.environ.get("CXXFLAGS", ""))
     objects = objects / hashlib.sha256(shlex.join([*compiler, *CXX_FLAGS, *extra]).encode()).hexdigest()[:12]
     objects.mkdir(exist_ok=True)
-    headers = sorted(CSRC.glob("include/**/*.h")) + sorted(CSRC.glob("cpu/**/*.h")) + [Path(__file__)]
-    jobs: list[tuple[Path, Path, list[str]]] = [(source, objects / f"{source.stem}.o", []) for source in CSRC.glob("cpu/*.cpp")]
+    headers = [*CSRC.glob("include/**/*.h"), *CSRC.glob("*/cpu/**/*.h"), Path(__file__)]
+    jobs: list[tuple[Path, Path, list[str]]] = [
+        (source, objects / f"{name_of(source)}.o", []) for source in CSRC.glob("*/cpu/*.cpp")
+    ]
     for isa, flags in instruction_sets(target(compiler)).items():
         flags = [*flags, f"-DCOMP_KERNELS_ISA={isa}"]
-        jobs += [(source, objects / f"{source.stem}.{isa}.o", flags) for source in CSRC.glob("cpu/kernels/*.cpp")]
+        jobs += [(source, objects / f"{name_of(source)}.{isa}.o", flags) for source in CSRC.glob("*/cpu/kernels/*.cpp")]
     run_all(
         [
             [*compiler, *CXX_FLAGS, *flags, *extra, "-c", str(source), "-o", str(target)]
@@ -146,8 +154,8 @@ def architectures() -> tuple[list[str], bool]:
 
 
 def generated_code(source: Path, capabilities: list[str], ptx: bool) -> list[str]:
-    """nvcc's -gencode flags. Files named *_sm90_* use wgmma: sm_90a alone has it. The others run everywhere from sm_80 on."""
-    if "_sm90_" in source.name:
+    """nvcc's -gencode flags. Files named *_sm90 use wgmma: sm_90a alone has it. The others run everywhere from sm_80 on."""
+    if source.stem.endswith("_sm90"):
         return ["-gencode=arch=compute_90a,code=sm_90a"]
     numbers = sorted({int(capability.rstrip("af")) for capability in capabilities})
     flags = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
@@ -155,9 +163,8 @@ def generated_code(source: Path, capabilities: list[str], ptx: bool) -> list[str
 
 
 def build_cuda(lib: Path, objects: Path) -> None:
-    """csrc/cuda -> libcomp_kernels_cuda.so, CUDA runtime inside; objects newer than their sources are kept."""
-    sources = sorted(CSRC.glob("cuda/**/*.cu"))
-    headers = [*CSRC.glob("include/**/*.h"), *CSRC.glob("cuda/**/*.h"), *CSRC.glob("cuda/**/*.cuh"), Path(__file__)]
+    """csrc/*/cuda -> libcomp_kernels_cuda.so, CUDA runtime inside; objects newer than their sources are kept."""
+    headers = [*CSRC.glob("include/**/*.h"), *CSRC.glob("*/cuda/*.h"), *CSRC.glob("*/cuda/*.cuh"), Path(__file__)]
     library = lib / "libcomp_kernels_cuda.so"
     try:
         nvcc = find_nvcc()
@@ -169,20 +176,26 @@ def build_cuda(lib: Path, objects: Path) -> None:
         return
     capabilities, ptx = architectures()
     wgmma = "90a" in capabilities
-    sources = [source for source in sources if wgmma or "_sm90_" not in source.name]
     objects = objects / ("_".join(capabilities) + ("_ptx" if ptx else ""))
     objects.mkdir(exist_ok=True)
     names = " ".join(f"sm_{capability}" for capability in capabilities) + (" PTX" if ptx else "")
     defines = [f'-DCOMP_KERNELS_ARCHITECTURES="{names}"', f"-DCOMP_KERNELS_SM90A={int(wgmma)}"]
-    jobs = [(source, objects / f"{source.stem}.o") for source in sources]
+    jobs: list[tuple[Path, Path, list[str]]] = []
+    for source in sorted(CSRC.glob("*/cuda/*.cu")):
+        if source.stem.endswith("_sm90") and not wgmma:
+            continue
+        flags = [*NVCC_FLAGS, *defines, *generated_code(source, capabilities, ptx)]
+        for size in HEAD_SIZES.get(source.stem, ("",)):
+            target = objects / f"{name_of(source)}{size}.o"
+            jobs.append((source, target, [*flags, f"-DHEAD_DIM={size}"] if size else flags))
     run_all(
         [
-            [nvcc, *NVCC_FLAGS, *defines, *generated_code(source, capabilities, ptx), "-c", str(source), "-o", str(target)]
-            for source, target in jobs
+            [nvcc, *flags, "-c", str(source), "-o", str(target)]
+            for source, target, flags in jobs
             if not newer(target, [source, *headers])
         ]
     )
-    run_all([[nvcc, "-shared", "-cudart=static", *(str(target) for _, target in jobs), "-o", str(library)]])
+    run_all([[nvcc, "-shared", "-cudart=static", *(str(target) for _, target, _ in jobs), "-o", str(library)]])
 
 
 LIBRARIES = {"cpu": build_cpu, "cuda": build_cuda}

@@ -19,6 +19,8 @@ import torch
 
 from comp_kernels import _native
 
+from .peaks import fma_peak
+
 SLOW_PEER = 5.0  # a peer that takes this many times as long is timed in the first two rounds only
 CASE_SECONDS = 45.0  # once the rounds of a case have taken this long, so are all peers
 
@@ -93,13 +95,6 @@ def _seconds(function: Callable[[], object], timer: Callable[[], float]) -> floa
     start = timer()
     function()
     return timer() - start
-
-
-def fma_peak() -> float:
-    """GFLOP/s of float32 multiply-adds in registers over torch's threads; measured anew, for the clock may have changed."""
-    function = _native.cpu().comp_kernels_cpu_fma_peak
-    function.restype, function.argtypes = ctypes.c_double, [ctypes.c_int64]
-    return function(5) * 1e-9
 
 
 def peak_memory(function: Callable[[], object]) -> float:

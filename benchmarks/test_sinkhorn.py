@@ -4,7 +4,6 @@ pytest benchmarks/test_sinkhorn.py --benchmark-only            two minutes on tw
 pytest benchmarks/test_sinkhorn.py --benchmark-only --heavy    matrices of up to 1 GiB as well
 """
 
-import ctypes
 import statistics
 import time
 
@@ -12,10 +11,11 @@ import pytest
 import torch
 
 import comp_kernels as ck
-from comp_kernels import _native, reference
+from comp_kernels import reference
 from comp_kernels.ops.sinkhorn import cpu
 
 from .measure import compare
+from .peaks import exponential_rate
 from .sinkhorn_peers import peers_of
 
 EPSILON, NUM_ITERS = 0.05, 3
@@ -40,13 +40,6 @@ def copy_bandwidth(scores: torch.Tensor, target: torch.Tensor) -> float:
         target.copy_(scores)
         seconds.append(time.perf_counter() - start)
     return 2 * scores.nbytes / statistics.median(seconds)
-
-
-def exponential_rate() -> float:
-    """Exponentials per second of the kernels' own exponential, of numbers in the first level cache, over torch's threads."""
-    function = _native.cpu().comp_kernels_cpu_exp_peak
-    function.restype, function.argtypes = ctypes.c_double, [ctypes.c_int64]
-    return function(5)
 
 
 def floor_ms(scores: torch.Tensor, plan: torch.Tensor) -> float:

@@ -1,6 +1,6 @@
-"""A fingerprint of csrc, so that a library built from other sources than the ones at hand is noticed and not called.
+"""What the build, the package and the benchmarks all have to know of csrc: its flags, and a fingerprint of its files.
 
-Used by setup.py, which runs this file alone (no torch in its environment), and by `_native`.
+setup.py runs this file alone: there is no torch in its environment.
 """
 
 from __future__ import annotations
@@ -10,14 +10,25 @@ from pathlib import Path
 
 CSRC = Path(__file__).parents[1] / "csrc"
 SUFFIXES = (".h", ".cpp", ".cu", ".cuh")
+INCLUDES = [f"-I{CSRC}", f"-I{CSRC / 'include'}"]
+
+CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-fno-math-errno", "-fno-trapping-math"]
+CXX_FLAGS += ["-ffp-contract=fast", *INCLUDES]
+X86_FLAGS = {
+    "baseline": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c", "-mtune=haswell"],
+    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512 -mtune=icelake-server".split(),
+}
+"""By instruction set; files of csrc/*/cpu/kernels are compiled once for each."""
 
 
 def fingerprint(library: str) -> str | None:
-    """Digest of csrc/include and csrc/{library}; None where the sources are not at hand (an installed wheel)."""
+    """Digest of csrc/include and csrc/*/{library}, so that a library built from other files is noticed and not called; None
+    where the sources are not at hand (an installed wheel)."""
     if not (CSRC / "include" / "comp_kernels").is_dir():
         return None
     digest = hashlib.sha256()
-    for path in sorted(path for folder in ("include", library) for path in (CSRC / folder).rglob("*")):
+    for path in sorted([*CSRC.glob("include/**/*"), *CSRC.glob(f"*/{library}/**/*")]):
         if path.suffix not in SUFFIXES:
             continue
         digest.update(path.relative_to(CSRC).as_posix().encode() + b"\0" + path.read_bytes())

@@ -2,7 +2,7 @@
 
     COMP_KERNELS_EMULATED="qemu-aarch64-static build/emulated/aarch64/serve_calls" pytest -p tests.emulated_cpu.plugin ...
 
-csrc/cpu/emulate.sh builds and calls all that. The tests are the usual ones, with the usual error budgets: only the compiled
+csrc/emulate.sh builds and calls all that. The tests are the usual ones, with the usual error budgets: only the compiled
 library is replaced, by an object that sends each call to `serve_calls.cpp` and copies the results back.
 
 A call: name (length, bytes), threads, params (size, bytes), buffers (count; each size, flags and, if sent, its bytes),

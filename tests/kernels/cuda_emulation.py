@@ -1,4 +1,4 @@
-"""Runs the host code of csrc/cuda as it is and its kernels on ptx_emulator: tensors stay on the CPU, no GPU is needed."""
+"""Runs the host code of csrc/*/cuda as it is and its kernels on ptx_emulator: tensors stay on the CPU, no GPU is needed."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ import tempfile
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from emulation import emulator_missing, import_emulator
 
 from comp_kernels import _native
+from comp_kernels._sources import CSRC, INCLUDES
 
-CSRC = Path(__file__).resolve().parents[2] / "csrc"
 HOOK = ctypes.CFUNCTYPE(
     ctypes.c_void_p, ctypes.c_char_p, *[ctypes.c_int64] * 4, ctypes.c_void_p, ctypes.c_int64
-)  # LaunchHook of csrc/cuda/launch.cu
+)  # LaunchHook of csrc/common/cuda/launch.cu
 
 REFUSED = ctypes.c_char_p(b"the emulator refused the kernel")
 
@@ -41,41 +42,49 @@ def missing() -> str | None:
 needs_cuda_emulation = pytest.mark.skipif(missing() is not None, reason=missing() or "")
 
 
+class Source(NamedTuple):
+    """What a kernel is compiled from."""
+
+    path: Path
+    arch: str
+    flags: tuple[str, ...] = ()
+
+
 @cache
-def source_of(kernel: str) -> tuple[str, str]:
-    """File (relative to csrc/cuda) and architecture that define a kernel, from its name."""
-    if found := re.fullmatch(r"rope_attention_forward_sm90_\w+?_(\d+)", kernel):
-        return f"instantiations/forward_sm90_{found[1]}.cu", "sm_90a"
-    if found := re.fullmatch(r"rope_attention_backward_sm90_\w+?_(\d+)", kernel):
-        return f"instantiations/backward_sm90_{found[1]}.cu", "sm_90a"
-    if kernel.startswith("rope_attention_prepare_sm90"):
-        return "instantiations/prepare_sm90_all.cu", "sm_90a"
-    if found := re.fullmatch(r"rope_attention_short_(forward|backward)_[a-z0-9]+_(\d+)_\d+", kernel):
-        return f"instantiations/short_{found[1]}_{found[2]}.cu", "sm_80"
+def source_of(kernel: str) -> Source:
+    """The file of csrc that defines a kernel, from its name."""
+    if found := re.fullmatch(r"rope_attention_((?:forward|backward)_sm90)_\w+?_(\d+)", kernel):
+        return attention_source(found[1], found[2])
+    if found := re.fullmatch(r"rope_attention_(short_(?:forward|backward))_[a-z0-9]+_(\d+)_\d+", kernel):
+        return attention_source(found[1], found[2])
     if found := re.fullmatch(r"rope_attention_(forward|backward)_\w+?_(\d+)", kernel):
-        return f"instantiations/{found[1]}_{found[2]}.cu", "sm_80"
-    if kernel.startswith("rope_attention_prepare"):
-        return "instantiations/prepare.cu", "sm_80"
-    if kernel.startswith("rope_attention_images"):
-        return "instantiations/images.cu", "sm_80"
-    return "instantiations/sinkhorn_passes.cu", "sm_80"
+        return attention_source(found[1], found[2])
+    if found := re.match(r"rope_attention_(prepare_sm90|prepare|images)", kernel):
+        return attention_source(found[1])
+    return Source(CSRC / "sinkhorn" / "cuda" / "passes.cu", "sm_80")
+
+
+def attention_source(file: str, head_size: object = None) -> Source:
+    """csrc/rope_attention/cuda/{file}.cu, for one head size where it is compiled once for each."""
+    flags = () if head_size is None else (f"-DHEAD_DIM={head_size}",)
+    return Source(CSRC / "rope_attention" / "cuda" / f"{file}.cu", "sm_90a" if file.endswith("_sm90") else "sm_80", flags)
 
 
 @cache
-def module(source: str, arch: str):
+def module(source: Source):
     """The PTX of one file, ready to run. Compiled once per state of csrc (a second or two), whichever process comes first."""
-    digest = hashlib.sha256(arch.encode())
-    for path in sorted([*CSRC.glob("include/**/*.h"), *CSRC.glob("cuda/**/*.*h"), CSRC / "cuda" / source]):
+    digest = hashlib.sha256(f"{source.arch} {source.flags}".encode())
+    for path in sorted([*CSRC.glob("include/**/*.h"), *CSRC.glob("*/cuda/*.*h"), source.path]):
         digest.update(path.read_bytes())
     folder = Path(tempfile.gettempdir()) / f"comp_kernels_ptx_{os.getuid()}"
     folder.mkdir(exist_ok=True)
-    ptx = folder / f"{Path(source).stem}_{digest.hexdigest()[:20]}.ptx"
+    ptx = folder / f"{source.path.stem}_{digest.hexdigest()[:20]}.ptx"
     if not ptx.exists():
         unfinished = ptx.with_suffix(f".{os.getpid()}")
-        command = ["nvcc", "-ptx", f"-arch={arch}", "-std=c++17", "-lineinfo", f"-I{CSRC / 'include'}", "-o", str(unfinished)]
-        subprocess.run([*command, str(CSRC / "cuda" / source)], check=True)
+        command = ["nvcc", "-ptx", f"-arch={source.arch}", "-std=c++17", "-lineinfo", *INCLUDES, *source.flags]
+        subprocess.run([*command, "-o", str(unfinished), str(source.path)], check=True)
         unfinished.replace(ptx)
-    return import_emulator().load(ptx.read_text(), source)
+    return import_emulator().load(ptx.read_text(), source.path.name)
 
 
 @contextmanager
@@ -97,7 +106,7 @@ def launches_on_emulator(reports: list | None = None, capability: int = 80, shor
         name = kernel.decode()
         arguments = [ctypes.string_at(params, params_bytes)]
         try:
-            loaded = module(*source_of(name)).kernel(name)
+            loaded = module(source_of(name)).kernel(name)
             report = loaded.launch(
                 (grid_x, grid_y), threads, arguments, shared=shared_bytes, buffers=list(buffers.values()), **options
             )

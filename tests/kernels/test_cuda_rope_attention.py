@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import triton
-from cuda_emulation import CSRC, launches_on_emulator, needs_cuda_emulation
+from cuda_emulation import attention_source, launches_on_emulator, needs_cuda_emulation
 
 from comp_kernels import _native, reference, rope_attention
+from comp_kernels._sources import INCLUDES
 from comp_kernels.ops.rope_attention import cuda, native
 from comp_kernels.testing import (
     ATTENTION_CASES,
@@ -288,35 +289,34 @@ class TestCounters:
 
 
 KINDS = ("forward", "backward", "forward_sm90", "backward_sm90", "short_forward", "short_backward")
-SOURCES = [f"{which}_{d}" for which in KINDS for d in (64, 72, 128)]
-SM90_SOURCES = [f"backward_sm90_{d}" for d in (64, 72, 80, 96, 128)]
 
 
-def compiled(source: str, folder: Path) -> tuple[Path, str]:
-    """(the machine code of one file of csrc/cuda/instantiations, what ptxas says of it)."""
-    arch = "sm_90a" if "sm90" in source else "sm_80"
-    command = ["nvcc", "-std=c++17", "-O3", f"-arch={arch}", "-cubin", "-Xptxas=-v", f"-I{CSRC / 'include'}"]
-    command += ["-o", str(folder / "out.cubin"), str(CSRC / "cuda" / "instantiations" / f"{source}.cu")]
+def compiled(file: str, head_size: int, folder: Path) -> tuple[Path, str]:
+    """(the machine code of one file of csrc/rope_attention/cuda, what ptxas says of it)."""
+    source = attention_source(file, head_size)
+    command = ["nvcc", "-std=c++17", "-O3", f"-arch={source.arch}", "-cubin", "-Xptxas=-v", *INCLUDES, *source.flags]
+    command += ["-o", str(folder / "out.cubin"), str(source.path)]
     return folder / "out.cubin", subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("head_size", [64, 72, 128])
+@pytest.mark.parametrize("file", KINDS)
 @needs_cuda_emulation
-def test_machine_code_has_no_spills_and_no_serialised_products(source, tmp_path):
-    _, remarks = compiled(source, tmp_path)
+def test_machine_code_has_no_spills_and_no_serialised_products(file, head_size, tmp_path):
+    _, remarks = compiled(file, head_size, tmp_path)
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", remarks)
-    allowed = 32 if source.startswith("short_backward") else 0  # bytes: three blocks per multiprocessor leave 168 registers
+    allowed = 32 if file == "short_backward" else 0  # bytes: three blocks per multiprocessor leave 168 registers
     assert spills and all(int(stores) <= allowed for stores, _ in spills)
     assert "serialized" not in remarks  # ptxas says so where wgmma cannot overlap
 
 
-@pytest.mark.parametrize("source", SM90_SOURCES)
+@pytest.mark.parametrize("head_size", [64, 72, 80, 96, 128])
 @needs_cuda_emulation
-def test_kept_rows_keep_their_registers(source, tmp_path):
+def test_kept_rows_keep_their_registers(head_size, tmp_path):
     """ptxas of CUDA 13.0 once gave the registers of operands that are kept over the loop to the packed dS of every step: the
     PTX was right, so the emulator saw nothing, and on an H200 dq was wrong at 64 channels. Kept rows are left operands of
     products that read the other operand as it lies, weights of those that read it transposed (tnspB)."""
-    cubin, _ = compiled(source, tmp_path)
+    cubin, _ = compiled("backward_sm90", head_size, tmp_path)
     tool = shutil.which("cuobjdump") or Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     listing = subprocess.run([str(tool), "--dump-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
     kernels = listing.split("Function : ")[1:]

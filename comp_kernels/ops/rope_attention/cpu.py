@@ -1,4 +1,4 @@
-"""rope_attention on the CPU, by csrc/cpu."""
+"""rope_attention on the CPU, by csrc/rope_attention/cpu."""
 
 from __future__ import annotations
 

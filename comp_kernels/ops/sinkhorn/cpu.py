@@ -1,4 +1,4 @@
-"""sinkhorn on the CPU: allocates the results and calls csrc/cpu."""
+"""sinkhorn on the CPU: allocates the results and calls csrc/sinkhorn/cpu."""
 
 from __future__ import annotations
 

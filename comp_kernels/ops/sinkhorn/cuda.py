@@ -1,4 +1,4 @@
-"""sinkhorn on NVIDIA GPUs by the hand-written kernels of csrc/cuda: float32, bfloat16 and float16 scores."""
+"""sinkhorn on NVIDIA GPUs by the hand-written kernels of csrc/sinkhorn/cuda: float32, bfloat16 and float16 scores."""
 
 from __future__ import annotations
 

@@ -1,0 +1,48 @@
+"""What this processor does at best, over torch's threads: the yardsticks beside which the benchmarks put the CPU kernels."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from comp_kernels import _native
+from comp_kernels._sources import CSRC, CXX_FLAGS, X86_FLAGS
+
+SOURCE = Path(__file__).parent / "csrc" / "peaks.cpp"
+BUILD = Path(__file__).parents[1] / "build"
+
+
+def fma_peak() -> float:
+    """GFLOP/s of float32 multiply-adds in registers; measured anew in every call, for the clock may have changed."""
+    return _library().peak_multiply_add(torch.get_num_threads(), 5) * 1e-9
+
+
+def exponential_rate() -> float:
+    """Exponentials per second of the kernels' own exponential, of numbers in the first level cache."""
+    return _library().peak_exponentials(torch.get_num_threads(), 5)
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    """peaks.cpp, compiled as the kernels are, for the instruction set that they run in."""
+    isa = _native.cpu().comp_kernels_cpu_isa().decode().split()[0]
+    flags = [*CXX_FLAGS, *(X86_FLAGS[isa] if platform.machine() in ("x86_64", "AMD64") else []), f"-DCOMP_KERNELS_ISA={isa}"]
+    text = SOURCE.read_bytes() + (CSRC / "common" / "cpu" / "simd.h").read_bytes() + " ".join(flags).encode()
+    path = BUILD / f"peaks-{hashlib.sha256(text).hexdigest()[:12]}.so"
+    if not path.exists():
+        BUILD.mkdir(exist_ok=True)
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        compiler = os.environ.get("CXX", "c++")
+        subprocess.run([compiler, *flags, "-shared", "-pthread", str(SOURCE), "-o", str(unfinished)], check=True)
+        unfinished.replace(path)
+    library = ctypes.CDLL(str(path))
+    for function in (library.peak_multiply_add, library.peak_exponentials):
+        function.restype, function.argtypes = ctypes.c_double, [ctypes.c_int64, ctypes.c_int64]
+    return library

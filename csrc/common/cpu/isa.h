@@ -1,0 +1,48 @@
+// Instruction sets: every file of csrc/*/cpu/kernels is compiled once per set, in a namespace of its own; the choice between
+// them is made at run time.
+#pragma once
+
+#if defined(__x86_64__) || defined(_M_X64)
+#define COMP_KERNELS_X86 1
+#endif
+
+namespace comp_kernels {
+
+// Ordered: each set contains those before it. Baseline is what the architecture guarantees (SSE2, or NEON on aarch64).
+enum class Isa { baseline = 0, avx2 = 1, avx512 = 2 };
+
+// The set in use: the best this processor has, or a lower one by the environment variable COMP_KERNELS_CPU_ISA.
+Isa active_isa();
+
+}  // namespace comp_kernels
+
+// Declares a function that csrc/*/cpu/kernels defines once per instruction set.
+#ifdef COMP_KERNELS_X86
+#define DECLARE_PER_ISA(declaration) \
+  namespace comp_kernels {           \
+  namespace baseline {               \
+  declaration;                       \
+  }                                  \
+  namespace avx2 {                   \
+  declaration;                       \
+  }                                  \
+  namespace avx512 {                 \
+  declaration;                       \
+  }                                  \
+  }
+// Calls the variant in use, DISPATCH_ISA(rope_attention_forward, params).
+#define DISPATCH_ISA(function, ...)                                  \
+  (::comp_kernels::active_isa() == ::comp_kernels::Isa::avx512       \
+       ? ::comp_kernels::avx512::function(__VA_ARGS__)               \
+       : ::comp_kernels::active_isa() == ::comp_kernels::Isa::avx2   \
+             ? ::comp_kernels::avx2::function(__VA_ARGS__)           \
+             : ::comp_kernels::baseline::function(__VA_ARGS__))
+#else
+#define DECLARE_PER_ISA(declaration) \
+  namespace comp_kernels {           \
+  namespace baseline {               \
+  declaration;                       \
+  }                                  \
+  }
+#define DISPATCH_ISA(function, ...) ::comp_kernels::baseline::function(__VA_ARGS__)
+#endif

@@ -1,9 +1,0 @@
-// Declares the loop that measures the peak rate of multiply-adds.
-#pragma once
-
-#include <cstdint>
-
-#include "isa.h"
-
-// Runs `steps` rounds of independent float multiply-adds on every thread; returns the floating-point operations done.
-DECLARE_PER_ISA(double fma_peak_operations(int64_t steps))

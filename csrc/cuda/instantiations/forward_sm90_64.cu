@@ -1,4 +1,0 @@
-#include "../attention_forward_sm90.cuh"
-
-INSTANTIATE_FORWARD_SM90(bf16, 64)
-INSTANTIATE_FORWARD_SM90(fp16, 64)

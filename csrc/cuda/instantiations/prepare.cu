@@ -1,4 +1,0 @@
-#include "../prepare.cuh"
-
-INSTANTIATE_PREPARE(bf16)
-INSTANTIATE_PREPARE(fp16)

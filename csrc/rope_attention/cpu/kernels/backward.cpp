@@ -1,0 +1,276 @@
+// The backward pass of rope_attention: probabilities are recomputed from lse, block by block. Each item runs over its queries
+// outside and its keys inside, so every sum is taken in the order of the tokens, whatever the number of threads.
+//
+//   P = exp(scale S - lse)    dP = dO V'    dS = P (dP - delta + dlse)    delta = sum_d dO O
+//   dV = P' dO                dK = scale dS' Q        dQ = scale dS K        then the transposed rotation
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+
+#include "common/cpu/parallel.h"
+#include "../schedule.h"
+#include "common/cpu/scratch.h"
+#include "rows.h"
+
+namespace comp_kernels::COMP_KERNELS_ISA {
+namespace {
+
+constexpr BlockSizes kBlocks{/*queries=*/96, /*keys=*/96};  // about
+
+// Queries are rows of products, keys are columns of some and rows of others.
+template <typename T>
+constexpr BlockSizes kMultiple{tile_rows(2), std::lcm(tile_rows(2), kLanes<T>)};
+template <typename T>
+constexpr BlockSizes kMost{longest_block(kBlocks.queries, kMultiple<T>.queries), longest_block(kBlocks.keys, kMultiple<T>.keys)};
+template <typename T>
+BlockSizes blocks_of(const AttentionItem& item) {
+  return {block_length(item.query_end - item.query_begin, kBlocks.queries, kMultiple<T>.queries),
+          block_length(item.key_end - item.key_begin, kBlocks.keys, kMultiple<T>.keys)};
+}
+
+constexpr int kTogether = 2;  // vectors of scores whose exponentials are taken together
+
+// Scratch of one worker. Rows are row_stride apart; panels as in the forward pass.
+template <typename T>
+struct BackwardScratch {
+  T *keys, *dkeys, *dvalues;         // [keys, D]: rotated keys, gradients
+  T *key_panels, *value_panels;      // [D, keys] by blocks
+  T *query, *dquery, *dout;          // [most queries, D]
+  T *probabilities, *dscores;        // [most queries, most keys]
+  T *row_lse, *row_lse_rest;         // [most queries], the exponent is (S - lse) scale_log2 - rest
+  T *row_delta, *row_dlse;           // [most queries]
+  T *values, *out;                   // [kLanes, D], values on their way into the panels, rows of out
+  RowsAhead ahead;
+  int64_t packed_key = -1, packed_key_end = -1, packed_head = -1;  // what the keys and panels hold
+
+  void carve(Carver& carver, const int64_t& most_keys, const int64_t& head_dim) {
+    const int64_t stride = row_stride<T>(head_dim), padded = round_up_to_lanes<T>(most_keys);
+    constexpr int64_t kRows = round_up_to_lanes<T>(kMost<T>.queries);  // of a block, whole vectors of rows
+    for (T** rows : {&keys, &dkeys, &dvalues}) carver.take(*rows, padded * stride);
+    for (T** panels : {&key_panels, &value_panels}) carver.take(*panels, padded * head_dim);
+    for (T** rows : {&query, &dquery, &dout}) carver.take(*rows, kRows * stride);
+    for (T** tile : {&probabilities, &dscores}) carver.take(*tile, kRows * row_stride<T>(kMost<T>.keys));
+    for (T** row : {&row_lse, &row_lse_rest, &row_delta, &row_dlse}) carver.take(*row, kRows);
+    for (T** rows : {&values, &out}) carver.take(*rows, kLanes<T> * stride);
+  }
+};
+
+template <typename S, typename T>
+void pack_keys_and_values(const Params& p, const AttentionItem& item, BackwardScratch<T>& scratch) {
+  if (scratch.packed_key == item.key_begin && scratch.packed_key_end == item.key_end && scratch.packed_head == item.head_k) return;
+  scratch.packed_key = item.key_begin;
+  scratch.packed_key_end = item.key_end;
+  scratch.packed_head = item.head_k;
+  constexpr int L = kLanes<T>;
+  const int64_t D = p.head_dim, stride = row_stride<T>(D), count = item.key_end - item.key_begin;
+  const int64_t step = blocks_of<T>(item).keys;
+  for (int64_t block = 0; block < count; block += step) {
+    const int64_t in_block = min(count - block, step);
+    const int64_t columns = round_up_to_lanes<T>(in_block);
+    for (int64_t j = 0; j < in_block; j += L) {
+      const int64_t rows = min(in_block - j, L), token = item.key_begin + block + j;
+      T* keys = scratch.keys + (block + j) * stride;
+      load_rows<S>(p.k, p.k_stride_token, p.k_stride_head, token, rows, item.head_k, key_tables<T>(p), keys, stride, p);
+      load_rows<S>(p.v, p.v_stride_token, p.v_stride_head, token, rows, item.head_k, Tables<T>{}, scratch.values, stride, p);
+      for (int64_t i = rows * stride; i < L * stride; ++i) keys[i] = scratch.values[i] = 0;
+      transpose_into_panels(keys, stride, D, scratch.key_panels + block * D, columns, j);
+      transpose_into_panels(scratch.values, stride, D, scratch.value_panels + block * D, columns, j);
+    }
+  }
+}
+
+// Loads rotated queries, dout, lse and delta of one block.
+template <typename S, typename T>
+void load_queries(const Params& p, BackwardScratch<T>& scratch, int64_t token, int64_t queries, int64_t head) {
+  const int64_t D = p.head_dim, stride = row_stride<T>(D);
+  const double scale_log2 = scale_in_bits<T>(p);
+  constexpr int L = kLanes<T>;
+  for (int64_t i = 0; i < queries; i += L) {
+    const int64_t rows = min(queries - i, L);
+    T* dout = scratch.dout + i * stride;
+    load_rows<S>(p.q, p.q_stride_token, p.q_stride_head, token + i, rows, head, query_tables<T>(p), scratch.query + i * stride,
+                 stride, p);
+    load_rows<S>(p.grad_out, p.grad_out_stride_token, p.grad_out_stride_head, token + i, rows, head, Tables<T>{}, dout, stride, p);
+    load_rows<S>(p.out, p.num_heads * D, D, token + i, rows, head, Tables<T>{}, scratch.out, stride, p);
+    // delta in the order in which the products sum dP, so that the two cancel exactly where one key has all the weight.
+    store(scratch.row_delta + i, row_dots(dout, scratch.out, stride, D));
+  }
+  for (int64_t i = 0; i < queries; ++i) {
+    const int64_t statistic = head * p.num_tokens + token + i;
+    const double lse_log2 = static_cast<const double*>(p.lse)[statistic] * kLog2e;
+    // The exponent is (S - lse) scale_log2 - rest: as in the forward pass, large numbers are subtracted before anything is rounded.
+    const double unscaled = lse_log2 / scale_log2;
+    const bool in_range = std::fabs(unscaled) <= static_cast<double>(std::numeric_limits<T>::max());  // not of a scale of zero
+    scratch.row_lse[i] = in_range ? static_cast<T>(unscaled) : T(0);
+    scratch.row_lse_rest[i] = static_cast<T>(lse_log2 - static_cast<double>(scratch.row_lse[i]) * scale_log2);
+    scratch.row_dlse[i] = p.grad_lse == nullptr ? T(0) : static_cast<T>(static_cast<const double*>(p.grad_lse)[statistic]);
+  }
+}
+
+// S and dP of one block -> P and dS, in place; P becomes zero beyond the keys.
+template <typename T>
+void softmax_gradients(BackwardScratch<T>& scratch, int64_t queries, int64_t keys, T scale_log2) {
+  constexpr int L = kLanes<T>;
+  constexpr T kLowest = -std::numeric_limits<T>::infinity();
+  const int64_t score_stride = row_stride<T>(kMost<T>.keys), padded = round_up_to_lanes<T>(keys);
+  for (int64_t i = 0; i < queries; ++i) {
+    T* p = scratch.probabilities + i * score_stride;
+    T* ds = scratch.dscores + i * score_stride;
+    const T lse = scratch.row_lse[i], lse_rest = scratch.row_lse_rest[i], delta = scratch.row_delta[i], dlse = scratch.row_dlse[i];
+    for (int64_t j = 0; j < padded; j += kTogether * L) {
+      Vec<T> e[kTogether];
+#pragma GCC unroll 8
+      for (int n = 0; n < kTogether; ++n) {
+        e[n] = (load(p + j + n * L) - lse) * scale_log2 - lse_rest;
+        e[n] = min<T>(broadcast(T(0)), e[n]);  // what rounding leaves of huge logits
+      }
+      if (j + kTogether * L > keys) {
+        for (int n = 0; n < kTogether; ++n) e[n] = select<T>(first_lanes<T>(keys - j - n * L), e[n], broadcast(kLowest));
+      }
+      exp2(e);
+#pragma GCC unroll 8
+      for (int n = 0; n < kTogether; ++n) {
+        const int64_t at = j + n * L;
+        store(p + at, e[n]);
+        store(ds + at, e[n] * (load(ds + at) - delta + dlse));
+      }
+    }
+  }
+}
+
+template <typename S, typename T>
+void backward_block(const Params& p, const AttentionItem& item, BackwardScratch<T>& scratch, int64_t token, int64_t queries,
+                    int64_t head) {
+  constexpr int L = kLanes<T>;
+  const int64_t D = p.head_dim, stride = row_stride<T>(D), score_stride = row_stride<T>(kMost<T>.keys);
+  const int64_t vectors = round_up_to_lanes<T>(D) / L, count = item.key_end - item.key_begin;
+  load_queries<S>(p, scratch, token, queries, head);
+  // The first block of queries of the item's first head begins the sums over queries, the first block of keys those over keys.
+  const bool first = token == item.query_begin && head == item.head_k * (p.num_heads / p.num_heads_k);
+  const Result onto_keys = first ? Result::overwritten : Result::accumulated;
+  const int64_t step = blocks_of<T>(item).keys;
+  for (int64_t block = 0; block < count; block += step) {
+    const int64_t keys = min(count - block, step);
+    const int64_t key_vectors = round_up_to_lanes<T>(keys) / L;
+    product<T, RowsOfA::strided, RowsOfB::in_panels>(Result::overwritten, queries, key_vectors, D, scratch.query, stride,
+                                                     scratch.key_panels + block * D, 0, scratch.probabilities, score_stride,
+                                                     scratch.ahead);
+    product<T, RowsOfA::strided, RowsOfB::in_panels>(Result::overwritten, queries, key_vectors, D, scratch.dout, stride,
+                                                     scratch.value_panels + block * D, 0, scratch.dscores, score_stride,
+                                                     scratch.ahead);
+    softmax_gradients(scratch, queries, keys, scale_in_bits<T>(p));
+    if (item.key_gradients) {
+      product<T, RowsOfA::transposed, RowsOfB::in_rows>(onto_keys, keys, vectors, queries, scratch.probabilities, score_stride,
+                                                        scratch.dout, stride, scratch.dvalues + block * stride, stride,
+                                                        scratch.ahead);
+      product<T, RowsOfA::transposed, RowsOfB::in_rows>(onto_keys, keys, vectors, queries, scratch.dscores, score_stride,
+                                                        scratch.query, stride, scratch.dkeys + block * stride, stride,
+                                                        scratch.ahead);
+    }
+    if (item.query_gradients) {
+      product<T, RowsOfA::strided, RowsOfB::in_rows>(block == 0 ? Result::overwritten : Result::accumulated, queries, vectors, keys,
+                                                     scratch.dscores, score_stride, scratch.keys + block * stride, stride,
+                                                     scratch.dquery, stride, scratch.ahead);
+    }
+  }
+  if (item.query_gradients) {
+    if (count == 0) std::fill(scratch.dquery, scratch.dquery + queries * stride, T(0));
+    store_rotated_gradients<S>(scratch.dquery, stride, static_cast<T>(p.scale), p.q, p.q_stride_token, p.q_stride_head, token,
+                               queries, head, p.num_heads, query_tables<T>(p), p.dq, p);
+  }
+}
+
+// Plans what the products of one block ask for: the rows the next block reads, be it of `item` or of `next` (null: none), and
+// those that are written when this one is done.
+template <typename S, typename T>
+void look_ahead(const Params& p, const AttentionItem& item, bool last, const AttentionItem* next, BackwardScratch<T>& scratch,
+                int64_t token, int64_t queries, int64_t head) {
+  const int64_t D = p.head_dim, group = p.num_heads / p.num_heads_k, keys = item.key_end - item.key_begin, end = token + queries;
+  RowsAhead& ahead = scratch.ahead;
+  const auto add_queries = [&](const AttentionItem& of, int64_t begin, int64_t of_head) {
+    const int64_t rows = min(of.query_end - begin, blocks_of<T>(of).queries);
+    add_rows<S>(ahead, p.q, p.q_stride_token, p.q_stride_head, begin, rows, of_head);
+    add_rows<S>(ahead, p.grad_out, p.grad_out_stride_token, p.grad_out_stride_head, begin, rows, of_head);
+    add_rows<S>(ahead, p.out, p.num_heads, begin, rows, of_head, p);
+  };
+  ahead.plan(D * static_cast<int64_t>(sizeof(S)));
+  if (item.query_gradients) add_rows<S>(ahead, p.dq, p.num_heads, token, queries, head, p);
+  if (last && item.key_gradients) {
+    add_rows<S>(ahead, p.dk, p.num_heads_k, item.key_begin, keys, item.head_k, p);
+    add_rows<S>(ahead, p.dv, p.num_heads_k, item.key_begin, keys, item.head_k, p);
+  }
+  if (end < item.query_end) {
+    add_queries(item, end, head);
+  } else if (!last) {
+    add_queries(item, item.query_begin, head + 1);
+  } else if (next != nullptr) {
+    const int64_t next_keys = next->key_end - next->key_begin;
+    add_rows<S>(ahead, p.k, p.k_stride_token, p.k_stride_head, next->key_begin, next_keys, next->head_k);
+    add_rows<S>(ahead, p.v, p.v_stride_token, p.v_stride_head, next->key_begin, next_keys, next->head_k);
+    add_queries(*next, next->query_begin, next->head_k * group);
+  }
+  const int64_t blocks = (keys + kBlocks.keys - 1) / kBlocks.keys;
+  int64_t tiles = 2 * count_tiles<T>(queries, keys);
+  if (item.key_gradients) tiles += 2 * blocks * count_tiles<T>(kBlocks.keys, D);
+  if (item.query_gradients) tiles += blocks * count_tiles<T>(queries, D);
+  ahead.spread(tiles);
+}
+
+// Writes dk and dv of an item.
+template <typename S, typename T>
+void store_key_gradients(const Params& p, const AttentionItem& item, BackwardScratch<T>& scratch) {
+  const int64_t D = p.head_dim, stride = row_stride<T>(D), count = item.key_end - item.key_begin;
+  if (item.query_begin == item.query_end) {  // no block of queries wrote any
+    for (T* rows : {scratch.dkeys, scratch.dvalues}) std::fill(rows, rows + count * stride, T(0));
+  }
+  store_rotated_gradients<S>(scratch.dkeys, stride, static_cast<T>(p.scale), p.k, p.k_stride_token, p.k_stride_head, item.key_begin,
+                             count, item.head_k, p.num_heads_k, key_tables<T>(p), p.dk, p);
+  for (int64_t j = 0; j < count; ++j) {
+    narrow_row(scratch.dvalues + j * stride, static_cast<S*>(p.dv) + ((item.key_begin + j) * p.num_heads_k + item.head_k) * D, D);
+  }
+}
+
+template <typename S>
+const char* backward(const Params& p) {
+  using T = Compute<S>;
+  const int64_t workers = num_workers(), group = p.num_heads / p.num_heads_k;
+  const std::vector<AttentionItem> items = backward_items(p, workers, kBlocks);
+  if (items.empty()) return nullptr;
+  PerWorker<BackwardScratch<T>> scratch(workers, max_keys(p), p.head_dim);
+  if (!scratch.allocated()) return "out of memory for the packed keys and their gradients";
+  parallel_draws(workers, static_cast<int64_t>(items.size()), [&](int64_t worker, auto draw) {
+    BackwardScratch<T>& mine = scratch[worker];
+    for (int64_t index = draw(), next = -1; index >= 0; index = next) {
+      const AttentionItem& item = items[index];
+      pack_keys_and_values<S>(p, item, mine);
+      if (item.query_begin == item.query_end) next = draw();
+      const int64_t last_head = (item.head_k + 1) * group - 1, step = blocks_of<T>(item).queries;
+      for (int64_t head = item.head_k * group; head <= last_head; ++head) {
+        for (int64_t token = item.query_begin; token < item.query_end; token += step) {
+          const int64_t queries = min(item.query_end - token, step);
+          // The next item is drawn when this one's last block begins: early enough to ask for its rows, late enough to balance.
+          const bool last = head == last_head && token + queries == item.query_end;
+          if (last) next = draw();
+          look_ahead<S>(p, item, last, last && next >= 0 ? &items[next] : nullptr, mine, token, queries, head);
+          backward_block<S>(p, item, mine, token, queries, head);
+        }
+      }
+      if (item.key_gradients) store_key_gradients<S>(p, item, mine);
+    }
+  });
+  return nullptr;
+}
+
+}  // namespace
+
+const char* rope_attention_backward(const Params& params) {
+  switch (params.dtype) {
+    case COMP_KERNELS_FLOAT64: return backward<double>(params);
+    case COMP_KERNELS_BFLOAT16: return backward<bfloat16>(params);
+    case COMP_KERNELS_FLOAT16: return backward<float16>(params);
+    default: return backward<float>(params);
+  }
+}
+
+}  // namespace comp_kernels::COMP_KERNELS_ISA

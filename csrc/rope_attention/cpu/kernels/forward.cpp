@@ -1,0 +1,268 @@
+// The forward pass of rope_attention: rotate and pack the keys once per (sequence, key head), then blocks of queries with the
+// online softmax (Milakov and Gimelshein, arXiv 1805.02867; blocked as in FlashAttention, arXiv 2205.14135).
+#include <cmath>
+#include <limits>
+
+#include "common/cpu/parallel.h"
+#include "../schedule.h"
+#include "common/cpu/scratch.h"
+#include "rows.h"
+
+namespace comp_kernels::COMP_KERNELS_ISA {
+namespace {
+
+constexpr int64_t kQueries = 96, kKeys = 192;  // of a block, about
+
+// Lengths of the blocks of queries and keys. Those of the keys decide how a row is summed, so they depend on the sequence alone,
+// not on the number of threads.
+int64_t queries_per_block(const AttentionItem& item) {
+  return block_length(item.query_end - item.query_begin, kQueries, tile_rows(2));
+}
+template <typename T>
+int64_t keys_per_block(const AttentionItem& item) {
+  return block_length(item.key_end - item.key_begin, kKeys, 2 * kLanes<T>);
+}
+constexpr int64_t kMostQueries = longest_block(kQueries, tile_rows(2));
+template <typename T>
+constexpr int64_t kMostKeys = longest_block(kKeys, 2 * kLanes<T>);
+
+constexpr int kTogether = 2;  // vectors of scores whose exponentials are taken together
+constexpr double kLn2 = 0.693147180559945309417;
+
+// Scratch of one worker. Rows are row_stride apart; the keys of a block are the columns of packed panels [D, keys].
+template <typename T>
+struct ForwardScratch {
+  T* key_panels;  // all keys of the packed (sequence, head), block by block
+  T* values;      // [keys, D]
+  T* keys;        // [kLanes, D], rotated keys on their way into the panels
+  T* query;       // [kMostQueries, D], negated if the scale is negative: the maximum is taken before scaling
+  T* scores;      // [kMostQueries, kMostKeys], then probabilities
+  T* output;      // [kMostQueries, D], unnormalised
+  T* row_shift;   // [kMostQueries], maximum of the scores so far, not scaled
+  T* row_sum;     // [kMostQueries], of exp2((score - shift) * scale_log2)
+  RowsAhead ahead;
+  int64_t packed_key = -1, packed_key_end = -1, packed_head = -1;  // what key_panels and values hold
+
+  void carve(Carver& carver, const int64_t& most_keys, const int64_t& head_dim) {
+    const int64_t stride = row_stride<T>(head_dim);
+    carver.take(key_panels, round_up_to_lanes<T>(most_keys) * head_dim);
+    carver.take(values, most_keys * stride);
+    carver.take(keys, kLanes<T> * stride);
+    carver.take(query, kMostQueries * stride);
+    carver.take(scores, kMostQueries * row_stride<T>(kMostKeys<T>));
+    carver.take(output, kMostQueries * stride);
+    carver.take(row_shift, round_up_to_lanes<T>(kMostQueries));
+    carver.take(row_sum, round_up_to_lanes<T>(kMostQueries));
+  }
+};
+
+template <typename S, typename T>
+void pack_keys_and_values(const Params& p, const AttentionItem& item, ForwardScratch<T>& scratch) {
+  if (scratch.packed_key == item.key_begin && scratch.packed_key_end == item.key_end && scratch.packed_head == item.head_k) return;
+  scratch.packed_key = item.key_begin;
+  scratch.packed_key_end = item.key_end;
+  scratch.packed_head = item.head_k;
+  constexpr int L = kLanes<T>;
+  const int64_t stride = row_stride<T>(p.head_dim), count = item.key_end - item.key_begin;
+  const int64_t step = keys_per_block<T>(item);
+  for (int64_t block = 0; block < count; block += step) {
+    const int64_t in_block = min(count - block, step);
+    for (int64_t j = 0; j < in_block; j += L) {
+      const int64_t rows = min(in_block - j, L), token = item.key_begin + block + j;
+      load_rows<S>(p.k, p.k_stride_token, p.k_stride_head, token, rows, item.head_k, key_tables<T>(p), scratch.keys, stride, p);
+      for (int64_t i = rows * stride; i < L * stride; ++i) scratch.keys[i] = 0;
+      transpose_into_panels(scratch.keys, stride, p.head_dim, scratch.key_panels + block * p.head_dim,
+                            round_up_to_lanes<T>(in_block), j);
+    }
+  }
+  load_rows<S>(p.v, p.v_stride_token, p.v_stride_head, item.key_begin, count, item.head_k, Tables<T>{}, scratch.values, stride, p);
+}
+
+// One block of scores -> probabilities, unnormalised; rescales what was accumulated before where a row's maximum grows. kLanes
+// rows go together: what is one number per row is one lane of a vector, and no row waits for another's maximum.
+//
+// The maximum is subtracted before scaling, exactly zero where it is reached: score * scale - maximum * scale, one rounded and one
+// fused, can be off by more than a float's exponent for scores beyond 5e9.
+template <typename T>
+void online_softmax(ForwardScratch<T>& scratch, int64_t queries, int64_t keys, int64_t head_dim, T scale_log2, bool first) {
+  constexpr int L = kLanes<T>;
+  constexpr T kLowest = -std::numeric_limits<T>::infinity();
+  const int64_t score_stride = row_stride<T>(kMostKeys<T>), stride = row_stride<T>(head_dim);
+  const int64_t last = round_up_to_lanes<T>(keys) - L;  // the vector that may hold columns beyond the keys
+  const BitVec<T> valid = first_lanes<T>(keys - last);
+  for (int64_t i = 0; i < queries; i += L) {
+    const int64_t rows = min(queries - i, L);
+    T* scores[L];
+    for (int64_t r = 0; r < L; ++r) scores[r] = scratch.scores + (i + min(r, rows - 1)) * score_stride;
+
+    Vec<T> tops[L], sums[L];
+#pragma GCC unroll 16
+    for (int r = 0; r < L; ++r) tops[r] = select<T>(valid, load(scores[r] + last), broadcast(kLowest));
+    for (int64_t j = 0; j < last; j += L) {
+#pragma GCC unroll 16
+      for (int r = 0; r < L; ++r) tops[r] = max<T>(load(scores[r] + j), tops[r]);
+    }
+    transpose_square<T>(tops);
+    Vec<T> top = tops[0];
+#pragma GCC unroll 16
+    for (int r = 1; r < L; ++r) top = max<T>(tops[r], top);
+    const Vec<T> old_shift = first ? broadcast(kLowest) : load(scratch.row_shift + i);
+    const Vec<T> shift = max<T>(top, old_shift), fade = exp2((old_shift - shift) * scale_log2);
+    store(scratch.row_shift + i, shift);
+
+    for (int64_t r = 0; r < rows; ++r) {
+      T* row = scores[r];
+      const T shift_r = scratch.row_shift[i + r];
+      Vec<T> sum{};
+      for (int64_t j = 0; j < keys; j += kTogether * L) {
+        Vec<T> e[kTogether];
+#pragma GCC unroll 8
+        for (int n = 0; n < kTogether; ++n) e[n] = (load(row + j + n * L) - shift_r) * scale_log2;
+        if (j + kTogether * L > keys) {
+          for (int n = 0; n < kTogether; ++n) e[n] = select<T>(first_lanes<T>(keys - j - n * L), e[n], broadcast(kLowest));
+        }
+        exp2(e);
+#pragma GCC unroll 8
+        for (int n = 0; n < kTogether; ++n) {
+          sum += e[n];
+          store(row + j + n * L, e[n]);
+        }
+      }
+      sums[r] = sum;
+    }
+    for (int64_t r = rows; r < L; ++r) sums[r] = Vec<T>{};
+    transpose_square<T>(sums);
+    Vec<T> sum = sums[0];
+#pragma GCC unroll 16
+    for (int r = 1; r < L; ++r) sum += sums[r];
+    if (!first) {
+      sum += load(scratch.row_sum + i) * fade;
+      for (int64_t r = 0; r < rows; ++r) {
+        if (fade[r] == 1) continue;
+        T* out = scratch.output + (i + r) * stride;
+        for (int64_t d = 0; d < head_dim; d += L) store(out + d, load(out + d) * fade[r]);
+      }
+    }
+    store(scratch.row_sum + i, sum);
+  }
+}
+
+// Divides by the sums and writes out and lse.
+template <typename S, typename T>
+void store_outputs(const Params& p, ForwardScratch<T>& scratch, int64_t token, int64_t queries, int64_t head, T scale_log2,
+                   bool any_keys) {
+  const int64_t D = p.head_dim, stride = row_stride<T>(D);
+  for (int64_t i = 0; i < queries; ++i) {
+    T* row = scratch.output + i * stride;
+    const T inverse = any_keys ? 1 / scratch.row_sum[i] : T(0);
+    for (int64_t d = 0; d < D; ++d) row[d] = any_keys ? row[d] * inverse : T(0);
+    narrow_row(row, static_cast<S*>(p.out) + ((token + i) * p.num_heads + head) * D, D);
+  }
+  double* lse = static_cast<double*>(p.lse) + head * p.num_tokens + token;
+  constexpr int L = kLanes<double>;
+  for (int64_t i = 0; i < queries; i += L) {
+    Vec<double> shift, sum;
+    for (int n = 0; n < L; ++n) shift[n] = scratch.row_shift[i + n], sum[n] = scratch.row_sum[i + n];
+    const Vec<double> value =
+        any_keys ? (shift * double(scale_log2) + log2<double>(sum)) * kLn2 : broadcast(-std::numeric_limits<double>::infinity());
+    std::memcpy(lse + i, &value, min(queries - i, L) * sizeof(double));
+  }
+}
+
+template <typename S, typename T>
+void load_queries(const Params& p, ForwardScratch<T>& scratch, int64_t token, int64_t queries, int64_t head) {
+  const int64_t stride = row_stride<T>(p.head_dim);
+  load_rows<S>(p.q, p.q_stride_token, p.q_stride_head, token, queries, head, query_tables<T>(p), scratch.query, stride, p);
+  if (p.scale < 0) {
+    for (int64_t i = 0; i < queries * stride; ++i) scratch.query[i] = -scratch.query[i];
+  }
+}
+
+template <typename S, typename T>
+void forward_block(const Params& p, const AttentionItem& item, ForwardScratch<T>& scratch, int64_t token, int64_t queries,
+                   int64_t head) {
+  constexpr int L = kLanes<T>;
+  const int64_t D = p.head_dim, stride = row_stride<T>(D), score_stride = row_stride<T>(kMostKeys<T>);
+  const int64_t count = item.key_end - item.key_begin;
+  const T scale_log2 = std::fabs(scale_in_bits<T>(p));
+  load_queries<S>(p, scratch, token, queries, head);
+  const int64_t step = keys_per_block<T>(item);
+  for (int64_t block = 0; block < count; block += step) {
+    const int64_t keys = min(count - block, step);
+    product<T, RowsOfA::strided, RowsOfB::in_panels>(Result::overwritten, queries, round_up_to_lanes<T>(keys) / L, D, scratch.query,
+                                                     stride, scratch.key_panels + block * D, 0, scratch.scores, score_stride,
+                                                     scratch.ahead);
+    online_softmax(scratch, queries, keys, D, scale_log2, block == 0);
+    product<T, RowsOfA::strided, RowsOfB::in_rows>(block == 0 ? Result::overwritten : Result::accumulated, queries,
+                                                   round_up_to_lanes<T>(D) / L, keys, scratch.scores, score_stride,
+                                                   scratch.values + block * stride, stride, scratch.output, stride, scratch.ahead);
+  }
+  store_outputs<S>(p, scratch, token, queries, head, scale_log2, count > 0);
+}
+
+// Plans what the products of one block ask for: the rows the next block reads, be it of `item` or of `next` (null: none), and
+// those this one writes.
+template <typename S, typename T>
+void look_ahead(const Params& p, const AttentionItem& item, const AttentionItem* next, ForwardScratch<T>& scratch, int64_t token,
+                int64_t queries, int64_t head) {
+  const int64_t D = p.head_dim, group = p.num_heads / p.num_heads_k, keys = item.key_end - item.key_begin, end = token + queries;
+  RowsAhead& ahead = scratch.ahead;
+  const auto add_queries = [&](const AttentionItem& of, int64_t begin, int64_t of_head) {
+    add_rows<S>(ahead, p.q, p.q_stride_token, p.q_stride_head, begin, min(of.query_end - begin, queries_per_block(of)), of_head);
+  };
+  ahead.plan(D * static_cast<int64_t>(sizeof(S)));
+  add_rows<S>(ahead, p.out, p.num_heads, token, queries, head, p);
+  if (end < item.query_end) {
+    add_queries(item, end, head);
+  } else if (head + 1 < (item.head_k + 1) * group) {
+    add_queries(item, item.query_begin, head + 1);
+  } else if (next != nullptr) {
+    const int64_t next_keys = next->key_end - next->key_begin;
+    add_rows<S>(ahead, p.k, p.k_stride_token, p.k_stride_head, next->key_begin, next_keys, next->head_k);
+    add_rows<S>(ahead, p.v, p.v_stride_token, p.v_stride_head, next->key_begin, next_keys, next->head_k);
+    add_queries(*next, next->query_begin, next->head_k * group);
+  }
+  ahead.spread(count_tiles<T>(queries, keys) + (keys + kKeys - 1) / kKeys * count_tiles<T>(queries, D));
+}
+
+template <typename S>
+const char* forward(const Params& p) {
+  using T = Compute<S>;
+  const int64_t workers = num_workers(), group = p.num_heads / p.num_heads_k;
+  const std::vector<AttentionItem> items = forward_items(p, workers, {kQueries, kKeys});
+  if (items.empty()) return nullptr;
+  PerWorker<ForwardScratch<T>> scratch(workers, max_keys(p), p.head_dim);
+  if (!scratch.allocated()) return "out of memory for the packed keys";
+  parallel_draws(workers, static_cast<int64_t>(items.size()), [&](int64_t worker, auto draw) {
+    ForwardScratch<T>& mine = scratch[worker];
+    for (int64_t index = draw(), next = -1; index >= 0; index = next) {
+      const AttentionItem& item = items[index];
+      pack_keys_and_values<S>(p, item, mine);
+      const int64_t last_head = (item.head_k + 1) * group - 1, step = queries_per_block(item);
+      for (int64_t head = item.head_k * group; head <= last_head; ++head) {
+        for (int64_t token = item.query_begin; token < item.query_end; token += step) {
+          const int64_t queries = min(item.query_end - token, step);
+          // The next item is drawn when this one's last block begins: early enough to ask for its rows, late enough to balance.
+          const bool last = head == last_head && token + queries == item.query_end;
+          if (last) next = draw();
+          look_ahead<S>(p, item, last && next >= 0 ? &items[next] : nullptr, mine, token, queries, head);
+          forward_block<S>(p, item, mine, token, queries, head);
+        }
+      }
+    }
+  });
+  return nullptr;
+}
+
+}  // namespace
+
+const char* rope_attention_forward(const Params& params) {
+  switch (params.dtype) {
+    case COMP_KERNELS_FLOAT64: return forward<double>(params);
+    case COMP_KERNELS_BFLOAT16: return forward<bfloat16>(params);
+    case COMP_KERNELS_FLOAT16: return forward<float16>(params);
+    default: return forward<float>(params);
+  }
+}
+
+}  // namespace comp_kernels::COMP_KERNELS_ISA

@@ -1,0 +1,201 @@
+// Small matrix products in registers: C[m, n] (+)= sum_k A[m, k] B[k, n], the core of the attention kernels.
+//
+// A tile of C (kTileRows x 1..3 vectors) stays in registers over the whole depth; per step of k the tile costs one load per
+// vector of B and one broadcast per row of A. The tile is as tall as the register file allows, so that the loads hide behind
+// the multiply-adds. B is read in column panels of two vectors (the last of three or one): as packed panels, [k][panel width]
+// one after another, or in place from rows.
+#pragma once
+
+#include "rows_ahead.h"
+#include "common/cpu/simd.h"
+
+namespace comp_kernels::COMP_KERNELS_ISA {
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
+
+// Rows of a register tile that is `vectors` wide: accumulators, one row of B and one broadcast fill the registers.
+constexpr int tile_rows(int vectors) {
+  const int rows = (kRegisters - vectors - 1) / vectors;
+  return vectors == 1 ? kRegisters / 2 : rows / 2 * 2;
+}
+
+enum class RowsOfA { strided, transposed };     // A[m, k] at a[m * stride + k], or at a[k * stride + m]
+enum class RowsOfB { in_panels, in_rows };      // B packed by panels, or B[k, n] at b[k * stride + n]
+enum class Result { overwritten, accumulated };  // C = A B, or C += A B
+
+// Steps of k before the tile asks for rows ahead: enough multiply-adds are waiting by then to keep the units busy meanwhile.
+constexpr int64_t kStepsUntilAhead = 24;
+
+template <typename T, int kRows, int kVectors, RowsOfA kA, Result kResult>
+CK_INLINE void product_tile(int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* c, int64_t c_stride,
+                            RowsAhead& ahead) {
+  constexpr int L = kLanes<T>;
+  Vec<T> sum[kRows][kVectors];
+#pragma GCC unroll 16
+  for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 4
+    for (int n = 0; n < kVectors; ++n) {
+      sum[m][n] = kResult == Result::accumulated ? load(c + m * c_stride + n * L) : Vec<T>{};
+    }
+  }
+  const auto multiply = [&](int64_t steps) __attribute__((always_inline)) {
+    for (int64_t k = 0; k < steps; ++k) {
+      Vec<T> row[kVectors];
+#pragma GCC unroll 4
+      for (int n = 0; n < kVectors; ++n) row[n] = load(b + n * L);
+      b += b_stride;
+#pragma GCC unroll 16
+      for (int m = 0; m < kRows; ++m) {
+        const Vec<T> x = broadcast<T>(kA == RowsOfA::strided ? a[m * a_stride] : a[m]);
+#pragma GCC unroll 4
+        for (int n = 0; n < kVectors; ++n) sum[m][n] += x * row[n];
+      }
+      a += kA == RowsOfA::strided ? 1 : a_stride;
+    }
+  };
+  const int64_t until_ahead = depth < 2 * kStepsUntilAhead ? depth : kStepsUntilAhead;
+  multiply(until_ahead);
+  ahead.step();
+  multiply(depth - until_ahead);
+#pragma GCC unroll 16
+  for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 4
+    for (int n = 0; n < kVectors; ++n) store(c + m * c_stride + n * L, sum[m][n]);
+  }
+}
+
+// One panel of C, all its rows: full tiles, then one of just the rows that are left.
+template <typename T, int kRows, int kVectors, RowsOfA kA, Result kResult>
+void product_rows(int64_t rows, int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* c,
+                  int64_t c_stride, RowsAhead& ahead) {
+  for (; rows >= kRows; rows -= kRows) {
+    product_tile<T, kRows, kVectors, kA, kResult>(depth, a, a_stride, b, b_stride, c, c_stride, ahead);
+    a += kRows * (kA == RowsOfA::strided ? a_stride : 1);
+    c += kRows * c_stride;
+  }
+  if constexpr (kRows > 1) {
+    if (rows > 0) product_rows<T, kRows - 1, kVectors, kA, kResult>(rows, depth, a, a_stride, b, b_stride, c, c_stride, ahead);
+  }
+}
+
+// Widths of the panels that `vectors` columns are cut into: twos, and for an odd number a three (or a single one) at the end.
+constexpr int64_t panel_vectors(int64_t vectors_left) { return vectors_left == 3 || vectors_left == 1 ? vectors_left : 2; }
+
+template <typename T, RowsOfA kA, RowsOfB kB, Result kResult>
+void product_panels(int64_t rows, int64_t vectors, int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* c,
+                    int64_t c_stride, RowsAhead& ahead) {
+  while (vectors > 0) {
+    const int64_t width = panel_vectors(vectors);
+    const int64_t stride = kB == RowsOfB::in_panels ? width * kLanes<T> : b_stride;
+    if (width == 2) {
+      product_rows<T, tile_rows(2), 2, kA, kResult>(rows, depth, a, a_stride, b, stride, c, c_stride, ahead);
+    } else if (width == 3) {
+      product_rows<T, tile_rows(3), 3, kA, kResult>(rows, depth, a, a_stride, b, stride, c, c_stride, ahead);
+    } else {
+      product_rows<T, tile_rows(1), 1, kA, kResult>(rows, depth, a, a_stride, b, stride, c, c_stride, ahead);
+    }
+    b += width * kLanes<T> * (kB == RowsOfB::in_panels ? depth : 1);
+    c += width * kLanes<T>;
+    vectors -= width;
+  }
+}
+
+// C [rows, vectors * kLanes] (+)= A [rows, depth] B [depth, vectors * kLanes]. b_stride is for RowsOfB::in_rows alone. `ahead` makes
+// a step with every tile.
+template <typename T, RowsOfA kA, RowsOfB kB>
+void product(Result result, int64_t rows, int64_t vectors, int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t b_stride,
+             T* c, int64_t c_stride, RowsAhead& ahead) {
+  if (result == Result::overwritten) {
+    product_panels<T, kA, kB, Result::overwritten>(rows, vectors, depth, a, a_stride, b, b_stride, c, c_stride, ahead);
+  } else {
+    product_panels<T, kA, kB, Result::accumulated>(rows, vectors, depth, a, a_stride, b, b_stride, c, c_stride, ahead);
+  }
+}
+
+// About how many tiles a product has.
+template <typename T>
+int64_t count_tiles(int64_t rows, int64_t columns) {
+  constexpr int64_t kTileColumns = 2 * kLanes<T>;
+  return (rows / tile_rows(2) + 1) * ((columns + kTileColumns - 1) / kTileColumns);
+}
+
+// Rows of `columns` elements are kept this far apart: whole cache lines, an odd number of them, so that a column of a matrix
+// spreads over all sets of the cache.
+template <typename T>
+constexpr int64_t row_stride(int64_t columns) {
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
+  return ((columns + kLine - 1) / kLine | 1) * kLine;
+}
+
+template <typename T>
+constexpr int64_t round_up_to_lanes(int64_t n) {
+  return (n + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+}
+
+// --- transposition into panels -----------------------------------------------------------------------------------------
+
+// Exchange blocks of kBlock lanes between two rows: [a0 a1 a2 a3] [b0 b1 b2 b3] -> [a0 b0 a2 b2] [a1 b1 a3 b3].
+template <typename T, int kBlock, int... kLane>
+CK_INLINE void exchange_blocks(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, kLane...>) {
+  constexpr int L = kLanes<T>;
+  const Vec<T> first = SHUFFLE(T, a, b, (kLane & kBlock ? L + kLane - kBlock : kLane)...);
+  b = SHUFFLE(T, a, b, (kLane & kBlock ? L + kLane : kLane + kBlock)...);
+  a = first;
+}
+
+template <typename T, int kBlock = kLanes<T> / 2>
+CK_INLINE void transpose_square(Vec<T> (&rows)[kLanes<T>]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes<T>; ++i) {
+    if ((i & kBlock) == 0) {
+      exchange_blocks<T, kBlock>(rows[i], rows[i + kBlock], std::make_integer_sequence<int, kLanes<T>>{});
+    }
+  }
+  if constexpr (kBlock > 1) transpose_square<T, kBlock / 2>(rows);
+}
+
+// Dot products of kLanes rows of a and b, [kLanes, depth], each summed from first to last as product_tile does.
+template <typename T>
+Vec<T> row_dots(const T* a, const T* b, int64_t stride, int64_t depth) {
+  constexpr int L = kLanes<T>;
+  Vec<T> sum{};
+  for (int64_t k = 0; k < depth; k += L) {
+    Vec<T> x[L], y[L];
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) x[i] = load(a + i * stride + k), y[i] = load(b + i * stride + k);
+    transpose_square<T>(x);
+    transpose_square<T>(y);
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) sum += x[i] * y[i];
+  }
+  return sum;
+}
+
+// rows [kLanes, depth] (readable up to depth rounded up to whole vectors) -> columns first_column .. + kLanes of the packed
+// panels [depth, columns].
+template <typename T>
+void transpose_into_panels(const T* rows, int64_t stride, int64_t depth, T* panels, int64_t columns, int64_t first_column) {
+  constexpr int L = kLanes<T>;
+  int64_t start = 0, width = 0;  // of the panel that holds first_column
+  for (; start <= first_column; start += width) width = panel_vectors((columns - start) / L) * L;
+  start -= width;
+  T* to = panels + start * depth + (first_column - start);
+  for (int64_t k = 0; k < depth; k += L) {
+    Vec<T> square[L];
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) square[i] = load(rows + i * stride + k);
+    transpose_square<T>(square);
+    if (k + L <= depth) {
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) store(to + (k + i) * width, square[i]);
+    } else {
+      for (int i = 0; i < depth - k; ++i) store(to + (k + i) * width, square[i]);
+    }
+  }
+}
+
+}  // namespace comp_kernels::COMP_KERNELS_ISA

@@ -1,0 +1,214 @@
+// Rows of q, k, v between the user's tensors and the kernels' scratch: widened, rotated, and back again.
+#pragma once
+
+#include <type_traits>
+
+#include "../rope_attention.h"
+#include "common/cpu/half.h"
+#include "matmul.h"
+#include "common/cpu/simd.h"
+
+namespace comp_kernels::COMP_KERNELS_ISA {
+
+using Params = comp_kernels_rope_attention_params;
+
+// Type of the arithmetic for a storage type.
+template <typename S>
+using Compute = std::conditional_t<std::is_same_v<S, double>, double, float>;
+
+constexpr double kLog2e = 1.44269504088896340736;
+
+// scale / ln 2, which turns scores into bits: one rounding, so that the backward pass finds the exponents of the forward pass.
+template <typename T>
+T scale_in_bits(const Params& p) {
+  return static_cast<T>(p.scale * kLog2e);
+}
+
+// Length of the blocks that `count` rows are cut into: equal parts of about `about` rows, multiples of `multiple` (the last is
+// what is left), for a short last block would cost a pass of its own. At most longest_block(about, multiple).
+inline int64_t block_length(int64_t count, int64_t about, int64_t multiple) {
+  const int64_t blocks = count > about ? (count + about / 2) / about : 1;
+  return ((count + blocks - 1) / blocks + multiple - 1) / multiple * multiple;
+}
+constexpr int64_t longest_block(int64_t about, int64_t multiple) { return (about * 3 / 2 + multiple - 1) / multiple * multiple; }
+
+template <typename S>
+CK_INLINE void widen_row(const S* x, Compute<S>* y, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) y[i] = widen(x[i]);
+}
+
+template <typename S>
+CK_INLINE void narrow_row(const Compute<S>* x, S* y, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) narrow(x[i], y[i]);
+}
+
+// One side's rotary tables (queries' or keys'), and the gradients of their entries.
+template <typename T>
+struct Tables {
+  const T *cos, *sin;  // [tokens, heads, width]; null: no rotation
+  T *dcos, *dsin;      // [tokens, heads of q or k, width]; null: not wanted
+  int64_t heads;       // 1 when all heads share the table
+  int64_t width;       // rotary_dim, or half of it
+  bool one_per_pair;   // half of it: both channels of a pair read the same entry
+
+  bool rotate() const { return cos != nullptr; }
+  int64_t row(int64_t token, int64_t head) const { return (token * heads + (heads > 1 ? head : 0)) * width; }
+};
+
+template <typename T>
+Tables<T> query_tables(const Params& p) {
+  return {static_cast<const T*>(p.cos), static_cast<const T*>(p.sin), static_cast<T*>(p.dcos), static_cast<T*>(p.dsin),
+          p.table_heads, p.table_width, p.table_width != p.rotary_dim};
+}
+
+template <typename T>
+Tables<T> key_tables(const Params& p) {
+  return {static_cast<const T*>(p.cos_k), static_cast<const T*>(p.sin_k), static_cast<T*>(p.dcos_k), static_cast<T*>(p.dsin_k),
+          p.table_heads_k, p.table_width, p.table_width != p.rotary_dim};
+}
+
+// Entries of a table row that belong to the first and the second channel of pair (block, j), block = 2p * (number of the block).
+struct PairIndex {
+  int64_t first, second;
+  CK_INLINE PairIndex(bool one_per_pair, int64_t pair_stride, int64_t block, int64_t j)
+      : first(one_per_pair ? block / 2 + j : block + j), second(one_per_pair ? first : first + pair_stride) {}
+};
+
+enum class Rotation { forward, transposed };
+
+// y = x * cos + swap(x) * sin over the first rotary_dim channels, or the transpose of that, which turns the gradient of the rotated
+// row into that of the row. Tables are read from entry `row` on; x and y are different memory.
+template <Rotation kRotation, typename T>
+CK_INLINE void rotate_row(const T* x, T* y, const Tables<T>& tables, int64_t row, const Params& p) {
+  constexpr int L = kLanes<T>;
+  constexpr bool kForward = kRotation == Rotation::forward;
+  const int64_t stride = p.pair_stride;
+  const bool one_per_pair = tables.one_per_pair;
+  const T *cos = tables.cos + row, *sin = tables.sin + row;
+  if (stride >= L) {
+    for (int64_t block = 0; block < p.rotary_dim; block += 2 * stride) {
+      for (int64_t j = 0; j < stride; j += L) {
+        if (j + L > stride) j = stride - L;  // the last vector overlaps its neighbour
+        const PairIndex t(one_per_pair, stride, block, j);
+        const int64_t a = block + j, b = a + stride;
+        const Vec<T> first = load(x + a), second = load(x + b), sin_a = load(sin + t.first), sin_b = load(sin + t.second);
+        store(y + a, kForward ? first * load(cos + t.first) - second * sin_a : first * load(cos + t.first) + second * sin_b);
+        store(y + b, kForward ? second * load(cos + t.second) + first * sin_b : second * load(cos + t.second) - first * sin_a);
+      }
+    }
+    return;
+  }
+  int64_t done = 0;
+  if (stride == 1 && !one_per_pair) {  // neighbours in one vector
+    Vec<T> sign;
+    for (int i = 0; i < L; ++i) sign[i] = (i % 2 == 0) == kForward ? T(-1) : T(1);
+    for (; done + L <= p.rotary_dim; done += L) {
+      const Vec<T> v = load(x + done), c = load(cos + done), s = load(sin + done);
+      store(y + done, v * c + (kForward ? swap_neighbours<T>(v) * sign * s : swap_neighbours<T>(v * s) * sign));
+    }
+  }
+  for (int64_t block = done; block < p.rotary_dim; block += 2 * stride) {
+    for (int64_t j = 0; j < stride; ++j) {
+      const PairIndex t(one_per_pair, stride, block, j);
+      const int64_t a = block + j, b = a + stride;
+      const T first = x[a], second = x[b];
+      y[a] = kForward ? first * cos[t.first] - second * sin[t.first] : first * cos[t.first] + second * sin[t.second];
+      y[b] = kForward ? second * cos[t.second] + first * sin[t.second] : second * cos[t.second] - first * sin[t.first];
+    }
+  }
+}
+
+// Gradients of one table row: scale * g is the gradient of the rotated row, x the row before rotation.
+template <typename T>
+void table_row_gradients(const T* g, T scale, const T* x, const Tables<T>& tables, T* dcos, T* dsin, const Params& p) {
+  const int64_t stride = p.pair_stride;
+  const bool one_per_pair = tables.one_per_pair;
+  for (int64_t block = 0; block < p.rotary_dim; block += 2 * stride) {
+    for (int64_t j = 0; j < stride; ++j) {
+      const PairIndex t(one_per_pair, stride, block, j);
+      const int64_t a = block + j, b = a + stride;
+      const T first = g[a] * scale, second = g[b] * scale;
+      if (one_per_pair) {
+        dcos[t.first] = first * x[a] + second * x[b];
+        dsin[t.first] = second * x[a] - first * x[b];
+      } else {
+        dcos[t.first] = first * x[a];
+        dcos[t.second] = second * x[b];
+        dsin[t.first] = -first * x[b];
+        dsin[t.second] = second * x[a];
+      }
+    }
+  }
+}
+
+// Reads one row of q, k or v: widened, rotated when there are tables, zeros from head_dim to `columns`.
+template <typename S, typename T>
+CK_INLINE void load_row(const S* x, T* y, int64_t columns, const Tables<T>& tables, int64_t row, const Params& p) {
+  const int64_t D = p.head_dim;
+  if (!tables.rotate()) {
+    widen_row(x, y, D);
+  } else {
+    T widened[kMaxHeadDim];
+    const T* source;
+    if constexpr (std::is_same_v<S, T>) {
+      source = x;
+    } else {
+      widen_row(x, widened, D);
+      source = widened;
+    }
+    rotate_row<Rotation::forward>(source, y, tables, row, p);
+    for (int64_t d = p.rotary_dim; d < D; ++d) y[d] = source[d];
+  }
+  for (int64_t d = D; d < columns; ++d) y[d] = 0;
+}
+
+// Adds rows token .. token + rows of one head of x [*, heads, D] with the given strides.
+template <typename S>
+void add_rows(RowsAhead& ahead, const void* x, int64_t token_stride, int64_t head_stride, int64_t token, int64_t rows, int64_t head) {
+  ahead.add(static_cast<const S*>(x) + token * token_stride + head * head_stride, token_stride * static_cast<int64_t>(sizeof(S)), rows);
+}
+
+// The same for a contiguous tensor.
+template <typename S>
+void add_rows(RowsAhead& ahead, const void* x, int64_t heads, int64_t token, int64_t rows, int64_t head, const Params& p) {
+  add_rows<S>(ahead, x, heads * p.head_dim, p.head_dim, token, rows, head);
+}
+
+// Rows token .. token + rows of one head, from x [*, heads, D] with the given strides, to y with rows `stride` apart.
+template <typename S, typename T>
+void load_rows(const void* x, int64_t token_stride, int64_t head_stride, int64_t token, int64_t rows, int64_t head,
+               const Tables<T>& tables, T* y, int64_t stride, const Params& p) {
+  const int64_t columns = round_up_to_lanes<T>(p.head_dim);
+  const S* from = static_cast<const S*>(x) + token * token_stride + head * head_stride;
+  for (int64_t i = 0; i < rows; ++i, from += token_stride, y += stride) {
+    load_row(from, y, columns, tables, tables.row(token + i, head), p);
+  }
+}
+
+// Writes the gradient of q or k for rows token .. token + rows of one head: g is that of the rotated rows, divided by
+// `scale`; x as in load_rows; dx is contiguous [*, heads, D].
+template <typename S, typename T>
+void store_rotated_gradients(const T* g, int64_t stride, T scale, const void* x, int64_t token_stride, int64_t head_stride,
+                             int64_t token, int64_t rows, int64_t head, int64_t heads, const Tables<T>& tables, void* dx, const Params& p) {
+  const int64_t D = p.head_dim;
+  const S* from = static_cast<const S*>(x) + token * token_stride + head * head_stride;
+  T turned[kMaxHeadDim];
+  for (int64_t i = 0; i < rows; ++i, from += token_stride, g += stride) {
+    const int64_t row = (token + i) * heads + head;
+    const T* gradient = g;
+    if (tables.rotate()) {
+      if (tables.dcos != nullptr) {
+        T widened[kMaxHeadDim];
+        widen_row(from, widened, D);
+        table_row_gradients(g, scale, widened, tables, tables.dcos + row * tables.width, tables.dsin + row * tables.width, p);
+      }
+      rotate_row<Rotation::transposed>(g, turned, tables, tables.row(token + i, head), p);
+      for (int64_t d = p.rotary_dim; d < D; ++d) turned[d] = g[d];
+      gradient = turned;
+    }
+    S* to = static_cast<S*>(dx) + row * D;
+    for (int64_t d = 0; d < D; ++d) narrow(gradient[d] * scale, to[d]);
+  }
+}
+
+}  // namespace comp_kernels::COMP_KERNELS_ISA

@@ -1,0 +1,78 @@
+// Rows of the caller's tensors that will be touched soon, asked for one at a time while the tiles of products are computed.
+//
+// One head's rows are a few hundred bytes, several kilobytes apart: no hardware prefetcher follows them, and with a page for each
+// row the address alone takes time to translate. Products touch no memory beyond the caches, so the wait hides behind them.
+#pragma once
+
+#include <cstdint>
+
+#include "common/cpu/simd.h"
+
+namespace comp_kernels::COMP_KERNELS_ISA {
+
+class RowsAhead {
+ public:
+  RowsAhead() { plan(0); }
+
+  // Forgets what was not asked for yet, and takes rows of `row_bytes` from now on.
+  void plan(int64_t row_bytes) {
+    lines_ = (row_bytes + kLine - 1) / kLine;
+    for (int64_t i = 0; i < 4; ++i) tail_[i] = min(4 + i, lines_ - 1) * kLine;
+    count_ = current_ = 0;
+    rows_ = rounds_ = 0;
+    close();
+  }
+
+  // Appends `rows` rows, `stride_bytes` apart. At most kMostRanges calls after plan().
+  void add(const void* first_row, int64_t stride_bytes, int64_t rows) {
+    if (rows <= 0) return;
+    ranges_[count_++] = {static_cast<const char*>(first_row), stride_bytes, rows};
+    rows_ += rows;
+    close();
+  }
+
+  // All rows are asked for within the next `steps` calls of step().
+  void spread(int64_t steps) {
+    steps = steps > 1 ? steps : 1;
+    rounds_ = (rows_ + steps - 1) / steps;
+  }
+
+  // A row. Every branch goes the same way throughout a plan, so none is mispredicted. Of more than eight lines the first eight:
+  // from there the hardware's prefetcher follows.
+  CK_INLINE void step() {
+    for (int64_t round = 0; round < rounds_; ++round) {
+      Range& range = ranges_[current_];
+      const char* row = range.row;
+      __builtin_prefetch(row);
+      __builtin_prefetch(row + kLine);
+      if (lines_ > 2) {
+        __builtin_prefetch(row + 2 * kLine);
+        __builtin_prefetch(row + 3 * kLine);
+      }
+      if (lines_ > 4) {
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) __builtin_prefetch(row + tail_[i]);
+      }
+      range.row = row + range.stride_bytes;
+      current_ += --range.rows == 0;
+    }
+  }
+
+ private:
+  struct Range {
+    const char* row;
+    int64_t stride_bytes, rows;
+  };
+  static constexpr int kMostRanges = 9;
+  static constexpr int64_t kLine = 64;
+
+  // The last range never ends: it asks for lines that are there already.
+  void close() { ranges_[count_] = {reinterpret_cast<const char*>(this), 0, int64_t{1} << 60}; }
+
+  Range ranges_[kMostRanges + 1];
+  int64_t count_, current_;
+  int64_t lines_, tail_[4];  // lines of a row; where the fifth to eighth begin, or once more the last
+  int64_t rows_, rounds_;
+};
+
+}  // namespace comp_kernels::COMP_KERNELS_ISA

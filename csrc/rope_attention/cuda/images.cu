@@ -1,0 +1,4 @@
+#include "tile_images.cuh"
+
+INSTANTIATE_IMAGES(bf16)
+INSTANTIATE_IMAGES(fp16)

@@ -1,0 +1,4 @@
+#include "prepare.cuh"
+
+INSTANTIATE_PREPARE(bf16)
+INSTANTIATE_PREPARE(fp16)

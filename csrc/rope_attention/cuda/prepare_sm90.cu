@@ -1,0 +1,4 @@
+#include "prepare_sm90.cuh"
+
+INSTANTIATE_PREPARE_SM90(bf16)
+INSTANTIATE_PREPARE_SM90(fp16)

@@ -1,0 +1,276 @@
+// Sinkhorn iterations in the log domain, base 2, as memory-bound passes over the scores with 16-byte accesses.
+//
+//     columns:  v_k = log2 b_k - log2 sum_i 2^(s_ik factor + u_i)      rows:  u_i = log2 a_i - log2 sum_k 2^(s_ik factor + v_k)
+//
+// Every pass reads the scores once. Rows of the column pass are split over blocks to fill the device: each block leaves one
+// (peak, sum) per column, and a small kernel merges them. The last row pass writes the plan while the row is in cache.
+#pragma once
+
+#include "common/cuda/ptx.cuh"
+#include "sinkhorn.h"
+
+namespace comp_kernels {
+
+struct SinkhornParams {
+  const void* scores;          // [items, rows, cols], strides item_stride, row_stride
+  const float* row_marginals;  // [rows] per item, stride row_marginals_stride (0: shared)
+  const float* col_marginals;  // [cols] per item
+  float* u2;                   // [items, rows], in bits; null in a column pass: no iteration yet
+  float* v2;                   // [items, cols], in bits
+  float* u;                    // natural logarithms of the same, written along; null: not wanted
+  float* v;
+  float* plan;      // [items, rows, cols]; null: not wanted
+  float* peaks;     // [items, cols]: peaks and sums of the columns instead of v2; null: not wanted
+  float* sums;
+  float* row_sums;  // [items, rows]: log2 of the row sums instead of u2; null: not wanted
+  float2* partial;  // [items, chunks, cols]: (peak, sum) over the rows of one chunk
+  int64_t item_stride, row_stride;  // elements
+  int64_t row_marginals_stride, col_marginals_stride;
+  int rows, cols, chunks, chunk_rows;
+  float factor;  // log2(e) / epsilon
+};
+
+constexpr int kSinkhornThreads = 256;
+
+struct fp32 {};
+
+template <typename T>
+constexpr bool kIsFloat = false;
+template <>
+constexpr bool kIsFloat<fp32> = true;
+
+// Elements in 16 bytes.
+template <typename T>
+constexpr int kScoresPerAccess = kIsFloat<T> ? 4 : 8;
+
+// kVec consecutive scores as floats, in one access: 16 bytes, or 8 (four 16-bit scores), or one score.
+template <typename T, int kVec>
+__device__ __forceinline__ void load_scores(float (&x)[kVec], const void* scores, int64_t at) {
+  if constexpr (kVec == 1) {
+    if constexpr (kIsFloat<T>) {
+      x[0] = __ldg(static_cast<const float*>(scores) + at);
+    } else {
+      float unused;
+      unpack<T>(__ldg(static_cast<const unsigned short*>(scores) + at), x[0], unused);
+    }
+  } else if constexpr (kIsFloat<T>) {
+    const float4 four = __ldg(reinterpret_cast<const float4*>(static_cast<const float*>(scores) + at));
+    x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
+  } else if constexpr (kVec == 4) {
+    const uint2 four = __ldg(reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(scores) + at));
+    unpack<T>(four.x, x[0], x[1]);
+    unpack<T>(four.y, x[2], x[3]);
+  } else {
+    const uint4 eight = __ldg(reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(scores) + at));
+    unpack<T>(eight.x, x[0], x[1]);
+    unpack<T>(eight.y, x[2], x[3]);
+    unpack<T>(eight.z, x[4], x[5]);
+    unpack<T>(eight.w, x[6], x[7]);
+  }
+}
+
+template <int kVec>
+__device__ __forceinline__ void load_potentials(float (&x)[kVec], const float* from) {
+  if constexpr (kVec == 1) {
+    x[0] = from[0];
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVec; i += 4) {
+      const float4 four = *reinterpret_cast<const float4*>(from + i);
+      x[i] = four.x, x[i + 1] = four.y, x[i + 2] = four.z, x[i + 3] = four.w;
+    }
+  }
+}
+
+// An entry of the plan in bits, up to the other potential. The product is rounded before the sum, as in the definition: a
+// fused product would leave its rounding error behind where the two cancel.
+__device__ __forceinline__ float entry(float score, float factor, float potential) {
+  return __fadd_rn(__fmul_rn(score, factor), potential);
+}
+
+// A sum of powers of two, sum * 2^peak, that never overflows. Peak is -infinity as long as all entries were.
+struct LogSum {
+  float peak = -kInfinity, sum = 0.f;
+
+  LogSum() = default;
+  __device__ __forceinline__ explicit LogSum(float2 pair) : peak(pair.x), sum(pair.y) {}
+  __device__ __forceinline__ float2 pair() const { return float2{peak, sum}; }
+
+  static __device__ __forceinline__ float finite(float peak) { return peak == -kInfinity ? 0.f : peak; }
+
+  template <int kCount>
+  __device__ __forceinline__ void add(const float (&x)[kCount]) {
+    float highest = peak;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) highest = fmaxf(highest, x[i]);
+    const float shift = finite(highest);
+    sum *= exp2_approx(peak - shift);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) sum += exp2_approx(x[i] - shift);
+    peak = highest;
+  }
+  __device__ __forceinline__ void add(const LogSum& other) {
+    const float highest = fmaxf(peak, other.peak), shift = finite(highest);
+    sum = sum * exp2_approx(peak - shift) + other.sum * exp2_approx(other.peak - shift);
+    peak = highest;
+  }
+  __device__ __forceinline__ float log2() const { return peak + __log2f(sum); }
+};
+
+// The potential that brings a sum (log2) to a marginal; -infinity, no mass, where the marginal is zero.
+__device__ __forceinline__ float potential(float marginal, float log_sum) {
+  return marginal == 0.f ? -kInfinity : __log2f(marginal) - log_sum;
+}
+
+// Grid: [tiles of 32 kVec columns, items * chunks]. A lane owns kVec columns, the eight warps take every eighth row.
+template <typename T, int kVec>
+__device__ __forceinline__ void sinkhorn_columns(const SinkhornParams& params) {
+  constexpr int kWarps = kSinkhornThreads / 32, kRowsAtOnce = 4;
+  __shared__ float2 sums[kWarps][32 * kVec];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int item = blockIdx.y / params.chunks, chunk = blockIdx.y % params.chunks;
+  const int first_col = blockIdx.x * 32 * kVec, col = first_col + lane * kVec;
+  const int end = min(params.rows, (chunk + 1) * params.chunk_rows);
+  LogSum own[kVec];
+  if (col < params.cols) {
+    const int64_t base = item * params.item_stride + col;
+    for (int row = chunk * params.chunk_rows + warp; row < end; row += kWarps * kRowsAtOnce) {
+      float x[kRowsAtOnce][kVec];
+#pragma unroll
+      for (int r = 0; r < kRowsAtOnce; ++r) {
+        const int i = row + r * kWarps;
+        if (i < end) load_scores<T, kVec>(x[r], params.scores, base + i * params.row_stride);
+      }
+#pragma unroll
+      for (int r = 0; r < kRowsAtOnce; ++r) {
+        const int i = row + r * kWarps;
+        float u2 = -kInfinity;  // a row that is not there weighs nothing
+        if (i < end) {
+          u2 = params.u2 ? params.u2[static_cast<int64_t>(item) * params.rows + i]
+                         : params.row_marginals[item * params.row_marginals_stride + i] == 0.f ? -kInfinity : 0.f;
+        }
+#pragma unroll
+        for (int c = 0; c < kVec; ++c) x[r][c] = i < end ? entry(x[r][c], params.factor, u2) : -kInfinity;
+      }
+#pragma unroll
+      for (int c = 0; c < kVec; ++c) {
+        const float column[kRowsAtOnce] = {x[0][c], x[1][c], x[2][c], x[3][c]};
+        own[c].add(column);
+      }
+    }
+  }
+#pragma unroll
+  for (int c = 0; c < kVec; ++c) sums[warp][c * 32 + lane] = own[c].pair();  // neighbouring lanes, neighbouring banks
+  __syncthreads();
+  for (int i = threadIdx.x; i < 32 * kVec; i += kSinkhornThreads) {
+    LogSum all;
+    for (int w = 0; w < kWarps; ++w) all.add(LogSum(sums[w][i]));
+    const int k = first_col + i % 32 * kVec + i / 32;
+    if (k < params.cols) {
+      params.partial[static_cast<int64_t>(blockIdx.y) * params.cols + k] = all.pair();
+    }
+  }
+}
+
+// Grid: [tiles of kSinkhornThreads columns, items]. Merges the chunks of the column pass.
+__device__ __forceinline__ void sinkhorn_merge(const SinkhornParams& params) {
+  const int k = blockIdx.x * kSinkhornThreads + threadIdx.x, item = blockIdx.y;
+  if (k >= params.cols) return;
+  LogSum all;
+  for (int chunk = 0; chunk < params.chunks; ++chunk) {
+    all.add(LogSum(params.partial[(static_cast<int64_t>(item) * params.chunks + chunk) * params.cols + k]));
+  }
+  const int64_t at = static_cast<int64_t>(item) * params.cols + k;
+  if (params.peaks != nullptr) {
+    params.peaks[at] = all.peak, params.sums[at] = all.sum;
+    return;
+  }
+  const float v2 = potential(params.col_marginals[item * params.col_marginals_stride + k], all.log2());
+  params.v2[at] = v2;
+  if (params.v != nullptr) params.v[at] = v2 * kLn2;
+}
+
+// Row `at` of the plan, by all threads of a block; four columns per thread, so that its stores fill whole sectors.
+template <typename T, int kVec>
+__device__ __forceinline__ void write_plan_row(const SinkhornParams& params, int64_t scores, const float* v2, float u2,
+                                               int64_t at) {
+  constexpr int kCols = kVec == 1 ? 1 : 4;
+  float* plan = params.plan + at * params.cols;
+  for (int k = threadIdx.x * kCols; k < params.cols; k += kSinkhornThreads * kCols) {
+    float x[kCols], v[kCols];
+    load_scores<T, kCols>(x, params.scores, scores + k);
+    load_potentials<kCols>(v, v2 + k);
+#pragma unroll
+    for (int i = 0; i < kCols; ++i) x[i] = exp2_approx(entry(x[i], params.factor, u2) + v[i]);
+    if constexpr (kCols == 1) {
+      plan[k] = x[0];
+    } else {
+      *reinterpret_cast<float4*>(plan + k) = float4{x[0], x[1], x[2], x[3]};
+    }
+  }
+}
+
+// Grid: [rows, items]; one block per row.
+template <typename T, int kVec>
+__device__ __forceinline__ void sinkhorn_rows(const SinkhornParams& params) {
+  __shared__ float2 sums[kSinkhornThreads / 32];
+  const int row = blockIdx.x, item = blockIdx.y;
+  const int64_t scores = item * params.item_stride + row * params.row_stride;
+  const float* v2 = params.v2 + static_cast<int64_t>(item) * params.cols;
+  LogSum own;
+  for (int k = threadIdx.x * kVec; k < params.cols; k += kSinkhornThreads * kVec) {
+    float x[kVec], v[kVec];
+    load_scores<T, kVec>(x, params.scores, scores + k);
+    load_potentials<kVec>(v, v2 + k);
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) x[i] = entry(x[i], params.factor, v[i]);
+    own.add(x);
+  }
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) {
+    own.add(LogSum(float2{__shfl_xor_sync(0xffffffffu, own.peak, step), __shfl_xor_sync(0xffffffffu, own.sum, step)}));
+  }
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = own.pair();
+  __syncthreads();
+  LogSum all;
+#pragma unroll
+  for (int w = 0; w < kSinkhornThreads / 32; ++w) all.add(LogSum(sums[w]));
+
+  const int64_t at = static_cast<int64_t>(item) * params.rows + row;
+  if (params.row_sums != nullptr) {
+    if (threadIdx.x == 0) params.row_sums[at] = all.log2();
+    return;
+  }
+  const float u2 = potential(params.row_marginals[item * params.row_marginals_stride + row], all.log2());
+  if (threadIdx.x == 0) {
+    params.u2[at] = u2;
+    if (params.u != nullptr) params.u[at] = u2 * kLn2;
+  }
+  if (params.plan != nullptr) write_plan_row<T, kVec>(params, scores, v2, u2, at);
+}
+
+// Grid: [rows, items]: the plan from given potentials.
+template <typename T, int kVec>
+__device__ __forceinline__ void sinkhorn_plan(const SinkhornParams& params) {
+  const int row = blockIdx.x, item = blockIdx.y;
+  const int64_t at = static_cast<int64_t>(item) * params.rows + row;
+  write_plan_row<T, kVec>(params, item * params.item_stride + row * params.row_stride,
+                          params.v2 + static_cast<int64_t>(item) * params.cols, params.u2[at], at);
+}
+
+}  // namespace comp_kernels
+
+#define INSTANTIATE_SINKHORN_PASS(pass, T, kVec)                                                                         \
+  extern "C" __global__ void __launch_bounds__(comp_kernels::kSinkhornThreads)                                           \
+      sinkhorn_##pass##_##T##_##kVec(const __grid_constant__ comp_kernels::SinkhornParams params) {                      \
+    comp_kernels::sinkhorn_##pass<comp_kernels::T, kVec>(params);                                                        \
+  }                                                                                                                      \
+  template <>                                                                                                            \
+  comp_kernels::Kernel comp_kernels::sinkhorn_##pass##_kernel<comp_kernels::T, kVec>() {                                 \
+    return {"sinkhorn_" #pass "_" #T "_" #kVec, reinterpret_cast<const void*>(sinkhorn_##pass##_##T##_##kVec),           \
+            kSinkhornThreads, 0, 1};                                                                                     \
+  }
+#define INSTANTIATE_SINKHORN(T, kVec)           \
+  INSTANTIATE_SINKHORN_PASS(columns, T, kVec)   \
+  INSTANTIATE_SINKHORN_PASS(rows, T, kVec)      \
+  INSTANTIATE_SINKHORN_PASS(plan, T, kVec)
