@@ -50,6 +50,6 @@ C
   *) echo "aarch64 or avx512, got $processor" >&2 && exit 2 ;;
 esac
 
-[ $# -gt 0 ] || set -- tests/kernels/test_rope_attention_cpu.py tests/kernels/test_sinkhorn.py tests/kernels/test_alignment_loss.py \
+[ $# -gt 0 ] || set -- tests/comp_kernels/rope_attention/test_rope_attention_cpu.py tests/comp_kernels/sinkhorn/test_sinkhorn.py tests/comp_kernels/alignment_loss/test_alignment_loss.py \
   -k "(error_budget or float64 or blocks or strides or bits or definition or range) and not triton"
 COMP_KERNELS_EMULATED=$emulator PYTHONPATH=$PWD python -m pytest -p no:cacheprovider -p tests.emulated_cpu.plugin "$@"

@@ -26,7 +26,7 @@ CXXFLAGS="$sanitizers -O1 -g1 -fno-omit-frame-pointer" python setup.py build_nat
 
 # The interpreter itself is not instrumented: the runtimes come first, and its own leaks are not ours.
 runtimes="$(${CXX:-c++} -print-file-name=libasan.so) $(${CXX:-c++} -print-file-name=libubsan.so)"
-[ $# -gt 0 ] || set -- tests/kernels/test_rope_attention_cpu.py tests/kernels/test_sinkhorn.py tests/kernels/test_alignment_loss.py \
+[ $# -gt 0 ] || set -- tests/comp_kernels/rope_attention/test_rope_attention_cpu.py tests/comp_kernels/sinkhorn/test_sinkhorn.py tests/comp_kernels/alignment_loss/test_alignment_loss.py \
   -k "error_budget or float64 or blocks or strides or bits or definition or range"
 for isa in baseline avx512; do # the latter means: the best there is
   echo "== $isa"

@@ -11,14 +11,12 @@ from pathlib import Path
 
 import pytest
 from torch.distributed.run import get_args_parser
+from torchvision_stub import import_timm
+
+from train import read_command_line
 
 REPOSITORY = Path(__file__).parent.parent
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
-sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests" / "integrations")]
-
-from torchvision_stub import import_timm  # noqa: E402
-
-from train import read_command_line  # noqa: E402
 
 
 def blocks(*languages: str):

@@ -1,4 +1,4 @@
-"""The steps of alignment_loss over one score tile on the CPU: csrc/alignment_loss/cpu for everything but the matrix products, which torch's
+"""The steps of alignment_loss over one score tile on the CPU: csrc for everything but the matrix products, which torch's
 BLAS does better than kernels of ours (docs/kernels.md has the measurement)."""
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ NEEDS_WIDE_PROTOTYPES = True
 # A score tile and a tile of prototypes stay in the last level cache together.
 TILE_LIMITS = TileLimits(score_elements=1 << 18, prototype_elements=1 << 22, min_cols=512, max_cols=8192)
 
-# Row sums below this share of the largest column weight may have lost terms to underflow (as in csrc/sinkhorn/cpu/kernels/solve.cpp).
+# Row sums below this share of the largest column weight may have lost terms to underflow (as in csrc/sinkhorn/cpu).
 LOST_SHARE = {torch.float32: 1e-20, torch.float64: 1e-200}
 
 

@@ -1,4 +1,4 @@
-"""rope_attention on NVIDIA GPUs by the hand-written kernels of csrc/rope_attention/cuda: float16 and bfloat16, head dims up to 128."""
+"""rope_attention on NVIDIA GPUs by the kernels of csrc/rope_attention/cuda: float16 and bfloat16, head dims up to 128."""
 
 from __future__ import annotations
 

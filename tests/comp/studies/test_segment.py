@@ -2,15 +2,12 @@
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "train"))
 from toy import save_toy_models, toy_config
 
 from comp.config import ConfigError

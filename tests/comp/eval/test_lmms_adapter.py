@@ -62,7 +62,7 @@ def adapter(exported, docs=DOCS, **arguments):
 
 
 def test_the_registry_of_the_harness_takes_it():
-    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    text = (Path(__file__).parents[3] / "pyproject.toml").read_text()
     value = re.search(r'\[project.entry-points."lmms_eval.models"\]\ncomp = "([^"]+)"', text)[1]
     payload = EntryPoint(name="comp", value=value, group="lmms_eval.models").load()
     registry = ModelRegistryV2()

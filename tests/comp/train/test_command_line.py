@@ -16,8 +16,7 @@ from comp.eval.vqa import answer_questions
 from comp.log import read_records
 from comp.train.step import NonFiniteLossError
 
-HERE = Path(__file__).parent
-REPOSITORY = HERE.parent.parent
+REPOSITORY = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -131,7 +130,10 @@ def test_sigterm_to_the_process_group_saves_and_exits_with_zero(toy_folder):
         f"train.RECIPES['toy'] = lambda: toy_config(Path({str(toy_folder)!r}));"
         "sys.exit(train.main(['--recipe', 'toy', 'num_workers=1', 'stages.*.epochs=1000', 'eval.data=[]']))"
     )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(HERE)]), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests" / "helpers")]),
+        "OMP_NUM_THREADS": "1",
+    }
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         env=environment,

@@ -1,15 +1,11 @@
-"""benchmarks/emulated_counts.py: its arithmetic without an emulator, and a small count with one."""
+"""tests/helpers/emulated_counts.py: its arithmetic without an emulator, and a small count with one."""
 
 import subprocess
 import sys
-from pathlib import Path
 
+import emulated_counts
 import pytest
 from emulation import needs_emulator, run_compiled
-
-from benchmarks import emulated_counts
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def report(instructions, flops, read, written):
@@ -55,5 +51,5 @@ def test_counts_both_launches_of_the_forward_pass():
 
 
 def test_command_line_knows_its_options():
-    command = [sys.executable, "-m", "benchmarks.emulated_counts", "--help"]
-    assert "--keys-in-loop" in subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    command = [sys.executable, emulated_counts.__file__, "--help"]
+    assert "--keys-in-loop" in subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -1,6 +1,6 @@
 """Counts what the GPU kernels of rope_attention execute, beside flash-attention's, as Markdown. No GPU is needed.
 
-    python -m benchmarks.emulated_counts [--backend triton|cuda] [--head-dims 64 72 128] [--target 80|90] [--backward]
+    python tests/helpers/emulated_counts.py [--backend triton|cuda] [--head-dims 64 72 128] [--target 80|90] [--backward]
 
 Runs the compiled PTX on ptx_emulator: exact for the PTX; the compiler of machine code still changes moves and addresses
 (benchmarks/compile_report.py reads that). bfloat16, one packed batch, tables shared by the heads. On the default mix, forward
@@ -10,23 +10,17 @@ on sm_80, flash-attention's counts were recorded and stand beside ours; elsewher
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from emulation import emulating_launcher, emulator_missing
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "kernels")]
-
-from emulation import emulating_launcher, emulator_missing  # noqa: E402
-
-from comp_kernels import rope_attention  # noqa: E402
-from comp_kernels._triton import launches_go_to  # noqa: E402
-from comp_kernels.ops.rope_attention import triton_configs  # noqa: E402
-from comp_kernels.testing import AttentionCase, make_attention_inputs  # noqa: E402
+from comp_kernels import rope_attention
+from comp_kernels._triton import launches_go_to
+from comp_kernels.ops.rope_attention import triton_configs
+from comp_kernels.testing import AttentionCase, make_attention_inputs
 
 LENGTHS = [256, 576, 1024, 729, 400, 1369]
 HEADS = 2

@@ -96,7 +96,7 @@ def test_shapes_of_fake_tensors():
 @pytest.mark.parametrize("backend", ck.available_backends("rope_attention", "cpu"))
 @pytest.mark.parametrize("empty", ("queries", "keys", "heads", "everything", "all_in_slack"))
 def test_empty_dimensions_of_rope_attention(empty, backend):
-    """Gradients that no term reaches are zeros, not what memory held (tests/kernels/conftest.py fills it with NaN)."""
+    """Gradients that no term reaches are zeros, not what memory held (tests/comp_kernels/conftest.py fills it with NaN)."""
     tokens, tokens_k, heads = {"queries": (0, 9, 2), "keys": (9, 0, 2), "heads": (9, 9, 0)}.get(empty, (9, 9, 2))
     bounds = bounds_k = torch.tensor([0, 0, 0], dtype=torch.int32)
     if empty not in ("everything", "all_in_slack"):

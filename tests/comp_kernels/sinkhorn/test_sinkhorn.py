@@ -164,7 +164,7 @@ def test_result_does_not_depend_on_the_number_of_threads(shape):
 
 @pytest.mark.parametrize("shape", [(30, 50, 4096), (6, 50, 20011), (3, 130, 16384)], ids=str)
 def test_batches_beyond_the_cache_equal_their_items(shape):
-    """Such a batch keeps its exponentials in the memory of later plans, for each thread or for all together (csrc/sinkhorn/cpu). One
+    """Such a batch keeps its exponentials in the memory of later plans, for each thread or for all together. One
     item spans so many bits that its exponentials are taken again."""
     scores = torch.randn(shape)
     scores[1] *= 30

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-EMULATOR = Path(__file__).resolve().parent / "ptx_emulator"
+EMULATOR = Path(__file__).resolve().parents[1] / "ptx_emulator"
 
 
 def emulator_missing() -> str | None:

@@ -25,8 +25,8 @@ from comp.log import read_records
 from comp.train.step import NonFiniteLossError
 from comp.train.trainer import StopRequested, Trainer
 
-HERE = Path(__file__).parent
-REPOSITORY = HERE.parent.parent
+REPOSITORY = Path(__file__).parents[3]
+HELPERS = REPOSITORY / "tests" / "helpers"
 NUM_STEPS = 11  # of toy_config: 3 + 3 + 3 + 2
 TIMING = ("step_time", "data_time", "images_per_s", "tokens_per_s")  # what differs between two equal runs
 
@@ -40,7 +40,7 @@ def run(folder, *overrides, resume=False, plots=False):
 def start_process(folder, *arguments, rank=0, world_size=1, port=0):
     """`toy.py` in a process of its own, one of `world_size`."""
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(HERE)]),
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(HELPERS)]),
         "OMP_NUM_THREADS": str(torch.get_num_threads() if world_size == 1 else 1),
         "RANK": str(rank),
         "WORLD_SIZE": str(world_size),
@@ -48,7 +48,7 @@ def start_process(folder, *arguments, rank=0, world_size=1, port=0):
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    command = [sys.executable, str(HERE / "toy.py"), str(folder), *arguments]
+    command = [sys.executable, str(HELPERS / "toy.py"), str(folder), *arguments]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

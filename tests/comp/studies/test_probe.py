@@ -2,15 +2,11 @@
 
 import dataclasses
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "train"))
 from toy import save_toy_models, toy_config
 
 from comp.config import ConfigError

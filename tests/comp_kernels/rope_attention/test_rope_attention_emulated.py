@@ -1,7 +1,7 @@
 """The compiled Triton rope_attention, executed instruction by instruction on ptx_emulator for sm_80 and sm_90.
 
 Every run checks each access against the bounds of its tensor, shared memory for races and for reads before writes, and
-asynchronous copies for use before their wait. Bodies run in a process that compiles (tests/emulation.py).
+asynchronous copies for use before their wait. Bodies run in a process that compiles (tests/helpers/emulation.py).
 """
 
 import pytest

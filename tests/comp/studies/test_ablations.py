@@ -10,8 +10,6 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "train"))
 from toy import save_toy_models, toy_config
 
 from comp.config import EvalConfig
@@ -30,7 +28,7 @@ from comp.studies.ablations.run import (
 )
 from comp.studies.ablations.table import difference, main, markdown, pooled_standard_error, values_by_variant
 
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parents[3] / "docs"
 CHANGED = {  # written out by hand: what each variant may differ in, beside its name
     "align-off": {"stages.0.alignment", "stages.1.alignment"},
     "table-native": {"stages.1.rope"},

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import re
-import sys
 import weakref
 from pathlib import Path
 
@@ -11,8 +10,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "train"))
 from toy import save_toy_models, toy_config
 
 from comp.config import ConfigError, SourceConfig
