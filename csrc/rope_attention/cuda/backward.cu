@@ -1,4 +1,4 @@
-// Compiled once for every head size that setup.py lists beside this file's name, as HEAD_DIM.
+// The kernels of backward.cuh; compiled once for every head size HEAD_DIM (HEAD_SIZES of setup.py).
 #include "backward.cuh"
 
 WITH_EXPANDED(INSTANTIATE_BACKWARD, bf16, HEAD_DIM)

@@ -1,4 +1,4 @@
-// Compiled once for every head size that setup.py lists beside this file's name, as HEAD_DIM.
+// The kernels of forward_sm90.cuh; compiled once for every head size HEAD_DIM (HEAD_SIZES of setup.py).
 #include "forward_sm90.cuh"
 
 WITH_EXPANDED(INSTANTIATE_FORWARD_SM90, bf16, HEAD_DIM)

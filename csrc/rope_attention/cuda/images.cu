@@ -1,3 +1,4 @@
+// The kernels of tile_images.cuh, by element type.
 #include "tile_images.cuh"
 
 INSTANTIATE_IMAGES(bf16)

@@ -1,3 +1,4 @@
+// The kernels of prepare.cuh, by element type.
 #include "prepare.cuh"
 
 INSTANTIATE_PREPARE(bf16)

@@ -1,3 +1,4 @@
+// The kernels of prepare_sm90.cuh, by element type.
 #include "prepare_sm90.cuh"
 
 INSTANTIATE_PREPARE_SM90(bf16)

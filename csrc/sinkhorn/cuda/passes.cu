@@ -1,3 +1,4 @@
+// The kernels of passes.cuh, by element type and elements per access.
 #include "passes.cuh"
 
 INSTANTIATE_SINKHORN(fp32, 4)

@@ -2,7 +2,7 @@
 #include "../alignment_loss.h"
 
 #include "common/cpu/parallel.h"
-#include "rope_attention/cpu/kernels/score_tile.h"
+#include "common/cpu/score_tile.h"
 
 namespace comp_kernels::COMP_KERNELS_ISA {
 namespace {

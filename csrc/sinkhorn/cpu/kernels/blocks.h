@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "common/cpu/parallel.h"
-#include "rope_attention/cpu/kernels/score_tile.h"
+#include "common/cpu/score_tile.h"
 #include "loops.h"
 #include "range.h"
 

@@ -2,7 +2,7 @@
 // again after every vector store, which may alias anything: so these are free functions, and everything they read is an argument.
 #pragma once
 
-#include "rope_attention/cpu/kernels/score_tile.h"
+#include "common/cpu/score_tile.h"
 
 namespace comp_kernels::COMP_KERNELS_ISA {
 

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "rope_attention/cpu/kernels/score_tile.h"
+#include "common/cpu/score_tile.h"
 
 namespace comp_kernels::COMP_KERNELS_ISA {
 

@@ -8,8 +8,8 @@
 #include <vector>
 
 #include "comp_kernels/dtypes.h"
-#include "common/cpu/half.h"
-#include "common/cpu/simd.h"
+#include "half.h"
+#include "simd.h"
 
 namespace comp_kernels::COMP_KERNELS_ISA {
 
