@@ -105,7 +105,7 @@ def cuda_unavailable_reason(device: torch.device) -> str | None:
 
 def stream(device: torch.device) -> int:
     """The cudaStream_t that torch uses on `device`; 0 (the default stream) for the CPU, where only emulators launch."""
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
 
 
 def torch_thread_pool() -> tuple[int | None, int | None]:
@@ -130,6 +130,18 @@ def cpu_function(name: str, params: type[ctypes.Structure]) -> Callable[[ctypes.
     function = getattr(cpu(), f"comp_kernels_cpu_{name}")
     function.argtypes, function.restype = [ctypes.POINTER(params)], ctypes.c_char_p
     return functools.partial(call, function)
+
+
+def cuda_function(name: str, argtypes: tuple, restype: type = ctypes.c_char_p) -> Callable:
+    """The CUDA library's comp_kernels_cuda_{name} with such arguments."""
+    return _typed(cuda(), f"comp_kernels_cuda_{name}", argtypes, restype)
+
+
+@functools.cache
+def _typed(library: ctypes.CDLL, name: str, argtypes: tuple, restype: type) -> Callable:
+    function = getattr(library, name)
+    function.argtypes, function.restype = list(argtypes), restype
+    return function
 
 
 def call(function: Callable, params: ctypes.Structure, *args) -> None:

@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 
 from ..._triton import architecture, unavailable_reason  # noqa: F401 (unavailable_reason is part of a backend)
+from ..._units import LOG2E
+from .call import Call
 
 MAX_HEAD_DIM = 256
-LOG2_E = math.log2(math.e)
+LSE_DTYPE = torch.float64  # see README.md, Backward
 
 
-def declines(q, k, v, cos, sin, cos_k, sin_k, *, rotary_dim: int, pair_stride: int) -> str | None:
+def declines(call: Call) -> str | None:
+    q = call.q
     if q.dtype == torch.float64:
         return "the Triton kernels compute in float32, q is float64"
     if q.dtype == torch.bfloat16 and q.device.type == "cpu" and architecture(q.device) == "interpreter":
@@ -52,14 +55,13 @@ def describe_rope(cos: Tensor | None, rotary_dim: int, pair_stride: int):
     return Rope(rotary_dim // 2, pair_stride, half_table=width < rotary_dim, align=math.gcd(16 // cos.element_size(), width))
 
 
-def forward(
-    q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, *, rotary_dim: int, pair_stride: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Shapes and dtypes as in comp_kernels.rope_attention, tables and bounds filled in; returns (out, lse)."""
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a call `for_kernels`."""
     from .triton_configs import choose_config, dot_precision, rotate_keys_inline, rotate_queries_inline
     from .triton_forward import attention_forward
     from .triton_rotation import rotate
 
+    q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, rotary_dim, pair_stride, scale = call
     arch, head_dim = architecture(q.device), q.shape[-1]
     precision = dot_precision(arch, q.dtype)
     head = head_k = describe_head(head_dim, precision, q, k, v)
@@ -76,7 +78,7 @@ def forward(
 
     def run(config):
         return attention_forward(
-            q, k, v, tables, tables_k, cu_seqlens, cu_seqlens_k, scale * LOG2_E,
+            q, k, v, tables, tables_k, cu_seqlens, cu_seqlens_k, scale * LOG2E,
             head, head_k, rope, rope_k, precision, config,
         )  # fmt: skip
 
@@ -84,18 +86,19 @@ def forward(
 
 
 def backward(
-    grad_out, grad_lse, q, k, v, out, lse, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k,
-    *, rotary_dim: int, pair_stride: int, scale: float, table_grads: bool,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Returns (dq, dk, dv, dcos, dsin, dcos_k, dsin_k); the last four are None without tables or table_grads."""
+    call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, table_grads: bool
+) -> tuple[Tensor | None, ...]:
+    """(dq, dk, dv, dcos, dsin, dcos_k, dsin_k); the last four are None without tables or table_grads."""
     from .triton_backward import key_value_gradient, query_gradient, row_terms
     from .triton_configs import choose_config, dot_precision
     from .triton_rotation import rotate, unrotate
 
+    q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, rotary_dim, pair_stride, scale = call
     arch, head_dim = architecture(q.device), q.shape[-1]
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
-    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    lse = lse.to(LSE_DTYPE)  # of another backend, where that one's backward kernels failed
+    grad_lse = None if grad_lse is None else grad_lse.to(LSE_DTYPE).contiguous()
     precision = dot_precision(arch, q.dtype)
     head = describe_head(head_dim, precision, q, k, v, grad_out)
     rope, rope_k = (describe_rope(table, rotary_dim, pair_stride) for table in (cos, cos_k))

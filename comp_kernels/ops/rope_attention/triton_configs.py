@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..._triton import dot_precision  # noqa: F401
+
 AUTOTUNE_VARIABLE = "COMP_KERNELS_AUTOTUNE"
 
 # Keys are rotated in the forward loop, instead of once in a workspace, when sequences are this short on average: one query
@@ -118,11 +120,6 @@ def widest_chunk(head_dim: int, precision: str) -> int:
     if precision == "tf32x3":
         return 32
     return 128 if head_dim <= 128 else 64
-
-
-def dot_precision(arch: str, dtype: torch.dtype) -> str:
-    """How tl.dot treats float32: three TF32 products per product on NVIDIA, as exact as float32 within a few roundings."""
-    return "tf32x3" if dtype == torch.float32 and arch.startswith("sm_") else "ieee"
 
 
 def rotate_keys_inline(num_tokens: int, num_sequences: int, group: int, head_dim: int) -> bool:
