@@ -1,14 +1,16 @@
 """Which backend runs an operator: `backend=None` picks by device, a named backend is used or refused with the reason.
 
 A backend is a module of the operator's folder that keeps the contract of `Backend`; it is listed in `IMPLEMENTATIONS` once it
-exists. A choice that was made by device goes on to the next backend where kernels turn out not to compile or launch (`run`).
+exists. Where kernels turn out not to compile or launch, a choice made by device goes on to the next backend (`function_of`).
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import warnings
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -123,7 +125,7 @@ def cannot_serve(op: str, backend: str, device: torch.device, call: Any = None) 
 
 
 def choose_backend(op: str, backend: str | None, device: torch.device, call: Any = None) -> tuple[str, bool]:
-    """The backend to use for one call of `op`, and whether another may take its place should its kernels fail (see `run`).
+    """The backend to use for one call of `op`, and whether another may take its place where its kernels fail.
 
     backend: the user's choice; None takes the environment variable COMP_KERNELS_BACKEND, else the device's preference.
 
@@ -147,30 +149,35 @@ def choose_backend(op: str, backend: str | None, device: torch.device, call: Any
 # --- kernels that fail -----------------------------------------------------------------------------------------------------
 
 
-def run(op: str, function: str, call: Any, *arguments: Any, backend: str, fallback: bool) -> Any:
-    """`function` ("forward" or "backward") of a backend of `op`, called with (call, *arguments).
+def function_of(op: str, function: str, backend: str, fallback: bool) -> Callable:
+    """`function` ("forward" or "backward") of a backend, to be called with (call, ...).
 
-    fallback: if the kernels of `backend` cannot be compiled or launched, the next backend that serves the call runs, now and
-    from now on, after one warning. Without it whatever a backend raises is raised.
+    fallback: if the kernels of that backend cannot be compiled or launched, after one warning, the function of the next one
+    that serves the call is run in its place, now and from now on.
     """
-    while fallback:
+    if fallback:
+        return functools.partial(_run, op, function, backend)
+    return getattr(implementation(op, backend), function)
+
+
+def _run(op: str, function: str, backend: str, call: Any, *arguments: Any) -> Any:
+    while backend in LAUNCHED:
         if (op, backend, call.device) in _failures:  # in an earlier call
-            backend = next_backend(op, call)
-        else:
-            try:
-                return getattr(implementation(op, backend), function)(call, *arguments)
-            except Exception as error:
-                if not kernels_failed(error):
-                    raise
-                backend = _replace_failed(op, backend, call, error)
-        fallback = backend in LAUNCHED
+            backend = next_backend(op, call.device, call)
+            continue
+        try:
+            return getattr(implementation(op, backend), function)(call, *arguments)
+        except Exception as error:
+            if not kernels_failed(error):
+                raise
+            backend = _replace_failed(op, backend, call, error)
     return getattr(implementation(op, backend), function)(call, *arguments)
 
 
-def next_backend(op: str, call: Any) -> str:
+def next_backend(op: str, device: torch.device, call: Any = None) -> str:
     """The preferred backend that serves the call and whose kernels have not failed on its device."""
-    for name in preferred(call.device):
-        if (op, name, call.device) not in _failures and cannot_serve(op, name, call.device, call) is None:
+    for name in preferred(device):
+        if (op, name, device) not in _failures and cannot_serve(op, name, device, call) is None:
             return name
     return "reference"
 
@@ -189,7 +196,7 @@ def _replace_failed(op: str, backend: str, call: Any, error: Exception) -> str:
     """Remember the failure and say so, once; returns the backend to go on with."""
     reason = f"{type(error).__name__}: {error}"
     _failures[op, backend, call.device] = reason
-    following = next_backend(op, call)
+    following = next_backend(op, call.device, call)
     warnings.warn(
         f"comp_kernels: the {backend} kernels of {op} could not be compiled or launched on {call.device}; in this process "
         f"{following} takes their place. backend={following!r} or {ENVIRONMENT_VARIABLE}={following} chooses it without this "

@@ -6,6 +6,7 @@ through the C symbols of libtorch_cpu, so `torch.set_num_threads` governs the ke
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import sys
@@ -106,6 +107,12 @@ def cuda_unavailable_reason(device: torch.device) -> str | None:
 def stream(device: torch.device) -> int:
     """The cudaStream_t that torch uses on `device`; 0 (the default stream) for the CPU, where only emulators launch."""
     return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+
+
+def on_device(x: Tensor) -> contextlib.AbstractContextManager:
+    """Within, the device of `x` is CUDA's current one. To change it takes microseconds, and seldom does it have to."""
+    here = not x.is_cuda or torch.cuda.current_device() == x.device.index
+    return contextlib.nullcontext() if here else torch.cuda.device(x.device)
 
 
 def torch_thread_pool() -> tuple[int | None, int | None]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..._backends import run
+from ..._backends import function_of
 from ..._namespace import LIBRARY, OPS, register
 from .call import Call
 
@@ -30,7 +30,7 @@ LIBRARY.define("alignment_loss_backward(Tensor grad_loss, Tensor grad_vision, Te
 
 def forward(*arguments) -> tuple[Tensor, Tensor]:
     *inputs, backend, fallback = arguments
-    return run(OPERATOR, "forward", Call(*inputs), backend=backend, fallback=fallback)
+    return function_of(OPERATOR, "forward", backend, fallback)(Call(*inputs))
 
 
 def forward_fake(*arguments) -> tuple[Tensor, Tensor]:

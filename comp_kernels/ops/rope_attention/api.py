@@ -7,7 +7,7 @@ from torch import Tensor
 from ..._backends import choose_backend
 from ..._checks import has_values
 from . import reference_backend
-from .call import check_all_dense, checked_call, for_kernels
+from .call import checked_call, table_dtype
 from .registration import attention
 
 
@@ -68,10 +68,9 @@ def rope_attention(
     call = checked_call(
         q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, rotary_dim, pair_stride, scale
     )  # fmt: skip
-    backend, fallback = choose_backend("rope_attention", backend, call.device, call)
+    backend, fallback = choose_backend("rope_attention", backend, call.q.device, call)
     if backend == "reference" and has_values(call.q):  # else the operators tell the shapes
-        check_all_dense(call.q, call.k, call.v)
         out, lse = reference_backend.forward(call)
     else:
-        out, lse = attention(for_kernels(call), backend, fallback)
-    return (out, lse.to(call.table_dtype)) if return_lse else out
+        out, lse = attention(call, backend, fallback)
+    return (out, lse.to(table_dtype(out.dtype))) if return_lse else out

@@ -1,4 +1,4 @@
-"""One call of rope_attention: the arguments checked, with defaults filled in, and laid out as kernels read them."""
+"""One call of rope_attention: the arguments checked, with defaults filled in, laid out as kernels read them."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..._checks import check_dense, check_float, check_integer, check_number, check_tensor, has_values
+from ..._checks import check_dense, check_integer, check_number, check_tensor, has_values
 from . import reference
 
 
 class Call(NamedTuple):
     """What a backend is asked to compute. The fields stand in the order of the operator's schema."""
 
-    q: Tensor  # [T, Hq, D]
+    q: Tensor  # [T, Hq, D], any token and head stride, last dimension contiguous
     k: Tensor  # [Tk, Hkv, D], Hkv divides Hq
     v: Tensor  # [Tk, Hkv, D]
-    cos: Tensor | None  # [T, W] or [T, Hq, W], W = rotary_dim or half of it; None: no rotation of the queries
+    cos: Tensor | None  # [T, W] or [T, Hq, W], W = rotary_dim or half of it, contiguous, of `table_dtype`; None: no rotation
     sin: Tensor | None
     cos_k: Tensor | None  # [Tk, W] or [Tk, Hkv, W]
     sin_k: Tensor | None
-    cu_seqlens: Tensor | None  # [B + 1]; None, until `for_kernels`: one sequence of all rows
+    cu_seqlens: Tensor | None  # [B + 1] int32, contiguous; None, which kernels never get: one sequence of all rows
     cu_seqlens_k: Tensor | None
     rotary_dim: int
     pair_stride: int
@@ -31,14 +31,10 @@ class Call(NamedTuple):
     def device(self) -> torch.device:
         return self.q.device
 
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        return self[:9]
 
-    @property
-    def table_dtype(self) -> torch.dtype:
-        """Of tables, and of the lse that a user gets."""
-        return torch.float64 if self.q.dtype == torch.float64 else torch.float32
+def table_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of tables, and of the lse that a user gets, for q of this dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def checked_call(
@@ -55,24 +51,31 @@ def checked_call(
     pair_stride: int | None,
     scale: float | None,
 ) -> Call:
-    """Refuse what does not fit together, with a ValueError that names the argument; fill in the defaults."""
-    check_tensor("q", q, "[T, Hq, D]", dim=3)
+    """Refuse what does not fit together, with a ValueError that names the argument; fill in the defaults, and bring tensors to
+    the layout that kernels rely on."""
+    check_tensor("q", q, "[T, Hq, D]", dim=3, floating=True)
     if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
         q, k, v = (autocast(x) for x in (q, k, v))
-    check_float("q", q)
     check_tensor("k", k, "[Tk, Hkv, D]", dim=3, like=("q", q))
     check_tensor("v", v, "[Tk, Hkv, D]", dim=3, like=("q", q))
     num_tokens, num_heads, head_dim = q.shape
-    num_tokens_k, num_heads_k, _ = k.shape
+    num_tokens_k, num_heads_k, head_dim_k = k.shape
     if head_dim == 0:
         raise ValueError(f"q must be [T, Hq, D] with a head size D of at least 1, got {tuple(q.shape)}")
-    if k.shape != v.shape or k.shape[2] != head_dim:
+    if k.shape != v.shape or head_dim_k != head_dim:
         raise ValueError(
             f"k and v must both be [Tk, Hkv, D] with D = {head_dim} as in q {tuple(q.shape)}, "
             f"got k {tuple(k.shape)} and v {tuple(v.shape)}"
         )
     if num_heads_k == 0 or num_heads % num_heads_k != 0:
         raise ValueError(f"k must have a number of heads that divides the {num_heads} heads of q, got {num_heads_k}")
+    try:
+        if not q.stride(2) == k.stride(2) == v.stride(2) == 1:
+            q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+    except RuntimeError:  # asked here alone, it costs the calls that are right nothing
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            check_dense(name, x)
+        raise
 
     if cu_seqlens_k is not None:
         if cu_seqlens is None:
@@ -83,6 +86,7 @@ def checked_call(
             raise ValueError(
                 f"cu_seqlens_k must have as many entries as cu_seqlens ({cu_seqlens.shape[0]}), got {cu_seqlens_k.shape[0]}"
             )
+        cu_seqlens, cu_seqlens_k = as_int32(cu_seqlens), as_int32(cu_seqlens_k)
     elif cu_seqlens is not None:
         check_cu_seqlens("cu_seqlens", cu_seqlens, num_tokens, q.device)
         if num_tokens_k != num_tokens:
@@ -90,7 +94,7 @@ def checked_call(
                 f"k must have as many tokens as q ({num_tokens}) when both use cu_seqlens, got {num_tokens_k}; "
                 "pass cu_seqlens_k for cross attention"
             )
-        cu_seqlens_k = cu_seqlens
+        cu_seqlens = cu_seqlens_k = as_int32(cu_seqlens)
 
     if rotary_dim is None:
         rotary_dim = head_dim if cos is not None else max(head_dim // 2 * 2, 2)  # nothing turns: any even number will do
@@ -112,11 +116,16 @@ def checked_call(
         check_number("scale", scale)
         scale = float(scale)
 
-    if cos is None and cos_k is not None:
-        raise ValueError("cos_k needs cos: to rotate keys only, pass cos of ones and sin of zeros for the queries")
-    check_tables(("cos", cos), ("sin", sin), (num_tokens, num_heads, rotary_dim), q.dtype, q.device)
-    check_tables(("cos_k", cos_k), ("sin_k", sin_k), (num_tokens_k, num_heads_k, rotary_dim), q.dtype, q.device)
-    if cos is not None and cos_k is None:
+    if cos is not None or sin is not None:
+        check_tables(("cos", cos), ("sin", sin), (num_tokens, num_heads, rotary_dim), q.dtype, q.device)
+    if cos_k is not None or sin_k is not None:
+        if cos is None:
+            raise ValueError("cos_k needs cos: to rotate keys only, pass cos of ones and sin of zeros for the queries")
+        check_tables(("cos_k", cos_k), ("sin_k", sin_k), (num_tokens_k, num_heads_k, rotary_dim), q.dtype, q.device)
+        if cos_k.shape[-1] != cos.shape[-1]:  # the kernels know one width
+            cos, sin, cos_k, sin_k = (reference.widen_table(x, rotary_dim, pair_stride) for x in (cos, sin, cos_k, sin_k))
+        cos, sin, cos_k, sin_k = (contiguous(x, table_dtype(q.dtype)) for x in (cos, sin, cos_k, sin_k))
+    elif cos is not None:
         if num_tokens_k != num_tokens:
             raise ValueError(
                 f"cos_k and sin_k are needed when k has other tokens than q: k {tuple(k.shape)}, q {tuple(q.shape)}"
@@ -125,9 +134,7 @@ def checked_call(
             raise ValueError(
                 f"cos_k and sin_k are needed when cos has one table per query head ({num_heads}) and k has {num_heads_k} heads"
             )
-        cos_k, sin_k = cos, sin
-    elif cos is not None and cos_k.shape[-1] != cos.shape[-1]:  # the kernels know one width
-        cos, sin, cos_k, sin_k = (reference.widen_table(x, rotary_dim, pair_stride) for x in (cos, sin, cos_k, sin_k))
+        cos, sin = cos_k, sin_k = contiguous(cos, table_dtype(q.dtype)), contiguous(sin, table_dtype(q.dtype))
     return Call(q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, rotary_dim, pair_stride, scale)
 
 
@@ -145,20 +152,18 @@ def check_tables(
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Check one pair of tables, each given as (name, tensor or None); sizes: (tokens, heads, rotary_dim), the rest as q."""
+    """Check one pair of tables, each given as (name, tensor or None), at least one a tensor; sizes: (tokens, heads,
+    rotary_dim), the rest as q."""
     (cos_name, cos), (sin_name, sin) = cos, sin
-    if (cos is None) != (sin is None):
+    if cos is None or sin is None:
         missing, given = (cos_name, sin_name) if cos is None else (sin_name, cos_name)
         raise ValueError(f"{missing} is missing: {given} was given, and cos and sin come in pairs")
-    if cos is None:
-        return
     num_tokens, num_heads, rotary_dim = sizes
     for name, table in ((cos_name, cos), (sin_name, sin)):
-        check_tensor(name, table, "[T, R] or [T, H, R]", dim=(2, 3))
-        check_float(name, table)
+        check_tensor(name, table, "[T, R] or [T, H, R]", dim=(2, 3), floating=True)
         if table.device != device:
             raise ValueError(f"{name} must be on {device} like q, got {table.device}")
-        if table.dtype == torch.float64 and dtype != torch.float64:
+        if table.dtype == torch.float64 != dtype:
             raise ValueError(f"{name} is float64 but q is {dtype}: tables are used in float32 then, pass {name}.float()")
         fits = table.shape[0] == num_tokens and table.shape[-1] in (rotary_dim, rotary_dim // 2)
         if not fits or (table.dim() == 3 and table.shape[1] != num_heads):
@@ -197,45 +202,17 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, num_tokens: int, device: tor
             )
 
 
-# --- what kernels rely on --------------------------------------------------------------------------------------------------
-
-
-def for_kernels(call: Call) -> Call:
-    """The call with channels side by side, contiguous tables of `table_dtype` and bounds in int32."""
-    q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, *settings = call
-    try:
-        if not q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
-            q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    except RuntimeError:  # asked here alone, it costs the calls that are right nothing
-        check_all_dense(q, k, v)
-        raise
-    if cos is not None:
-        of_queries = cos_k is cos and sin_k is sin
-        cos, sin = contiguous(cos, call.table_dtype), contiguous(sin, call.table_dtype)
-        if of_queries:
-            cos_k, sin_k = cos, sin
-        else:
-            cos_k, sin_k = contiguous(cos_k, call.table_dtype), contiguous(sin_k, call.table_dtype)
-    if cu_seqlens is None:
-        cu_seqlens, cu_seqlens_k = bounds_of_all(q), bounds_of_all(k)
-    elif cu_seqlens_k is cu_seqlens:
-        cu_seqlens = cu_seqlens_k = as_int32(cu_seqlens)
-    else:
-        cu_seqlens, cu_seqlens_k = as_int32(cu_seqlens), as_int32(cu_seqlens_k)
-    return Call(q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, *settings)
-
-
 def contiguous(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x.to(dtype).contiguous(), without the calls where there is nothing to do."""
     return x if x.dtype == dtype and x.is_contiguous() else x.to(dtype).contiguous()
 
 
-def bounds_of_all(x: Tensor) -> Tensor:
-    """cu_seqlens of one sequence, the tokens of x."""
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        return torch.tensor((0, x.shape[0]), dtype=torch.int32)
+def bounds_of_all(num_tokens: int, device: torch.device) -> Tensor:
+    """cu_seqlens of one sequence."""
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        return torch.tensor((0, num_tokens), dtype=torch.int32)
     # Elsewhere without waiting for a copy from the host; in a graph for any number of tokens.
-    return torch.arange(2, dtype=torch.int32, device=x.device) * x.shape[0]
+    return torch.arange(2, dtype=torch.int32, device=device) * num_tokens
 
 
 def as_int32(cu_seqlens: Tensor) -> Tensor:
@@ -245,8 +222,3 @@ def as_int32(cu_seqlens: Tensor) -> Tensor:
         limits = torch.iinfo(torch.int32)
         cu_seqlens = cu_seqlens.clamp(limits.min, limits.max)
     return contiguous(cu_seqlens, torch.int32)
-
-
-def check_all_dense(q: Tensor, k: Tensor, v: Tensor) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        check_dense(name, x)

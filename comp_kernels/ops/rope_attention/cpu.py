@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
-from torch import Tensor
 
 from ... import _native
 from . import native
@@ -26,9 +27,9 @@ def declines(call: Call) -> str | None:
     return None
 
 
-def forward(call: Call) -> tuple[Tensor, Tensor]:
-    return native.forward(call, _native.cpu_function("rope_attention_forward", native.Params), LSE_DTYPE)
+def _run(which: str, params: native.Params) -> None:
+    _native.cpu_function(f"rope_attention_{which}", native.Params)(params)
 
 
-def backward(call: Call, *arguments) -> tuple[Tensor | None, ...]:
-    return native.backward(call, *arguments, _native.cpu_function("rope_attention_backward", native.Params), LSE_DTYPE)
+forward = functools.partial(native.forward, functools.partial(_run, "forward"), LSE_DTYPE)
+backward = functools.partial(native.backward, functools.partial(_run, "backward"), LSE_DTYPE)

@@ -32,7 +32,8 @@ def declines(call: Call) -> str | None:
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
-    out, lse = native.forward(accessible(call), functools.partial(_launch, "forward", call.q), LSE_DTYPE)
+    run = functools.partial(_launch, "forward", call.q)
+    out, lse = native.forward(run, LSE_DTYPE, accessible(call))
     return _narrowed(out, call.q), lse
 
 
@@ -40,19 +41,22 @@ def backward(
     call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, table_grads: bool
 ) -> tuple[Tensor | None, ...]:
     run = functools.partial(_launch, "backward", call.q)
-    out, grad_out = _padded(out), _aligned(_padded(grad_out))
+    cotangents = (_aligned(_padded(grad_out)), grad_lse)
     dq, dk, dv, *of_tables = native.backward(
-        accessible(call), out, lse, grad_out, grad_lse, table_grads, run, LSE_DTYPE
+        run, LSE_DTYPE, accessible(call), _padded(out), lse, *cotangents, table_grads
     )  # fmt: skip
     return _narrowed(dq, call.q), _narrowed(dk, call.k), _narrowed(dv, call.v), *of_tables
 
 
 def accessible(call: Call) -> Call:
     """The call with tensors that kernels can read 16 bytes at a time: the same, or copies where a view does not allow it."""
-    q, k, v = (_aligned(_padded(x)) for x in call[:3])
-    # Tables are contiguous already; one may still start in the middle of a line.
-    tables = (table.clone() if table is not None and table.data_ptr() % 16 else table for table in call[3:7])
-    return Call(q, k, v, *tables, *call[7:])
+    q, k, v, cos, sin, cos_k, sin_k, *rest = call
+    if q.shape[-1] % CHANNELS:
+        q, k, v = _padded(q), _padded(k), _padded(v)
+    q, k, v = _aligned(q), _aligned(k), _aligned(v)
+    if cos is not None:  # contiguous already; a table may still start in the middle of a line
+        cos, sin, cos_k, sin_k = (x.clone() if x.data_ptr() % 16 else x for x in (cos, sin, cos_k, sin_k))
+    return Call(q, k, v, cos, sin, cos_k, sin_k, *rest)
 
 
 def _padded(x: Tensor) -> Tensor:
@@ -68,8 +72,8 @@ def _narrowed(x: Tensor, like: Tensor) -> Tensor:
 
 def _aligned(x: Tensor) -> Tensor:
     """x with a contiguous last dimension and every row at a multiple of 16 bytes: itself, or a copy where a view does not."""
-    *strides, channel = x.stride()
-    rows = channel == 1 and all(stride % CHANNELS == 0 for stride in strides)
+    token, head, channel = x.stride()
+    rows = channel == 1 and token % CHANNELS == head % CHANNELS == 0
     return x if rows and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
@@ -79,6 +83,6 @@ def _launch(which: str, q: Tensor, params: native.Params) -> None:
     function = _native.cuda_function(
         f"rope_attention_{which}", (ctypes.POINTER(native.Params), ctypes.c_void_p, ctypes.c_void_p)
     )
-    with torch.cuda.device_of(q):  # the size depends on the device too
+    with _native.on_device(q):  # the size depends on the device too
         workspace = q.new_empty(size(ctypes.byref(params), which == "backward"), dtype=torch.uint8)
         _native.call(function, params, workspace.data_ptr(), _native.stream(q.device))

@@ -29,9 +29,9 @@ class Params(ctypes.Structure):
     ]
 
 
-def forward(call: Call, run: Callable[[Params], None], lse_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(out, lse) of a call `for_kernels`; `run` computes."""
-    out = _contiguous_like(call.q)
+def forward(run: Callable[[Params], None], lse_dtype: torch.dtype, call: Call) -> tuple[Tensor, Tensor]:
+    """(out, lse); `run` computes."""
+    out = torch.empty_like(call.q, memory_format=torch.contiguous_format)  # new_empty takes twice as long
     lse = call.q.new_empty((call.q.shape[1], call.q.shape[0]), dtype=lse_dtype)
     params = _params(call)
     params.out, params.lse = out.data_ptr(), lse.data_ptr()
@@ -40,21 +40,21 @@ def forward(call: Call, run: Callable[[Params], None], lse_dtype: torch.dtype) -
 
 
 def backward(
+    run: Callable[[Params], None],
+    lse_dtype: torch.dtype,
     call: Call,
     out: Tensor,
     lse: Tensor,
     grad_out: Tensor,
     grad_lse: Tensor | None,
     table_grads: bool,
-    run: Callable[[Params], None],
-    lse_dtype: torch.dtype,
 ) -> tuple[Tensor | None, ...]:
     """(dq, dk, dv, dcos, dsin, dcos_k, dsin_k); the last four are None without tables or table_grads."""
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
     lse = lse.to(lse_dtype)  # of another backend, where that one's backward kernels failed
     grad_lse = None if grad_lse is None else grad_lse.to(lse_dtype).contiguous()
-    dq, dk, dv = _contiguous_like(call.q), _contiguous_like(call.k), _contiguous_like(call.v)
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in call[:3])
     params = _params(call)
     params.out, params.lse = out.data_ptr(), lse.data_ptr()
     params.grad_out, params.grad_lse = grad_out.data_ptr(), pointer(grad_lse)
@@ -71,11 +71,6 @@ def backward(
     run(params)
     of_tables = (g if g is None or table.dim() == 3 else g.sum(1) for g, table in zip(per_head, call[3:7]))
     return dq, dk, dv, *of_tables
-
-
-def _contiguous_like(x: Tensor) -> Tensor:
-    """Uninitialised; new_empty takes twice as long."""
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _params(call: Call) -> Params:

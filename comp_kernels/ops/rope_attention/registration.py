@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..._backends import implementation, run
+from ..._backends import function_of, implementation
 from ..._namespace import LIBRARY, OPS, register, watched
-from .call import Call
+from .call import Call, bounds_of_all
 
 OPERATOR = "rope_attention"
 
@@ -43,9 +43,8 @@ def lse_dtype(call: Call, backend: str) -> torch.dtype:
 
 
 def forward(call: Call, backend: str, fallback: bool) -> tuple[Tensor, Tensor]:
-    """(out, lse); lse in the dtype of `backend`, also where another took its place."""
-    out, lse = run(OPERATOR, "forward", call, backend=backend, fallback=fallback)
-    return out, lse.to(lse_dtype(call, backend)) if fallback else lse
+    out, lse = function_of(OPERATOR, "forward", backend, fallback)(call)
+    return out, lse.to(lse_dtype(call, backend)) if fallback else lse  # as promised, whichever backend ran
 
 
 def forward_kernel(*arguments) -> tuple[Tensor, Tensor]:
@@ -73,7 +72,8 @@ def gradients(
     if call.q.numel() == 0:  # no query, no gradient; the kernels' loops over queries would leave their results unwritten
         tables = (torch.zeros_like(table) if table is not None and table_grads else None for table in call[3:7])
         return *(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in call[:3]), *tables
-    return run(OPERATOR, "backward", call, out, lse, grad_out, grad_lse, table_grads, backend=backend, fallback=fallback)
+    function = function_of(OPERATOR, "backward", backend, fallback)
+    return function(call, out, lse, grad_out, grad_lse, table_grads)
 
 
 def backward_kernel(grad_out, grad_lse, q, k, v, out, lse, *arguments) -> tuple[Tensor, ...]:
@@ -109,7 +109,7 @@ def autograd(ctx, grad_out, grad_lse) -> tuple[Tensor | None, ...]:
     else:
         found = gradients(call, out, lse, grad_out, grad_lse, backend, fallback, table_grads)
     wanted = ctx.needs_input_grad
-    return *(gradient if want else None for gradient, want in zip(found, wanted)), *(None for _ in wanted[7:])
+    return *[gradient if want else None for gradient, want in zip(found, wanted)], *[None] * len(wanted[7:])
 
 
 def refuse_double_backward(ctx, *grads):
@@ -148,21 +148,28 @@ def backward_flops(
 
 
 class DirectAttention(torch.autograd.Function):
-    """The same kernel with the same autograd rule, past the dispatcher."""
+    """The same kernel with the same autograd rule, past the dispatcher. What has no gradient comes as one argument: torch takes
+    half a microsecond for each."""
 
     @staticmethod
-    def forward(ctx, *inputs):
-        output = forward_kernel(*inputs)
-        setup_context(ctx, inputs, output)  # torch's own way of calling it inspects signatures, for 70 us
+    def forward(ctx, q, k, v, cos, sin, cos_k, sin_k, others):
+        call, backend, fallback = others
+        output = forward(call, backend, fallback)
+        setup_context(ctx, (q, k, v, cos, sin, cos_k, sin_k, *call[7:], backend, fallback), output)
         return output
 
     backward = staticmethod(autograd)
 
 
 def attention(call: Call, backend: str, fallback: bool) -> tuple[Tensor, Tensor]:
-    """The differentiable operator, on a call `for_kernels`."""
-    if call.q.is_meta or watched(call.tensors):
+    """The differentiable operator."""
+    if call.cu_seqlens is None:
+        bounds, bounds_k = (bounds_of_all(x.shape[0], x.device) for x in (call.q, call.k))
+        call = call._replace(cu_seqlens=bounds, cu_seqlens_k=bounds_k)
+    if call.q.is_meta or watched(call[:9]):
         return FORWARD.default(*call, backend, fallback)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in call.tensors):
-        return DirectAttention.apply(*call, backend, fallback)
+    if torch.is_grad_enabled():
+        for x in call[:7]:
+            if x is not None and x.requires_grad:
+                return DirectAttention.apply(*call[:7], (call, backend, fallback))
     return forward(call, backend, fallback)

@@ -7,6 +7,7 @@ device; nothing else in this backend does.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 from collections.abc import Callable
@@ -105,8 +106,11 @@ def family(arch: str, dtype: torch.dtype) -> str:
 
 def table_config(kernel: str, arch: str, head_dim: int, dtype: torch.dtype) -> TileConfig:
     """The configuration of `kernel` ("forward", "inline", "query_gradient" or "key_value_gradient") without measuring."""
-    if arch == "interpreter":
-        return INTERPRETED
+    return INTERPRETED if arch == "interpreter" else _table_config(kernel, arch, head_dim, dtype)
+
+
+@functools.cache
+def _table_config(kernel: str, arch: str, head_dim: int, dtype: torch.dtype) -> TileConfig:
     if dtype == torch.float32:
         table = FLOAT32["forward" if kernel == "inline" else kernel]
     else:
@@ -171,7 +175,7 @@ def choose_config(
 ) -> TileConfig:
     """The table's configuration, or the fastest one for `run(config)` when autotuning is on and there is a device to time."""
     default = table_config(kernel, arch, head_dim, dtype)
-    if os.environ.get(AUTOTUNE_VARIABLE) != "1" or device.type != "cuda":
+    if device.type != "cuda" or os.environ.get(AUTOTUNE_VARIABLE) != "1":
         return default
     key = (kernel, arch, head_dim, dtype)
     if key not in _measured:

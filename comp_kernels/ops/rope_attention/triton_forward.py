@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._triton import launch
+from ..._units import LN2
 from .triton_configs import TileConfig
 from .triton_rotation import head_stride, token_stride
 from .triton_tiles import (
@@ -31,7 +32,7 @@ from .triton_tiles import (
     zero_tile,
 )
 
-LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+LN_2: tl.constexpr = tl.constexpr(LN2)
 
 
 @triton.jit

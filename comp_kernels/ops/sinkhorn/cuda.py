@@ -58,5 +58,5 @@ def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
 def _launch(which: str, scores: Tensor, params: SolveParams, *tensors: Tensor) -> None:
     """One of the C functions on the current stream of the scores' device; `tensors` are its pointer arguments in order."""
     function = _native.cuda_function(f"sinkhorn_{which}", (ctypes.c_void_p,) * (2 + len(tensors)))
-    with torch.cuda.device_of(scores):
+    with _native.on_device(scores):
         _native.call(function, params, *(x.data_ptr() for x in tensors), _native.stream(scores.device))

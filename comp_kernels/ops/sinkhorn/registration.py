@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..._backends import run, transforms_active
+from ..._backends import function_of, transforms_active
 from ..._namespace import LIBRARY, OPS, register, watched
 from . import gradients, reference_backend
 from .call import Call
@@ -38,7 +38,7 @@ def forward(call: Call, backend: str, fallback: bool) -> tuple[Tensor, Tensor, T
     if backend == "reference" or (call.scores.numel() == 0 and not takes_part):
         return reference_backend.forward(call)
     flat = flattened(call)
-    plan, u, v = run(OPERATOR, "forward", flat, backend=backend, fallback=fallback)
+    plan, u, v = function_of(OPERATOR, "forward", backend, fallback)(flat)
     if flat.scores.shape == call.scores.shape:
         return plan, u, v
     return plan.view(call.scores.shape), u.view(*batch, num_rows), v.view(*batch, num_cols)
