@@ -17,6 +17,7 @@ from ._backends import (
     available_backends,
     choose_backend,
     failure,
+    next_backend,
     unavailable_reason,
 )
 
@@ -56,7 +57,9 @@ def devices() -> list[torch.device]:
 def describe_operator(op: str, device: torch.device) -> list[str]:
     """Which backend `op` takes on `device` when none is named, and why not the others."""
     try:
-        chosen, _ = choose_backend(op, None, device)
+        chosen, fallback = choose_backend(op, None, device)
+        if fallback:
+            chosen = next_backend(op, device)
     except (ValueError, RuntimeError) as error:  # what every call will say
         return [f"{op}: {error}"]
     others = [name for name in available_backends(op, device) if name != chosen]
