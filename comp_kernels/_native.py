@@ -25,6 +25,9 @@ LIB = Path(__file__).parent / "lib"
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
+_HERE = contextlib.nullcontext()
+
+
 class Unavailable(Exception):
     """A compiled library cannot be used; the message says why and what to do."""
 
@@ -112,7 +115,7 @@ def stream(device: torch.device) -> int:
 def on_device(x: Tensor) -> contextlib.AbstractContextManager:
     """Within, the device of `x` is CUDA's current one. To change it takes microseconds, and seldom does it have to."""
     here = not x.is_cuda or torch.cuda.current_device() == x.device.index
-    return contextlib.nullcontext() if here else torch.cuda.device(x.device)
+    return _HERE if here else torch.cuda.device(x.device)
 
 
 def torch_thread_pool() -> tuple[int | None, int | None]:

@@ -16,6 +16,7 @@ from .call import Call
 MAX_HEAD_DIM = 128
 LSE_DTYPE = torch.float32
 CHANNELS = 8  # of 16 bits in one 16-byte access
+PARAMS = ctypes.POINTER(native.Params)
 
 
 def unavailable_reason(device: torch.device) -> str | None:
@@ -79,10 +80,8 @@ def _aligned(x: Tensor) -> Tensor:
 
 def _launch(which: str, q: Tensor, params: native.Params) -> None:
     """One pass on the current stream of q's device, with the workspace that it needs."""
-    size = _native.cuda_function("rope_attention_workspace", (ctypes.POINTER(native.Params), ctypes.c_int32), ctypes.c_int64)
-    function = _native.cuda_function(
-        f"rope_attention_{which}", (ctypes.POINTER(native.Params), ctypes.c_void_p, ctypes.c_void_p)
-    )
+    size = _native.cuda_function("rope_attention_workspace", (PARAMS, ctypes.c_int32), ctypes.c_int64)
+    function = _native.cuda_function(f"rope_attention_{which}", (PARAMS, ctypes.c_void_p, ctypes.c_void_p))
     with _native.on_device(q):  # the size depends on the device too
         workspace = q.new_empty(size(ctypes.byref(params), which == "backward"), dtype=torch.uint8)
         _native.call(function, params, workspace.data_ptr(), _native.stream(q.device))

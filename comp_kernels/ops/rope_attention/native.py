@@ -54,23 +54,23 @@ def backward(
         grad_out = grad_out.contiguous()
     lse = lse.to(lse_dtype)  # of another backend, where that one's backward kernels failed
     grad_lse = None if grad_lse is None else grad_lse.to(lse_dtype).contiguous()
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in call[:3])
+    dq = torch.empty_like(call.q, memory_format=torch.contiguous_format)
+    dk = torch.empty_like(call.k, memory_format=torch.contiguous_format)
+    dv = torch.empty_like(call.v, memory_format=torch.contiguous_format)
     params = _params(call)
     params.out, params.lse = out.data_ptr(), lse.data_ptr()
     params.grad_out, params.grad_lse = grad_out.data_ptr(), pointer(grad_lse)
     params.grad_out_stride_token, params.grad_out_stride_head, _ = grad_out.stride()
     params.dq, params.dk, params.dv = dq.data_ptr(), dk.data_ptr(), dv.data_ptr()
+    if not table_grads:
+        run(params)
+        return dq, dk, dv, None, None, None, None
     # One gradient per head: the kernels compute heads side by side and add nothing up between them.
-    per_head: list[Tensor | None] = [None] * 4
-    if table_grads:
-        per_head = [
-            None if table is None else table.new_empty((*x.shape[:2], table.shape[-1]))
-            for table, x in zip(call[3:7], (call.q, call.q, call.k, call.k))
-        ]
-        params.dcos, params.dsin, params.dcos_k, params.dsin_k = (pointer(gradient) for gradient in per_head)
+    tables, turned = call[3:7], (call.q, call.q, call.k, call.k)
+    per_head = [None if t is None else t.new_empty((*x.shape[:2], t.shape[-1])) for t, x in zip(tables, turned)]
+    params.dcos, params.dsin, params.dcos_k, params.dsin_k = (pointer(gradient) for gradient in per_head)
     run(params)
-    of_tables = (g if g is None or table.dim() == 3 else g.sum(1) for g, table in zip(per_head, call[3:7]))
-    return dq, dk, dv, *of_tables
+    return dq, dk, dv, *(g if g is None or table.dim() == 3 else g.sum(1) for g, table in zip(per_head, tables))
 
 
 def _params(call: Call) -> Params:

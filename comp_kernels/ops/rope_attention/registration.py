@@ -109,7 +109,7 @@ def autograd(ctx, grad_out, grad_lse) -> tuple[Tensor | None, ...]:
     else:
         found = gradients(call, out, lse, grad_out, grad_lse, backend, fallback, table_grads)
     wanted = ctx.needs_input_grad
-    return *[gradient if want else None for gradient, want in zip(found, wanted)], *[None] * len(wanted[7:])
+    return *[gradient if want else None for gradient, want in zip(found, wanted)], *[None] * (len(wanted) - 7)
 
 
 def refuse_double_backward(ctx, *grads):
