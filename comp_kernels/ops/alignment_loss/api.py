@@ -68,6 +68,9 @@ def alignment_loss(
     Returns:
         A float32 scalar (float64 for float64 features).
 
+    Warns:
+        RuntimeWarning: once, if kernels of a backend that nobody named cannot be compiled or launched; the next one runs.
+
     Raises:
         ValueError: shapes, dtypes, devices or a mode that do not fit; on the CPU also counts that are negative or not finite.
         RuntimeError: a named backend cannot run this call; the message says why.

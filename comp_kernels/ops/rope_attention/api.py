@@ -60,6 +60,9 @@ def rope_attention(
     Returns:
         out [T, Hq, D] in the dtype of q, or (out, lse).
 
+    Warns:
+        RuntimeWarning: once, if kernels of a backend that nobody named cannot be compiled or launched; the next one runs.
+
     Raises:
         ValueError: a shape, dtype, device or stride that does not fit; on the CPU also cu_seqlens that are not increasing.
         RuntimeError: a named backend cannot run this call; the message says why.

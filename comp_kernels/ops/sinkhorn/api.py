@@ -60,6 +60,9 @@ def sinkhorn(
     Returns:
         P [..., n, K] in float32 (float64 for float64 scores), or (P, u, v).
 
+    Warns:
+        RuntimeWarning: once, if kernels of a backend that nobody named cannot be compiled or launched; the next one runs.
+
     Raises:
         ValueError: shapes, dtypes or marginals that do not fit; on the CPU also a row or column whose scores are all -inf
             and whose marginal is positive.
