@@ -12,7 +12,7 @@ the next. Results are written as they come, one JSON object per line, to OUT/res
                 the kernels for short sequences, which are off by default until they have been measured. --baseline: another
                 build of the CUDA library, timed in turn with this one
     kernels     device time of every kernel of those workloads, by torch's profiler
-    host        Python and C cost of one call, without waiting for the device
+    host        Python and C cost of one call of every operator and backend, without waiting for the device (host_cost)
     sinkhorn    three shapes beside a copy of the same matrix
     alignment   two shapes beside the plain reference, with peak memory
     peers       what gpu_report times: other libraries with a compiled rotation
@@ -35,7 +35,7 @@ from pathlib import Path
 import torch
 
 import comp_kernels as ck
-from benchmarks import gpu_report
+from benchmarks import gpu_report, host_cost
 from comp_kernels import _native
 from comp_kernels.testing import ATTENTION_CASES, AttentionCase, check_median_error, check_rope_attention
 
@@ -206,16 +206,25 @@ def kernels(session: Session) -> None:
 
 
 def host(session: Session) -> None:
-    calls_of_one = dict(zip(("forward", "both"), calls(session, gpu_report.Workload("one image", (64,), 4, 64))))
-    for name, call in calls_of_one.items():
-        for _ in range(20):
-            call()
-        start = time.perf_counter()
-        for _ in range(200):
-            call()
-        session.say(call=name, us=round((time.perf_counter() - start) / 200 * 1e6, 1))
-        if not session.tiny:
-            torch.cuda.synchronize()
+    """The calls of host_cost, with real launches; nothing waits for the device."""
+    warm_up, count = (1, 2) if session.tiny else (20, 200)
+    for (op, backend, which), call in host_cost.cases(session.device, cpu=session.tiny).items():
+        if session.tiny and backend != "cpu":  # Triton's interpreter has another cost
+            continue
+
+        def timed(call=call) -> float:
+            for _ in range(warm_up):
+                call()
+            if not session.tiny:
+                torch.cuda.synchronize()  # an empty queue: launches never wait for room in it
+            start = time.perf_counter()
+            for _ in range(count):
+                call()
+            return round((time.perf_counter() - start) / count * 1e6, 1)
+
+        us = session.guarded(f"{op} {backend} {which}", timed)
+        if us is not None:
+            session.say(op=op, backend=backend, call=which, us=us)
 
 
 def sinkhorn(session: Session) -> None:

@@ -13,6 +13,7 @@ import torch
 import comp_kernels as ck
 from comp_kernels import reference
 from comp_kernels.ops.sinkhorn import cpu
+from comp_kernels.ops.sinkhorn.call import Call
 
 from .measure import compare
 from .peaks import exponential_rate
@@ -53,11 +54,11 @@ def kernel_and_floor_ms(scores: torch.Tensor) -> tuple[float, float]:
     flat = scores.reshape(-1, *scores.shape[-2:])
     items, rows, cols = flat.shape
     results = torch.empty_like(flat), torch.zeros(items, rows), torch.zeros(items, cols)
-    marginals = torch.ones(rows), torch.full((cols,), rows / cols)
+    call = Call(flat, torch.ones(rows), torch.full((cols,), rows / cols), EPSILON, NUM_ITERS, tol=None, group=None)
 
     def seconds() -> float:
         start = time.perf_counter()
-        cpu.solve_into(*results, flat, *marginals, epsilon=EPSILON, num_iters=NUM_ITERS, tol=None)
+        cpu.solve_into(*results, call)
         return time.perf_counter() - start
 
     seconds()  # takes the memory from the system, as for a result of its own

@@ -17,11 +17,23 @@ def describe(x: object) -> str:
     return f"{type(x).__name__} {x!r}"
 
 
-def check_tensor(name: str, x: object, shape: str, *, dim: int | tuple[int, ...] | None = None) -> None:
-    """`x` must be a tensor with the right number of dimensions; `shape` spells the expected shape for the message."""
-    dims = (dim,) if isinstance(dim, int) else dim
-    if not isinstance(x, Tensor) or (dims is not None and x.dim() not in dims):
+def check_tensor(
+    name: str,
+    x: object,
+    shape: str,
+    *,
+    dim: int | tuple[int, ...] | None = None,
+    floating: bool = False,
+    like: tuple[str, Tensor] | None = None,
+) -> None:
+    """`x` must be a tensor with the right number of dimensions, of a float dtype, with device and dtype of the tensor `like`
+    (name, tensor), as far as asked for; `shape` spells the expected shape for the message."""
+    if not isinstance(x, Tensor) or (dim is not None and x.dim() != dim and (isinstance(dim, int) or x.dim() not in dim)):
         raise ValueError(f"{name} must be a tensor {shape}, got {describe(x)}")
+    if floating and x.dtype not in FLOAT_DTYPES:
+        check_float(name, x)
+    if like is not None and (x.dtype != like[1].dtype or x.device != like[1].device):
+        check_same(name, x, *like)
 
 
 def check_dense(name: str, x: Tensor) -> None:

@@ -6,6 +6,7 @@ through the C symbols of libtorch_cpu, so `torch.set_num_threads` governs the ke
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import sys
@@ -22,6 +23,9 @@ LIB = Path(__file__).parent / "lib"
 
 # dtype codes of csrc/include
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+_HERE = contextlib.nullcontext()
 
 
 class Unavailable(Exception):
@@ -105,7 +109,13 @@ def cuda_unavailable_reason(device: torch.device) -> str | None:
 
 def stream(device: torch.device) -> int:
     """The cudaStream_t that torch uses on `device`; 0 (the default stream) for the CPU, where only emulators launch."""
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+
+
+def on_device(x: Tensor) -> contextlib.AbstractContextManager:
+    """Within, the device of `x` is CUDA's current one. To change it takes microseconds, and seldom does it have to."""
+    here = not x.is_cuda or torch.cuda.current_device() == x.device.index
+    return _HERE if here else torch.cuda.device(x.device)
 
 
 def torch_thread_pool() -> tuple[int | None, int | None]:
@@ -130,6 +140,18 @@ def cpu_function(name: str, params: type[ctypes.Structure]) -> Callable[[ctypes.
     function = getattr(cpu(), f"comp_kernels_cpu_{name}")
     function.argtypes, function.restype = [ctypes.POINTER(params)], ctypes.c_char_p
     return functools.partial(call, function)
+
+
+def cuda_function(name: str, argtypes: tuple, restype: type = ctypes.c_char_p) -> Callable:
+    """The CUDA library's comp_kernels_cuda_{name} with such arguments."""
+    return _typed(cuda(), f"comp_kernels_cuda_{name}", argtypes, restype)
+
+
+@functools.cache
+def _typed(library: ctypes.CDLL, name: str, argtypes: tuple, restype: type) -> Callable:
+    function = getattr(library, name)
+    function.argtypes, function.restype = list(argtypes), restype
+    return function
 
 
 def call(function: Callable, params: ctypes.Structure, *args) -> None:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from ._native import on_device
+
 _redirection: tuple[str, Callable] | None = None  # (architecture, launcher)
 
 
@@ -40,6 +42,21 @@ def architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
+def dot_precision(arch: str, dtype: torch.dtype) -> str:
+    """How tl.dot treats float32: three TF32 products per product on NVIDIA, as exact as float32 within a few roundings."""
+    return "tf32x3" if dtype == torch.float32 and arch.startswith("sm_") else "ieee"
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. On the host triton.cdiv and triton.next_power_of_2 take 3 us a call, for they serve kernels too."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is not less than n; 0 for 0."""
+    return 1 << (n - 1).bit_length() if n > 0 else 0
+
+
 def launch(kernel, grid: tuple[int, ...], *args, num_warps: int = 4, num_stages: int = 2, **constexprs) -> None:
     """Launch `kernel` on the device of its first tensor argument; an empty grid launches nothing."""
     if 0 in grid:
@@ -47,9 +64,7 @@ def launch(kernel, grid: tuple[int, ...], *args, num_warps: int = 4, num_stages:
     if _redirection is not None:
         _redirection[1](kernel, grid, *args, num_warps=num_warps, num_stages=num_stages, **constexprs)
         return
-    device = next(x.device for x in args if isinstance(x, torch.Tensor))
-    on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with on_device:
+    with on_device(next(x for x in args if isinstance(x, torch.Tensor))):
         kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constexprs)
 
 

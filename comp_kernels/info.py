@@ -10,7 +10,16 @@ import sys
 import torch
 
 from . import __version__, _native
-from ._backends import BACKENDS, ENVIRONMENT_VARIABLE, IMPLEMENTATIONS, available_backends, choose_backend, unavailable_reason
+from ._backends import (
+    BACKENDS,
+    ENVIRONMENT_VARIABLE,
+    IMPLEMENTATIONS,
+    available_backends,
+    choose_backend,
+    failure,
+    next_backend,
+    unavailable_reason,
+)
 
 
 def cpu_library() -> list[str]:
@@ -48,15 +57,18 @@ def devices() -> list[torch.device]:
 def describe_operator(op: str, device: torch.device) -> list[str]:
     """Which backend `op` takes on `device` when none is named, and why not the others."""
     try:
-        chosen = choose_backend(op, None, device)
+        chosen, fallback = choose_backend(op, None, device)
+        if fallback:
+            chosen = next_backend(op, device)
     except (ValueError, RuntimeError) as error:  # what every call will say
         return [f"{op}: {error}"]
     others = [name for name in available_backends(op, device) if name != chosen]
     lines = [f"{op}: {chosen}" + (f" (also {', '.join(others)})" if others else "")]
     for name in BACKENDS:
-        reason = unavailable_reason(op, name, device)
-        if reason is not None:
+        if reason := unavailable_reason(op, name, device):
             lines.append(f"    not {name}: {reason}")
+        elif reason := failure(op, name, device):
+            lines.append(f"    not {name} in this process, its kernels could not be compiled or launched: {reason}")
     return lines
 
 

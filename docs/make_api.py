@@ -246,7 +246,7 @@ def markdown(docstring: str, names: Sequence[str]) -> str:
         line = lines[position]
         if not line.strip():
             position += 1
-        elif re.fullmatch(r"(Args|Returns|Raises|Attributes[^:]*):", line):
+        elif re.fullmatch(r"(Args|Returns|Raises|Warns|Attributes[^:]*):", line):
             block, position = _indented(lines, position + 1)
             parts += [f"**{line}**", _items(block)]
         elif line.startswith("    "):

@@ -21,7 +21,7 @@ from comp_kernels.testing import AttentionCase, attention_with_gradients, make_a
 def operator_arguments(inputs):
     tables = (inputs.cos, inputs.sin, inputs.kwargs.get("cos_k", inputs.cos), inputs.kwargs.get("sin_k", inputs.sin))
     bounds = (inputs.cu_seqlens, inputs.kwargs.get("cu_seqlens_k", inputs.cu_seqlens))
-    settings = (inputs.kwargs.get("rotary_dim", 16), inputs.kwargs.get("pair_stride", 8), 0.25, "cpu")
+    settings = (inputs.kwargs.get("rotary_dim", 16), inputs.kwargs.get("pair_stride", 8), 0.25, "cpu", False)
     return (inputs.q, inputs.k, inputs.v, *tables, *bounds, *settings)
 
 

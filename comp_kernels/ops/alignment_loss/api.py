@@ -17,7 +17,8 @@ from ..._checks import (
     has_values,
     readable,
 )
-from . import reference
+from . import reference, reference_backend
+from .call import Call
 from .registration import FORWARD
 
 
@@ -67,6 +68,9 @@ def alignment_loss(
     Returns:
         A float32 scalar (float64 for float64 features).
 
+    Warns:
+        RuntimeWarning: once, if kernels of a backend that nobody named cannot be compiled or launched; the next one runs.
+
     Raises:
         ValueError: shapes, dtypes, devices or a mode that do not fit; on the CPU also counts that are negative or not finite.
         RuntimeError: a named backend cannot run this call; the message says why.
@@ -78,44 +82,14 @@ def alignment_loss(
     check_num_iters(num_iters)
     check_group(group)
 
-    def declines(name: str) -> str | None:
-        return "the Triton kernels have no float64" if name == "triton" and vision.dtype == torch.float64 else None
-
-    backend = choose_backend("alignment_loss", backend, vision.device, declines)
+    name, gradient = None if group is None else group.group_name, vision.requires_grad and torch.is_grad_enabled()
+    settings = (mode, epsilon, temperature, num_iters, prior_temperature, normalize, name, gradient)
+    call = Call(vision, text, prototypes, prior, valid, *settings)
+    backend, fallback = choose_backend("alignment_loss", backend, vision.device, call)
     if backend == "reference" and has_values(vision):  # else the operators tell the shapes
-        with torch.autocast(vision.device.type, enabled=False):  # the definition is float32 arithmetic
-            return reference.alignment_loss(
-                vision,
-                text,
-                prototypes,
-                prior=prior,
-                mode=mode,
-                epsilon=epsilon,
-                temperature=temperature,
-                num_iters=num_iters,
-                prior_temperature=prior_temperature,
-                valid=valid,
-                normalize=normalize,
-                group=group,
-            )
-    compute = torch.promote_types(vision.dtype, torch.float32)
-    vision = prepare_features(vision, valid, normalize, compute)
-    loss, _ = FORWARD.default(
-        vision,
-        prepare_features(text.detach(), valid, normalize, compute),
-        prototypes.detach(),
-        prior,
-        valid,
-        mode,
-        epsilon,
-        temperature,
-        num_iters,
-        prior_temperature,
-        normalize,
-        None if group is None else group.group_name,
-        vision.requires_grad and torch.is_grad_enabled(),
-        backend,
-    )
+        return reference_backend.definition(call)
+    # The processes of a group exchange sums in their backend's units: none may go on with another by itself.
+    loss, _ = FORWARD.default(*prepared(call), backend, fallback and group is None)
     return loss
 
 
@@ -158,6 +132,13 @@ def check_prior(prior: Tensor | None, vision: Tensor, prototypes: Tensor, mode: 
         )
     if mode == "released" and total == 0:
         raise ValueError("prior must have a positive sum in mode 'released', got zeros alone")
+
+
+def prepared(call: Call) -> Call:
+    """The call as kernels take it: features in the computing dtype, rows of length one; only vision has a gradient."""
+    dtype = torch.promote_types(call.vision.dtype, torch.float32)
+    vision, text = (prepare_features(x, call.valid, call.normalize, dtype) for x in (call.vision, call.text.detach()))
+    return call._replace(vision=vision, text=text, prototypes=call.prototypes.detach())
 
 
 def prepare_features(x: Tensor, valid: Tensor | None, normalize: bool, dtype: torch.dtype) -> Tensor:

@@ -4,6 +4,7 @@ BLAS does better than kernels of ours (docs/kernels.md has the measurement)."""
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Callable
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from ... import _native
 from ..._native import pointer
-from ..sinkhorn.cpu import call_step, column_statistics, unavailable_reason, update_row_statistics
+from .._log_domain.cpu import call_step, column_statistics, update_row_statistics
+from . import streaming
+from .call import Call
 from .reference import SCALE_DOWN
 from .streaming import TileLimits
 
@@ -21,6 +24,8 @@ __all__ = [
     "RowSums",
     "add_products",
     "column_statistics",
+    "declines",
+    "forward",
     "inverse_norms",
     "iterate",
     "loss_tile",
@@ -36,6 +41,21 @@ TILE_LIMITS = TileLimits(score_elements=1 << 18, prototype_elements=1 << 22, min
 
 # Row sums below this share of the largest column weight may have lost terms to underflow (as in csrc/sinkhorn/cpu).
 LOST_SHARE = {torch.float32: 1e-20, torch.float64: 1e-200}
+
+
+def unavailable_reason(device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return f"the cpu backend needs tensors on the cpu, not on {device}"
+    return _native.cpu_unavailable_reason()
+
+
+def declines(call: Call) -> str | None:
+    return None
+
+
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """Loss and gradient of vision."""
+    return streaming.forward(call, steps=sys.modules[__name__])
 
 
 class Params(ctypes.Structure):

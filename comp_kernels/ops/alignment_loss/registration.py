@@ -9,59 +9,33 @@ once less. `backend` names the module that runs; `group` is a process group's na
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..._backends import implementation
+from ..._backends import function_of
 from ..._namespace import LIBRARY, OPS, register
-from ..sinkhorn.registration import group_by_name
-from . import streaming
+from .call import Call
 
 OPERATOR = "alignment_loss"
 
 LIBRARY.define(
     "alignment_loss(Tensor vision, Tensor text, Tensor prototypes, Tensor? prior, Tensor? valid, str mode, float epsilon, "
-    "float temperature, int num_iters, float prior_temperature, bool normalize, str? group, bool gradient, str backend) "
+    "float temperature, int num_iters, float prior_temperature, bool normalize, str? group, bool gradient, str backend, "
+    "bool fallback) "
     "-> (Tensor loss, Tensor grad_vision)"
 )
 # vision takes no part in it: as an argument it makes second derivatives reach this operator, which refuses them.
 LIBRARY.define("alignment_loss_backward(Tensor grad_loss, Tensor grad_vision, Tensor vision) -> Tensor")
 
 
-def forward(
-    vision,
-    text,
-    prototypes,
-    prior,
-    valid,
-    mode: str,
-    epsilon: float,
-    temperature: float,
-    num_iters: int,
-    prior_temperature: float,
-    normalize: bool,
-    group: str | None,
-    gradient: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    settings = streaming.Settings(mode, epsilon, temperature, num_iters, prior_temperature, normalize, group_by_name(group))
-    with torch.autocast(vision.device.type, enabled=False):
-        return streaming.loss_and_gradient(
-            implementation(OPERATOR, backend),
-            vision.contiguous(),
-            text.contiguous(),
-            prototypes if prototypes.stride(-1) == 1 else prototypes.contiguous(),
-            prior,
-            valid,
-            settings,
-            gradient=gradient,
-        )
+def forward(*arguments) -> tuple[Tensor, Tensor]:
+    *inputs, backend, fallback = arguments
+    return function_of(OPERATOR, "forward", backend, fallback)(Call(*inputs))
 
 
-def forward_fake(vision, text, prototypes, prior, valid, *settings):
-    gradient = settings[-2]
-    return vision.new_empty(()), vision.new_empty(vision.shape if gradient else 0)
+def forward_fake(*arguments) -> tuple[Tensor, Tensor]:
+    call = Call(*arguments[:-2])
+    return call.vision.new_empty(()), call.vision.new_empty(call.vision.shape if call.gradient else 0)
 
 
 def backward(grad_loss: Tensor, grad_vision: Tensor, vision: Tensor) -> Tensor:
@@ -99,5 +73,5 @@ BACKWARD = OPS.alignment_loss_backward
 def forward_flops(vision_shape, text_shape, prototypes_shape, *args, out_shape=None, **kwargs) -> int:
     """Two score products and, where a gradient is wanted, one more; products repeated for want of memory are not counted."""
     (rows, dim), words = vision_shape, prototypes_shape[0]
-    products = 3 if args[-2] else 2
+    products = 3 if args[-3] else 2
     return products * 2 * rows * words * dim

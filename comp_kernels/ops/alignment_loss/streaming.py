@@ -13,7 +13,6 @@ vision scores, if both fit `BOTH_SHARE`. All logarithms are in bits, all potenti
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -22,12 +21,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..sinkhorn.over_group import merge_over_group, scale
+from ..._units import LOG2E
+from .._log_domain.over_group import group_by_name, merge_over_group, scale
+from .call import Call
 from .reference import NORM_FLOOR
 
 Pair = tuple[Tensor, Tensor]  # running maximum in bits and sum of 2^(entry - maximum), per row
-
-LOG2E = 1.0 / math.log(2.0)
 
 # Bytes of [n, V] scores kept between the passes, as shares of the bytes of (n + V) * D inputs in the computing dtype. Without
 # its text score an entry costs a product in every iteration, without its vision score a single one.
@@ -118,6 +117,15 @@ class Prototypes:
 def tile_columns(num_rows: int, dim: int, num_words: int, limits: TileLimits) -> int:
     cols = min(limits.score_elements // max(num_rows, 1), limits.prototype_elements // max(dim, 1))
     return min(max(cols, limits.min_cols), limits.max_cols, max(num_words, 1))
+
+
+def forward(call: Call, steps: ModuleType) -> tuple[Tensor, Tensor]:
+    """Loss and gradient of vision (empty when not wanted), by the steps of a backend."""
+    settings = Settings(*call[5:11], group_by_name(call.group))
+    prototypes = call.prototypes if call.prototypes.stride(-1) == 1 else call.prototypes.contiguous()
+    features = call.vision.contiguous(), call.text.contiguous()
+    with torch.autocast(call.device.type, enabled=False):
+        return loss_and_gradient(steps, *features, prototypes, call.prior, call.valid, settings, gradient=call.gradient)
 
 
 def loss_and_gradient(

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ..._triton import architecture, launch
-from ..rope_attention.triton_configs import dot_precision
-from ..sinkhorn.triton_backend import (
-    column_statistics,
-    column_step,
-    merge_rows,
-    unavailable_reason,
-    update_row_statistics,
-)
+from ..._triton import architecture, dot_precision, launch, unavailable_reason
+from .._log_domain.triton_steps import column_statistics, column_step, merge_rows, update_row_statistics
+from . import streaming
+from .call import Call
 from .streaming import TileLimits
 
 __all__ = [
@@ -24,6 +20,8 @@ __all__ = [
     "RowSums",
     "add_products",
     "column_statistics",
+    "declines",
+    "forward",
     "inverse_norms",
     "iterate",
     "loss_tile",
@@ -39,6 +37,15 @@ TILE_LIMITS = TileLimits(score_elements=1 << 22, prototype_elements=1 << 25, min
 
 PRODUCT_TILE = dict(BN=64, BK=64, BD=32)
 NUM_WARPS, PRODUCT_WARPS = 4, 8  # three TF32 products of a 64 x 64 tile by four warps spill
+
+
+def declines(call: Call) -> str | None:
+    return "the Triton kernels have no float64" if call.vision.dtype == torch.float64 else None
+
+
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """Loss and gradient of vision."""
+    return streaming.forward(call, steps=sys.modules[__name__])
 
 
 def blocks(size: int, block: int) -> int:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from ... import _native
 from . import native
+from .call import Call
 
 MAX_HEAD_DIM = 256
 LSE_DTYPE = torch.float64  # whatever the dtype of q: see csrc/include/comp_kernels/rope_attention.h
@@ -17,16 +20,16 @@ def unavailable_reason(device: torch.device) -> str | None:
     return _native.cpu_unavailable_reason()
 
 
-def declines(q, k, v, cos, sin, cos_k, sin_k, *, rotary_dim: int, pair_stride: int) -> str | None:
-    head_dim = q.shape[-1]
+def declines(call: Call) -> str | None:
+    head_dim = call.q.shape[-1]
     if head_dim % 2 != 0 or head_dim > MAX_HEAD_DIM:
         return f"head dims must be even and at most {MAX_HEAD_DIM}, got {head_dim}"
     return None
 
 
-def forward(*args, **kwargs):
-    return native.forward(_native.cpu_function("rope_attention_forward", native.Params), LSE_DTYPE, *args, **kwargs)
+def _run(which: str, params: native.Params) -> None:
+    _native.cpu_function(f"rope_attention_{which}", native.Params)(params)
 
 
-def backward(*args, **kwargs):
-    return native.backward(_native.cpu_function("rope_attention_backward", native.Params), *args, **kwargs)
+forward = functools.partial(native.forward, functools.partial(_run, "forward"), LSE_DTYPE)
+backward = functools.partial(native.backward, functools.partial(_run, "backward"), LSE_DTYPE)

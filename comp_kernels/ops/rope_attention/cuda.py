@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -10,92 +11,53 @@ from torch import Tensor
 
 from ... import _native
 from . import native
+from .call import Call
 
 MAX_HEAD_DIM = 128
+LSE_DTYPE = torch.float32
 CHANNELS = 8  # of 16 bits in one 16-byte access
+PARAMS = ctypes.POINTER(native.Params)
 
 
 def unavailable_reason(device: torch.device) -> str | None:
     return _native.cuda_unavailable_reason(device)
 
 
-def declines(q, k, v, cos, sin, cos_k, sin_k, *, rotary_dim: int, pair_stride: int) -> str | None:
-    if q.dtype not in (torch.float16, torch.bfloat16):
-        return f"q, k, v must be float16 or bfloat16, got {q.dtype}: float32 would need tf32 products, which are not built"
-    if q.shape[-1] > MAX_HEAD_DIM:
-        return f"head dims must be at most {MAX_HEAD_DIM}, got {q.shape[-1]}"
+def declines(call: Call) -> str | None:
+    dtype, head_dim = call.q.dtype, call.q.shape[-1]
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"q, k, v must be float16 or bfloat16, got {dtype}: float32 would need tf32 products, which are not built"
+    if head_dim > MAX_HEAD_DIM:
+        return f"head dims must be at most {MAX_HEAD_DIM}, got {head_dim}"
     return None
 
 
-def forward(
-    q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, *, rotary_dim: int, pair_stride: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Shapes and dtypes as in comp_kernels.rope_attention, tables and bounds filled in; returns (out, lse)."""
-    head_dim = q.shape[-1]
-    q, k, v, cos, sin, cos_k, sin_k = _accessible(q, k, v, cos, sin, cos_k, sin_k)
-    out, lse = native.forward(
-        _runner("forward", q),
-        torch.float32,
-        q,
-        k,
-        v,
-        cos,
-        sin,
-        cos_k,
-        sin_k,
-        cu_seqlens,
-        cu_seqlens_k,
-        rotary_dim=rotary_dim,
-        pair_stride=pair_stride,
-        scale=scale,
-    )
-    return out[..., :head_dim].contiguous(), lse
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    run = functools.partial(_launch, "forward", call.q)
+    out, lse = native.forward(run, LSE_DTYPE, accessible(call))
+    return _narrowed(out, call.q), lse
 
 
 def backward(
-    grad_out,
-    grad_lse,
-    q,
-    k,
-    v,
-    out,
-    lse,
-    cos,
-    sin,
-    cos_k,
-    sin_k,
-    cu_seqlens,
-    cu_seqlens_k,
-    *,
-    rotary_dim: int,
-    pair_stride: int,
-    scale: float,
-    table_grads: bool,
+    call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, table_grads: bool
 ) -> tuple[Tensor | None, ...]:
-    """Returns (dq, dk, dv, dcos, dsin, dcos_k, dsin_k); the last four are None without tables or table_grads."""
-    head_dim = q.shape[-1]
-    q, k, v, cos, sin, cos_k, sin_k = _accessible(q, k, v, cos, sin, cos_k, sin_k)
+    run = functools.partial(_launch, "backward", call.q)
+    cotangents = (_aligned(_padded(grad_out)), grad_lse)
     dq, dk, dv, *of_tables = native.backward(
-        _runner("backward", q),
-        _aligned(_padded(grad_out)),
-        grad_lse,
-        q,
-        k,
-        v,
-        _padded(out),
-        lse,
-        cos,
-        sin,
-        cos_k,
-        sin_k,
-        cu_seqlens,
-        cu_seqlens_k,
-        rotary_dim=rotary_dim,
-        pair_stride=pair_stride,
-        scale=scale,
-        table_grads=table_grads,
-    )
-    return *(gradient[..., :head_dim].contiguous() for gradient in (dq, dk, dv)), *of_tables
+        run, LSE_DTYPE, accessible(call), _padded(out), lse, *cotangents, table_grads
+    )  # fmt: skip
+    return _narrowed(dq, call.q), _narrowed(dk, call.k), _narrowed(dv, call.v), *of_tables
+
+
+def accessible(call: Call) -> Call:
+    """The call with tensors that kernels can read 16 bytes at a time: the same, or copies where a view does not allow it."""
+    q, k, v, cos, sin, cos_k, sin_k, *rest = call
+    if q.shape[-1] % CHANNELS:
+        q, k, v = _padded(q), _padded(k), _padded(v)
+    q, k, v = _aligned(q), _aligned(k), _aligned(v)
+    if cos is not None:  # contiguous already; a table may still start in the middle of a line
+        cos, sin, cos_k, sin_k = (x.clone() if x.data_ptr() % 16 else x for x in (cos, sin, cos_k, sin_k))
+    return Call(q, k, v, cos, sin, cos_k, sin_k, *rest)
 
 
 def _padded(x: Tensor) -> Tensor:
@@ -104,31 +66,22 @@ def _padded(x: Tensor) -> Tensor:
     return F.pad(x, (0, missing)) if missing else x
 
 
+def _narrowed(x: Tensor, like: Tensor) -> Tensor:
+    """Without what `_padded` added."""
+    return x if x.shape == like.shape else x[..., : like.shape[-1]].contiguous()
+
+
 def _aligned(x: Tensor) -> Tensor:
     """x with a contiguous last dimension and every row at a multiple of 16 bytes: itself, or a copy where a view does not."""
-    unit = 16 // x.element_size()
-    rows = x.stride(-1) == 1 and all(stride % unit == 0 for stride in x.stride()[:-1])
+    token, head, channel = x.stride()
+    rows = channel == 1 and token % CHANNELS == head % CHANNELS == 0
     return x if rows and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
-def _accessible(q, k, v, *tables: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The inputs as the kernels can read them. Tables are contiguous already; one may still start in the middle of a line."""
-    tables = (table.clone() if table is not None and table.data_ptr() % 16 else table for table in tables)
-    return *(_aligned(_padded(x)) for x in (q, k, v)), *tables
-
-
-def _runner(which: str, q: Tensor):
-    """run(params) for `native`: launches on the current stream of q's device, with the workspace that the call needs."""
-    library = _native.cuda()
-    size = library.comp_kernels_cuda_rope_attention_workspace
-    size.argtypes, size.restype = [ctypes.POINTER(native.Params), ctypes.c_int32], ctypes.c_int64
-    function = getattr(library, f"comp_kernels_cuda_rope_attention_{which}")
-    function.argtypes = [ctypes.POINTER(native.Params), ctypes.c_void_p, ctypes.c_void_p]
-    function.restype = ctypes.c_char_p
-
-    def run(params: native.Params) -> None:
-        with torch.cuda.device_of(q):  # the size depends on the device too
-            workspace = q.new_empty(size(ctypes.byref(params), which == "backward"), dtype=torch.uint8)
-            _native.call(function, params, workspace.data_ptr(), _native.stream(q.device))
-
-    return run
+def _launch(which: str, q: Tensor, params: native.Params) -> None:
+    """One pass on the current stream of q's device, with the workspace that it needs."""
+    size = _native.cuda_function("rope_attention_workspace", (PARAMS, ctypes.c_int32), ctypes.c_int64)
+    function = _native.cuda_function(f"rope_attention_{which}", (PARAMS, ctypes.c_void_p, ctypes.c_void_p))
+    with _native.on_device(q):  # the size depends on the device too
+        workspace = q.new_empty(size(ctypes.byref(params), which == "backward"), dtype=torch.uint8)
+        _native.call(function, params, workspace.data_ptr(), _native.stream(q.device))

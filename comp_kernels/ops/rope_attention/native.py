@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ... import _native
 from ..._native import pointer
+from .call import Call
 
 
 class Params(ctypes.Structure):
@@ -28,27 +29,11 @@ class Params(ctypes.Structure):
     ]
 
 
-def forward(
-    run: Callable[[Params], None],
-    lse_dtype: torch.dtype,
-    q,
-    k,
-    v,
-    cos,
-    sin,
-    cos_k,
-    sin_k,
-    cu_seqlens,
-    cu_seqlens_k,
-    *,
-    rotary_dim: int,
-    pair_stride: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Shapes and dtypes as in comp_kernels.rope_attention, tables and bounds filled in; `run` computes. Returns (out, lse)."""
-    out = _contiguous_like(q)
-    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=lse_dtype)
-    params = _params(q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, rotary_dim, pair_stride, scale)
+def forward(run: Callable[[Params], None], lse_dtype: torch.dtype, call: Call) -> tuple[Tensor, Tensor]:
+    """(out, lse); `run` computes."""
+    out = torch.empty_like(call.q, memory_format=torch.contiguous_format)  # new_empty takes twice as long
+    lse = call.q.new_empty((call.q.shape[1], call.q.shape[0]), dtype=lse_dtype)
+    params = _params(call)
     params.out, params.lse = out.data_ptr(), lse.data_ptr()
     run(params)
     return out, lse
@@ -56,67 +41,43 @@ def forward(
 
 def backward(
     run: Callable[[Params], None],
-    grad_out,
-    grad_lse,
-    q,
-    k,
-    v,
-    out,
-    lse,
-    cos,
-    sin,
-    cos_k,
-    sin_k,
-    cu_seqlens,
-    cu_seqlens_k,
-    *,
-    rotary_dim: int,
-    pair_stride: int,
-    scale: float,
+    lse_dtype: torch.dtype,
+    call: Call,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
     table_grads: bool,
 ) -> tuple[Tensor | None, ...]:
-    """Returns (dq, dk, dv, dcos, dsin, dcos_k, dsin_k); the last four are None without tables or table_grads."""
+    """(dq, dk, dv, dcos, dsin, dcos_k, dsin_k); the last four are None without tables or table_grads."""
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
-    grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    dq, dk, dv = _contiguous_like(q), _contiguous_like(k), _contiguous_like(v)
-    # One gradient per head: the kernels compute heads side by side and add nothing up between them.
-    per_head = {
-        name: table.new_empty((*x.shape[:2], table.shape[-1]))
-        for name, table, x in (("dcos", cos, q), ("dsin", sin, q), ("dcos_k", cos_k, k), ("dsin_k", sin_k, k))
-        if table_grads and table is not None
-    }
-    params = _params(q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, rotary_dim, pair_stride, scale)
+    lse = lse.to(lse_dtype)  # of another backend, where that one's backward kernels failed
+    grad_lse = None if grad_lse is None else grad_lse.to(lse_dtype).contiguous()
+    dq = torch.empty_like(call.q, memory_format=torch.contiguous_format)
+    dk = torch.empty_like(call.k, memory_format=torch.contiguous_format)
+    dv = torch.empty_like(call.v, memory_format=torch.contiguous_format)
+    params = _params(call)
     params.out, params.lse = out.data_ptr(), lse.data_ptr()
     params.grad_out, params.grad_lse = grad_out.data_ptr(), pointer(grad_lse)
     params.grad_out_stride_token, params.grad_out_stride_head, _ = grad_out.stride()
     params.dq, params.dk, params.dv = dq.data_ptr(), dk.data_ptr(), dv.data_ptr()
-    for name, gradient in per_head.items():
-        setattr(params, name, gradient.data_ptr())
-    run(params)
-    if not per_head:
+    if not table_grads:
+        run(params)
         return dq, dk, dv, None, None, None, None
-
-    def table_gradient(name: str, table: Tensor | None) -> Tensor | None:
-        gradient = per_head.get(name)
-        return gradient if gradient is None or table.dim() == 3 else gradient.sum(1)
-
-    tables = (("dcos", cos), ("dsin", sin), ("dcos_k", cos_k), ("dsin_k", sin_k))
-    return dq, dk, dv, *(table_gradient(name, table) for name, table in tables)
-
-
-def _contiguous_like(x: Tensor) -> Tensor:
-    """Uninitialised; new_empty takes twice as long."""
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    # One gradient per head: the kernels compute heads side by side and add nothing up between them.
+    tables, turned = call[3:7], (call.q, call.q, call.k, call.k)
+    per_head = [None if t is None else t.new_empty((*x.shape[:2], t.shape[-1])) for t, x in zip(tables, turned)]
+    params.dcos, params.dsin, params.dcos_k, params.dsin_k = (pointer(gradient) for gradient in per_head)
+    run(params)
+    return dq, dk, dv, *(g if g is None or table.dim() == 3 else g.sum(1) for g, table in zip(per_head, tables))
 
 
-def _params(q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, rotary_dim, pair_stride, scale) -> Params:
+def _params(call: Call) -> Params:
     """The inputs that both passes share. The tensors must outlive the call."""
+    q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, rotary_dim, pair_stride, scale = call
     num_tokens, num_heads, head_dim = q.shape
     num_tokens_k, num_heads_k, _ = k.shape
-    if cos_k is not None and cos_k is not cos and (cos is None or cos_k.shape[-1] != cos.shape[-1]):
-        widths = [None if table is None else table.shape[-1] for table in (cos, cos_k)]
-        raise ValueError(f"cos and cos_k must have the same width, got {widths}")
     q_stride_token, q_stride_head, _ = q.stride()
     k_stride_token, k_stride_head, _ = k.stride()
     v_stride_token, v_stride_head, _ = v.stride()

@@ -13,143 +13,103 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..._backends import implementation
+from ..._backends import function_of, implementation
 from ..._namespace import LIBRARY, OPS, register, watched
+from .call import Call, bounds_of_all
 
 OPERATOR = "rope_attention"
 
 TABLES = "Tensor? cos, Tensor? sin, Tensor? cos_k, Tensor? sin_k"
 BOUNDS = "Tensor cu_seqlens, Tensor cu_seqlens_k"
-SETTINGS = "int rotary_dim, int pair_stride, float scale, str backend"
+SETTINGS = "int rotary_dim, int pair_stride, float scale"
+CHOICE = "str backend, bool fallback"  # what choose_backend returns
 
 LIBRARY.define(
-    f"rope_attention_forward(Tensor q, Tensor k, Tensor v, {TABLES}, {BOUNDS}, {SETTINGS}) -> (Tensor out, Tensor lse)",
+    f"rope_attention_forward(Tensor q, Tensor k, Tensor v, {TABLES}, {BOUNDS}, {SETTINGS}, {CHOICE}) "
+    "-> (Tensor out, Tensor lse)",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
 # An absent gradient (no table, or not wanted) is an empty tensor: an operator cannot return None.
 LIBRARY.define(
     "rope_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{TABLES}, {BOUNDS}, {SETTINGS}, bool table_grads) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"{TABLES}, {BOUNDS}, {SETTINGS}, {CHOICE}, bool table_grads) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
 
 
-def forward(
-    q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, rotary_dim: int, pair_stride: int, scale: float, backend: str
-) -> tuple[Tensor, Tensor]:
-    return implementation(OPERATOR, backend).forward(
-        q,
-        k,
-        v,
-        cos,
-        sin,
-        cos_k,
-        sin_k,
-        cu_seqlens,
-        cu_seqlens_k,
-        rotary_dim=rotary_dim,
-        pair_stride=pair_stride,
-        scale=scale,
-    )
+def lse_dtype(call: Call, backend: str) -> torch.dtype:
+    return implementation(OPERATOR, backend).LSE_DTYPE or torch.promote_types(call.q.dtype, torch.float32)
 
 
-def forward_fake(q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, rotary_dim, pair_stride, scale, backend):
-    dtype = torch.float64 if backend in ("cpu", "triton") else torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=dtype)
+def forward(call: Call, backend: str, fallback: bool) -> tuple[Tensor, Tensor]:
+    out, lse = function_of(OPERATOR, "forward", backend, fallback)(call)
+    return out, lse.to(lse_dtype(call, backend)) if fallback else lse  # as promised, whichever backend ran
+
+
+def forward_kernel(*arguments) -> tuple[Tensor, Tensor]:
+    *inputs, backend, fallback = arguments
+    return forward(Call(*inputs), backend, fallback)
+
+
+def forward_fake(*arguments) -> tuple[Tensor, Tensor]:
+    *inputs, backend, _ = arguments
+    call = Call(*inputs)
+    return call.q.new_empty(call.q.shape), call.q.new_empty((call.q.shape[1], call.q.shape[0]), dtype=lse_dtype(call, backend))
 
 
 def gradients(
-    grad_out,
-    grad_lse,
-    q,
-    k,
-    v,
-    out,
-    lse,
-    cos,
-    sin,
-    cos_k,
-    sin_k,
-    cu_seqlens,
-    cu_seqlens_k,
-    rotary_dim: int,
-    pair_stride: int,
-    scale: float,
+    call: Call,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
     backend: str,
+    fallback: bool,
     table_grads: bool,
 ) -> tuple[Tensor | None, ...]:
-    if q.numel() == 0:  # no query, no gradient; the kernels' loops over queries would leave their results unwritten
-        tables = ((table if table_grads else None) for table in (cos, sin, cos_k, sin_k))
-        zeros = (None if table is None else torch.zeros_like(table) for table in tables)
-        return *(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)), *zeros
-    return implementation(OPERATOR, backend).backward(
-        grad_out,
-        grad_lse,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        cos,
-        sin,
-        cos_k,
-        sin_k,
-        cu_seqlens,
-        cu_seqlens_k,
-        rotary_dim=rotary_dim,
-        pair_stride=pair_stride,
-        scale=scale,
-        table_grads=table_grads,
-    )
+    """Of the first seven fields of the call; None for those of tables that are not there or not wanted."""
+    if call.q.numel() == 0:  # no query, no gradient; the kernels' loops over queries would leave their results unwritten
+        tables = (torch.zeros_like(table) if table is not None and table_grads else None for table in call[3:7])
+        return *(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in call[:3]), *tables
+    function = function_of(OPERATOR, "backward", backend, fallback)
+    return function(call, out, lse, grad_out, grad_lse, table_grads)
 
 
-def backward(grad_out, *arguments) -> tuple[Tensor, ...]:
-    return tuple(grad_out.new_empty(0) if gradient is None else gradient for gradient in gradients(grad_out, *arguments))
+def backward_kernel(grad_out, grad_lse, q, k, v, out, lse, *arguments) -> tuple[Tensor, ...]:
+    *inputs, backend, fallback, table_grads = arguments
+    found = gradients(Call(q, k, v, *inputs), out, lse, grad_out, grad_lse, backend, fallback, table_grads)
+    return tuple(grad_out.new_empty(0) if gradient is None else gradient for gradient in found)
 
 
-def backward_fake(
-    grad_out,
-    grad_lse,
-    q,
-    k,
-    v,
-    out,
-    lse,
-    cos,
-    sin,
-    cos_k,
-    sin_k,
-    cu_seqlens,
-    cu_seqlens_k,
-    rotary_dim,
-    pair_stride,
-    scale,
-    backend,
-    table_grads,
-):
-    tables = (table if table_grads else None for table in (cos, sin, cos_k, sin_k))
+def backward_fake(grad_out, grad_lse, q, k, v, out, lse, cos, sin, cos_k, sin_k, *arguments) -> tuple[Tensor, ...]:
+    tables = (table if arguments[-1] else None for table in (cos, sin, cos_k, sin_k))
     table_gradients = (q.new_empty(0) if table is None else table.new_empty(table.shape) for table in tables)
     return *(x.new_empty(x.shape) for x in (q, k, v)), *table_gradients
 
 
 def setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.rotary_dim, ctx.pair_stride, ctx.scale, ctx.backend = inputs
-    ctx.save_for_backward(*tensors, *output)
+    ctx.save_for_backward(*inputs[:9], *output)
+    ctx.settings = inputs[9:]
     ctx.set_materialize_grads(False)  # an unused lse has no gradient, and costs none
 
 
 def autograd(ctx, grad_out, grad_lse) -> tuple[Tensor | None, ...]:
-    q, k, v, *tables_and_bounds, out, lse = ctx.saved_tensors
-    settings = (ctx.rotary_dim, ctx.pair_stride, ctx.scale, ctx.backend)
+    *tensors, out, lse = ctx.saved_tensors
+    *settings, backend, fallback = ctx.settings
+    call = Call(*tensors, *settings)
     table_grads = any(ctx.needs_input_grad[3:7])
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     # Of a gradient that is to be differentiated again (create_graph), the operator says that it cannot.
-    direct = not (torch.is_grad_enabled() or q.is_meta or watched((grad_out, grad_lse, q, k, v, *tables_and_bounds)))
-    function = gradients if direct else OPS.rope_attention_backward.default
-    computed = function(grad_out, grad_lse, q, k, v, out, lse, *tables_and_bounds, *settings, table_grads)
-    wanted = ctx.needs_input_grad[:7]
-    return *(gradient if need else None for gradient, need in zip(computed, wanted)), None, None, *(None for _ in settings)
+    if torch.is_grad_enabled() or call.q.is_meta or watched((grad_out, grad_lse, *tensors)):
+        found = BACKWARD.default(
+            grad_out, grad_lse, *call[:3], out, lse, *call[3:], backend, fallback, table_grads
+        )  # fmt: skip
+    else:
+        found = gradients(call, out, lse, grad_out, grad_lse, backend, fallback, table_grads)
+    wanted = ctx.needs_input_grad
+    return *[gradient if want else None for gradient, want in zip(found, wanted)], *[None] * (len(wanted) - 7)
 
 
 def refuse_double_backward(ctx, *grads):
@@ -159,8 +119,8 @@ def refuse_double_backward(ctx, *grads):
     )
 
 
-register("rope_attention_forward", forward, forward_fake, autograd, setup_context)
-register("rope_attention_backward", backward, backward_fake, refuse_double_backward)
+register("rope_attention_forward", forward_kernel, forward_fake, autograd, setup_context)
+register("rope_attention_backward", backward_kernel, backward_fake, refuse_double_backward)
 
 FORWARD = OPS.rope_attention_forward
 BACKWARD = OPS.rope_attention_backward
@@ -188,26 +148,28 @@ def backward_flops(
 
 
 class DirectAttention(torch.autograd.Function):
-    """The same kernel with the same autograd rule, past the dispatcher."""
+    """The same kernel with the same autograd rule, past the dispatcher. What has no gradient comes as one argument: torch takes
+    half a microsecond for each."""
 
     @staticmethod
-    def forward(ctx, *inputs):
-        output = forward(*inputs)
-        setup_context(ctx, inputs, output)  # torch's own way of calling it inspects signatures, for 70 us
+    def forward(ctx, q, k, v, cos, sin, cos_k, sin_k, others):
+        call, backend, fallback = others
+        output = forward(call, backend, fallback)
+        setup_context(ctx, (q, k, v, cos, sin, cos_k, sin_k, *call[7:], backend, fallback), output)
         return output
 
     backward = staticmethod(autograd)
 
 
-def attention(
-    q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, rotary_dim: int, pair_stride: int, scale: float, backend: str
-) -> tuple[Tensor, Tensor]:
-    """The differentiable operator; arguments checked and normalised by the public function."""
-    tensors = (q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k)
-    if q.is_meta or watched(tensors):
-        function = FORWARD.default
-    elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        function = DirectAttention.apply
-    else:
-        function = forward
-    return function(*tensors, rotary_dim, pair_stride, scale, backend)
+def attention(call: Call, backend: str, fallback: bool) -> tuple[Tensor, Tensor]:
+    """The differentiable operator."""
+    if call.cu_seqlens is None:
+        bounds, bounds_k = (bounds_of_all(x.shape[0], x.device) for x in (call.q, call.k))
+        call = call._replace(cu_seqlens=bounds, cu_seqlens_k=bounds_k)
+    if call.q.is_meta or watched(call[:9]):
+        return FORWARD.default(*call, backend, fallback)
+    if torch.is_grad_enabled():
+        for x in call[:7]:
+            if x is not None and x.requires_grad:
+                return DirectAttention.apply(*call[:7], (call, backend, fallback))
+    return forward(call, backend, fallback)

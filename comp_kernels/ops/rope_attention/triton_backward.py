@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._triton import launch
+from ..._triton import cdiv, launch, next_power_of_2
+from ..._units import LOG2E
 from .triton_configs import TileConfig
 from .triton_rotation import head_stride, token_stride, unrotate_in_place
 from .triton_tiles import (
@@ -33,7 +34,7 @@ from .triton_tiles import (
     zero_tile,
 )
 
-LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LOG2_E: tl.constexpr = tl.constexpr(LOG2E)
 
 
 @triton.jit
@@ -269,7 +270,7 @@ def row_terms(out: Tensor, grad_out: Tensor, lse: Tensor, grad_lse: Tensor | Non
     num_tokens, num_heads = out.shape[:2]
     terms = torch.empty(3, num_heads, num_tokens, dtype=torch.float32, device=out.device)
     launch(
-        row_terms_kernel, (triton.cdiv(num_tokens, 64), num_heads),
+        row_terms_kernel, (cdiv(num_tokens, 64), num_heads),
         out, grad_out, lse, grad_lse, terms, cu_seqlens,
         cu_seqlens.shape[0] - 1, num_tokens, terms.stride(0), grad_out.stride(1),
         OUT_STRIDE=out.stride(0), GRAD_STRIDE=grad_out.stride(0), BLOCK=64, HAS_GRAD_LSE=grad_lse is not None, HEAD=head,
@@ -289,12 +290,12 @@ def query_gradient(
     launch(
         query_gradient_kernel, (num_tokens // config.block_m + num_sequences + 1, num_heads),
         q, k, v, grad_out, terms, cos, sin, cu_seqlens, cu_seqlens_k, grad_q,
-        num_sequences, num_tokens, terms.stride(0), scale, scale * LOG2_E.value,
+        num_sequences, num_tokens, terms.stride(0), scale, scale * LOG2E,
         q.stride(1), k.stride(1), v.stride(1), grad_out.stride(1), head_stride(cos),
         Q_STRIDE=q.stride(0), K_STRIDE=k.stride(0), V_STRIDE=v.stride(0), GRAD_STRIDE=grad_out.stride(0),
         GRAD_Q_STRIDE=grad_q.stride(0), TABLE_STRIDE=token_stride(cos),
         GROUP=num_heads // k.shape[1], BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        PAIRS=triton.next_power_of_2(rope.num_pairs), UNROTATE=unrotate, PRECISION=precision,
+        PAIRS=next_power_of_2(rope.num_pairs), UNROTATE=unrotate, PRECISION=precision,
         HEAD=head, HEAD_QK=head_qk, ROPE=rope,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
@@ -312,12 +313,12 @@ def key_value_gradient(
     launch(
         key_value_gradient_kernel, (num_tokens_k // config.block_n + num_sequences + 1, num_heads_k),
         q, k, v, grad_out, terms, cos, sin, cu_seqlens, cu_seqlens_k, grad_k, grad_v,
-        num_sequences, q.shape[0], num_tokens_k, terms.stride(0), scale, scale * LOG2_E.value,
+        num_sequences, q.shape[0], num_tokens_k, terms.stride(0), scale, scale * LOG2E,
         q.stride(1), k.stride(1), v.stride(1), grad_out.stride(1), head_stride(cos),
         Q_STRIDE=q.stride(0), K_STRIDE=k.stride(0), V_STRIDE=v.stride(0), GRAD_STRIDE=grad_out.stride(0),
         GRAD_K_STRIDE=grad_k.stride(0), TABLE_STRIDE=token_stride(cos),
         GROUP=q.shape[1] // num_heads_k, PASSES=config.num_passes, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        PAIRS=triton.next_power_of_2(rope.num_pairs), UNROTATE=unrotate, PRECISION=precision,
+        PAIRS=next_power_of_2(rope.num_pairs), UNROTATE=unrotate, PRECISION=precision,
         HEAD=head, HEAD_QK=head_qk, ROPE=rope,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

@@ -7,12 +7,15 @@ device; nothing else in this backend does.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+
+from ..._triton import dot_precision  # noqa: F401
 
 AUTOTUNE_VARIABLE = "COMP_KERNELS_AUTOTUNE"
 
@@ -103,8 +106,11 @@ def family(arch: str, dtype: torch.dtype) -> str:
 
 def table_config(kernel: str, arch: str, head_dim: int, dtype: torch.dtype) -> TileConfig:
     """The configuration of `kernel` ("forward", "inline", "query_gradient" or "key_value_gradient") without measuring."""
-    if arch == "interpreter":
-        return INTERPRETED
+    return INTERPRETED if arch == "interpreter" else _table_config(kernel, arch, head_dim, dtype)
+
+
+@functools.cache
+def _table_config(kernel: str, arch: str, head_dim: int, dtype: torch.dtype) -> TileConfig:
     if dtype == torch.float32:
         table = FLOAT32["forward" if kernel == "inline" else kernel]
     else:
@@ -118,11 +124,6 @@ def widest_chunk(head_dim: int, precision: str) -> int:
     if precision == "tf32x3":
         return 32
     return 128 if head_dim <= 128 else 64
-
-
-def dot_precision(arch: str, dtype: torch.dtype) -> str:
-    """How tl.dot treats float32: three TF32 products per product on NVIDIA, as exact as float32 within a few roundings."""
-    return "tf32x3" if dtype == torch.float32 and arch.startswith("sm_") else "ieee"
 
 
 def rotate_keys_inline(num_tokens: int, num_sequences: int, group: int, head_dim: int) -> bool:
@@ -174,7 +175,7 @@ def choose_config(
 ) -> TileConfig:
     """The table's configuration, or the fastest one for `run(config)` when autotuning is on and there is a device to time."""
     default = table_config(kernel, arch, head_dim, dtype)
-    if os.environ.get(AUTOTUNE_VARIABLE) != "1" or device.type != "cuda":
+    if device.type != "cuda" or os.environ.get(AUTOTUNE_VARIABLE) != "1":
         return default
     key = (kernel, arch, head_dim, dtype)
     if key not in _measured:

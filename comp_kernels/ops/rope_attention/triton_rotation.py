@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._triton import launch
+from ..._triton import cdiv, launch, next_power_of_2
 from .triton_tiles import (
     Head,
     Rope,
@@ -145,14 +145,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, head: Head, 
     """Rotated x [T, H, D] as [T, H, D rounded up to 16], contiguous; rows beyond the last sequence are left unwritten."""
     padded = sum(width for _, width in head.chunks)
     out = torch.empty(*x.shape[:2], padded, dtype=x.dtype, device=x.device)
-    grid = (triton.cdiv(x.shape[0], ROWS), triton.cdiv(x.shape[1], HEADS))
+    grid = (cdiv(x.shape[0], ROWS), cdiv(x.shape[1], HEADS))
     launch(
         rotate_kernel, grid,
         x, cos, sin, cu_seqlens, out,
         cu_seqlens.shape[0] - 1, x.shape[1], x.stride(1), head_stride(cos),
         X_STRIDE=x.stride(0), OUT_STRIDE=out.stride(0), TABLE_STRIDE=token_stride(cos),
-        ROWS=ROWS, HEADS=HEADS, PAIRS=triton.next_power_of_2(rope.num_pairs),
-        TAIL=triton.next_power_of_2(padded - 2 * rope.num_pairs), PADDED=padded,
+        ROWS=ROWS, HEADS=HEADS, PAIRS=next_power_of_2(rope.num_pairs),
+        TAIL=next_power_of_2(padded - 2 * rope.num_pairs), PADDED=padded,
         PER_HEAD=cos.dim() == 3, HEAD=head, ROPE=rope,
         num_warps=4,
     )  # fmt: skip
@@ -165,11 +165,11 @@ def unrotate(
     """Turn grad [T, H, D], contiguous, from the gradient of rotated x into that of x, in place; return (dcos, dsin)."""
     grad_cos, grad_sin = torch.empty_like(cos), torch.empty_like(sin)
     launch(
-        unrotate_kernel, (triton.cdiv(x.shape[0], ROWS),),
+        unrotate_kernel, (cdiv(x.shape[0], ROWS),),
         grad, x, cos, sin, grad_cos, grad_sin, cu_seqlens,
         cu_seqlens.shape[0] - 1, x.shape[0], x.shape[1],
         x.stride(1), head_stride(cos), GRAD_STRIDE=grad.stride(0), X_STRIDE=x.stride(0), TABLE_STRIDE=token_stride(cos),
-        ROWS=ROWS, PAIRS=triton.next_power_of_2(rope.num_pairs), PER_HEAD=cos.dim() == 3, HEAD=head, ROPE=rope,
+        ROWS=ROWS, PAIRS=next_power_of_2(rope.num_pairs), PER_HEAD=cos.dim() == 3, HEAD=head, ROPE=rope,
         num_warps=4,
     )  # fmt: skip
     return grad_cos, grad_sin

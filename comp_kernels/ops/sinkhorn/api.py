@@ -18,7 +18,8 @@ from ..._checks import (
     readable,
 )
 from . import gradients
-from .registration import FORWARD, forward
+from .call import Call
+from .registration import solve
 
 
 def sinkhorn(
@@ -59,6 +60,9 @@ def sinkhorn(
     Returns:
         P [..., n, K] in float32 (float64 for float64 scores), or (P, u, v).
 
+    Warns:
+        RuntimeWarning: once, if kernels of a backend that nobody named cannot be compiled or launched; the next one runs.
+
     Raises:
         ValueError: shapes, dtypes or marginals that do not fit; on the CPU also a row or column whose scores are all -inf
             and whose marginal is positive.
@@ -78,18 +82,12 @@ def sinkhorn(
     check_gradient(gradient, tol, group, row_marginals, col_marginals)
     check_marginals(scores, row_marginals, col_marginals, group)
 
-    def declines(name: str) -> str | None:
-        return "the GPU kernels have no float64" if name in ("triton", "cuda") and scores.dtype == torch.float64 else None
-
-    backend = choose_backend("sinkhorn", backend, scores.device, declines)
-    compute = torch.promote_types(scores.dtype, torch.float32)
-    rows, cols = (x.detach() for x in default_marginals(scores, row_marginals, col_marginals, group, compute))
-    if gradient == "detach":
-        scores = scores.detach()
-    solve = forward if transforms_active() else FORWARD.default  # an operator has no rules for them, plain PyTorch needs none
-    plan, u, v = solve(
-        scores, rows, cols, epsilon, num_iters, tol, None if group is None else group.group_name, gradient, backend
-    )
+    rows, cols = default_marginals(scores, row_marginals, col_marginals, group)
+    name = None if group is None else group.group_name
+    call = Call(scores.detach() if gradient == "detach" else scores, rows, cols, epsilon, num_iters, tol, name)
+    backend, fallback = choose_backend("sinkhorn", backend, scores.device, call)
+    # The processes of a group exchange sums in their backend's units: none may go on with another by itself.
+    plan, u, v = solve(call, gradient, backend, fallback and group is None)
     if readable(u):
         check_reachable(scores, rows, cols, u, group)
     return (plan, u, v) if return_potentials else plan
@@ -110,17 +108,16 @@ def check_reachable(scores: Tensor, rows: Tensor, cols: Tensor, u: Tensor, group
 
 
 def default_marginals(
-    scores: Tensor,
-    row_marginals: Tensor | None,
-    col_marginals: Tensor | None,
-    group: dist.ProcessGroup | None,
-    dtype: torch.dtype,
+    scores: Tensor, row_marginals: Tensor | None, col_marginals: Tensor | None, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor]:
     """Both marginals in the computing dtype: rows of mass one, columns that share the mass of all rows of the group."""
     *_, num_rows, num_cols = scores.shape
-    rows = scores.new_ones(num_rows, dtype=dtype) if row_marginals is None else row_marginals.to(dtype)
+    dtype = torch.promote_types(scores.dtype, torch.float32)
+    rows = scores.new_ones(num_rows, dtype=dtype) if row_marginals is None else row_marginals.detach().to(dtype)
     if col_marginals is not None:
-        return rows, col_marginals.to(dtype)
+        return rows, col_marginals.detach().to(dtype)
+    if row_marginals is None and group is None and not torch.compiler.is_compiling():
+        return rows, scores.new_full((num_cols,), num_rows / max(num_cols, 1), dtype=dtype)
     mass = rows.sum(-1, keepdim=True)
     if group is not None:
         dist.all_reduce(mass, group=group)

@@ -5,54 +5,34 @@ from __future__ import annotations
 import ctypes
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ... import _native
-from .cpu import LOG2E, SolveParams
-from .over_group import solve_over_group
+from ..._units import LOG2E
+from .._log_domain.over_group import group_by_name, solve_over_group
+from .call import Call
+from .native import SolveParams
 
 
 def unavailable_reason(device: torch.device) -> str | None:
     return _native.cuda_unavailable_reason(device)
 
 
-def solve(
-    scores: Tensor,
-    row_marginals: Tensor,
-    col_marginals: Tensor,
-    *,
-    epsilon: float,
-    num_iters: int,
-    tol: float | None,
-    group: dist.ProcessGroup | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """scores [G, n, K] with the last dimension contiguous, marginals [n] or [G, n] and [K] or [G, K], contiguous, of the
-    computing dtype. Returns (P [G, n, K], u [G, n], v [G, K])."""
+def declines(call: Call) -> str | None:
+    return "the CUDA kernels have no float64" if call.scores.dtype == torch.float64 else None
+
+
+def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """P [G, n, K], u [G, n], v [G, K]."""
+    scores = call.scores
     items, rows, cols = scores.shape
     plan = scores.new_empty(scores.shape, dtype=torch.float32)
-    params = SolveParams(
-        scores=scores.data_ptr(),
-        plan=plan.data_ptr(),
-        item_stride=scores.stride(0),
-        row_stride=scores.stride(1),
-        num_items=items,
-        num_rows=rows,
-        num_cols=cols,
-        num_iters=num_iters,
-        factor=LOG2E / epsilon,
-        tol=-1.0,
-        dtype=_native.DTYPE_CODES[scores.dtype],
-    )
-    size = _native.cuda().comp_kernels_cuda_sinkhorn_workspace
-    size.argtypes, size.restype = [ctypes.c_void_p], ctypes.c_int64
+    params = SolveParams.of(call, plan)
+    size = _native.cuda_function("sinkhorn_workspace", (ctypes.c_void_p,), ctypes.c_int64)
     workspace = scores.new_empty(size(ctypes.byref(params)), dtype=torch.uint8)
-    if tol is None and group is None:
+    if call.tol is None and call.group is None:
         u, v = plan.new_empty((items, rows)), plan.new_empty((items, cols))
         params.u, params.v = u.data_ptr(), v.data_ptr()
-        params.row_marginals, params.col_marginals = row_marginals.data_ptr(), col_marginals.data_ptr()
-        params.row_marginals_stride = rows if row_marginals.dim() == 2 else 0
-        params.col_marginals_stride = cols if col_marginals.dim() == 2 else 0
         _launch("solve", scores, params, workspace)
         return plan, u, v
 
@@ -66,15 +46,17 @@ def solve(
         _launch("rows", scores, params, v2.contiguous(), row_sums)
         return row_sums
 
-    marginals = (x.expand(items, -1) for x in (row_marginals, col_marginals))
-    u2, v2 = solve_over_group(column_statistics, row_log_sums, *marginals, num_iters=num_iters, tol=tol, group=group)
+    marginals = (x.expand(items, -1) for x in (call.row_marginals, call.col_marginals))
+    group = group_by_name(call.group)
+    u2, v2 = solve_over_group(
+        column_statistics, row_log_sums, *marginals, num_iters=call.num_iters, tol=call.tol, group=group
+    )  # fmt: skip
     _launch("plan", scores, params, u2.contiguous(), v2.contiguous())
     return plan, u2 / LOG2E, v2 / LOG2E
 
 
 def _launch(which: str, scores: Tensor, params: SolveParams, *tensors: Tensor) -> None:
     """One of the C functions on the current stream of the scores' device; `tensors` are its pointer arguments in order."""
-    function = getattr(_native.cuda(), f"comp_kernels_cuda_sinkhorn_{which}")
-    function.argtypes, function.restype = [ctypes.c_void_p] * (2 + len(tensors)), ctypes.c_char_p
-    with torch.cuda.device_of(scores):
+    function = _native.cuda_function(f"sinkhorn_{which}", (ctypes.c_void_p,) * (2 + len(tensors)))
+    with _native.on_device(scores):
         _native.call(function, params, *(x.data_ptr() for x in tensors), _native.stream(scores.device))

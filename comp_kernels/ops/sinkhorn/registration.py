@@ -12,18 +12,18 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from ..._backends import implementation
-from ..._namespace import LIBRARY, OPS, register
-from . import gradients, reference
+from ..._backends import function_of, transforms_active
+from ..._namespace import LIBRARY, OPS, register, watched
+from . import gradients, reference_backend
+from .call import Call
 
 OPERATOR = "sinkhorn"
 
 LIBRARY.define(
     "sinkhorn(Tensor scores, Tensor row_marginals, Tensor col_marginals, float epsilon, int num_iters, float? tol, "
-    "str? group, str gradient, str backend) -> (Tensor plan, Tensor u, Tensor v)"
+    "str? group, str gradient, str backend, bool fallback) -> (Tensor plan, Tensor u, Tensor v)"
 )
 LIBRARY.define(
     "sinkhorn_backward(Tensor scores, Tensor row_marginals, Tensor col_marginals, Tensor plan, Tensor? grad_plan, "
@@ -31,33 +31,38 @@ LIBRARY.define(
 )
 
 
-def group_by_name(name: str | None) -> dist.ProcessGroup | None:
-    return None if name is None else dist.distributed_c10d._resolve_process_group(name)
-
-
-def forward(
-    scores, row_marginals, col_marginals, epsilon: float, num_iters: int, tol: float | None, group, gradient: str, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    *batch, num_rows, num_cols = scores.shape
-    settings = dict(epsilon=epsilon, num_iters=num_iters, tol=tol, group=group_by_name(group))
+def forward(call: Call, backend: str, fallback: bool) -> tuple[Tensor, Tensor, Tensor]:
+    *batch, num_rows, num_cols = call.scores.shape
     # A process without rows still takes part in its group's exchanges, in the units of the other processes' backend.
-    takes_part = group is not None and num_rows == 0
-    if backend == "reference" or (scores.numel() == 0 and not takes_part):
-        return reference.sinkhorn(
-            scores, row_marginals=row_marginals, col_marginals=col_marginals, return_potentials=True, **settings
-        )
-    items = math.prod(batch)
-    flat = scores.reshape(items, num_rows, num_cols)
-    if flat.stride(-1) != 1:
-        flat = flat.contiguous()
-    # Kernels take them contiguous; a reshape keeps the strides of zero of an expanded marginal.
-    marginals = (x if x.dim() == 1 else x.reshape(items, x.shape[-1]) for x in (row_marginals, col_marginals))
-    marginals = (x.contiguous() for x in marginals)
-    plan, u, v = implementation(OPERATOR, backend).solve(flat, *marginals, **settings)
-    return plan.view(scores.shape), u.view(*batch, num_rows), v.view(*batch, num_cols)
+    takes_part = call.group is not None and num_rows == 0
+    if backend == "reference" or (call.scores.numel() == 0 and not takes_part):
+        return reference_backend.forward(call)
+    flat = flattened(call)
+    plan, u, v = function_of(OPERATOR, "forward", backend, fallback)(flat)
+    if flat.scores.shape == call.scores.shape:
+        return plan, u, v
+    return plan.view(call.scores.shape), u.view(*batch, num_rows), v.view(*batch, num_cols)
 
 
-def forward_fake(scores, row_marginals, col_marginals, epsilon, num_iters, tol, group, gradient, backend):
+def flattened(call: Call) -> Call:
+    """The call as kernels take it, with one dimension of batch items. A reshape keeps the strides of zero of a marginal."""
+    *batch, num_rows, num_cols = call.scores.shape
+    scores, *marginals = call[:3]
+    if len(batch) != 1:
+        items = math.prod(batch)
+        scores = scores.reshape(items, num_rows, num_cols)
+        marginals = [x if x.dim() == 1 else x.reshape(items, x.shape[-1]) for x in marginals]
+    if scores.stride(-1) != 1:
+        scores = scores.contiguous()
+    return Call(scores, *(x.contiguous() for x in marginals), *call[3:])
+
+
+def forward_kernel(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+    *inputs, _, backend, fallback = arguments
+    return forward(Call(*inputs), backend, fallback)
+
+
+def forward_fake(scores, row_marginals, col_marginals, epsilon, num_iters, tol, group, gradient, backend, fallback):
     *batch, num_rows, num_cols = scores.shape
     compute = row_marginals.dtype
     return (
@@ -84,22 +89,29 @@ def backward_fake(scores, row_marginals, col_marginals, plan, grad_plan, grad_u,
 
 
 def setup_context(ctx, inputs, output) -> None:
-    scores, row_marginals, col_marginals, ctx.epsilon, ctx.num_iters, _, _, ctx.gradient, _ = inputs
+    scores, row_marginals, col_marginals, ctx.epsilon, ctx.num_iters, _, _, ctx.gradient, *_ = inputs
     ctx.save_for_backward(scores, row_marginals, col_marginals, output[0])
     ctx.set_materialize_grads(False)
 
 
 def autograd(ctx, grad_plan, grad_u, grad_v) -> tuple[Tensor | None, ...]:
     found = BACKWARD.default(*ctx.saved_tensors, grad_plan, grad_u, grad_v, ctx.epsilon, ctx.num_iters, ctx.gradient)
-    return found, *(None for _ in range(8))
+    return found, *(None for _ in range(9))
 
 
 def refuse_double_backward(ctx, *grads):
     raise NotImplementedError("sinkhorn has no second derivatives: use comp_kernels.reference.sinkhorn for double backward")
 
 
-register("sinkhorn", forward, forward_fake, autograd, setup_context)
+register("sinkhorn", forward_kernel, forward_fake, autograd, setup_context)
 register("sinkhorn_backward", backward, backward_fake, refuse_double_backward)
 
 FORWARD = OPS.sinkhorn
 BACKWARD = OPS.sinkhorn_backward
+
+
+def solve(call: Call, gradient: str, backend: str, fallback: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator, or where nothing but this call sees it, its kernel."""
+    if transforms_active() or not (gradient != "detach" or call.scores.is_meta or watched(call[:3])):
+        return forward(call, backend, fallback)
+    return FORWARD.default(*call, gradient, backend, fallback)

@@ -230,7 +230,7 @@ def test_double_backward_is_refused():
 def test_opcheck(mode):
     vision, text, prototypes = (torch.randn(n, 8) for n in (4, 4, 30))
     arguments = (vision.requires_grad_(), text, prototypes, torch.randint(0, 9, (30,)), torch.arange(4) < 3)
-    settings = (mode, 0.05, 0.05, 3, 0.05, True, None, True, "cpu")
+    settings = (mode, 0.05, 0.05, 3, 0.05, True, None, True, "cpu", False)
     torch.library.opcheck(torch.ops.comp_kernels.alignment_loss.default, (*arguments, *settings))
 
 

@@ -15,6 +15,7 @@ from cuda_emulation import attention_source, launches_on_emulator, needs_cuda_em
 from comp_kernels import _native, reference, rope_attention
 from comp_kernels._sources import INCLUDES
 from comp_kernels.ops.rope_attention import cuda, native
+from comp_kernels.ops.rope_attention.call import Call
 from comp_kernels.testing import (
     ATTENTION_CASES,
     AttentionCase,
@@ -340,7 +341,7 @@ class TestHostCode:
     )
     def test_declines(self, head_dim, dtype, word):
         q = torch.zeros(4, 2, head_dim, dtype=dtype)
-        reason = cuda.declines(q, q, q, None, None, None, None, rotary_dim=head_dim, pair_stride=head_dim // 2)
+        reason = cuda.declines(Call(q, q, q, None, None, None, None, None, None, head_dim, head_dim // 2, 1.0))
         assert reason is None if word is None else word in reason
 
     def test_views_are_copied_only_where_16_byte_accesses_need_it(self):

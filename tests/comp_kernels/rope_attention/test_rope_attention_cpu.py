@@ -11,6 +11,7 @@ import torch
 import comp_kernels as ck
 from comp_kernels import _native, testing
 from comp_kernels.ops.rope_attention import cpu, reference
+from comp_kernels.ops.rope_attention.call import Call
 from comp_kernels.testing import (
     ATTENTION_CASES,
     LAYOUTS,
@@ -206,12 +207,10 @@ def test_refusals():
         ck.rope_attention(q, q, q, cu_seqlens=torch.tensor([0, 5]), backend="cpu")
     bounds = torch.tensor([0, 9], dtype=torch.int32)  # past the checks of the public function, as in a compiled graph
     with pytest.raises(RuntimeError, match="cu_seqlens must start at 0, never decrease and end at or below the 4 tokens"):
-        cpu.forward(q, q, q, None, None, None, None, bounds, bounds, rotary_dim=16, pair_stride=8, scale=1.0)
-    bounds, wide, half = bounds // 9 * 4, torch.ones(4, 16), torch.ones(4, 8)
-    with pytest.raises(ValueError, match=r"cos and cos_k must have the same width, got \[16, 8\]"):
-        cpu.forward(q, q, q, wide, wide, half, half, bounds, bounds, rotary_dim=16, pair_stride=8, scale=1.0)
+        cpu.forward(Call(q, q, q, None, None, None, None, bounds, bounds, rotary_dim=16, pair_stride=8, scale=1.0))
+    bounds, wide = bounds // 9 * 4, torch.ones(4, 16)
     with pytest.raises(RuntimeError, match="table_width must be rotary_dim = 8 or half of it, got 16"):
-        cpu.forward(q, q, q, wide, wide, wide, wide, bounds, bounds, rotary_dim=8, pair_stride=4, scale=1.0)
+        cpu.forward(Call(q, q, q, wide, wide, wide, wide, bounds, bounds, rotary_dim=8, pair_stride=4, scale=1.0))
 
 
 @pytest.mark.parametrize("magnitude", (1e3, 1e6, 1e18, 1e30))

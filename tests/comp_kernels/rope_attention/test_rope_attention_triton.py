@@ -11,6 +11,7 @@ from emulation import run_compiled
 import comp_kernels as ck
 from comp_kernels._triton import launches_go_to
 from comp_kernels.ops.rope_attention import triton_backend, triton_configs
+from comp_kernels.ops.rope_attention.call import Call
 from comp_kernels.testing import (
     ATTENTION_CASES,
     LAYOUTS,
@@ -39,6 +40,12 @@ def exact_gradients(inputs):
     return attention_with_gradients(
         inputs, lambda *a, **k: ck.reference.rope_attention(*a, return_lse=True, **k), torch.float64
     )
+
+
+def call_of(inputs):
+    """As the backend gets it: one table for queries and keys, one set of bounds."""
+    tables, bounds = (inputs.cos, inputs.sin) * 2, (inputs.cu_seqlens,) * 2
+    return Call(inputs.q, inputs.k, inputs.v, *tables, *bounds, rotary_dim=24, pair_stride=12, scale=0.2)
 
 
 # Left out where the interpreter runs, for its slowness: dim_72 and 256 and gqa_per_head take the same paths. The next two
@@ -147,17 +154,12 @@ def test_nothing_is_read_from_the_device(workspace, monkeypatch):
         raise AssertionError("synchronises with the device")
 
     inputs = make_attention_inputs(ATTENTION_CASES["layout_half_hwhw"], device=DEVICE)
-    arguments = (inputs.q, inputs.k, inputs.v, inputs.cos, inputs.sin, inputs.cos, inputs.sin)
-    settings = dict(rotary_dim=24, pair_stride=12, scale=0.2)
-    launches = []
+    call, launches = call_of(inputs), []
     with launches_go_to(lambda kernel, grid, *args, **kwargs: launches.append(kernel), "sm_80"):
         for method in ("item", "tolist", "__int__", "__bool__", "__index__", "cpu", "numpy"):
             monkeypatch.setattr(torch.Tensor, method, forbidden)
-        out, lse = triton_backend.forward(*arguments, inputs.cu_seqlens, inputs.cu_seqlens, **settings)
-        triton_backend.backward(
-            inputs.grad_out, inputs.grad_lse, *arguments[:3], out, lse, *arguments[3:], inputs.cu_seqlens, inputs.cu_seqlens,
-            table_grads=True, **settings,
-        )  # fmt: skip
+        out, lse = triton_backend.forward(call)
+        triton_backend.backward(call, out, lse, inputs.grad_out, inputs.grad_lse, table_grads=True)
         monkeypatch.undo()
     assert len(launches) == 2 + 7  # rotate, attend; rotate twice, delta, dq, dkv, unrotate twice
 
@@ -168,11 +170,7 @@ def test_gradients_are_turned_in_the_epilogue_on_nvidia_only(arch, in_epilogue):
     launches = {}
     inputs = make_attention_inputs(ATTENTION_CASES["layout_half_hwhw"])
     with launches_go_to(lambda kernel, grid, *args, **kwargs: launches.update({kernel.__name__: kwargs}), arch):
-        triton_backend.backward(
-            inputs.grad_out, None, inputs.q, inputs.k, inputs.v, inputs.q, inputs.grad_lse,
-            inputs.cos, inputs.sin, inputs.cos, inputs.sin, inputs.cu_seqlens, inputs.cu_seqlens,
-            rotary_dim=24, pair_stride=12, scale=0.2, table_grads=False,
-        )  # fmt: skip
+        triton_backend.backward(call_of(inputs), inputs.q, inputs.grad_lse, inputs.grad_out, None, table_grads=False)
     assert launches["query_gradient_kernel"]["UNROTATE"] == launches["key_value_gradient_kernel"]["UNROTATE"] == in_epilogue
     assert ("unrotate_kernel" in launches) != in_epilogue
 

@@ -20,7 +20,7 @@ def test_opcheck():
     inputs = make_attention_inputs(AttentionCase("packed", [3, 5], heads=4, kv_heads=2, head_dim=24), device=DEVICE)
     tables = (inputs.cos, inputs.sin, inputs.cos, inputs.sin)
     bounds = (inputs.cu_seqlens, inputs.cu_seqlens)
-    settings = (inputs.kwargs["rotary_dim"], inputs.kwargs["pair_stride"], 0.25, "triton")
+    settings = (inputs.kwargs["rotary_dim"], inputs.kwargs["pair_stride"], 0.25, "triton", False)
     arguments = (inputs.q, inputs.k, inputs.v, *tables, *bounds, *settings)
     out, lse = FORWARD(*arguments)
     for table_grads in (False, True):
@@ -67,7 +67,7 @@ def test_traced_for_a_gpu_that_is_not_there(dtype):
         cu_seqlens = torch.empty(4, dtype=torch.int32, device="cuda")
         graph = make_fx(forward)(q, k, v, cos, sin, cu_seqlens)
         out, lse = forward(q, k, v, cos, sin, cu_seqlens)
-        settings = (cos, sin, cos, sin, cu_seqlens, cu_seqlens, head_dim, head_dim // 2, 0.1, "triton", False)
+        settings = (cos, sin, cos, sin, cu_seqlens, cu_seqlens, head_dim, head_dim // 2, 0.1, "triton", True, False)
         dq, dk, dv, *table_gradients = BACKWARD.default(torch.empty_like(out), None, q, k, v, out, lse, *settings)
     assert {x.device.type for x in (out, lse, dq, dk, dv)} == {"cuda"}
     assert out.shape == dq.shape == (tokens, heads, head_dim) and out.dtype == dq.dtype == dk.dtype == dtype

@@ -6,8 +6,8 @@ import torch
 
 import comp_kernels as ck
 from comp_kernels import reference
-from comp_kernels.ops.sinkhorn import gradients
-from comp_kernels.ops.sinkhorn.registration import forward
+from comp_kernels.ops.sinkhorn import cpu, gradients
+from comp_kernels.ops.sinkhorn.call import Call
 from comp_kernels.testing import SINKHORN_CASES, SinkhornCase, assert_within_budget, make_sinkhorn_inputs
 
 BACKENDS = [name for name in ck.available_backends("sinkhorn", "cpu") if name != "reference"]
@@ -135,7 +135,7 @@ def test_marginals_that_are_no_numbers_reach_the_plan():
     """Where values are not looked at, in a compiled graph, NaN must not pass for zero."""
     for num_iters in (1, 4):
         rows, cols = torch.ones(4), torch.full((6,), 4 / 6).index_fill(0, torch.tensor([2]), torch.nan)
-        plan, _, _ = forward(torch.randn(4, 6), rows, cols, 0.5, num_iters, None, None, "detach", "cpu")
+        plan, _, _ = cpu.forward(Call(torch.randn(1, 4, 6), rows, cols, 0.5, num_iters, None, None))
         assert plan.isnan().all()
 
 
@@ -268,7 +268,7 @@ def test_implicit_equals_unrolled_once_converged():
 @pytest.mark.parametrize("gradient", gradients.MODES)
 def test_opcheck(gradient):
     scores = torch.randn(2, 4, 6, requires_grad=gradient != "detach")
-    arguments = (scores, torch.ones(4), torch.full((6,), 4 / 6), 0.5, 3, None, None, gradient, "cpu")
+    arguments = (scores, torch.ones(4), torch.full((6,), 4 / 6), 0.5, 3, None, None, gradient, "cpu", False)
     torch.library.opcheck(torch.ops.comp_kernels.sinkhorn.default, arguments)
 
 

@@ -12,6 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def group_by_name(name: str | None) -> dist.ProcessGroup | None:
+    return None if name is None else dist.distributed_c10d._resolve_process_group(name)
+
+
 def merge_over_group(peaks: Tensor, sums: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """log2 of sum 2^peak * sum over the processes (and no communication at all without a group)."""
     if group is not None:

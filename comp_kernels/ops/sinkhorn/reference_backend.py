@@ -1,0 +1,32 @@
+"""The definition as a backend of sinkhorn: for calls that no kernels serve, and for those with nothing to compute."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._log_domain.over_group import group_by_name
+from . import reference
+from .call import Call
+
+
+def unavailable_reason(device: torch.device) -> str | None:
+    return None
+
+
+def declines(call: Call) -> str | None:
+    return None
+
+
+def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """P [..., n, K], u [..., n], v [..., K]."""
+    return reference.sinkhorn(
+        call.scores,
+        row_marginals=call.row_marginals,
+        col_marginals=call.col_marginals,
+        epsilon=call.epsilon,
+        num_iters=call.num_iters,
+        tol=call.tol,
+        group=group_by_name(call.group),
+        return_potentials=True,
+    )
