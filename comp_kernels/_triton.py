@@ -12,6 +12,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+# Of every launch on a device. Fused multiply-adds are the default up to Triton 3.9, which warns that they will not be in 3.10.
+OPTIONS = dict(enable_fp_fusion=True)
+
 _redirection: tuple[str, Callable] | None = None  # (architecture, launcher)
 
 
@@ -50,7 +53,7 @@ def launch(kernel, grid: tuple[int, ...], *args, num_warps: int = 4, num_stages:
     device = next(x.device for x in args if isinstance(x, torch.Tensor))
     on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with on_device:
-        kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constexprs)
+        kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **OPTIONS, **constexprs)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from comp_kernels._triton import OPTIONS
+
 EMULATOR = Path(__file__).resolve().parent / "ptx_emulator"
 
 
@@ -39,7 +41,6 @@ def import_emulator():
 
 def _prepare_process() -> None:
     os.environ.pop("TRITON_INTERPRET", None)
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     import torch
 
     torch.set_num_threads(1)
@@ -67,8 +68,9 @@ def emulating_launcher(reports: list | None = None, target: int = 80, **launch_o
 
     def launcher(kernel, grid, *args, num_warps, num_stages, **constexprs):
         report = emulator.triton_launch(
-            kernel, grid, *args, target=target, num_warps=num_warps, num_stages=num_stages, launch=launch_options, **constexprs
-        )
+            kernel, grid, *args, target=target, num_warps=num_warps, num_stages=num_stages,
+            options=OPTIONS, launch=launch_options, **constexprs,
+        )  # fmt: skip
         if reports is not None:
             reports.append((kernel.__name__, report))
 
