@@ -17,8 +17,6 @@ from pathlib import Path
 
 import pytest
 
-from comp_kernels._triton import OPTIONS
-
 EMULATOR = Path(__file__).resolve().parent / "ptx_emulator"
 
 
@@ -64,6 +62,8 @@ def emulating_launcher(reports: list | None = None, target: int = 80, **launch_o
 
     reports: receives (kernel name, report) of every launch. launch_options: seed, quantum, checks (see ptx_emulator).
     """
+    from comp_kernels._triton import OPTIONS  # not above: _prepare_process comes before what may import Triton
+
     emulator = import_emulator()
 
     def launcher(kernel, grid, *args, num_warps, num_stages, **constexprs):
