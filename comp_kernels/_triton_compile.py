@@ -10,7 +10,11 @@ Triton's answer, not a copy of its rules.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import importlib
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +52,14 @@ class Launch:
     @property
     def name(self) -> str:
         return self.kernel.__name__
+
+    def __reduce__(self):
+        where = self.kernel.__module__, self.kernel.__name__  # a kernel has locks; its module is imported instead
+        return _launch_of, (*where, self.grid, self.args, self.constexprs, self.num_warps, self.num_stages)
+
+
+def _launch_of(module: str, kernel: str, *launch) -> Launch:
+    return Launch(getattr(importlib.import_module(module), kernel), *launch)
 
 
 def record(call: Callable[[], object], arch: str) -> list[Launch]:
@@ -125,3 +137,60 @@ def specialization(launch: Launch, arch: str) -> tuple[str, str]:
         knobs.runtime.jit_cache_hook = stop_before_compiling
         _warm_up(launch)
     return launch.name, keys[0]
+
+
+# --- into Triton's cache, ahead of time --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel in Triton's cache."""
+
+    name: str
+    hash: str
+    seconds: float
+    from_cache: bool  # it had been compiled before
+
+
+def compile_ahead(launches: Iterable[Launch], arch: str, jobs: int | None = None) -> Iterator[Compiled]:
+    """Compile what `launches` need on `arch` into Triton's cache, each kernel once, in `jobs` processes (default: the cores).
+
+    Yields them as they are done. Errors of the compiler are raised.
+    """
+    different = list({specialization(launch, arch): launch for launch in launches}.values())
+    jobs = min(jobs or len(os.sched_getaffinity(0)), len(different))
+    if jobs <= 1:
+        yield from (_compile_and_time(launch, arch) for launch in different)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(_compile_and_time, different, [arch] * len(different))
+
+
+def _compile_and_time(launch: Launch, arch: str) -> Compiled:
+    found = []
+    with compilations_go_to(lambda *facts: found.append(facts)):
+        hash_ = compile_launch(launch, arch).hash
+    name, _, seconds, from_cache = found[-1] if found else (launch.name, arch, 0.0, True)
+    return Compiled(name, hash_, seconds, from_cache)
+
+
+@contextlib.contextmanager
+def compilations_go_to(listener: Callable[[str, str, float, bool], object]) -> Iterator[None]:
+    """Within the context, listener(kernel, architecture, seconds, from_cache) is called whenever a kernel was compiled or read
+    from Triton's cache, and so is the listener that was set before."""
+    from triton import knobs
+
+    before = knobs.compilation.listener
+
+    def listen(*, src, metadata, metadata_group, times, cache_hit):
+        if before is not None:
+            before(src=src, metadata=metadata, metadata_group=metadata_group, times=times, cache_hit=cache_hit)
+        target = metadata["target"]
+        arch = f"sm_{target.arch}" if target.backend == "cuda" else target.arch
+        listener(metadata["name"], arch, times.total / 1e6, cache_hit)
+
+    knobs.compilation.listener = listen
+    try:
+        yield
+    finally:
+        knobs.compilation.listener = before
