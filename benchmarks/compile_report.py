@@ -10,7 +10,8 @@ not a prediction: issue slots, matrix units and exponentials of one quarter of a
 perfectly hidden.
 
 Launches are recorded as the backend makes them for a packed batch, so what is compiled here is what would run.
-Kernels are compiled by the triton package, machine code is read with the tools inside it.
+Kernels are compiled by the triton package, machine code is read with the tools inside it. Another version of Triton: its folder
+(pip install --target FOLDER --no-deps triton==3.6.0) on PYTHONPATH; `benchmarks.triton_versions` does that for all of them.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ import json
 import re
 import subprocess
 import tempfile
-import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from comp_kernels._triton import launches_go_to
+from comp_kernels import rope_attention
+from comp_kernels._triton_compile import Launch, compile_launch, record
 from comp_kernels.ops.rope_attention.triton_configs import INLINE_HEAD_DIM
 from comp_kernels.testing import LAYOUTS, AttentionCase, make_attention_inputs
 
@@ -50,6 +51,7 @@ class Chip:
 KIB = 1024
 CHIPS = {
     "sm_80": Chip(163 * KIB, 164 * KIB, 2048, 2048),
+    "sm_86": Chip(99 * KIB, 100 * KIB, 1536, 1024),
     "sm_90": Chip(227 * KIB, 228 * KIB, 2048, 4096),
     "sm_100": Chip(227 * KIB, 228 * KIB, 2048, 8192),
     "sm_120": Chip(99 * KIB, 100 * KIB, 1536, 1024),
@@ -59,72 +61,17 @@ CHIPS = {
 # --- what is launched ------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Launch:
-    """One kernel launch as recorded: enough to compile the kernel as it would be compiled on a device."""
-
-    kernel: object
-    args: tuple
-    constexprs: dict
-    num_warps: int
-    num_stages: int
-
-
-def record_launches(arch: str, dtype: torch.dtype, case: AttentionCase, *, backward: bool = False) -> list[Launch]:
-    """The launches that the backend makes for `case` on `arch`. Nothing runs, results are garbage."""
-    from comp_kernels import rope_attention
-
-    launches = []
-
-    def recorder(kernel, grid, *args, num_warps, num_stages, **constexprs):
-        launches.append(Launch(kernel, args, constexprs, num_warps, num_stages))
-
+def attention_call(dtype: torch.dtype, case: AttentionCase, *, backward: bool = False) -> Callable[[], object]:
+    """A call of rope_attention on the inputs of `case`."""
     inputs = make_attention_inputs(case, dtype)
     leaves = [x.requires_grad_(backward) for x in (inputs.q, inputs.k, inputs.v)]  # the tables are fixed, as in most models
-    with launches_go_to(recorder, arch):
+
+    def call():
         out = rope_attention(*leaves, inputs.cos, inputs.sin, inputs.cu_seqlens, backend="triton", **inputs.kwargs)
         if backward:
             torch.autograd.grad(out, leaves, inputs.grad_out)
-    return launches
 
-
-def triton_type(x) -> tuple[str, bool]:
-    """(type in a Triton signature, divisible by 16) as Triton's own launcher derives them."""
-    if isinstance(x, torch.Tensor):
-        names = {
-            torch.float64: "fp64",
-            torch.float32: "fp32",
-            torch.bfloat16: "bf16",
-            torch.float16: "fp16",
-            torch.int32: "i32",
-        }
-        return "*" + names[x.dtype], x.data_ptr() % 16 == 0
-    if isinstance(x, int):
-        return "i32" if -(2**31) <= x < 2**31 else "i64", x % 16 == 0
-    return "fp32", False
-
-
-def compile_launch(launch: Launch, arch: str):
-    """The kernel compiled for `arch` ("sm_80", "gfx942", ..)."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    values = dict(zip(launch.kernel.arg_names, launch.args), **launch.constexprs)
-    signature, constants, attributes = {}, {}, {}
-    for index, name in enumerate(launch.kernel.arg_names):
-        if name in launch.constexprs or values[name] is None:
-            signature[name], constants[name] = "constexpr", values[name]
-            continue
-        signature[name], divisible = triton_type(values[name])
-        if divisible:
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    target = GPUTarget("cuda", int(arch[3:]), 32) if arch.startswith("sm_") else GPUTarget("hip", arch, 64)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return triton.compile(source, target=target, options=options)
+    return call
 
 
 # --- what the machine code says --------------------------------------------------------------------------------------------
@@ -236,7 +183,7 @@ def read_nvidia(compiled, launch: Launch, arch: str) -> Code:
     instructions = disassemble(cubin)
     loop = hottest_loop(instructions)
     return Code(
-        name=launch.kernel.__name__,
+        name=launch.name,
         arch=arch,
         num_warps=launch.num_warps,
         registers=resource_usage(cubin)["REG"],
@@ -255,7 +202,7 @@ def read_amd(compiled, launch: Launch, arch: str) -> Code:
         return int(re.search(rf"\.{key}:\s+(\d+)", assembly)[1])
 
     return Code(
-        name=launch.kernel.__name__,
+        name=launch.name,
         arch=arch,
         num_warps=launch.num_warps,
         registers=number("vgpr_count"),
@@ -295,8 +242,8 @@ class Entry:
     def launches(self) -> list[Launch]:
         """One launch per kernel, of those that belong to this entry alone."""
         case = AttentionCase("report", list(self.lengths), heads=2, head_dim=self.head_dim, layout=self.layout)
-        recorded = record_launches(self.arch, DTYPES[self.dtype], case, backward=self.backward)
-        kernels = {launch.kernel.__name__: launch for launch in recorded}
+        recorded = record(attention_call(DTYPES[self.dtype], case, backward=self.backward), self.arch)
+        kernels = {launch.name: launch for launch in recorded}
         if self.backward:
             for name in ("attention_forward_kernel", "rotate_kernel"):  # in the entry of the forward pass
                 kernels.pop(name, None)

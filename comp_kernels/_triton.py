@@ -14,6 +14,9 @@ import torch
 
 from ._native import on_device
 
+# Of every launch on a device. Fused multiply-adds are the default up to Triton 3.9, which warns that they will not be in 3.10.
+OPTIONS = dict(enable_fp_fusion=True)
+
 _redirection: tuple[str, Callable] | None = None  # (architecture, launcher)
 
 
@@ -65,7 +68,7 @@ def launch(kernel, grid: tuple[int, ...], *args, num_warps: int = 4, num_stages:
         _redirection[1](kernel, grid, *args, num_warps=num_warps, num_stages=num_stages, **constexprs)
         return
     with on_device(next(x for x in args if isinstance(x, torch.Tensor))):
-        kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constexprs)
+        kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **OPTIONS, **constexprs)
 
 
 @contextlib.contextmanager

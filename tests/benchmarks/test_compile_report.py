@@ -23,7 +23,7 @@ def test_matrix_covers_what_it_says():
 
 def test_launches_of_an_entry_are_not_those_of_another():
     def names(**options):
-        return {launch.kernel.__name__ for launch in report.Entry("sm_80", "bfloat16", 72, **options).launches()}
+        return {launch.name for launch in report.Entry("sm_80", "bfloat16", 72, **options).launches()}
 
     assert names() == {"rotate_kernel", "attention_forward_kernel"}
     assert names(backward=True) == {"row_terms_kernel", "query_gradient_kernel", "key_value_gradient_kernel"}
@@ -37,8 +37,8 @@ def test_matrix_goes_on_where_it_stopped(tmp_path, monkeypatch):
     def read_code(launch, arch):
         if len(compiled) == 3:
             raise KeyboardInterrupt
-        compiled.append(launch.kernel.__name__)
-        return code(launch.kernel.__name__, arch, loop=Counter(matrix=8, float=3, integer=4), matrix_cycles=64.0)
+        compiled.append(launch.name)
+        return code(launch.name, arch, loop=Counter(matrix=8, float=3, integer=4), matrix_cycles=64.0)
 
     monkeypatch.setattr(report, "read_code", read_code)
     file = tmp_path / "rows.jsonl"
@@ -46,7 +46,7 @@ def test_matrix_goes_on_where_it_stopped(tmp_path, monkeypatch):
         report.compile_matrix(entries, file)  # stops within the second entry, which is then not in the file
     assert [entry for entry, _ in report.rows_of(file)] == [entries[0]] * 2
     compiled.clear()
-    monkeypatch.setattr(report, "read_code", lambda launch, arch: code(launch.kernel.__name__, arch))
+    monkeypatch.setattr(report, "read_code", lambda launch, arch: code(launch.name, arch))
     report.compile_matrix(entries, file)
     assert [entry for entry, _ in report.rows_of(file)] == [entry for entry in entries for _ in range(2)]
     first = next(report.rows_of(file))[1]

@@ -39,7 +39,6 @@ def import_emulator():
 
 def _prepare_process() -> None:
     os.environ.pop("TRITON_INTERPRET", None)
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     import torch
 
     torch.set_num_threads(1)
@@ -63,12 +62,15 @@ def emulating_launcher(reports: list | None = None, target: int = 80, **launch_o
 
     reports: receives (kernel name, report) of every launch. launch_options: seed, quantum, checks (see ptx_emulator).
     """
+    from comp_kernels._triton import OPTIONS  # not above: _prepare_process comes before what may import Triton
+
     emulator = import_emulator()
 
     def launcher(kernel, grid, *args, num_warps, num_stages, **constexprs):
         report = emulator.triton_launch(
-            kernel, grid, *args, target=target, num_warps=num_warps, num_stages=num_stages, launch=launch_options, **constexprs
-        )
+            kernel, grid, *args, target=target, num_warps=num_warps, num_stages=num_stages,
+            options=OPTIONS, launch=launch_options, **constexprs,
+        )  # fmt: skip
         if reports is not None:
             reports.append((kernel.__name__, report))
 

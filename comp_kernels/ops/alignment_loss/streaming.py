@@ -33,6 +33,8 @@ Pair = tuple[Tensor, Tensor]  # running maximum in bits and sum of 2^(entry - ma
 TEXT_SHARE = 1.0
 BOTH_SHARE = 0.3
 
+COLUMNS = 16  # tiles and rows of scores begin at multiples of it: 64 bytes in float32, whatever the batch
+
 
 @dataclass(frozen=True)
 class TileLimits:
@@ -115,8 +117,15 @@ class Prototypes:
 
 
 def tile_columns(num_rows: int, dim: int, num_words: int, limits: TileLimits) -> int:
+    """Prototypes per tile: a multiple of COLUMNS, or all of them."""
     cols = min(limits.score_elements // max(num_rows, 1), limits.prototype_elements // max(dim, 1))
-    return min(max(cols, limits.min_cols), limits.max_cols, max(num_words, 1))
+    cols = min(max(cols, limits.min_cols), limits.max_cols) // COLUMNS * COLUMNS
+    return min(cols, max(num_words, 1))
+
+
+def new_scores(like: Tensor, rows: int, cols: int) -> Tensor:
+    """Memory for scores [rows, cols], each row from a multiple of COLUMNS on."""
+    return like.new_empty((rows, -(-cols // COLUMNS) * COLUMNS))[:, :cols]
 
 
 def forward(call: Call, steps: ModuleType) -> tuple[Tensor, Tensor]:
@@ -159,10 +168,9 @@ class Stream:
         kept_vision = words if budget - kept_text >= words else 0
         self.steps, self.settings = steps, settings
         self.prototypes = Prototypes(steps, prototypes, vision.dtype, cols, settings.normalize)
-        self.text = Scores(
-            steps, text, text.new_empty((rows, kept_text)), text.new_empty((rows, cols if kept_text < words else 0))
-        )
-        self.vision = Scores(steps, vision, text.new_empty((rows, kept_vision)), text.new_empty((rows, cols)))
+        scratch_cols = cols if kept_text < words else 0
+        self.text = Scores(steps, text, new_scores(text, rows, kept_text), new_scores(text, rows, scratch_cols))
+        self.vision = Scores(steps, vision, new_scores(text, rows, kept_vision), new_scores(text, rows, cols))
         self.valid = vision.new_ones(rows, dtype=torch.bool) if valid is None else valid
         self.num_valid = self.valid.sum()
         if settings.group is not None:

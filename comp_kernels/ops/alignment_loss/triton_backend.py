@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..._triton import architecture, dot_precision, launch, unavailable_reason
-from .._log_domain.triton_steps import column_statistics, column_step, merge_rows, update_row_statistics
+from .._log_domain import triton_steps
+from .._log_domain.triton_steps import blocks
 from . import streaming
 from .call import Call
 from .streaming import TileLimits
@@ -35,6 +38,8 @@ NEEDS_WIDE_PROTOTYPES = False
 # A score tile stays in the second level cache of a large GPU; fewer, larger tiles mean fewer launches.
 TILE_LIMITS = TileLimits(score_elements=1 << 22, prototype_elements=1 << 25, min_cols=512, max_cols=32768)
 
+# Of column and row sums, whatever the rows of a batch: the height that sinkhorn's own choice has from 33 rows on.
+SUM_TILE = dict(BN=64, BK=64)
 PRODUCT_TILE = dict(BN=64, BK=64, BD=32)
 NUM_WARPS, PRODUCT_WARPS = 4, 8  # three TF32 products of a 64 x 64 tile by four warps spill
 
@@ -48,8 +53,13 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     return streaming.forward(call, steps=sys.modules[__name__])
 
 
-def blocks(size: int, block: int) -> int:
-    return -(-size // block)
+column_statistics = partial(triton_steps.column_statistics, tile=SUM_TILE)
+update_row_statistics = partial(triton_steps.update_row_statistics, tile=SUM_TILE)
+
+
+def alignment(*scores: Tensor) -> int:
+    """The largest power of two up to 16 that divides columns and row strides of tiles [n, C] of the same shape."""
+    return math.gcd(16, scores[0].shape[1], *(x.stride(0) for x in scores))
 
 
 def products(features: Tensor, prototypes: Tensor, out: Tensor) -> None:
@@ -63,6 +73,7 @@ def products(features: Tensor, prototypes: Tensor, out: Tensor) -> None:
         features, prototypes, out,
         rows, cols, dim, prototypes.stride(0), out.stride(0),
         PRECISION=dot_precision(architecture(out.device), torch.float32),
+        ALIGN=alignment(out),
         **PRODUCT_TILE,
         num_warps=PRODUCT_WARPS,
     )  # fmt: skip
@@ -80,6 +91,7 @@ def add_products(score_gradients: Tensor, prototypes: Tensor, out: Tensor) -> No
         score_gradients, prototypes, out,
         rows, cols, dim, score_gradients.stride(0), prototypes.stride(0),
         PRECISION=dot_precision(architecture(out.device), torch.float32),
+        ALIGN=alignment(score_gradients),
         **tile,
         num_warps=PRODUCT_WARPS,
     )  # fmt: skip
@@ -119,8 +131,8 @@ def iterate(
     row_sums: RowSums,
 ) -> None:
     """Scale the columns of one tile [n, C] to `targets`, into v2_new, and merge the rows of the result into row_sums."""
-    pairs = column_step(scores.unsqueeze(0), factor, u2, None, targets, v2_new, col_scale=col_scale)
-    merge_rows(*pairs, peaks=row_sums.peaks, sums=row_sums.sums)
+    pairs = triton_steps.column_step(scores.unsqueeze(0), factor, u2, None, targets, v2_new, col_scale=col_scale, tile=SUM_TILE)
+    triton_steps.merge_rows(*pairs, peaks=row_sums.peaks, sums=row_sums.sums)
 
 
 def scale_rows(u2: Tensor, row_sums: RowSums, row_log_sums: Callable[[], Tensor]) -> Tensor:
@@ -150,16 +162,17 @@ def loss_tile(
 
     rows, cols = text.shape
     tile = dict(BN=16, BK=128)
-    partial = u2.new_empty((blocks(cols, tile["BK"]), rows))
+    partial_loss2 = u2.new_empty((blocks(cols, tile["BK"]), rows))
     launch(
         loss_tile_kernel,
         (blocks(cols, tile["BK"]), blocks(rows, tile["BN"])),
-        text, vision, col_scale, u2, v2, target_weight, peaks2, sums, row_weight, partial,
+        text, vision, col_scale, u2, v2, target_weight, peaks2, sums, row_weight, partial_loss2,
         rows, cols, text.stride(0), vision.stride(0), text_factor, vision_factor, grad_factor,
         HAS_COL_SCALE=col_scale is not None,
         HAS_V=v2 is not None,
         GRADIENT=gradient,
+        ALIGN=alignment(text, vision),
         **tile,
         num_warps=NUM_WARPS,
     )  # fmt: skip
-    row_loss2 += partial.sum(0, dtype=torch.float64)
+    row_loss2 += partial_loss2.sum(0, dtype=torch.float64)

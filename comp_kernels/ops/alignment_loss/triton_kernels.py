@@ -8,15 +8,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..sinkhorn.triton_kernels import VARYING, multiple
 
-@triton.jit
+
+@triton.jit(do_not_specialize=VARYING)
 def products_kernel(
     features, prototypes, out,
     num_rows, num_cols, dim, prototype_stride, out_stride,
-    PRECISION: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+    PRECISION: tl.constexpr, ALIGN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """out [n, C] = features [n, D] @ prototypes [C, D]^T in float32. Prototypes are widened in registers: there is no float32
     copy of them. Grid (blocks of rows, blocks of prototypes); neighbours share prototypes."""
+    num_cols, out_stride = multiple(num_cols, ALIGN), multiple(out_stride, ALIGN)
     o_n = tl.program_id(0) * BN + tl.arange(0, BN)
     o_k = tl.program_id(1) * BK + tl.arange(0, BK)
     m_n, m_k = o_n < num_rows, o_k < num_cols
@@ -32,14 +35,15 @@ def products_kernel(
     tl.store(out + o_n.to(tl.int64)[:, None] * out_stride + o_k[None, :], b_out, mask=m_n[:, None] & m_k[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def gradient_kernel(
     score_gradients, prototypes, grad_features,
     num_rows, num_cols, dim, score_stride, prototype_stride,
-    PRECISION: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+    PRECISION: tl.constexpr, ALIGN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """grad_features [n, D] += score_gradients [n, C] @ prototypes [C, D]. Grid (blocks of rows, blocks of channels): every
     program owns its part of the result, so the order of the sums is fixed."""
+    num_cols, score_stride = multiple(num_cols, ALIGN), multiple(score_stride, ALIGN)
     o_n = tl.program_id(0) * BN + tl.arange(0, BN)
     o_d = tl.program_id(1) * BD + tl.arange(0, BD)
     m_n, m_d = o_n < num_rows, o_d < dim
@@ -57,7 +61,7 @@ def gradient_kernel(
     tl.store(grad_features + o_out, b_grad, mask=m_out)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def norms_kernel(
     prototypes, scales, num_cols, dim, prototype_stride, floor,
     BK: tl.constexpr, BD: tl.constexpr,
@@ -74,11 +78,12 @@ def norms_kernel(
     tl.store(scales + o_k, 1.0 / tl.maximum(tl.sqrt(tl.sum(squares, axis=1)), floor), mask=m_k)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def loss_tile_kernel(
     text, vision, col_scale, u2, v2, target_weight, peaks2, sums, row_weight, partial_loss2,
     num_rows, num_cols, text_stride, vision_stride, text_factor, vision_factor, grad_factor,
-    HAS_COL_SCALE: tl.constexpr, HAS_V: tl.constexpr, GRADIENT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    HAS_COL_SCALE: tl.constexpr, HAS_V: tl.constexpr, GRADIENT: tl.constexpr,
+    ALIGN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """partial_loss2 [blocks, n]: - sum over the block of target log2 prediction. GRADIENT: vision scores become
 
@@ -86,6 +91,8 @@ def loss_tile_kernel(
 
     with target = 2^(text + u2 + v2) * target_weight, prediction = 2^(vision - peaks2) / sums; scores in bits after col_scale
     and their factor. Grid (blocks of prototypes, blocks of rows)."""
+    num_cols = multiple(num_cols, ALIGN)
+    text_stride, vision_stride = multiple(text_stride, ALIGN), multiple(vision_stride, ALIGN)
     i_block = tl.program_id(0)
     o_n, o_k = tl.program_id(1) * BN + tl.arange(0, BN), i_block * BK + tl.arange(0, BK)
     m_n, m_k = o_n < num_rows, o_k < num_cols

@@ -19,6 +19,7 @@ from ..._units import LOG2E
 from .triton_configs import TileConfig
 from .triton_rotation import head_stride, token_stride, unrotate_in_place
 from .triton_tiles import (
+    VARYING,
     Head,
     Rope,
     add_dot_rows,
@@ -37,7 +38,7 @@ from .triton_tiles import (
 LOG2_E: tl.constexpr = tl.constexpr(LOG2E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def row_terms_kernel(
     out_ptr, grad_out_ptr, lse_ptr, grad_lse_ptr, terms_ptr, cu_seqlens_ptr, num_sequences, num_tokens, num_rows_of_all_heads,
     grad_stride_h, OUT_STRIDE: tl.constexpr, GRAD_STRIDE: tl.constexpr,
@@ -149,7 +150,7 @@ def sum_over_queries(
     return grad_key, grad_value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def key_value_gradient_kernel(
     q_ptr, k_ptr, v_ptr, grad_out_ptr, terms_ptr, cos_k_ptr, sin_k_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr,
     grad_k_ptr, grad_v_ptr, num_sequences, num_tokens, num_tokens_k, num_rows_of_all_heads, scale, scale_log2,
@@ -213,7 +214,7 @@ def add_key_tile(
     return add_dot_rows(grad_query, grad_scores.to(key[0].dtype), key, HEAD, PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def query_gradient_kernel(
     q_ptr, k_ptr, v_ptr, grad_out_ptr, terms_ptr, cos_ptr, sin_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr,
     grad_q_ptr, num_sequences, num_tokens, num_rows_of_all_heads, scale, scale_log2,

@@ -17,6 +17,7 @@ from .triton_backend import LSE_DTYPE
 from .triton_configs import TileConfig
 from .triton_rotation import head_stride, token_stride
 from .triton_tiles import (
+    VARYING,
     Head,
     Rope,
     add_dot_rows,
@@ -61,7 +62,7 @@ def attend_key_tile(
     return row_shift, row_sum, add_dot_rows(accumulator, weights.to(value[0].dtype), value, HEAD, PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, cos_k_ptr, sin_k_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr, out_ptr, lse_ptr,
     num_sequences, num_tokens, scale_log2,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..._triton import cdiv, launch, next_power_of_2
 from .triton_tiles import (
+    VARYING,
     Head,
     Rope,
     load_pairs,
@@ -24,7 +25,7 @@ ROWS = 16  # tokens per program
 HEADS = 4  # heads per program of the rotation: the table is read once for them
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def rotate_kernel(
     x_ptr, cos_ptr, sin_ptr, cu_seqlens_ptr, out_ptr,
     num_sequences, num_heads, x_stride_h, table_stride_h,
@@ -82,7 +83,7 @@ def unrotate_in_place(grad, num_rows, cos, sin, GRAD_STRIDE: tl.constexpr, TABLE
         store_pairs(grad, a, b, rows, keep, GRAD_STRIDE, PAIRS, ALIGN, ROPE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def unrotate_kernel(
     grad_ptr, x_ptr, cos_ptr, sin_ptr, grad_cos_ptr, grad_sin_ptr, cu_seqlens_ptr,
     num_sequences, num_tokens, num_heads,

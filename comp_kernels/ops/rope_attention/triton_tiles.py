@@ -28,6 +28,25 @@ class Rope(NamedTuple):
     align: int  # elements; divides the strides of the tables, at most 16 bytes
 
 
+# Arguments of the kernels that change from batch to batch. Triton compiles a kernel anew for each pattern of arguments that are
+# 1 or divisible by 16, unless told not to; what the loads need to know of strides, `align` says above.
+VARYING = (
+    "num_sequences",
+    "num_tokens",
+    "num_tokens_k",
+    "num_rows_of_all_heads",
+    "cu_seqlens_ptr",  # may start anywhere: a view, and only single elements are read
+    "cu_seqlens_k_ptr",
+    "x_stride_h",  # of [H, T, D] layouts T * D
+    "q_stride_h",
+    "k_stride_h",
+    "v_stride_h",
+    "grad_stride_h",
+    "table_stride_h",
+    "table_k_stride_h",
+)
+
+
 # --- which tile --------------------------------------------------------------------------------------------------------------
 
 

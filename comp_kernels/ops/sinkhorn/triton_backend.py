@@ -11,11 +11,12 @@ from ..._units import LOG2E
 from .._log_domain.over_group import group_by_name, solve_over_group
 from .._log_domain.triton_steps import (
     NUM_WARPS,
+    alignment,
+    blocks,
     column_statistics,
     column_step,
     column_tile,
     merge_rows,
-    num_blocks,
     row_pairs,
 )
 from .call import Call
@@ -56,7 +57,7 @@ def _iterate(call: Call, factor: float) -> tuple[Tensor, Tensor]:
         # The error after an iteration is known once the next one has summed the columns; that one must then leave no trace.
         v2_new = torch.empty_like(v2)
         stop = torch.zeros((), dtype=torch.int32, device=scores.device)
-        errors = scores.new_zeros((items, num_blocks(rows, cols)), dtype=torch.float32)
+        errors = scores.new_zeros((items, blocks(cols, column_tile(rows, cols)["BK"])), dtype=torch.float32)
         allowed = tol * a.sum(-1)
     for iteration in range(num_iters):
         first = iteration == 0
@@ -85,9 +86,10 @@ def plan(scores: Tensor, factor: float, u2: Tensor, v2: Tensor) -> Tensor:
     tile = column_tile(rows, cols)
     launch(
         plan_kernel,
-        (num_blocks(rows, cols), items, -(-rows // tile["BN"])),
+        (blocks(cols, tile["BK"]), items, blocks(rows, tile["BN"])),
         scores, u2, v2, out,
         rows, cols, scores.stride(0), scores.stride(1), factor,
+        ALIGN=alignment(scores),
         **tile,
         num_warps=NUM_WARPS,
     )  # fmt: skip

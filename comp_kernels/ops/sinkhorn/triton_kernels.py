@@ -12,6 +12,35 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Arguments that change from batch to batch, of these kernels and those of alignment_loss. Triton compiles a kernel anew for
+# each pattern of arguments that are 1 or divisible by 16, unless told not to. What wide loads need to know is in ALIGN: a power
+# of two that divides the columns and the strides of the scores.
+VARYING = (
+    "num_rows",
+    "num_cols",
+    "num_blocks",
+    "item_stride",
+    "row_stride",
+    "a_item_stride",
+    "b_item_stride",
+    "out_stride",
+    "score_stride",
+    "text_stride",
+    "vision_stride",
+)
+
+
+@triton.jit
+def multiple(n, ALIGN: tl.constexpr):
+    """n, which ALIGN divides, said so that the compiler knows."""
+    return n // ALIGN * ALIGN
+
+
+@triton.jit
+def pair_stride(num_rows):
+    """From the pairs of one block of columns to those of the next: wide loads for any number of rows."""
+    return (num_rows + 15) // 16 * 16
+
 
 @triton.jit
 def finite_or_zero(x):
@@ -43,23 +72,24 @@ def column_factors(col_scale, o_k, m_k, factor, HAS_COL_SCALE: tl.constexpr, BK:
         return tl.full((1, BK), 1.0, tl.float32) * factor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def column_step_kernel(
     scores, col_scale, u, v, b, v_new, row_peaks, row_sums, col_peaks, col_sums, errors, stop,
     num_rows, num_cols, num_blocks, item_stride, row_stride, b_item_stride, factor,
     ITERATE: tl.constexpr, FIRST: tl.constexpr, HAS_COL_SCALE: tl.constexpr, HAS_TOL: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr,
+    ALIGN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of columns, items). ITERATE: v_new [G, K], and row_peaks, row_sums [G, blocks, n] of the plan with scaled
-    columns; else col_peaks, col_sums [G, K]. HAS_TOL: nothing happens once *stop is set, and errors [G, blocks] receives the L1
-    error of the column sums as they were (not in the FIRST iteration)."""
+    """Grid (blocks of columns, items). ITERATE: v_new [G, K], and row_peaks, row_sums [G, blocks, pair_stride] of the plan with
+    scaled columns; else col_peaks, col_sums [G, K]. HAS_TOL: nothing happens once *stop is set, and errors [G, blocks] receives
+    the L1 error of the column sums as they were (not in the FIRST iteration)."""
     i_block, i_item = tl.program_id(0), tl.program_id(1).to(tl.int64)
     if HAS_TOL:
         if tl.load(stop) != 0:
             return
+    num_cols, row_stride = multiple(num_cols, ALIGN), multiple(row_stride, ALIGN)
     o_k = i_block * BK + tl.arange(0, BK)
     m_k = o_k < num_cols
-    scores += i_item * item_stride
+    scores += i_item * multiple(item_stride, ALIGN)
     u += i_item * num_rows
     scale = column_factors(col_scale, o_k, m_k, factor, HAS_COL_SCALE, BK)
 
@@ -88,8 +118,8 @@ def column_step_kernel(
         tl.store(v_new + i_item * num_cols + o_k, scaled, mask=m_k)
 
         # The block is read again, from the caches.
-        row_peaks += (i_item * num_blocks + i_block) * num_rows
-        row_sums += (i_item * num_blocks + i_block) * num_rows
+        row_peaks += (i_item * num_blocks + i_block) * pair_stride(num_rows)
+        row_sums += (i_item * num_blocks + i_block) * pair_stride(num_rows)
         for first in range(0, num_rows, BN):
             o_n = first + tl.arange(0, BN)
             m_n = o_n < num_rows
@@ -99,34 +129,35 @@ def column_step_kernel(
             tl.store(row_sums + o_n, tl.sum(tl.exp2(x - finite_or_zero(row_peak)[:, None]), axis=1), mask=m_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def row_step_kernel(
     scores, col_scale, v, row_peaks, row_sums,
     num_rows, num_cols, num_blocks, item_stride, row_stride, factor,
-    HAS_V: tl.constexpr, HAS_COL_SCALE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    HAS_V: tl.constexpr, HAS_COL_SCALE: tl.constexpr, ALIGN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """row_peaks, row_sums [G, blocks, n] of the entries plus v. Grid (blocks of columns, items, blocks of rows)."""
+    """row_peaks, row_sums [G, blocks, pair_stride] of the entries plus v. Grid (blocks of columns, items, blocks of rows)."""
     i_block, i_item = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    num_cols, row_stride = multiple(num_cols, ALIGN), multiple(row_stride, ALIGN)
     o_n, o_k = tl.program_id(2) * BN + tl.arange(0, BN), i_block * BK + tl.arange(0, BK)
     m_n, m_k = o_n < num_rows, o_k < num_cols
     scale = column_factors(col_scale, o_k, m_k, factor, HAS_COL_SCALE, BK)
-    x = load_entries(scores + i_item * item_stride, o_n, o_k, m_n, m_k, row_stride, scale)
+    x = load_entries(scores + i_item * multiple(item_stride, ALIGN), o_n, o_k, m_n, m_k, row_stride, scale)
     if HAS_V:
         x += tl.load(v + i_item * num_cols + o_k, mask=m_k, other=-float("inf"))[None, :]
     row_peak = tl.max(x, axis=1)
-    o_out = (i_item * num_blocks + i_block) * num_rows + o_n
+    o_out = (i_item * num_blocks + i_block) * pair_stride(num_rows) + o_n
     tl.store(row_peaks + o_out, row_peak, mask=m_n)
     tl.store(row_sums + o_out, tl.sum(tl.exp2(x - finite_or_zero(row_peak)[:, None]), axis=1), mask=m_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def merge_rows_kernel(
     row_peaks, row_sums, a, u, peaks, sums, stop,
     num_rows, num_blocks, a_item_stride,
     SCALE: tl.constexpr, HAS_TOL: tl.constexpr, BN: tl.constexpr, BB: tl.constexpr,
 ):  # fmt: skip
-    """Merge the pairs [G, blocks, n] over the blocks. SCALE: u [G, n] = log2 a - log2 of the sum; else the pairs join peaks,
-    sums [G, n]. Grid (blocks of rows, items)."""
+    """Merge the pairs [G, blocks, pair_stride] over the blocks. SCALE: u [G, n] = log2 a - log2 of the sum; else the pairs join
+    peaks, sums [G, n]. Grid (blocks of rows, items)."""
     i_item = tl.program_id(1).to(tl.int64)
     if HAS_TOL:
         if tl.load(stop) != 0:
@@ -134,14 +165,15 @@ def merge_rows_kernel(
     o_n = tl.program_id(0) * BN + tl.arange(0, BN)
     m_n = o_n < num_rows
     o_item = i_item * num_rows + o_n
-    row_peaks += i_item * num_blocks * num_rows
-    row_sums += i_item * num_blocks * num_rows
+    stride = pair_stride(num_rows)
+    row_peaks += i_item * num_blocks * stride
+    row_sums += i_item * num_blocks * stride
     peak = tl.full((BN,), -float("inf"), tl.float32)
     total = tl.zeros((BN,), tl.float32)
     for first in range(0, num_blocks, BB):
         o_b = first + tl.arange(0, BB)
-        mask = (o_b < num_blocks)[:, None] & m_n[None, :]
-        o_pair = o_b[:, None] * num_rows + o_n[None, :]
+        mask = (o_b < num_blocks)[:, None] & (o_n < stride)[None, :]  # what no row wrote is read, and goes nowhere
+        o_pair = o_b[:, None] * stride + o_n[None, :]
         block_peaks = tl.load(row_peaks + o_pair, mask=mask, other=-float("inf"))  # [BB, BN]
         block_sums = tl.load(row_sums + o_pair, mask=mask, other=0.0)
         top = tl.max(block_peaks, axis=0)
@@ -159,17 +191,18 @@ def merge_rows_kernel(
         tl.store(sums + o_item, total, mask=m_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def plan_kernel(
     scores, u, v, plan,
     num_rows, num_cols, item_stride, row_stride, factor,
-    BN: tl.constexpr, BK: tl.constexpr,
+    ALIGN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """plan [G, n, K] = 2^(entry + u + v). Grid (blocks of columns, items, blocks of rows)."""
     i_item = tl.program_id(1).to(tl.int64)
+    num_cols, row_stride = multiple(num_cols, ALIGN), multiple(row_stride, ALIGN)
     o_n, o_k = tl.program_id(2) * BN + tl.arange(0, BN), tl.program_id(0) * BK + tl.arange(0, BK)
     m_n, m_k = o_n < num_rows, o_k < num_cols
-    x = load_entries(scores + i_item * item_stride, o_n, o_k, m_n, m_k, row_stride, factor)
+    x = load_entries(scores + i_item * multiple(item_stride, ALIGN), o_n, o_k, m_n, m_k, row_stride, factor)
     x += tl.load(u + i_item * num_rows + o_n, mask=m_n, other=-float("inf"))[:, None]
     x += tl.load(v + i_item * num_cols + o_k, mask=m_k, other=-float("inf"))[None, :]
     out = plan + i_item * num_rows * num_cols + o_n.to(tl.int64)[:, None] * num_cols + o_k[None, :]

@@ -10,6 +10,7 @@ from emulation import run_compiled
 
 import comp_kernels as ck
 from comp_kernels._triton import launches_go_to
+from comp_kernels._triton_compile import record
 from comp_kernels.ops.rope_attention import triton_backend, triton_configs
 from comp_kernels.ops.rope_attention.call import Call
 from comp_kernels.testing import (
@@ -265,11 +266,11 @@ def test_autotuning_measures_once_per_kernel_head_dim_and_dtype(monkeypatch):
 
 def compiled_code(arch, dtype, head_dim, layout, backward):
     """Facts about the kernels that `arch` would run for packed sequences (see benchmarks/compile_report.py)."""
-    from benchmarks.compile_report import read_code, record_launches
+    from benchmarks.compile_report import attention_call, read_code
 
     case = AttentionCase("compiled", [1024, 361], heads=2, head_dim=head_dim, layout=layout)
-    launches = record_launches(arch, dtype, case, backward=backward)
-    return {launch.kernel.__name__: read_code(launch, arch) for launch in launches}
+    launches = record(attention_call(dtype, case, backward=backward), arch)
+    return {launch.name: read_code(launch, arch) for launch in launches}
 
 
 SHARED_LIMIT = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}  # KiB per block

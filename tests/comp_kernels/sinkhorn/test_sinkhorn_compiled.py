@@ -6,6 +6,7 @@ from emulation import emulating_launcher, needs_emulator, run_compiled
 
 import comp_kernels as ck
 from comp_kernels import reference
+from comp_kernels._triton_compile import record, specialization
 from comp_kernels.testing import (
     ALIGNMENT_CASES,
     SinkhornCase,
@@ -28,17 +29,9 @@ def all_kernels(dtype: torch.dtype) -> None:
 
 
 def compiled_code(arch: str, dtype: torch.dtype) -> list:
-    from benchmarks.compile_report import Launch, read_code
-    from comp_kernels._triton import launches_go_to
+    from benchmarks.compile_report import read_code
 
-    launches = {}
-
-    def recorder(kernel, grid, *args, num_warps, num_stages, **constexprs):
-        key = (kernel.__name__, *constexprs.values(), *(getattr(x, "dtype", None) for x in args))
-        launches.setdefault(key, Launch(kernel, args, constexprs, num_warps, num_stages))
-
-    with launches_go_to(recorder, arch):
-        all_kernels(dtype)
+    launches = {specialization(launch, arch): launch for launch in record(lambda: all_kernels(dtype), arch)}
     return [read_code(launch, arch) for launch in launches.values()]
 
 

@@ -120,7 +120,7 @@ def triton_launch(
         else:
             t, div = _type_of(v)
             sig[n] = t
-            if div:
+            if div and not fn.params[k].do_not_specialize:
                 attrs[(k,)] = [["tt.divisibility", 16]]
             run.append(v)
     key = (
