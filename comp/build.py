@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .config import Config, ConfigError, StageConfig
 from .data.encode import ImageSettings, SampleEncoder
-from .data.template import ChatTemplate, load_tokenizer
+from .data.template import ChatTemplate, load_tokenizer, num_rows
 from .model import VisionEncoder
 from .model.comp import CoMP
 from .parallel import World, uses_fsdp
@@ -20,16 +20,19 @@ from .parallel import World, uses_fsdp
 def build_model(config: Config, *, dummy_image: bool = False) -> tuple[CoMP, ChatTemplate]:
     """The pre-trained parts joined, in float32, and the chat template of the language model's tokenizer.
 
-    The word embeddings get exactly one row per entry of the tokenizer, as the authors' code does: the vocabulary prior and
-    the prototypes of the alignment loss then agree, and padding rows that some checkpoints carry take no mass.
+    The word embeddings get exactly one row per id of the tokenizer, as the authors' code does: the vocabulary prior and
+    the prototypes of the alignment loss then agree, and padding rows that some checkpoints carry take no mass. The language
+    model's configurations say where its answers end from now on, as those of instructed models do.
     """
     tokenizer = config.language.tokenizer or config.language.path
     with _loading(tokenizer):
         template = ChatTemplate(load_tokenizer(tokenizer))
     with _loading(config.language.path):
         language_model = AutoModelForCausalLM.from_pretrained(config.language.path, dtype="float32")
-    if language_model.get_input_embeddings().num_embeddings != len(template.tokenizer):
-        language_model.resize_token_embeddings(len(template.tokenizer), mean_resizing=False)
+    rows = num_rows(template.tokenizer)
+    if language_model.get_input_embeddings().num_embeddings != rows:
+        language_model.resize_token_embeddings(rows, mean_resizing=False)
+    set_end_ids(language_model, template)
     with _loading(config.vision.path):
         encoder = VisionEncoder.from_pretrained(
             config.vision.path,
@@ -52,6 +55,16 @@ def build_model(config: Config, *, dummy_image: bool = False) -> tuple[CoMP, Cha
         enable = getattr(language_model, "activation_checkpointing_enable", language_model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
     return model, template
+
+
+def set_end_ids(language_model: PreTrainedModel, template: ChatTemplate) -> None:
+    """Let config.json and generation_config.json say where answers end and what padding is, for whoever reads the export."""
+    for settings in (language_model.config, language_model.generation_config):
+        settings.pad_token_id = template.pad_id
+        try:
+            settings.eos_token_id = template.end_ids
+        except Exception:  # a configuration that takes one id only refuses a list in its own way
+            settings.eos_token_id = template.turn_end
 
 
 @contextmanager
@@ -143,4 +156,4 @@ def export_model(model: CoMP, template: ChatTemplate, config: Config, world: Wor
         model.encoder.pos_mode = pos_mode
     if world.is_main:
         model.save_pretrained(folder)
-        template.tokenizer.save_pretrained(folder / "language")
+        template.save_tokenizer(folder / "language")

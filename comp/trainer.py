@@ -24,6 +24,7 @@ from .data.datasets import BadSampleError
 from .data.loader import StepData, StepDataset, iterate_steps
 from .data.mixture import open_sources
 from .data.prior import count_words
+from .data.template import num_rows
 from .eval.vqa import answer_questions, blind_baselines, scores_by_type, write_predictions
 from .metrics import MetricsLog, Progress, table
 from .optim import build_optimizer, lr_multiplier, part_reports, set_learning_rates, set_trainable
@@ -245,7 +246,7 @@ class Trainer:
         if self._checkpoint is not None and path.is_file():
             counts = torch.from_numpy(np.load(path))
         else:
-            counts = count_words(self.sources[aligned[-1]], self.template, len(self.template.tokenizer), self.world)
+            counts = count_words(self.sources[aligned[-1]], self.template, num_rows(self.template.tokenizer), self.world)
             if self.world.is_main:
                 temporary = path.with_name(".writing-word_counts.npy")
                 np.save(temporary, counts.numpy())

@@ -92,7 +92,8 @@ def probe_ids(model: PreTrainedModel, count: int) -> Tensor:
     """Token ids spread over the vocabulary, without those of padding and the like where there are others."""
     embedding = model.get_input_embeddings()
     config = model.config.get_text_config()
-    special = {getattr(config, f"{kind}_token_id", None) for kind in ("pad", "bos", "eos")}
+    special = [getattr(config, f"{kind}_token_id", None) for kind in ("pad", "bos", "eos")]
+    special = {i for ids in special for i in (ids if isinstance(ids, (list, tuple)) else [ids])}
     ordinary = [i for i in range(embedding.num_embeddings) if i not in special] or [0]
     places = torch.linspace(0, len(ordinary) - 1, count).long().tolist()
     return torch.tensor([ordinary[place] for place in places], device=embedding.weight.device)
