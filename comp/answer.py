@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from .build import make_sample_encoder
+from .build import loading, make_sample_encoder
 from .config import ConfigError
 from .data.batch import Message, Sample
 from .data.datasets import BadSampleError
@@ -32,7 +32,8 @@ def check_export(folder: str | Path) -> None:
 def load(folder: str | Path) -> tuple[CoMP, ChatTemplate]:
     """The model of an exported folder and the chat template of its tokenizer."""
     check_export(folder)
-    return CoMP.from_pretrained(folder), ChatTemplate(load_tokenizer(str(Path(folder) / "language")))
+    with loading(str(folder)):
+        return CoMP.from_pretrained(folder), ChatTemplate(load_tokenizer(str(Path(folder) / "language")))
 
 
 def answer(

@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .config import Config, ConfigError, StageConfig
 from .data.encode import ImageSettings, SampleEncoder
 from .data.template import ChatTemplate, load_tokenizer, num_rows
 from .model import VisionEncoder
+from .model.causal_lm import load_language_model
 from .model.comp import CoMP
 from .parallel import World, uses_fsdp
 
@@ -25,32 +26,35 @@ def build_model(config: Config, *, dummy_image: bool = False) -> tuple[CoMP, Cha
     model's configurations say where its answers end from now on, as those of instructed models do.
     """
     tokenizer = config.language.tokenizer or config.language.path
-    with _loading(tokenizer):
+    with loading(tokenizer):
         template = ChatTemplate(load_tokenizer(tokenizer))
-    with _loading(config.language.path):
-        language_model = AutoModelForCausalLM.from_pretrained(config.language.path, dtype="float32")
+    with loading(config.language.path):
+        language_model = load_language_model(config.language.path, "float32")
     rows = num_rows(template.tokenizer)
     if language_model.get_input_embeddings().num_embeddings != rows:
         language_model.resize_token_embeddings(rows, mean_resizing=False)
     set_end_ids(language_model, template)
-    with _loading(config.vision.path):
+    with loading(config.vision.path):
         encoder = VisionEncoder.from_pretrained(
             config.vision.path,
             abs_pos_order=config.vision.abs_pos_order,
             abs_pos_interp=config.vision.abs_pos_interp,
         ).float()
-    model = CoMP(
-        encoder,
-        language_model,
-        image_token_id=template.image_id,
-        position_ids=config.language.position_ids,
-        adapter_init=config.vision.adapter_init,
-        dummy_image=dummy_image,
-    )
+    with loading(config.language.path):
+        model = CoMP(
+            encoder,
+            language_model,
+            image_token_id=template.image_id,
+            position_ids=config.language.position_ids,
+            adapter_init=config.vision.adapter_init,
+            dummy_image=dummy_image,
+        )
     if any(stage.alignment is not None and stage.alignment.prototype_source == "frozen" for stage in config.stages):
         model.freeze_prototypes()
     if config.activation_checkpointing:
         encoder.gradient_checkpointing = True
+        if not language_model.supports_gradient_checkpointing:
+            raise ConfigError(f"{type(language_model).__name__} has no activation_checkpointing; set it to false")
         # the second is the name in older releases of transformers; newer ones warn about it
         enable = getattr(language_model, "activation_checkpointing_enable", language_model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
@@ -68,13 +72,14 @@ def set_end_ids(language_model: PreTrainedModel, template: ChatTemplate) -> None
 
 
 @contextmanager
-def _loading(path: str) -> Iterator[None]:
+def loading(path: str) -> Iterator[None]:
     """What cannot be loaded is a mistake of the configuration that names it."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except Exception as error:  # readers of damaged files raise nearly anything
         where = path if Path(path).is_dir() else f"{path} is no folder here and, as a hub id,"
-        raise ConfigError(f"{where} cannot be loaded: {error}") from error
+        cause = f"{error}" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{where} cannot be loaded: {cause}") from error
 
 
 def set_position_mode(model: CoMP, config: Config, stage: StageConfig) -> None:

@@ -3,14 +3,18 @@ a head, from hidden states to logits as the model itself makes them."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .files import check_weights, read_object, warn_of_non_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,6 +46,24 @@ class Halves:
         hidden = hidden.unsqueeze(0)
         with _returning(self.decoder_of(model), self.output(last_hidden_state=hidden)):
             return model(inputs_embeds=hidden, use_cache=False).logits[0]
+
+
+def load_language_model(path: str | os.PathLike, dtype: torch.dtype | str) -> PreTrainedModel:
+    """The causal language model of a directory or hub id. ValueError with path and cause for what cannot be loaded, weights
+    that lack tensors included; weights that are not finite are warned of."""
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(path)
+    if (folder / "config.json").is_file():
+        check_weights(folder, quantized=bool(read_object(folder / "config.json").get("quantization_config")))
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    except Exception as error:  # configurations of wrong values and damaged files end in errors of any kind
+        raise ValueError(f"{path}: {error or type(error).__name__}") from error
+    if missing := sorted(loading["missing_keys"]):
+        raise ValueError(f"{path}: the weights of {type(model).__name__} lack {len(missing)} tensors: {', '.join(missing[:5])}")
+    warn_of_non_finite(path, model.named_parameters())
+    return model
 
 
 @torch.no_grad()

@@ -25,7 +25,8 @@ from comp_kernels import alignment_loss
 
 from ..losses import contrastive_loss, masked_mean, mean_by_segment, next_token_loss
 from .adapter import Adapter
-from .causal_lm import evaluation_mode, split
+from .causal_lm import evaluation_mode, load_language_model, split
+from .files import read_object
 from .generation import ALONE, continue_rows, plain_config, rows_together, sharing_of
 from .mrope import install_mrope, mrope_position_ids
 from .vision_encoder import VisionEncoder
@@ -129,15 +130,18 @@ class CoMP(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike, *, dtype: torch.dtype | None = None) -> CoMP:
-        """Load what save_pretrained wrote, in evaluation mode. dtype: of the parameters, default that of the files."""
-        from transformers import AutoModelForCausalLM
+        """Load what save_pretrained wrote, in evaluation mode. dtype: of the parameters, default that of the files.
 
+        Raises ValueError with path and cause for a folder that is not what save_pretrained wrote, or is damaged.
+        """
         folder = Path(folder)
         if not (folder / SETTINGS_FILE).is_file():
             raise ValueError(f"folder must hold {SETTINGS_FILE}, vision/ and language/ as save_pretrained writes, got {folder}")
-        settings = json.loads((folder / SETTINGS_FILE).read_text())
+        settings = read_object(folder / SETTINGS_FILE)
+        if settings.keys() != {"image_token_id", "position_ids"} or not isinstance(settings["image_token_id"], int):
+            raise ValueError(f"{folder / SETTINGS_FILE} must hold image_token_id (a number) and position_ids, got {settings}")
         encoder = VisionEncoder.from_pretrained(folder / "vision", dtype=dtype)
-        language_model = AutoModelForCausalLM.from_pretrained(folder / "language", dtype=dtype or "auto")
+        language_model = load_language_model(folder / "language", dtype or "auto")
         return cls(encoder, language_model, **settings).eval()
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:

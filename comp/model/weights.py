@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .adapter import Adapter
+from .files import open_weights, read_object, warn_of_non_finite, weight_files
 from .vit_config import ViTConfig
 
 if TYPE_CHECKING:
@@ -160,24 +160,6 @@ PREFIXES = (
 )  # of the tower inside a larger model
 
 
-def weight_files(directory: Path) -> list[Path]:
-    """The files that are a directory's weights, by the rule of transformers: model.safetensors, else what its index names, else
-    the same for pytorch_model.bin. Others beside them (a moving average, another library's format) are not read."""
-    for single in ("model.safetensors", "pytorch_model.bin"):
-        if (directory / single).is_file():
-            return [directory / single]
-        index = directory / f"{single}.index.json"
-        if index.is_file():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            if missing := [name for name in names if not (directory / name).is_file()]:
-                raise ValueError(f"{index} names {missing}, which {directory} does not hold")
-            return [directory / name for name in names]
-    raise ValueError(
-        "path must hold model.safetensors or pytorch_model.bin, or the index of their parts, "
-        f"{directory} has {sorted(os.listdir(directory))}"
-    )
-
-
 @dataclass
 class Checkpoint:
     """What a directory holds; tensors are read one by one, and which ones is remembered."""
@@ -200,18 +182,14 @@ class Checkpoint:
             )
         if not (directory / "config.json").is_file():
             raise ValueError(f"path must hold a config.json, {directory} has {sorted(os.listdir(directory))}")
-        config = json.loads((directory / "config.json").read_text())
+        config = read_object(directory / "config.json")
         statistics = {}
         if (directory / "preprocessor_config.json").is_file():
-            settings = json.loads((directory / "preprocessor_config.json").read_text())
+            settings = read_object(directory / "preprocessor_config.json")
             statistics = {key: settings[key] for key in ("image_mean", "image_std") if settings.get(key)}
         tensors: dict[str, Any] = {}
         for path in weight_files(directory):
-            if path.suffix == ".safetensors":
-                opened = safe_open(path, framework="pt")
-                held = dict.fromkeys(opened.keys(), opened)
-            else:
-                held = torch.load(path, map_location="cpu", weights_only=True)
+            held = open_weights(path)
             if twice := sorted(held.keys() & tensors.keys()):
                 raise ValueError(f"{path} holds {twice[:3]}, which another file of the same checkpoint holds as well")
             tensors |= held
@@ -223,7 +201,10 @@ class Checkpoint:
     def get(self, name: str) -> Tensor:
         self.read.add(name)
         held = self.files[name]
-        return held if isinstance(held, Tensor) else held.get_tensor(name)
+        tensor = held if isinstance(held, Tensor) else held.get_tensor(name)
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must be of floating-point numbers, got {tensor.dtype}")
+        return tensor
 
     @property
     def tower_prefix(self) -> str:
@@ -245,7 +226,7 @@ def load_encoder(
 ) -> VisionEncoder:
     """The work of VisionEncoder.from_pretrained."""
     checkpoint = Checkpoint.open(path)
-    config = ViTConfig.from_hugging_face(checkpoint.config, **with_stored_choices(checkpoint, choices, path))
+    config = read_config(checkpoint, choices, path)
     tensors = read_tensors(checkpoint, config, expected_shapes(cls, checkpoint, config), path)
     with torch.device("meta"):  # no random initialisation of what is overwritten anyway
         adapter = None
@@ -255,7 +236,22 @@ def load_encoder(
     if dtype is not None:
         tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     encoder.load_state_dict(tensors, assign=True)
+    warn_of_non_finite(path, tensors.items())
     return encoder.requires_grad_(True).eval()
+
+
+def read_config(checkpoint: Checkpoint, choices: dict[str, Any], path: str | os.PathLike) -> ViTConfig:
+    """The tower's configuration; ValueError with path and cause for what is no such thing."""
+    stored = checkpoint.config.get("comp", {})
+    if not isinstance(stored, dict) or (unknown := sorted(stored.keys() - set(CHOICES))):
+        got = f"unknown {unknown}" if isinstance(stored, dict) else repr(stored)
+        raise ValueError(f'{path}/config.json: "comp" must hold fields of {", ".join(CHOICES)}; got {got}')
+    try:
+        return ViTConfig.from_hugging_face(checkpoint.config, **with_stored_choices(checkpoint, choices, path))
+    except ValueError as error:
+        raise ValueError(f"{path}/config.json: {error}") from error
+    except (TypeError, AttributeError, ArithmeticError, LookupError) as error:  # a value of another type than the field's
+        raise ValueError(f"{path}/config.json does not describe a vision tower: {type(error).__name__}: {error}") from error
 
 
 def with_stored_choices(checkpoint: Checkpoint, choices: dict[str, Any], path: str | os.PathLike) -> dict[str, Any]:
@@ -274,7 +270,7 @@ def with_stored_choices(checkpoint: Checkpoint, choices: dict[str, Any], path: s
             f"{path} is a checkpoint of the released CoMP code, which added the position table in raster order to patches in "
             'merge-block order: using abs_pos_order="raster_legacy". Pass abs_pos_order to choose, or save_pretrained to '
             "store the choice.",
-            stacklevel=4,
+            stacklevel=5,
         )
     return {**checkpoint.statistics, **needed, **given}
 
@@ -292,7 +288,10 @@ def read_tensors(
         else:
             name = prefix + name
         if name in checkpoint:
-            return checkpoint.get(name)
+            try:
+                return checkpoint.get(name)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
         missing.append(name)
         return None
 
