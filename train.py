@@ -6,6 +6,7 @@ Writes runs/NAME/{config.json, metrics.jsonl, summary.json, checkpoints/, models
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 
 from transformers.utils import logging
@@ -15,14 +16,18 @@ from comp.config_io import apply_overrides
 from comp.data.datasets import BadSampleError
 from comp.parallel import stop_world
 from comp.recipes import RECIPES
+from comp.train.checkpoint import CheckpointError
 from comp.train.step import NonFiniteLossError
 from comp.train.summary import result_table
 from comp.train.trainer import StopRequested, Trainer
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a recipe; the exit code is 0 when it finished or was stopped with SIGTERM, 1 when the loss was not finite, a sample
-    was bad under bad_samples=stop, or an evaluation could ask nothing, 2 when the configuration cannot be used."""
+    was bad under bad_samples=stop, the disk was full, or an evaluation could ask nothing, 2 when the configuration or what it
+    names cannot be used."""
     options, config = read_command_line(arguments)
     logging.disable_progress_bar()  # of reading and writing weights: they would draw over ours
     try:
@@ -48,10 +53,16 @@ def run(trainer: Trainer) -> int:
     except ConfigError as error:  # seen only now that the data are read, perhaps by this process alone
         print(f"train.py: {error}", file=sys.stderr)
         return 2
+    except CheckpointError as error:
+        say(f"stopped after step {trainer.state.step}: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        say(f"stopped after step {trainer.state.step}: {error}. {last_good(trainer)}", file=sys.stderr)
+        return 1
     except (NonFiniteLossError, BadSampleError) as error:
-        checkpoint = trainer.store.latest()
-        saved = f"The last good checkpoint is {checkpoint}." if checkpoint else "No checkpoint was written before."
-        say(f"stopped before step {trainer.state.step + 1}: {error}\n{saved}", file=sys.stderr)
+        say(f"stopped before step {trainer.state.step + 1}: {error}\n{last_good(trainer)}", file=sys.stderr)
         return 1
     if trainer.world.is_main:
         if summary["evaluations"]:
@@ -66,6 +77,11 @@ def run(trainer: Trainer) -> int:
             print(f"train.py: no held-out question could be asked in the evaluation {', '.join(unasked)}", file=sys.stderr)
             return 1
     return 0
+
+
+def last_good(trainer: Trainer) -> str:
+    checkpoint = trainer.store.newest_whole()[0]
+    return f"The last good checkpoint is {checkpoint}." if checkpoint else "No checkpoint was written before."
 
 
 def read_command_line(arguments: list[str] | None) -> tuple[argparse.Namespace, Config]:

@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import AutoModelForCausalLM
+from transformers import PreTrainedModel
 
 from .config import Config, ConfigError, StageConfig
 from .data.encode import ImageSettings, SampleEncoder
-from .data.template import ChatTemplate, load_tokenizer
+from .data.template import ChatTemplate, load_tokenizer, num_rows
 from .model import VisionEncoder
+from .model.causal_lm import load_language_model
 from .model.multimodal import CoMP
 from .parallel import World, uses_fsdp
 
@@ -20,44 +21,61 @@ from .parallel import World, uses_fsdp
 def build_model(config: Config, *, dummy_image: bool = False) -> tuple[CoMP, ChatTemplate]:
     """The pre-trained parts joined, in float32, and the chat template of the language model's tokenizer.
 
-    The word embeddings get exactly one row per entry of the tokenizer, as the authors' code does: the vocabulary prior and
-    the prototypes of the alignment loss then agree, and padding rows that some checkpoints carry take no mass.
+    The word embeddings get exactly one row per id of the tokenizer, as the authors' code does: the vocabulary prior and
+    the prototypes of the alignment loss then agree, and padding rows that some checkpoints carry take no mass. The language
+    model's configurations say where its answers end from now on, as those of instructed models do.
     """
     tokenizer = config.language.tokenizer or config.language.path
-    with _loading(tokenizer):
+    with loading(tokenizer):
         template = ChatTemplate(load_tokenizer(tokenizer))
-    with _loading(config.language.path):
-        language_model = AutoModelForCausalLM.from_pretrained(config.language.path, dtype="float32")
-    if language_model.get_input_embeddings().num_embeddings != len(template.tokenizer):
-        language_model.resize_token_embeddings(len(template.tokenizer), mean_resizing=False)
-    with _loading(config.vision.path):
+    with loading(config.language.path):
+        language_model = load_language_model(config.language.path, "float32")
+    rows = num_rows(template.tokenizer)
+    if language_model.get_input_embeddings().num_embeddings != rows:
+        language_model.resize_token_embeddings(rows, mean_resizing=False)
+    set_end_ids(language_model, template)
+    with loading(config.vision.path):
         encoder = VisionEncoder.from_pretrained(config.vision.path, **config.vision.choices()).float()
-    model = CoMP(
-        encoder,
-        language_model,
-        image_token_id=template.image_id,
-        position_ids=config.language.position_ids,
-        adapter_init=config.vision.adapter_init,
-        dummy_image=dummy_image,
-    )
+    with loading(config.language.path):
+        model = CoMP(
+            encoder,
+            language_model,
+            image_token_id=template.image_id,
+            position_ids=config.language.position_ids,
+            adapter_init=config.vision.adapter_init,
+            dummy_image=dummy_image,
+        )
     if any(stage.alignment is not None and stage.alignment.prototype_source == "frozen" for stage in config.stages):
         model.freeze_prototypes()
     if config.activation_checkpointing:
         encoder.gradient_checkpointing = True
+        if not language_model.supports_gradient_checkpointing:
+            raise ConfigError(f"{type(language_model).__name__} has no activation_checkpointing; set it to false")
         # the second is the name in older releases of transformers; newer ones warn about it
         enable = getattr(language_model, "activation_checkpointing_enable", language_model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
     return model, template
 
 
+def set_end_ids(language_model: PreTrainedModel, template: ChatTemplate) -> None:
+    """Let config.json and generation_config.json say where answers end and what padding is, for whoever reads the export."""
+    for settings in (language_model.config, language_model.generation_config):
+        settings.pad_token_id = template.pad_id
+        try:
+            settings.eos_token_id = template.end_ids
+        except Exception:  # a configuration that takes one id only refuses a list in its own way
+            settings.eos_token_id = template.turn_end
+
+
 @contextmanager
-def _loading(path: str) -> Iterator[None]:
+def loading(path: str) -> Iterator[None]:
     """What cannot be loaded is a mistake of the configuration that names it."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except Exception as error:  # readers of damaged files raise nearly anything
         where = path if Path(path).is_dir() else f"{path} is no folder here and, as a hub id,"
-        raise ConfigError(f"{where} cannot be loaded: {error}") from error
+        cause = f"{error}" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{where} cannot be loaded: {cause}") from error
 
 
 def set_position_mode(model: CoMP, config: Config, stage: StageConfig) -> None:
@@ -139,4 +157,4 @@ def export_model(model: CoMP, template: ChatTemplate, config: Config, world: Wor
         model.encoder.pos_mode = pos_mode
     if world.is_main:
         model.save_pretrained(folder)
-        template.tokenizer.save_pretrained(folder / "language")
+        template.save_tokenizer(folder / "language")

@@ -170,7 +170,7 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
-    """Applied to matrices only, never to biases, norms and position tables."""
+    """Applied to matrices only, never to biases, norms, position tables and learned tokens."""
     warmup_ratio: float = 0.03
     """Share of the stage's steps spent warming up."""
     min_lr_ratio: float = 0.0

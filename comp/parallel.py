@@ -102,8 +102,26 @@ def distribute(model: nn.Module, config: Config, world: World) -> nn.Module:
 
 
 def transformer_blocks(model: nn.Module) -> list[nn.Module]:
-    """The layers of vision encoder and language model: the units that are gathered one at a time."""
-    return [*model.encoder.blocks, *model.language_model.base_model.layers]
+    """The layers of vision encoder and language model: the units that are gathered one at a time.
+
+    Those of the language model are what it says must not be split, without what holds a table of words: that is used from
+    outside as well. ConfigError where it names none.
+    """
+    language_model = model.language_model
+    kinds = set(language_model._no_split_modules or ())
+    tables = [language_model.get_input_embeddings(), language_model.get_output_embeddings()]
+    blocks: list[nn.Module] = []
+    within: set[nn.Module] = set()
+    for module in language_model.modules():  # the outer ones come first
+        if type(module).__name__ in kinds and module not in within and not any(table in module.modules() for table in tables):
+            blocks.append(module)
+            within.update(module.modules())
+    if not blocks:
+        raise ConfigError(
+            f"parallel=fsdp needs to know the layers of {type(language_model).__name__}, which names none among its modules "
+            f"(_no_split_modules is {sorted(kinds)}); use parallel=replicate"
+        )
+    return [*model.encoder.blocks, *blocks]
 
 
 def uses_fsdp(config: Config, world: World) -> bool:

@@ -1,5 +1,6 @@
 """Settings for the whole suite: one torch thread per xdist worker, fixed seeds, no network."""
 
+import logging
 import os
 
 import pytest
@@ -18,3 +19,23 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+class _Deprecations(logging.Handler):
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.messages = []
+
+    def emit(self, record):
+        if "deprecated" in record.getMessage():
+            self.messages.append(record.getMessage())
+
+
+@pytest.fixture(autouse=True)
+def _logged_deprecations():
+    """transformers logs most of its deprecations, once per process, where others warn: they end a test as well."""
+    handler, logger = _Deprecations(), logging.getLogger("transformers")
+    logger.addHandler(handler)
+    yield
+    logger.removeHandler(handler)
+    assert not handler.messages, handler.messages

@@ -9,6 +9,9 @@ An image stands as one <|image_pad|> per visual token. Learned are the answers a
 
 from __future__ import annotations
 
+import copy
+import json
+import os
 from collections.abc import Sequence
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -19,24 +22,61 @@ END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>
 VISION_START, VISION_END, IMAGE = "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"
 SPECIAL_TOKENS = (END_OF_TEXT, TURN_START, TURN_END, VISION_START, VISION_END, IMAGE)
 ROLES = ("system", "user", "assistant")
+SYSTEM = "You are a helpful assistant."
+CHAT_TEMPLATE = """\
+{%- if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\n' + system + '<|im_end|>\\n' }}{% endif %}
+{%- for message in messages %}
+    {{- '<|im_start|>' + message['role'] + '\\n' }}
+    {%- if message['content'] is string %}
+        {{- message['content'] }}
+    {%- else %}
+        {%- for item in message['content'] if item['type'] == 'image' %}
+            {{- '<|vision_start|><|image_pad|><|vision_end|>' }}
+        {%- endfor %}
+        {%- for item in message['content'] if item['type'] == 'text' %}
+            {{- item['text'] }}
+        {%- endfor %}
+    {%- endif %}
+    {{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+"""The template for other programs (Jinja, as transformers reads it): one <|image_pad|> per image, which a processor repeats."""
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a directory or hub id, with the special tokens of the template added where they are missing.
 
-    The word embeddings must have `len(tokenizer)` rows afterwards. Padding is <|endoftext|>, an answer ends at <|im_end|>.
+    The word embeddings must have `num_rows(tokenizer)` rows afterwards. Padding is <|endoftext|>, an answer ends at <|im_end|>.
     """
     tokenizer = AutoTokenizer.from_pretrained(path)
     known = tokenizer.get_vocab()
     tokenizer.add_tokens([token for token in SPECIAL_TOKENS if token not in known], special_tokens=True)
+    _check_ids(tokenizer, known)
     tokenizer.pad_token, tokenizer.eos_token = END_OF_TEXT, TURN_END
     return tokenizer
+
+
+def num_rows(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Rows that the word embeddings need: the largest id plus one, which is more than `len(tokenizer)` where ids are unused."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def _check_ids(tokenizer: PreTrainedTokenizerBase, before: dict[str, int]) -> None:
+    """Added tokens get ids from the number of words on, which are taken where ids before are unused."""
+    words = {i: word for word, i in before.items()}
+    after = tokenizer.get_vocab()
+    for token in SPECIAL_TOKENS:
+        if words.get(after[token], token) != token:
+            raise ValueError(
+                f"the tokenizer lacks {token}, and adding it gives the id {after[token]} of {words[after[token]]!r}: it has "
+                f"{len(before)} words with ids up to {max(words)}; give the special tokens ids of their own in tokenizer.json"
+            )
 
 
 class ChatTemplate:
     """Encodes conversations with one tokenizer; text that happens to spell a special token stays text."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, system: str = "You are a helpful assistant."):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, system: str = SYSTEM):
         vocabulary = tokenizer.get_vocab()
         missing = [token for token in SPECIAL_TOKENS if token not in vocabulary]
         if missing:
@@ -47,6 +87,17 @@ class ChatTemplate:
             vocabulary[token] for token in SPECIAL_TOKENS
         )
         self.newline = self.encode_text("\n")
+
+    @property
+    def end_ids(self) -> list[int]:
+        """Ids at which a text ends: of an answer, and of a document."""
+        return [self.turn_end, self.pad_id]
+
+    def save_tokenizer(self, folder: str | os.PathLike) -> None:
+        """Write the tokenizer with this template, whatever template it came with: the model was trained with this one."""
+        tokenizer = copy.deepcopy(self.tokenizer)
+        tokenizer.chat_template = CHAT_TEMPLATE.replace("system +", f"{json.dumps(self.system, ensure_ascii=False)} +")
+        tokenizer.save_pretrained(folder)
 
     def encode_text(self, text: str) -> list[int]:
         """Plain text, nothing added."""

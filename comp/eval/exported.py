@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..build import loading
 from ..config import ConfigError
 from ..data.template import ChatTemplate, load_tokenizer
 from ..model import CoMP
@@ -18,4 +19,5 @@ def check_export(folder: str | Path) -> None:
 def load(folder: str | Path) -> tuple[CoMP, ChatTemplate]:
     """The model of an exported folder and the chat template of its tokenizer."""
     check_export(folder)
-    return CoMP.from_pretrained(folder), ChatTemplate(load_tokenizer(str(Path(folder) / "language")))
+    with loading(str(folder)):
+        return CoMP.from_pretrained(folder), ChatTemplate(load_tokenizer(str(Path(folder) / "language")))

@@ -19,7 +19,7 @@ from ..data.batch import Sample
 from ..data.datasets import BadSampleError, Dataset
 from ..data.encode import SampleEncoder, prompt_messages, reference_answers
 from ..data.packing import EncodedSample, collate
-from ..model.multimodal import evaluation_mode
+from ..model.causal_lm import evaluation_mode
 from .choices import CHOICE_METRICS
 from .metrics import METRICS
 

@@ -17,7 +17,8 @@ class MultimodalRotary(nn.Module):
 
     While `position_ids` [3, B, L] is set, the channels of each head are shared out among time, row and column; otherwise the
     module is transparent. The positions come through this attribute and not through the model's `position_ids` argument
-    because masks and attention kernels of transformers read that argument as a plain [B, L] running index.
+    because masks and attention kernels of transformers read that argument as a plain [B, L] running index. That index is looked
+    up here: token i of a row has position_ids[:, row, i], and those behind the last one count on, as generated tokens do.
     """
 
     def __init__(self, rotary: nn.Module, head_dim: int) -> None:
@@ -29,8 +30,16 @@ class MultimodalRotary(nn.Module):
     def forward(self, x: Tensor, position_ids: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if self.position_ids is None:
             return self.rotary(x, position_ids, *args, **kwargs)
-        per_axis = [self.rotary(x, axis_ids, *args, **kwargs) for axis_ids in self.position_ids]
+        per_axis = [self.rotary(x, axis_ids, *args, **kwargs) for axis_ids in self._axes(position_ids)]
         return tuple(self._by_section(tables) for tables in zip(*per_axis))
+
+    def _axes(self, index: Tensor) -> Tensor:
+        """(time, row, column) of the tokens with this running index [B or 1, n]: [3, B, n]."""
+        table = self.position_ids
+        if len(index) > table.shape[1]:  # several beams of every row
+            table = table.repeat_interleave(len(index) // table.shape[1], dim=1)
+        inside = index.clamp(max=table.shape[2] - 1).expand(table.shape[1], -1)
+        return table.gather(2, inside.expand(3, -1, -1)) + (index - inside)
 
     def _by_section(self, tables: Sequence[Tensor]) -> Tensor:
         """Channels of three [B, L, head_dim] tables: time, row, column of the first half, and again of the second half."""

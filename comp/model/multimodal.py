@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 import torch.distributed as dist
@@ -25,12 +25,16 @@ from comp_kernels import alignment_loss
 
 from ..config import AdapterInit, AlignmentConfig, PositionIds, PrototypeSource, need_choice
 from .adapter import Adapter
+from .causal_lm import evaluation_mode, load_language_model, split
+from .folder import read_object
+from .generation import ALONE, continue_rows, plain_config, rows_together, sharing_of
 from .losses import contrastive_loss, masked_mean, mean_by_segment, next_token_loss
 from .mrope import install_mrope, mrope_position_ids
 from .vision_encoder import VisionEncoder
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import GenerationConfig, PreTrainedModel
+    from transformers.generation.streamers import BaseStreamer
 
     from ..data.batch import Batch
 
@@ -114,22 +118,27 @@ class CoMP(nn.Module):
         self.image_token_id = image_token_id
         self.dummy_image = dummy_image
         self.mrope = position_ids == "mrope"
+        self._halves = split(language_model)
+        self._sharing: str | None = None  # asked of the language model when a batch is answered
         if self.mrope:
-            install_mrope(language_model.base_model)
+            install_mrope(self._decoder)
         self.register_buffer("word_counts", None, persistent=False)
         self.register_buffer("frozen_prototypes", None)
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike, *, dtype: torch.dtype | None = None) -> CoMP:
-        """Load what save_pretrained wrote, in evaluation mode. dtype: of the parameters, default that of the files."""
-        from transformers import AutoModelForCausalLM
+        """Load what save_pretrained wrote, in evaluation mode. dtype: of the parameters, default that of the files.
 
+        Raises ValueError with path and cause for a folder that is not what save_pretrained wrote, or is damaged.
+        """
         folder = Path(folder)
         if not (folder / SETTINGS_FILE).is_file():
             raise ValueError(f"folder must hold {SETTINGS_FILE}, vision/ and language/ as save_pretrained writes, got {folder}")
-        settings = json.loads((folder / SETTINGS_FILE).read_text())
+        settings = read_object(folder / SETTINGS_FILE)
+        if settings.keys() != {"image_token_id", "position_ids"} or not isinstance(settings["image_token_id"], int):
+            raise ValueError(f"{folder / SETTINGS_FILE} must hold image_token_id (a number) and position_ids, got {settings}")
         encoder = VisionEncoder.from_pretrained(folder / "vision", dtype=dtype)
-        language_model = AutoModelForCausalLM.from_pretrained(folder / "language", dtype=dtype or "auto")
+        language_model = load_language_model(folder / "language", dtype or "auto")
         return cls(encoder, language_model, **settings).eval()
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
@@ -144,6 +153,10 @@ class CoMP(nn.Module):
     @property
     def adapter(self) -> Adapter:
         return self.encoder.adapter
+
+    @property
+    def _decoder(self) -> nn.Module:
+        return self._halves.decoder_of(self.language_model)
 
     def named_parts(self) -> dict[str, dict[str, nn.Parameter]]:
         """Every parameter in exactly one of "vision", "adapter" and "language", by name."""
@@ -196,8 +209,7 @@ class CoMP(nn.Module):
             step_text = self.step_text([batch])
         visual_VE = self.visual_tokens(batch)
         hidden_BLE = self.decode(batch, visual_VE, token_grids)
-        lm_head = self.language_model.get_output_embeddings()
-        loss_sum, num_tokens = next_token_loss(hidden_BLE, batch.labels, lm_head, lm_head.weight.shape[0])
+        loss_sum, num_tokens = next_token_loss(hidden_BLE, batch.labels, self.logits, self._halves.vocabulary)
         output = CoMPOutput(token_loss_sum=loss_sum, num_tokens=num_tokens, alignment_loss=None)
         if alignment is not None:
             output.alignment_loss = self.align(visual_VE, token_grids, step_text, alignment, group)
@@ -254,19 +266,20 @@ class CoMP(nn.Module):
         """Last hidden states [B, L, E], after the decoder's final norm."""
         embeds_BLE, position_ids = self.embed(batch, visual_VE, token_grids)
         with self.multimodal_positions(position_ids):
-            return self.run_decoder(batch.attention_mask, inputs_embeds=embeds_BLE).last_hidden_state
+            return self.run_decoder(batch.attention_mask, inputs_embeds=embeds_BLE)
 
-    def run_decoder(self, attention_mask: Tensor, **inputs):
-        """The decoder without its lm_head, on right-padded rows."""
-        position_ids = torch.arange(attention_mask.shape[1], device=attention_mask.device).unsqueeze(0)
-        position_ids = position_ids.expand(attention_mask.shape[0], -1)
-        inputs = {"use_cache": False, **inputs}
-        return self.language_model.base_model(attention_mask=attention_mask.long(), position_ids=position_ids, **inputs)
+    def logits(self, hidden_nE: Tensor) -> Tensor:
+        """Logits of last hidden states, [n, vocabulary], with all that the language model does to them before its loss."""
+        return self._halves.logits(self.language_model, hidden_nE)
+
+    def run_decoder(self, attention_mask: Tensor, **inputs) -> Tensor:
+        """The decoder without its head on right-padded rows: last hidden states [B, L, E]."""
+        return self._halves.decode(self.language_model, attention_mask=attention_mask.long(), **inputs)
 
     @contextmanager
     def multimodal_positions(self, position_ids: Tensor | None) -> Iterator[None]:
         """Let the decoder use these M-RoPE positions [3, B, L]; None leaves its own."""
-        rotary = self.language_model.base_model.rotary_emb if self.mrope else None
+        rotary = self._decoder.rotary_emb if self.mrope else None
         try:
             if rotary is not None:
                 rotary.position_ids = position_ids
@@ -322,67 +335,55 @@ class CoMP(nn.Module):
         if mask.shape[1] == 0:
             return torch.zeros(len(mask), self.adapter.language_width, device=mask.device)
         with evaluation_mode(self.language_model):
-            return masked_mean(self.run_decoder(mask, input_ids=ids).last_hidden_state, mask)
+            return masked_mean(self.run_decoder(mask, input_ids=ids), mask)
 
     @torch.no_grad()
     def generate(
-        self, batch: Batch, *, max_new_tokens: int, eos_token_id: int | Sequence[int] | None = None
+        self,
+        batch: Batch,
+        *,
+        max_new_tokens: int,
+        eos_token_id: int | Sequence[int] | None = None,
+        streamer: BaseStreamer | None = None,
+        **options: Any,
     ) -> list[list[int]]:
-        """Greedy continuation of every row of batch.input_ids (prompts, right padded), with a key-value cache.
+        """Continuation of every row of batch.input_ids (prompts, right padded) by the language model's own `generate`.
 
-        eos_token_id:  ids that end an answer, default those of the language model's generation config.
-        Returns the new ids of each row, without the one that ended it. Answers do not depend on the other rows.
+        eos_token_id:  ids that end an answer, default those of the language model's generation config; nothing else of that is
+                       used.
+        streamer:      of transformers; gets the prompt and then the ids of an answer as they come. One row at a time.
+        options:       fields of transformers.GenerationConfig, for example do_sample=True, temperature=0.7, top_p=0.9 or
+                       num_beams=4; without any the answer is greedy.
+        Returns the new ids of each row, without the one that ended it. Answers do not depend on the other rows: rows of
+        different lengths are answered one after another where padding would change them (comp.model.generation).
         """
+        lengths = batch.attention_mask.sum(1)
+        if not bool((lengths > 0).all()):
+            raise ValueError(f"every row of input_ids must have a prompt, got lengths {lengths.tolist()}")
+        if streamer is not None and len(lengths) != 1:
+            raise ValueError(f"streamer needs a batch of one row, got {len(lengths)}")
+        if options.get("num_return_sequences", 1) != 1:
+            raise ValueError(f"num_return_sequences must be 1, got {options['num_return_sequences']}; repeat the rows instead")
         if eos_token_id is None:
             eos_token_id = self.language_model.generation_config.eos_token_id
         stops = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+        config = plain_config(max_new_tokens, stops, options)
         with evaluation_mode(self):
-            new_ids = self._greedy(batch, max_new_tokens, stops)
-        return [list(takewhile(lambda token: token not in stops, row)) for row in new_ids.tolist()]
-
-    def _greedy(self, batch: Batch, max_new_tokens: int, stops: list[int]) -> Tensor:
-        """New ids [B, at most max_new_tokens]; stops early once every row has met a stop."""
-        decoder, lm_head = self.language_model.base_model, self.language_model.get_output_embeddings()
-        mask, rows = batch.attention_mask, torch.arange(len(batch.input_ids), device=batch.input_ids.device)
-        lengths = mask.sum(1)
-        if not bool((lengths > 0).all()):
-            raise ValueError(f"every row of input_ids must have a prompt, got lengths {lengths.tolist()}")
-        token_grids = self.token_grids(batch)
-        embeds_BLE, position_ids = self.embed(batch, self.visual_tokens(batch), token_grids)
-        with self.multimodal_positions(position_ids):
-            state = self.run_decoder(mask, inputs_embeds=embeds_BLE, use_cache=True)
-        # the padding stays in the cache, masked; new tokens go behind it and count on from the last real position
-        last_BE = state.last_hidden_state[rows, lengths - 1]
-        position_B = lengths if position_ids is None else position_ids.amax(0)[rows, lengths - 1] + 1
-        ended_B = torch.zeros_like(rows, dtype=torch.bool)
-        stop_ids = torch.tensor(stops, device=rows.device, dtype=torch.long)
-        new_ids = []
-        for step in range(max_new_tokens):
-            token_B = lm_head(last_BE).argmax(-1)
-            new_ids.append(token_B)
-            ended_B |= torch.isin(token_B, stop_ids)
-            if step == max_new_tokens - 1 or bool(ended_B.all()):
-                break
-            mask = torch.cat((mask, mask.new_ones(len(mask), 1)), dim=1)
-            state = decoder(
-                input_ids=token_B.unsqueeze(1),
-                attention_mask=mask.long(),
-                position_ids=(position_B + step).unsqueeze(1),
-                past_key_values=state.past_key_values,
-                use_cache=True,
+            answers = (
+                self._continued(batch, lengths, config, streamer=streamer) if max_new_tokens > 0 else [[] for _ in lengths]
             )
-            last_BE = state.last_hidden_state[:, -1]
-        return torch.stack(new_ids, dim=1) if new_ids else rows.new_zeros(len(rows), 0)
+        return [list(takewhile(lambda token: token not in stops, answer)) for answer in answers]
 
-
-@contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Switch dropout and the like off for a while, and restore what each submodule had."""
-    training = [part for part in module.modules() if part.training]
-    try:
-        for part in training:
-            part.training = False
-        yield
-    finally:
-        for part in training:
-            part.training = True
+    def _continued(self, batch: Batch, lengths: Tensor, config: GenerationConfig, **arguments: Any) -> list[list[int]]:
+        """New ids of every row, what follows an end included."""
+        embeds_BLE, position_ids = self.embed(batch, self.visual_tokens(batch), self.token_grids(batch))
+        answers: list[list[int]] = [[] for _ in lengths]
+        if self._sharing is None and len(lengths) > 1:
+            self._sharing = sharing_of(self.language_model)
+        for rows in rows_together(self._sharing or ALONE, lengths.tolist()):
+            with self.multimodal_positions(None if position_ids is None else position_ids[:, rows]):
+                prompts = (embeds_BLE[rows], batch.input_ids[rows], lengths[rows])
+                ids = continue_rows(self.language_model, *prompts, config, **arguments)
+            for row, answer in zip(rows, ids[:, int(lengths[rows].max()) :].tolist()):
+                answers[row] = answer
+        return answers

@@ -24,6 +24,7 @@ from ..config import PosMode, TowerChoices, need_choice
 from ..data.images import check_grid, prepare_image, to_raster
 from . import weights
 from .adapter import Adapter
+from .folder import warn_of_non_finite
 from .positions import Grids, in_token_order, patch_positions, resample_table, rotary_tables, sincos_table
 from .vit_config import ACTIVATIONS, ViTConfig
 
@@ -196,6 +197,7 @@ class VisionEncoder(nn.Module):
         if dtype is not None:
             tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
         encoder.load_state_dict(tensors, assign=True)
+        warn_of_non_finite(path, tensors.items())
         return encoder.requires_grad_(True).eval()
 
     def save_pretrained(self, path: str | os.PathLike) -> None:

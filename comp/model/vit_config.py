@@ -86,6 +86,10 @@ class ViTConfig:
     """The configuration this one was read from; written back by save_pretrained."""
 
     def __post_init__(self) -> None:
+        for name in ("width", "num_layers", "num_heads", "mlp_width", "patch_size", "grid_size", "num_channels", "merge_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
         need_literals(self)
         need_choice("activation", self.activation, tuple(ACTIVATIONS))
         if self.width % self.num_heads or (self.head_dim % 4 and "rope" in self.pos_mode):
@@ -94,8 +98,6 @@ class ViTConfig:
                 f"embedding, got hidden_size {self.width} and {self.num_heads} heads"
             )
         self.image_mean, self.image_std = tuple(self.image_mean), tuple(self.image_std)
-        if self.merge_size < 1:
-            raise ValueError(f"merge_size must be at least 1, got {self.merge_size}")
         if self.align_corners and self.antialias:
             raise ValueError("align_corners and antialias cannot be combined: antialiased resampling has no aligned corners")
 

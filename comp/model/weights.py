@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import TowerChoices, field_types
+from .folder import open_weights, read_object, weight_files
 from .vit_config import ViTConfig
 
 # Fields of ViTConfig that config.json keeps under "comp": everything its Hugging Face part does not say.
@@ -144,24 +144,6 @@ PREFIXES = (
 )  # of the tower inside a larger model
 
 
-def weight_files(directory: Path) -> list[Path]:
-    """The files that are a directory's weights, by the rule of transformers: model.safetensors, else what its index names, else
-    the same for pytorch_model.bin. Others beside them (a moving average, another library's format) are not read."""
-    for single in ("model.safetensors", "pytorch_model.bin"):
-        if (directory / single).is_file():
-            return [directory / single]
-        index = directory / f"{single}.index.json"
-        if index.is_file():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            if missing := [name for name in names if not (directory / name).is_file()]:
-                raise ValueError(f"{index} names {missing}, which {directory} does not hold")
-            return [directory / name for name in names]
-    raise ValueError(
-        "path must hold model.safetensors or pytorch_model.bin, or the index of their parts, "
-        f"{directory} has {sorted(os.listdir(directory))}"
-    )
-
-
 @dataclass
 class Checkpoint:
     """What a directory holds; tensors are read one by one, and which ones is remembered."""
@@ -184,18 +166,14 @@ class Checkpoint:
             )
         if not (directory / "config.json").is_file():
             raise ValueError(f"path must hold a config.json, {directory} has {sorted(os.listdir(directory))}")
-        config = json.loads((directory / "config.json").read_text())
+        config = read_object(directory / "config.json")
         statistics = {}
         if (directory / "preprocessor_config.json").is_file():
-            settings = json.loads((directory / "preprocessor_config.json").read_text())
+            settings = read_object(directory / "preprocessor_config.json")
             statistics = {key: settings[key] for key in ("image_mean", "image_std") if settings.get(key)}
         tensors: dict[str, Any] = {}
         for path in weight_files(directory):
-            if path.suffix == ".safetensors":
-                opened = safe_open(path, framework="pt")
-                held = dict.fromkeys(opened.keys(), opened)
-            else:
-                held = torch.load(path, map_location="cpu", weights_only=True)
+            held = open_weights(path)
             if twice := sorted(held.keys() & tensors.keys()):
                 raise ValueError(f"{path} holds {twice[:3]}, which another file of the same checkpoint holds as well")
             tensors |= held
@@ -207,7 +185,10 @@ class Checkpoint:
     def get(self, name: str) -> Tensor:
         self.read.add(name)
         held = self.files[name]
-        return held if isinstance(held, Tensor) else held.get_tensor(name)
+        tensor = held if isinstance(held, Tensor) else held.get_tensor(name)
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must be of floating-point numbers, got {tensor.dtype}")
+        return tensor
 
     @property
     def tower_prefix(self) -> str:
@@ -238,9 +219,21 @@ class Checkpoint:
 
 
 def tower_config(checkpoint: Checkpoint, choices: dict[str, Any], path: str | os.PathLike) -> ViTConfig:
-    """The tower's configuration with the caller's choices (fields of TowerChoices; None leaves the checkpoint's own)."""
+    """The tower's configuration with the caller's choices (fields of TowerChoices; None leaves the checkpoint's own).
+
+    ValueError with path and cause for what is no such thing.
+    """
+    stored = checkpoint.config.get("comp", {})
+    if not isinstance(stored, dict) or (unknown := sorted(stored.keys() - set(STORED))):
+        got = f"unknown {unknown}" if isinstance(stored, dict) else repr(stored)
+        raise ValueError(f'{path}/config.json: "comp" must hold fields of {", ".join(STORED)}; got {got}')
     given = {name: value for name, value in choices.items() if value is not None}
-    return ViTConfig.from_hugging_face(checkpoint.config, **with_stored_choices(checkpoint, given, path))
+    try:
+        return ViTConfig.from_hugging_face(checkpoint.config, **with_stored_choices(checkpoint, given, path))
+    except ValueError as error:
+        raise ValueError(f"{path}/config.json: {error}") from error
+    except (TypeError, AttributeError, ArithmeticError, LookupError) as error:  # a value of another type than the field's
+        raise ValueError(f"{path}/config.json does not describe a vision tower: {type(error).__name__}: {error}") from error
 
 
 def with_stored_choices(checkpoint: Checkpoint, given: dict[str, Any], path: str | os.PathLike) -> dict[str, Any]:
@@ -258,7 +251,7 @@ def with_stored_choices(checkpoint: Checkpoint, given: dict[str, Any], path: str
             f"{path} is a checkpoint of the released CoMP code, which added the position table in raster order to patches in "
             'merge-block order: using abs_pos_order="raster_legacy". Pass abs_pos_order to choose, or save_pretrained to '
             "store the choice.",
-            stacklevel=4,
+            stacklevel=5,
         )
     return {**checkpoint.statistics, **needed, **given}
 
@@ -273,7 +266,10 @@ def read_tensors(
     def fetch(name: str) -> Tensor | None:
         name = checkpoint.merger_name(name) if name.startswith("merger.") else prefix + name
         if name in checkpoint:
-            return checkpoint.get(name)
+            try:
+                return checkpoint.get(name)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
         missing.append(name)
         return None
 

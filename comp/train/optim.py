@@ -37,9 +37,9 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW over the parameters that require gradients; groups carry "part" and their peak rate "peak_lr"."""
     groups = []
     for part, parameters in model.named_parts().items():
-        trainable = [(name, p) for name, p in parameters.items() if p.requires_grad]
-        matrices = [p for name, p in trainable if _decays(name, p)]
-        others = [p for name, p in trainable if not _decays(name, p)]
+        trainable = [(p, decays(model, name, p)) for name, p in parameters.items() if p.requires_grad]
+        matrices = [p for p, decayed in trainable if decayed]
+        others = [p for p, decayed in trainable if not decayed]
         for params, weight_decay in ((matrices, config.weight_decay), (others, 0.0)):
             if params:
                 lr = config.lr(part)
@@ -65,9 +65,26 @@ def check_partition(model: nn.Module, groups: Iterable[dict]) -> None:
         raise ValueError(f"the optimiser holds {len(times)} parameters that are not the model's")
 
 
-def _decays(name: str, parameter: nn.Parameter) -> bool:
-    """Weight decay acts on matrices: not on biases, norm weights, scales, nor on tables of positions."""
-    return parameter.dim() >= 2 and "pos" not in name
+def decays(model: nn.Module, name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay acts on a parameter of the model: on matrices that multiply activations and on the table of words.
+
+    Not on biases, norm weights and scales, nor on what is added or put into a sequence as it is: tables of positions, CLS,
+    registers, mask tokens, queries, states. Those are parameters of a module by any name, or rows of an embedding; a matrix is
+    the `weight` of its module, or called a projection (the stacked experts of transformers).
+    """
+    owner, _, leaf = name.rpartition(".")
+    if parameter.dim() < 2 or "pos" in name:
+        return False
+    module = model.get_submodule(owner)
+    if isinstance(module, nn.Embedding):
+        return module is _words(model, module)
+    return leaf.endswith(("weight", "proj"))
+
+
+def _words(model: nn.Module, embedding: nn.Embedding) -> nn.Module:
+    """The table of words of the language model; a model without one has no other embeddings."""
+    language_model = getattr(model, "language_model", None)
+    return embedding if language_model is None else language_model.get_input_embeddings()
 
 
 def part_reports(model: nn.Module, config: OptimConfig) -> list[PartReport]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,10 +48,10 @@ class RunState:
 
 
 def find_state(folder: Path, config: Config, store: CheckpointStore, *, resume: bool) -> tuple[RunState, Path | None]:
-    """Where a run in `folder` begins: at its newest checkpoint when resuming, else at the start.
+    """Where a run in `folder` begins: at its newest whole checkpoint when resuming, else at the start. Damaged ones are named.
 
-    ConfigError: the folder holds results and `resume` is false, the run in it was started with another configuration, or its
-    records are gone while its checkpoints are there.
+    ConfigError: the folder holds results and `resume` is false, the run in it was started with another configuration, its
+    records are gone while its checkpoints are there, or all its checkpoints are damaged.
     """
     metrics, stored = folder / "metrics.jsonl", folder / "config.json"
     holds_results = stored.is_file() and metrics.is_file() and metrics.stat().st_size > 0
@@ -67,8 +68,17 @@ def find_state(folder: Path, config: Config, store: CheckpointStore, *, resume: 
     changed = [name for name in changed if not {name.split(".")[0], re.sub(r"\.\d+\.", ".*.", name)} & {*MAY_DIFFER_ON_RESUME}]
     if changed:
         raise ConfigError(f"--resume needs the configuration the run was started with; these differ: {', '.join(changed)}")
-    checkpoint = store.latest()
-    return (RunState(), None) if checkpoint is None else (RunState(**read_progress(checkpoint)), checkpoint)
+    checkpoint, damaged = store.newest_whole()
+    if damaged and checkpoint is None:
+        raise ConfigError(f"--resume finds no whole checkpoint: {'; '.join(damaged)}")
+    if damaged and store.world.is_main:
+        print("\n".join([*damaged, f"continuing from {checkpoint}"]), file=sys.stderr)
+    if checkpoint is None:
+        return RunState(), None
+    try:
+        return RunState(**read_progress(checkpoint)), checkpoint
+    except TypeError as error:
+        raise ConfigError(f"checkpoint {checkpoint} is of another version: {error}") from error
 
 
 def claim_folder(folder: Path, config: Config, world: World) -> None:

@@ -16,17 +16,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from ..build import build_model, export_model, sample_encoder, set_position_mode
 from ..config import BEFORE, Config, ConfigError, StageConfig
 from ..data.datasets import BadSampleError
 from ..data.loader import StepData, StepDataset, iterate_steps
 from ..data.mixture import open_sources
+from ..data.template import num_rows
 from ..eval.vqa import answer_questions, blind_baselines, scores_by_type, write_predictions
 from ..files import write_json
 from ..log import MetricsLog, Progress, table
 from ..parallel import distribute, gathered, note_trainable_changed, start_world, uses_bf16, uses_fsdp
-from .checkpoint import CheckpointStore
+from .checkpoint import CheckpointError, CheckpointStore
 from .optim import build_optimizer, lr_multiplier, part_reports, set_learning_rates, set_trainable
 from .plots import plot_run
 from .prior import count_words
@@ -243,15 +245,22 @@ class Trainer:
         if not aligned:
             return
         path = self.folder / "word_counts.npy"
-        if self._checkpoint is not None and path.is_file():
-            counts = torch.from_numpy(np.load(path))
-        else:
-            counts = count_words(self.sources[aligned[-1]], self.template, len(self.template.tokenizer), self.world)
+        counts = self._stored_counts(path) if self._checkpoint is not None else None
+        if counts is None:
+            counts = count_words(self.sources[aligned[-1]], self.template, num_rows(self.template.tokenizer), self.world)
             if self.world.is_main:
                 temporary = path.with_name(".writing-word_counts.npy")
                 np.save(temporary, counts.numpy())
                 temporary.rename(path)
         self.model.set_word_counts(counts)
+
+    def _stored_counts(self, path: Path) -> torch.Tensor | None:
+        """The counts of the run that is continued; None on every process where one cannot read them: they are counted again."""
+        try:
+            counts = torch.from_numpy(np.load(path))
+        except (OSError, ValueError, EOFError):
+            counts = None
+        return counts if all(self.world.gather(counts is not None)) else None
 
     def _open_log(self) -> MetricsLog:
         return MetricsLog(
@@ -270,7 +279,12 @@ class Trainer:
 
     def _export(self, stage: StageConfig) -> None:
         """The model after a stage as Hugging Face directories: vision (with adapter) and language (with tokenizer)."""
-        export_model(self.model, self.template, self.config, self.world, self.folder / "models" / stage.name)
+        folder = self.folder / "models" / stage.name
+        try:
+            export_model(self.model, self.template, self.config, self.world, folder)
+        except (OSError, SafetensorError) as error:
+            good = self.store.newest_whole()[0]
+            raise CheckpointError(f"{folder} cannot be written: {error}. The last good checkpoint is {good}") from error
 
     def _finish(self) -> dict[str, Any]:
         config, state = self.config, self.state

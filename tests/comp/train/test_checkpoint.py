@@ -1,11 +1,16 @@
-"""CheckpointStore by itself: saving changes nothing, a fresh optimiser stays fresh on disk, the newest checkpoints stay."""
+"""CheckpointStore by itself: saving changes nothing, a fresh optimiser stays fresh on disk, the newest checkpoints stay, damage
+and full disks are named."""
+
+import resource
+from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import nn
 
+from comp.config import ConfigError
 from comp.parallel import start_world
-from comp.train.checkpoint import CheckpointStore, read_progress
+from comp.train.checkpoint import CheckpointError, CheckpointStore, read_progress
 
 
 def parts(seed=0):
@@ -65,3 +70,107 @@ def test_the_newest_stay(store):
         store.save(step, model, optimizer, {})
     assert [path.name for path in store.complete()] == ["step-00000002", "step-00000003"]
     assert store.latest().name == "step-00000003"
+
+
+def test_parameters_without_a_gradient_so_far(store):
+    """Frozen for a while, or of a branch that no sample took: saved and loaded with the others, and first updated later."""
+
+    def partly(model, optimizer):
+        model[0](torch.arange(4.0)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    model, optimizer = parts()
+    expected = parts()
+    for _ in range(3):
+        partly(model, optimizer)
+        partly(*expected)
+    path = store.save(3, model, optimizer, {})
+    assert not any(p in optimizer.state for p in model[1].parameters()), "saving changes nothing"
+    other, other_optimizer = parts(seed=1)
+    store.load(path, other, other_optimizer)
+    running, running_optimizer = parts(seed=2)
+    partly(running, running_optimizer)
+    store.load(path, running, running_optimizer)
+    for _ in range(2):
+        for one in ((model, optimizer), expected, (other, other_optimizer), (running, running_optimizer)):
+            update(*one)
+    for one in (model, other, running):
+        torch.testing.assert_close(weights(one), weights(expected[0]), rtol=0, atol=0)
+
+
+def test_what_a_kill_left_is_removed(store):
+    model, optimizer = parts()
+    for name in (".writing-step-00000001", ".writing-step-00000007"):
+        (store.folder / name).mkdir()
+        (store.folder / name / "__0_0.distcp").write_bytes(b"half")
+    store.save(2, model, optimizer, {})
+    assert [path.name for path in store.folder.iterdir()] == ["step-00000002"]
+
+
+@contextmanager
+def files_of_at_most(num_bytes):
+    """As on a full disk: longer files cannot be written by this process."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_one_line_that_names_the_last_good_checkpoint(store):
+    model = nn.Linear(256, 256)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for good in (None, store.folder / "step-00000001"):
+        with pytest.raises(CheckpointError) as caught, files_of_at_most(2**16):
+            store.save(2, model, optimizer, {})
+        message = str(caught.value)
+        assert "\n" not in message and f"step-00000002 cannot be written to {store.folder}: " in message
+        assert "GiB free" in message and message.endswith(f"The last good checkpoint is {good or 'none'}")
+        assert [path.name for path in store.folder.iterdir()] == ([good.name] if good else [])
+        store.save(1, model, optimizer, {})
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "progress.json", "sizes.json"])
+@pytest.mark.parametrize("damaged", [cut, lambda path: path.unlink(), lambda path: path.write_bytes(b"[1]")])
+def test_the_newest_whole_checkpoint_is_found(store, name, damaged):
+    model, optimizer = parts()
+    for step in (1, 2):
+        store.save(step, model, optimizer, {"step": step})
+    newest = store.folder / "step-00000002"
+    damaged(newest / name)
+    path, problems = store.newest_whole()
+    if not (newest / name).exists() and name in ("progress.json", "sizes.json"):
+        # without progress it was never finished; without sizes it is as older versions wrote it
+        assert path.name == ("step-00000001" if name == "progress.json" else "step-00000002") and not problems
+        return
+    assert path.name == "step-00000001" and len(problems) == 1
+    assert problems[0].startswith(f"checkpoint {newest} is damaged: ") and name in problems[0]
+    damaged(store.folder / "step-00000001" / name)
+    path, problems = store.newest_whole()
+    assert path is None and len(problems) == 2
+
+
+def test_a_checkpoint_that_cannot_be_loaded_is_named(store):
+    """Of the right size, which is all that is looked at before."""
+    model, optimizer = parts()
+    path = store.save(1, model, optimizer, {})
+    (path / ".metadata").write_bytes(bytes((path / ".metadata").stat().st_size))
+    assert store.newest_whole() == (path, [])
+    with pytest.raises(ConfigError, match=r"checkpoint .*step-00000001 cannot be loaded: "):
+        store.load(path, model, optimizer)
+
+
+def test_later_checkpoints_go_when_a_run_goes_back(store):
+    """Else they would be kept as the newest, and the good one deleted."""
+    model, optimizer = parts()
+    for step in (2, 4):
+        store.save(step, model, optimizer, {})
+    cut(store.folder / "step-00000004" / ".metadata")
+    store.save(3, model, optimizer, {})
+    assert [path.name for path in store.complete()] == ["step-00000002", "step-00000003"]

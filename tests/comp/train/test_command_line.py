@@ -1,6 +1,8 @@
 """train.py as a user starts it: recipes, overrides, messages, exit codes, several processes, SIGTERM to everything."""
 
+import errno
 import os
+import pkgutil
 import signal
 import subprocess
 import sys
@@ -153,3 +155,70 @@ def test_sigterm_to_the_process_group_saves_and_exits_with_zero(toy_folder):
     assert "stopped on SIGTERM after step" in output and "continue with --resume" in output
     steps = len(read_records(metrics, "train"))
     assert (toy_folder / "runs" / "toy" / "checkpoints" / f"step-{steps:08d}" / "progress.json").exists()
+
+
+def damage(checkpoint):
+    """Its largest file cut in half."""
+    path = max(checkpoint.iterdir(), key=lambda path: path.stat().st_size)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_resuming_takes_the_newest_whole_checkpoint(toy_recipe, capsys):
+    """And repeats the run: the damaged one is not counted among those that are kept."""
+    arguments = ["--recipe", "toy", "stages.*.max_steps=2", "eval.data=[]", "checkpoint.keep=2"]
+    folder = toy_recipe / "runs" / "toy"
+    with patch("comp.train.trainer.plot_run"):
+        assert train.main(arguments) == 0
+        before = read_records(folder / "metrics.jsonl", "train")
+        names = [path.name for path in sorted((folder / "checkpoints").iterdir())]
+        assert names == ["step-00000006", "step-00000008"]
+        damage(folder / "checkpoints" / "step-00000008")
+        (folder / "word_counts.npy").write_bytes(b"damaged as well")
+        assert train.main([*arguments, "--resume"]) == 0
+    said = capsys.readouterr().err
+    assert "step-00000008 is damaged: " in said and f"continuing from {folder}/checkpoints/step-00000006" in said
+    after = read_records(folder / "metrics.jsonl", "train")
+    assert [r["loss"] for r in after] == [r["loss"] for r in before]
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == names
+
+
+def test_resuming_without_a_whole_checkpoint_ends_with_a_message(toy_recipe, capsys):
+    arguments = ["--recipe", "toy", "stages.*.max_steps=1", "eval.data=[]"]
+    with patch("comp.train.trainer.plot_run"):
+        assert train.main(arguments) == 0
+    (checkpoint,) = (toy_recipe / "runs" / "toy" / "checkpoints").iterdir()
+    damage(checkpoint)
+    assert train.main([*arguments, "--resume"]) == 2
+    said = capsys.readouterr().err
+    assert f"train.py: --resume finds no whole checkpoint: checkpoint {checkpoint} is damaged: " in said
+    (checkpoint / "sizes.json").unlink()  # as an older version wrote it: found out when it is loaded
+    assert train.main([*arguments, "--resume"]) == 2
+    assert f"train.py: checkpoint {checkpoint} cannot be loaded: " in capsys.readouterr().err
+    (toy_recipe / "runs" / "toy" / "config.json").write_text('{"name": ')
+    assert train.main([*arguments, "--resume"]) == 2
+    assert "config.json cannot be read: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "written", ["comp.train.checkpoint.dcp.save", "comp.train.trainer.export_model", "comp.log.MetricsLog.write"]
+)
+def test_a_full_disk_ends_with_one_line_that_names_the_last_good_checkpoint(toy_recipe, capsys, written):
+    calls = []
+
+    def fails(*args, **kwargs):
+        calls.append(None)
+        if len(calls) > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*args, **kwargs)
+
+    module, _, name = written.rpartition(".")
+    real = getattr(pkgutil.resolve_name(module), name)
+    arguments = ["--recipe", "toy", "stages.*.max_steps=2", "eval.data=[]"]
+    with patch("comp.train.trainer.plot_run"), patch(written, fails):
+        assert train.main(arguments) == 1
+    said = capsys.readouterr().err
+    lines = [line for line in said.splitlines() if "No space left on device" in line]
+    assert len(lines) == 1 and "Traceback" not in said
+    assert (
+        "step-0000000" in lines[0].rpartition("last good checkpoint is ")[2] or "No checkpoint was written before" in lines[0]
+    )

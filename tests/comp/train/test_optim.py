@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from comp.config import OptimConfig
 from comp.train.optim import build_optimizer, check_partition, lr_multiplier, part_reports, set_learning_rates, set_trainable
@@ -87,3 +88,45 @@ def test_rates_are_set_per_part():
     optimizer = build_optimizer(ThreeParts(), RATES)
     assert set_learning_rates(optimizer, 0.5) == {"vision": 5e-5, "adapter": 2.5e-3, "language": 1e-5}
     assert {g["lr"] / g["peak_lr"] for g in optimizer.param_groups} == {0.5}
+
+
+class LearnedTokens(nn.Module):
+    """Parameters that are put into a sequence, in shapes and under names of all kinds, and matrices of all kinds."""
+
+    def __init__(self):
+        super().__init__()
+        self.vision = nn.Module()
+        for name, shape in {
+            "prefix_tokens": (5, 4), "cls_token": (1, 1, 4), "register_tokens": (1, 4, 4), "mask_token": (1, 4),
+            "latents": (8, 4), "probe": (1, 1, 4), "resampler_query": (2, 8, 4), "A_log": (4, 2), "scores_bias": (2, 4),
+        }.items():  # fmt: skip
+            setattr(self.vision, name, nn.Parameter(torch.zeros(shape)))
+        self.vision.queries, self.vision.pos_embed = nn.Embedding(8, 4), nn.Embedding(8, 4)
+        self.vision.conv = nn.Conv2d(3, 4, 2)
+        self.adapter = nn.Module()
+        self.adapter.attention = nn.MultiheadAttention(4, 2)
+        self.language_model = GPT2LMHeadModel(GPT2Config(vocab_size=7, n_embd=4, n_layer=1, n_head=2, n_positions=9))
+        self.language_model.experts = nn.Module()
+        self.language_model.experts.gate_up_proj = nn.Parameter(torch.zeros(2, 4, 4))
+        self.language_model.experts.gate_up_proj_bias = nn.Parameter(torch.zeros(2, 4))
+
+    def named_parts(self):
+        names = dict(vision="vision", adapter="adapter", language="language_model")
+        parameters = list(self.named_parameters())
+        return {part: {n: p for n, p in parameters if n.split(".")[0] == root} for part, root in names.items()}
+
+
+def test_weight_decay_leaves_learned_tokens_alone():
+    model = LearnedTokens()
+    decayed = {id(p) for g in build_optimizer(model, RATES).param_groups if g["weight_decay"] for p in g["params"]}
+    assert {name for name, p in model.named_parameters() if id(p) in decayed} == {
+        "vision.conv.weight",
+        "adapter.attention.in_proj_weight",
+        "adapter.attention.out_proj.weight",
+        "language_model.transformer.wte.weight",
+        "language_model.transformer.h.0.attn.c_attn.weight",
+        "language_model.transformer.h.0.attn.c_proj.weight",
+        "language_model.transformer.h.0.mlp.c_fc.weight",
+        "language_model.transformer.h.0.mlp.c_proj.weight",
+        "language_model.experts.gate_up_proj",
+    }

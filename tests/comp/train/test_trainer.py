@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from toy import toy_config
+from transformers import GPT2LMHeadModel, OPTForCausalLM
 
 import comp.train.trainer
 from comp import VisionEncoder
@@ -22,6 +23,7 @@ from comp.build import build_model
 from comp.config import ConfigError, SourceConfig, VisionConfig
 from comp.config_io import apply_overrides
 from comp.log import read_records
+from comp.parallel import transformer_blocks
 from comp.train.step import NonFiniteLossError
 from comp.train.trainer import StopRequested, Trainer
 
@@ -133,6 +135,54 @@ def test_two_processes_equal_one(unbroken, parallel):
     for key, value in weights(folder).items():
         # Adam divides by gradients that may be tiny, so rounding grows in single weights
         assert torch.allclose(value, weights(folder, parallel)[key], atol=2e-3), key
+
+
+NO_DROPOUT = {  # processes draw their own
+    "GPT2": dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+    "OPT": dict(dropout=0.0),
+}
+LAYOUTS = {
+    "GPT2": (GPT2LMHeadModel, dict(n_embd=32, n_layer=2, n_head=2, n_positions=512)),
+    "OPT": (
+        OPTForCausalLM,
+        dict(hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=512),
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_language_models_sharded_over_two(layout, toy_folder):
+    """Layers that are not `.layers`, tables of positions; answers are asked for as well."""
+    torch.manual_seed(0)
+    language = toy_folder / "other"
+    kind, sizes = LAYOUTS[layout]
+    ids = dict(vocab_size=300, bos_token_id=0, eos_token_id=2, pad_token_id=0)
+    kind(kind.config_class(**sizes, **ids, **NO_DROPOUT[layout])).save_pretrained(language)
+    options = [
+        f"language.path={language}",
+        f"language.tokenizer={toy_folder / 'language'}",
+        "language.position_ids=1d",
+        "activation_checkpointing=true",
+        "stages.*.max_steps=1",
+    ]
+    run(toy_folder, *options, "name=one")
+    run_on_two(toy_folder, *options, "name=two", "parallel=fsdp")
+    one, two = ([r for r in records(toy_folder, name) if r["event"] == "train"] for name in ("one", "two"))
+    assert len(one) == len(two) == 4
+    for a, b in zip(one, two):
+        assert abs(a["loss"] - b["loss"]) <= 1e-4, a["step"]
+    answers = [[r["scores"] for r in records(toy_folder, name) if r["event"] == "evaluation"] for name in ("one", "two")]
+    assert answers[0] == answers[1] and answers[0]
+
+
+def test_a_language_model_whose_layers_are_unknown_is_refused(toy_models):
+    model, _ = build_model(toy_config(toy_models))
+    assert len(transformer_blocks(model)) == 4
+    model.language_model._no_split_modules = None
+    with pytest.raises(
+        ConfigError, match=r"parallel=fsdp needs to know the layers of Qwen2ForCausalLM.*use parallel=replicate"
+    ):
+        transformer_blocks(model)
 
 
 def test_sharded_bf16_with_all_options_runs(toy_folder):

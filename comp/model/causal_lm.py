@@ -1,0 +1,173 @@
+"""A transformers causal language model as the two halves that CoMP needs: a decoder, from embeddings to last hidden states, and
+a head, from hidden states to logits as the model itself makes them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .folder import check_weights, read_object, warn_of_non_finite
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PROBE_TOKENS = 6
+
+
+@dataclass(frozen=True)
+class Halves:
+    """Where a language model is cut in two. Nothing of the model is copied or wrapped."""
+
+    decoder: str
+    """Name of the decoder among the model's modules."""
+    output: type
+    """What the decoder returns: a ModelOutput with `last_hidden_state`."""
+    vocabulary: int
+    """Logits per token."""
+
+    def decoder_of(self, model: PreTrainedModel) -> nn.Module:
+        return model.get_submodule(self.decoder)
+
+    def decode(self, model: PreTrainedModel, **inputs: Any) -> Tensor:
+        """Last hidden states [B, L, E] as the head takes them, from `inputs_embeds` or `input_ids`, and `attention_mask`."""
+        return self.decoder_of(model)(use_cache=False, **inputs).last_hidden_state
+
+    def logits(self, model: PreTrainedModel, hidden: Tensor) -> Tensor:
+        """Hidden states [n, E] -> logits [n, vocabulary], by the model's own forward with the decoder left out: the scales,
+        caps and layers that a family has between its decoder and its loss are all in it."""
+        hidden = hidden.unsqueeze(0)
+        with _returning(self.decoder_of(model), self.output(last_hidden_state=hidden)):
+            return model(inputs_embeds=hidden, use_cache=False).logits[0]
+
+
+def load_language_model(path: str | os.PathLike, dtype: torch.dtype | str) -> PreTrainedModel:
+    """The causal language model of a directory or hub id. ValueError with path and cause for what cannot be loaded, weights
+    that lack tensors included; weights that are not finite are warned of."""
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(path)
+    if (folder / "config.json").is_file():
+        check_weights(folder, quantized=bool(read_object(folder / "config.json").get("quantization_config")))
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    except Exception as error:  # configurations of wrong values and damaged files end in errors of any kind
+        raise ValueError(f"{path}: {error or type(error).__name__}") from error
+    if missing := sorted(loading["missing_keys"]):
+        raise ValueError(f"{path}: the weights of {type(model).__name__} lack {len(missing)} tensors: {', '.join(missing[:5])}")
+    warn_of_non_finite(path, model.named_parameters())
+    return model
+
+
+@torch.no_grad()
+def split(model: PreTrainedModel) -> Halves:
+    """Find the halves, and check on a few tokens that together they have the logits and the next-token loss of the model.
+
+    Raises ValueError where they have not: the model reads more than embeddings (token ids beside them), is not causal, or
+    learns from another loss than that of the next token (a router's, or labels that are not shifted).
+    """
+    name = type(model).__name__
+    try:
+        return _checked(model)
+    except Exception as error:  # a model that cannot be used says so in any way it likes
+        raise ValueError(f"{name} cannot be the language model of a CoMP: {error}") from error
+
+
+def _checked(model: PreTrainedModel) -> Halves:
+    ids = probe_ids(model, PROBE_TOKENS).unsqueeze(0)
+    mask = torch.ones_like(ids)
+    with evaluation_mode(model):
+        with _outputs_with_hidden_states(model) as decoders:
+            own = model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False)
+        if not decoders:
+            raise ValueError("none of its modules returns last_hidden_state")
+        decoder, output = decoders[-1]  # the outermost ends last
+        halves = Halves(decoder, output, own.logits.shape[-1])
+        embeds = model.get_input_embeddings()(ids)
+        logits = halves.logits(model, halves.decode(model, inputs_embeds=embeds, attention_mask=mask)[0])
+        shorter = halves.decode(model, inputs_embeds=embeds[:, :-1], attention_mask=mask[:, :-1])[0]
+        causal = halves.logits(model, shorter)
+    if logits.is_meta:
+        return halves
+    rounding = max(1e-3, 4 * torch.finfo(logits.dtype).eps) * own.logits.abs().max().item()
+    if not _close(logits, own.logits[0], rounding):
+        raise ValueError("from embeddings alone its logits are others than from token ids")
+    if not _close(causal, logits[:-1], 10 * rounding):  # of other shapes, hence rounded otherwise
+        raise ValueError("its logits depend on tokens that follow, it is not causal")
+    loss = F.cross_entropy(own.logits[0, :-1].float(), ids[0, 1:])
+    if not _close(loss, own.loss, 1e-4 * max(1.0, loss.item())):
+        raise ValueError(
+            f"on {ids.shape[1]} tokens its own loss is {own.loss:.4f}, the next-token loss {loss:.4f}; the loss of a router is "
+            "not learned (set output_router_logits to false in its config.json), nor one of labels that are shifted beforehand"
+        )
+    return halves
+
+
+def probe_ids(model: PreTrainedModel, count: int) -> Tensor:
+    """Token ids spread over the vocabulary, without those of padding and the like where there are others."""
+    embedding = model.get_input_embeddings()
+    config = model.config.get_text_config()
+    special = [getattr(config, f"{kind}_token_id", None) for kind in ("pad", "bos", "eos")]
+    special = {i for ids in special for i in (ids if isinstance(ids, (list, tuple)) else [ids])}
+    ordinary = [i for i in range(embedding.num_embeddings) if i not in special] or [0]
+    places = torch.linspace(0, len(ordinary) - 1, count).long().tolist()
+    return torch.tensor([ordinary[place] for place in places], device=embedding.weight.device)
+
+
+def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    return torch.allclose(a.float(), b.float(), rtol=0, atol=tolerance, equal_nan=True)
+
+
+@contextmanager
+def _outputs_with_hidden_states(model: nn.Module) -> Iterator[list[tuple[str, type]]]:
+    """The (name, type of output) of each module within that returns `last_hidden_state`, in the order in which they end."""
+    found: list[tuple[str, type]] = []
+
+    def noting(name: str):
+        def note(module: nn.Module, arguments: Any, output: Any) -> None:
+            if getattr(output, "last_hidden_state", None) is not None:
+                found.append((name, type(output)))
+
+        return note
+
+    handles = [module.register_forward_hook(noting(name)) for name, module in model.named_modules() if name]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _returning(module: nn.Module, output: Any) -> Iterator[None]:
+    """Let a module return `output` whatever it is given; a forward that others put on the instance comes back afterwards."""
+    absent = object()
+    before = vars(module).get("forward", absent)
+    module.forward = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        if before is absent:
+            del module.forward
+        else:
+            module.forward = before
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Switch dropout and the like off for a while, and restore what each submodule had."""
+    training = [part for part in module.modules() if part.training]
+    try:
+        for part in training:
+            part.training = False
+        yield
+    finally:
+        for part in training:
+            part.training = True
