@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -12,6 +13,39 @@ from torch import Tensor
 
 IGNORED = -100
 """Label of a position that is not learned."""
+
+
+def printable(text: object, longest: int = 80) -> str:
+    """For messages: halves of characters, which JSON may hold and no terminal takes, as escapes."""
+    return str(text)[:longest].encode("utf-8", "backslashreplace").decode()
+
+
+class BadSampleError(ValueError):
+    """Samples that cannot be used; the message starts with a name. Training skips and counts them, or stops, by policy."""
+
+    def __init__(self, message: str):
+        super().__init__(printable(message, longest=2000))
+
+
+class FileInFolder(str):
+    """A file name from a dataset, which may not lead out of `folder`."""
+
+    name: str
+    folder: Path
+
+    def __new__(cls, name: str, folder: Path) -> FileInFolder:
+        self = super().__new__(cls, folder / name)
+        self.name, self.folder = name, folder
+        return self
+
+    def __getnewargs__(self) -> tuple[str, Path]:
+        return self.name, self.folder  # for workers that are spawned
+
+    def check(self) -> None:
+        """ValueError where the file lies outside of the folder; follows symbolic links, so it reads the disk."""
+        if not Path(self).resolve().is_relative_to(self.folder.resolve()):
+            raise ValueError(f"leads out of {self.folder} by a symbolic link; data.images_anywhere=true allows that")
+
 
 LazyImage = str | Image.Image | Callable[[], Image.Image]
 """A file name, a picture, or a function that makes one when it is needed."""
@@ -27,6 +61,8 @@ class Message:
     """Text without image markers."""
     images: list[LazyImage] = field(default_factory=list)
     """Images of this turn; they stand in front of its text."""
+    learned: bool = True
+    """False: an answer that is read and not learned. One without text never is."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -46,6 +82,8 @@ class Sample:
     """Texts of the options A, B, ... of a multiple-choice question, for metrics that need them."""
     group: str | None = None
     """Questions of one group are one question to the score, right only if all are: MMBench's circular evaluation."""
+    notes: list[str] = field(default_factory=list)
+    """What of the record is not read, each said once in a run."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -23,9 +23,10 @@ from PIL import Image
 from ..answer import load
 from ..build import longest_answer, question_encoder
 from ..data.batch import LazyImage, Message, Sample
-from ..data.datasets import IMAGE_MARKER, BadSampleError
+from ..data.datasets import BadSampleError
 from ..data.encode import SampleEncoder
 from ..data.packing import EncodedSample
+from ..data.records import IMAGE_MARKER
 from .vqa import generate_answers
 
 if TYPE_CHECKING:

@@ -74,6 +74,11 @@ def install_mrope(decoder: nn.Module) -> MultimodalRotary:
     return decoder.rotary_emb
 
 
+def count_positions(num_tokens: int, token_grids: Sequence[tuple[int, int, int]]) -> int:
+    """Positions that `mrope_position_ids` gives to a row of `num_tokens`: an image takes as many as its longest side."""
+    return num_tokens - sum(t * h * w - max(t, h, w) for t, h, w in token_grids)
+
+
 def mrope_position_ids(input_ids: Tensor, token_grids: Sequence[Sequence[tuple[int, int, int]]], image_token_id: int) -> Tensor:
     """(time, row, column) of every token, [3, B, L] int64 on the CPU.
 
