@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os.path
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,23 +29,29 @@ class BadSampleError(ValueError):
 
 
 class FileInFolder(str):
-    """A file name from a dataset, which may not lead out of `folder`."""
+    """A file name from a dataset that may not lead out of `folder`: ValueError here for names, in `check` for symbolic links.
+
+    advice:  ends the messages.
+    """
 
     name: str
     folder: Path
+    advice: str
 
-    def __new__(cls, name: str, folder: Path) -> FileInFolder:
+    def __new__(cls, name: str, folder: Path, advice: str = "") -> FileInFolder:
+        if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir:
+            raise ValueError(f"{name} leads out of {folder}{advice}")
         self = super().__new__(cls, folder / name)
-        self.name, self.folder = name, folder
+        self.name, self.folder, self.advice = name, folder, advice
         return self
 
-    def __getnewargs__(self) -> tuple[str, Path]:
-        return self.name, self.folder  # for workers that are spawned
+    def __getnewargs__(self) -> tuple[str, Path, str]:
+        return self.name, self.folder, self.advice  # for workers that are spawned
 
     def check(self) -> None:
-        """ValueError where the file lies outside of the folder; follows symbolic links, so it reads the disk."""
+        """Reads the disk, so it is done when the file is opened."""
         if not Path(self).resolve().is_relative_to(self.folder.resolve()):
-            raise ValueError(f"leads out of {self.folder} by a symbolic link; data.images_anywhere=true allows that")
+            raise ValueError(f"leads out of {self.folder} by a symbolic link{self.advice}")
 
 
 LazyImage = str | Image.Image | Callable[[], Image.Image]

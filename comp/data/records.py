@@ -9,7 +9,6 @@ An answer with "weight": 0, "loss": false or "train": false, or without text, is
 
 from __future__ import annotations
 
-import os.path
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -158,9 +157,10 @@ def _looks_like_a_file(value: Any) -> bool:
 def _image_file(image: str, folder: Path, name: str, anywhere: bool) -> str:
     if anywhere:
         return str(folder / image)
-    if os.path.isabs(image) or os.path.normpath(image).split(os.sep)[0] == os.pardir:
-        raise BadSampleError(f"{name}: image {image} leads out of {folder}; data.images_anywhere=true allows that")
-    return FileInFolder(image, folder)  # symbolic links are followed when it is opened
+    try:
+        return FileInFolder(image, folder, "; data.images_anywhere=true allows that")
+    except ValueError as error:
+        raise BadSampleError(f"{name}: image {error}") from error
 
 
 # --- turns -------------------------------------------------------------------------------------------------------------------
