@@ -227,6 +227,7 @@ def check_tables(cos: tuple, sin: tuple, num_tokens: int, num_heads: int, rotary
         return
     for name, table in ((cos_name, cos), (sin_name, sin)):
         check_tensor(name, table, "[T, R] or [T, H, R]", dim=(2, 3))
+        check_dense(name, table)
         check_float(name, table)
         check_same(name, table, "q", q, dtype=False)
         if table.dtype == torch.float64 and q.dtype != torch.float64:
@@ -249,6 +250,7 @@ def check_tables(cos: tuple, sin: tuple, num_tokens: int, num_heads: int, rotary
 def check_cu_seqlens(name: str, cu_seqlens: Tensor, num_tokens: int, device: torch.device) -> None:
     """[B + 1] integers from 0, never decreasing, at most num_tokens; values are looked at on the CPU only (no device sync)."""
     check_tensor(name, cu_seqlens, "[B + 1] of int32 or int64", dim=1)
+    check_dense(name, cu_seqlens)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{name} must be int32 or int64, got {cu_seqlens.dtype}")
     if cu_seqlens.device != device:
