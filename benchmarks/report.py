@@ -69,6 +69,8 @@ def markdown(rows: list[dict]) -> str:
             cells.append(f"{row['max_error']:.1e}" if "max_error" in row else "")
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
+    computes = {name: text for row in rows for name, text in row.get("peers_compute", {}).items()}
+    lines += [*(f"- {name} computes {text}." for name, text in computes.items()), ""] if computes else []
     machines = dict.fromkeys(f"{row['machine']}, {row['threads']} threads, torch {row['torch']}" for row in rows)
     lines.append("Medians of rounds in which ours and every peer run once, one after another. " + "; ".join(machines) + ".")
     return "\n".join(lines)

@@ -73,13 +73,17 @@ def test_sinkhorn(benchmark, shape):
     few = scores[:1, :8] if scores.dim() == 3 else scores[:8]
     exact = reference.sinkhorn(few.double(), epsilon=EPSILON, num_iters=NUM_ITERS)
     found = ck.sinkhorn(few, epsilon=EPSILON, num_iters=NUM_ITERS)
+    peers = peers_of(scores, EPSILON, NUM_ITERS)
+    for peer in peers.values():
+        peer.check()
     compare(
         benchmark,
         lambda: ck.sinkhorn(scores, epsilon=EPSILON, num_iters=NUM_ITERS),
-        peers_of(scores, EPSILON, NUM_ITERS),
+        {name: peer.call for name, peer in peers.items()},
         group="sinkhorn, 3 iterations",
         case=str(list(shape)),
         error=(found - exact).abs().max().item(),
+        peers_compute={name: peer.computes for name, peer in peers.items()},
     )
     info = benchmark.extra_info
     info["kernel_ms"], info["floor_ms"] = kernel_and_floor_ms(scores)

@@ -21,6 +21,7 @@ from .data.template import ChatTemplate
 from .eval.exported import load
 from .eval.vqa import generate_answers
 from .model import CoMP
+from .model.limits import position_limit
 
 
 def answer(
@@ -40,7 +41,7 @@ def answer(
     Raises comp.data.datasets.BadSampleError for an image that cannot be read.
     """
     sample = Sample(name="question", messages=[Message(role="user", text=question, images=list(images))])
-    limit = model.language_model.config.max_position_embeddings
+    limit = position_limit(model.language_model)
     # what text and answer leave of the positions that the language model knows
     room = limit - len(template.encode_prompt(sample.messages, [0] * len(images))) - max_new_tokens
     encoder = make_sample_encoder(
@@ -49,6 +50,7 @@ def answer(
         max_text_tokens=limit,
         min_visual_tokens=min_visual_tokens,
         max_visual_tokens=max(0, min(max_visual_tokens, room)),
+        answer_tokens=max_new_tokens,
     )
     device = model.adapter.fc2.weight.device
     return generate_answers(model, [encoder.encode_prompt(sample)], encoder, max_new_tokens=max_new_tokens, device=device)[0]

@@ -9,9 +9,10 @@ from pathlib import Path
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import PreTrainedModel
 
-from .config import Config, ConfigError, StageConfig
+from .config import MAX_PIXELS, Config, ConfigError, StageConfig
 from .data.encode import ImageSettings, SampleEncoder
 from .data.template import ChatTemplate, load_tokenizer, num_rows
+from .limits import position_limit
 from .model import VisionEncoder
 from .model.causal_lm import load_language_model
 from .model.multimodal import CoMP
@@ -96,6 +97,8 @@ def sample_encoder(model: CoMP, template: ChatTemplate, config: Config, stage: S
         min_visual_tokens=stage.min_visual_tokens,
         max_visual_tokens=stage.max_visual_tokens,
         max_text_tokens=stage.max_text_tokens,
+        max_image_pixels=config.max_image_pixels,
+        answer_tokens=config.eval.max_new_tokens,
     )
 
 
@@ -107,8 +110,13 @@ def make_sample_encoder(
     resolution: int | None = None,
     min_visual_tokens: int = 4,
     max_visual_tokens: int = 3000,
+    max_image_pixels: int = MAX_PIXELS,
+    answer_tokens: int = 0,
 ) -> SampleEncoder:
-    """Turns samples into what the model eats, at native size or as squares of `resolution` pixels."""
+    """Turns samples into what the model eats, at native size or as squares of `resolution` pixels.
+
+    answer_tokens:  positions of the language model that a question leaves to its answer.
+    """
     vision = model.encoder.config
     images = ImageSettings(
         patch_size=vision.patch_size,
@@ -118,15 +126,23 @@ def make_sample_encoder(
         resolution=resolution,
         min_visual_tokens=min_visual_tokens,
         max_visual_tokens=max_visual_tokens,
+        max_image_pixels=max_image_pixels,
     )
-    return SampleEncoder(template, images, max_text_tokens=max_text_tokens)
+    return SampleEncoder(
+        template,
+        images,
+        max_text_tokens=max_text_tokens,
+        max_positions=position_limit(model.language_model),
+        mrope=model.mrope,
+        answer_tokens=answer_tokens,
+    )
 
 
 def question_encoder(
     model: CoMP, template: ChatTemplate, *, answer_tokens: int, min_visual_tokens: int = 4, max_visual_tokens: int = 3000
 ) -> SampleEncoder:
     """For questions, at native size: leaves `answer_tokens` of the language model's positions, a quarter of them for text."""
-    positions = model.language_model.config.max_position_embeddings
+    positions = position_limit(model.language_model)
     return make_sample_encoder(
         model,
         template,
@@ -138,7 +154,7 @@ def question_encoder(
 
 def longest_answer(model: CoMP) -> int:
     """Tokens of an answer that leave half of the language model's positions to the question."""
-    return model.language_model.config.max_position_embeddings // 2
+    return position_limit(model.language_model) // 2
 
 
 def export_model(model: CoMP, template: ChatTemplate, config: Config, world: World, folder: Path) -> None:

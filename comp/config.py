@@ -17,6 +17,11 @@ PARTS = ("vision", "adapter", "language")
 BEFORE = "before"
 """What results before the first stage are called; no stage may be."""
 
+MAX_PIXELS = 64_000_000
+"""The largest picture that is decoded unless a setting says otherwise: a scan of A4 at 800 dpi, 0.5 GB while it is read."""
+PILLOW_MAX_PIXELS = 178_956_970
+"""Pillow itself opens nothing larger."""
+
 PosMode = Literal["abs", "rope", "abs+rope"]
 AbsPosOrder = Literal["merge", "raster_legacy"]
 AbsPosInterp = Literal["bicubic", "bilinear"]
@@ -199,7 +204,9 @@ class SourceConfig:
     path: str | None = None
     """LLaVA-format .json or .jsonl, or a .yaml mixture of such files."""
     images: str | None = None
-    """Folder that relative image names start from; None: the folder of `path`."""
+    """Folder that image names start from; None: the folder of `path`."""
+    images_anywhere: bool = False
+    """Image names may be absolute or lead out of `images`, by ".." or symbolic links; otherwise such samples are unusable."""
     factory: str | None = None
     """"package.module:callable"; called with `arguments`, returns an object with __len__ and __getitem__(i) -> Sample."""
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -365,6 +372,8 @@ class Config:
     """Processes per rank that read and resize images ahead of training."""
     bad_samples: Literal["skip", "stop"] = "skip"
     """"skip": leave out samples that cannot be read, name and count them in the summary. "stop": end the run at the first."""
+    max_image_pixels: int = MAX_PIXELS
+    """Samples with a larger picture are unusable; found before it is decoded, which takes about 8 bytes per pixel."""
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
@@ -375,3 +384,7 @@ class Config:
         need_literals(self)
         need(self.seed >= 0, f"seed must be at least 0, got {self.seed}")
         need(self.num_workers >= 0, f"num_workers must be at least 0, got {self.num_workers}")
+        need(
+            0 < self.max_image_pixels <= PILLOW_MAX_PIXELS,
+            f"max_image_pixels must be positive and at most Pillow's own {PILLOW_MAX_PIXELS}, got {self.max_image_pixels}",
+        )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -46,6 +48,14 @@ def check_float(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
 
 
+def check_real(name: str, x: Tensor) -> None:
+    """Integers, booleans, and floats that arithmetic knows."""
+    if x.is_complex():
+        raise ValueError(f"{name} must be real, got {x.dtype}")
+    if x.is_floating_point():
+        check_float(name, x)
+
+
 def check_same(name: str, x: Tensor, like_name: str, like: Tensor, *, dtype: bool = True) -> None:
     if x.device != like.device:
         raise ValueError(f"{name} must be on {like.device} like {like_name}, got {x.device}")
@@ -55,25 +65,32 @@ def check_same(name: str, x: Tensor, like_name: str, like: Tensor, *, dtype: boo
 
 def check_number(name: str, value: object) -> None:
     """A number of Python (or NumPy). A tensor is refused: settings are not differentiated, its gradient would be lost."""
-    if not isinstance(value, (float, int)) and (isinstance(value, Tensor) or not hasattr(value, "__float__")):
+    if not isinstance(value, (float, int, numbers.Real, torch.SymInt, torch.SymFloat)):
         raise ValueError(f"{name} must be a number, not a tensor (it receives no gradient), got {describe(value)}")
 
 
 def check_integer(name: str, value: object) -> None:
-    if not isinstance(value, int) and (isinstance(value, Tensor) or not hasattr(value, "__index__")):
+    if not isinstance(value, (int, numbers.Integral, torch.SymInt)):
         raise ValueError(f"{name} must be an integer, got {describe(value)}")
 
 
-def check_positive(name: str, value: float) -> None:
+def check_positive(name: str, value: float) -> float:
+    """A positive number, as a float of Python: the kernels' schemas take neither NumPy's nor integers beyond 64 bits."""
     check_number(name, value)
-    if not value > 0:
-        raise ValueError(f"{name} must be positive, got {value}")
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+    return float(value) if isinstance(value, numbers.Real) and not isinstance(value, float) else value
+
+
+def check_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {describe(value)}")
 
 
 def check_num_iters(num_iters: int) -> None:
     check_integer("num_iters", num_iters)
-    if num_iters < 1:
-        raise ValueError(f"num_iters must be at least 1, got {num_iters}")
+    if not 1 <= num_iters < 2**31:
+        raise ValueError(f"num_iters must be at least 1 and less than 2**31, got {num_iters}")
 
 
 def check_group(group: object) -> None:

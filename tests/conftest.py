@@ -16,6 +16,21 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--fuzz",
+        type=int,
+        default=0,
+        metavar="N",
+        help="every fuzz test tries N examples, drawn anew; default: a fixed few hundred",
+    )
+
+
+def pytest_configure(config):
+    if config.getoption("--fuzz"):  # read by helpers/fuzzing.py, in xdist's workers too
+        os.environ["FUZZ_EXAMPLES"] = str(config.getoption("--fuzz"))
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os.path
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -12,6 +14,45 @@ from torch import Tensor
 
 IGNORED = -100
 """Label of a position that is not learned."""
+
+
+def printable(text: object, longest: int = 80) -> str:
+    """For messages: halves of characters, which JSON may hold and no terminal takes, as escapes."""
+    return str(text)[:longest].encode("utf-8", "backslashreplace").decode()
+
+
+class BadSampleError(ValueError):
+    """Samples that cannot be used; the message starts with a name. Training skips and counts them, or stops, by policy."""
+
+    def __init__(self, message: str):
+        super().__init__(printable(message, longest=2000))
+
+
+class FileInFolder(str):
+    """A file name from a dataset that may not lead out of `folder`: ValueError here for names, in `check` for symbolic links.
+
+    advice:  ends the messages.
+    """
+
+    name: str
+    folder: Path
+    advice: str
+
+    def __new__(cls, name: str, folder: Path, advice: str = "") -> FileInFolder:
+        if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir:
+            raise ValueError(f"{name} leads out of {folder}{advice}")
+        self = super().__new__(cls, folder / name)
+        self.name, self.folder, self.advice = name, folder, advice
+        return self
+
+    def __getnewargs__(self) -> tuple[str, Path, str]:
+        return self.name, self.folder, self.advice  # for workers that are spawned
+
+    def check(self) -> None:
+        """Reads the disk, so it is done when the file is opened."""
+        if not Path(self).resolve().is_relative_to(self.folder.resolve()):
+            raise ValueError(f"leads out of {self.folder} by a symbolic link{self.advice}")
+
 
 LazyImage = str | Image.Image | Callable[[], Image.Image]
 """A file name, a picture, or a function that makes one when it is needed."""
@@ -27,6 +68,8 @@ class Message:
     """Text without image markers."""
     images: list[LazyImage] = field(default_factory=list)
     """Images of this turn; they stand in front of its text."""
+    learned: bool = True
+    """False: an answer that is read and not learned. One without text never is."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -46,6 +89,8 @@ class Sample:
     """Texts of the options A, B, ... of a multiple-choice question, for metrics that need them."""
     group: str | None = None
     """Questions of one group are one question to the score, right only if all are: MMBench's circular evaluation."""
+    notes: list[str] = field(default_factory=list)
+    """What of the record is not read, each said once in a run."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from PIL import Image
 from torch import Tensor
 
-from ..config import ConfigError
-from .batch import LazyImage, Message, Sample
+from ..config import MAX_PIXELS, ConfigError
+from ..limits import NO_LIMIT, count_positions
+from .batch import FileInFolder, LazyImage, Message, Sample
 from .datasets import BadSampleError
-from .images import prepare_image, to_rgb
+from .decode import to_rgb
+from .images import prepare_image
 from .packing import EncodedSample
 from .template import ChatTemplate
 
@@ -29,6 +31,8 @@ class ImageSettings:
     min_visual_tokens: int
     max_visual_tokens: int
     """Of one sample; its images share it evenly."""
+    max_image_pixels: int = MAX_PIXELS
+    """Larger files are not decoded."""
 
     def __post_init__(self) -> None:
         if self.resolution is not None and self.tokens_at_resolution() > self.max_visual_tokens:
@@ -43,12 +47,29 @@ class ImageSettings:
 
 
 class SampleEncoder:
-    """Encodes samples for training and, with `encode_prompt`, for generation."""
+    """Encodes samples for training and, with `encode_prompt`, for generation.
 
-    def __init__(self, template: ChatTemplate, images: ImageSettings, *, max_text_tokens: int):
+    max_positions:  of the language model, counted as its decoder counts them: with `mrope` an image takes as many as its
+                    longest side has visual tokens, without it every token takes one.
+    answer_tokens:  positions that a prompt leaves to its answer.
+    """
+
+    def __init__(
+        self,
+        template: ChatTemplate,
+        images: ImageSettings,
+        *,
+        max_text_tokens: int,
+        max_positions: int = NO_LIMIT,
+        mrope: bool = False,
+        answer_tokens: int = 0,
+    ):
         self.template = template
         self.images = images
         self.max_text_tokens = max_text_tokens
+        self.max_positions = max_positions
+        self.mrope = mrope
+        self.answer_tokens = answer_tokens
 
     @property
     def patch_features(self) -> int:
@@ -65,7 +86,7 @@ class SampleEncoder:
         messages = prompt_messages(sample)
         patches, grids, counts = self._encode_images(sample, messages)
         ids = self.template.encode_prompt(messages, counts)
-        return self._checked(sample, ids, [], [], patches, grids, counts)
+        return self._checked(sample, ids, [], [], patches, grids, counts, answer_tokens=self.answer_tokens)
 
     def _checked(
         self,
@@ -76,10 +97,19 @@ class SampleEncoder:
         patches: list[Tensor],
         grids: list[tuple[int, int, int]],
         counts: list[int],
+        answer_tokens: int = 0,
     ) -> EncodedSample:
         if len(ids) > self.max_text_tokens:
             raise BadSampleError(
                 f"{sample.name}: {len(ids)} tokens ({sum(counts)} of them visual) exceed max_text_tokens {self.max_text_tokens}"
+            )
+        merge = self.images.merge_size
+        token_grids = [(t, h // merge, w // merge) for t, h, w in grids] if self.mrope else []
+        positions = count_positions(len(ids), token_grids)
+        if positions + answer_tokens > self.max_positions:
+            answer = f" and {answer_tokens} of an answer" if answer_tokens else ""
+            raise BadSampleError(
+                f"{sample.name}: {positions} positions{answer} exceed the {self.max_positions} of the language model"
             )
         return EncodedSample(
             name=sample.name,
@@ -109,7 +139,7 @@ class SampleEncoder:
         patches, grids = [], []
         for image in lazy:
             pixels, grid = prepare_image(
-                load_image(image, sample.name),
+                load_image(image, sample.name, settings.max_image_pixels),
                 patch_size=settings.patch_size,
                 merge_size=settings.merge_size,
                 mean=settings.mean,
@@ -138,13 +168,15 @@ def reference_answers(sample: Sample) -> list[str]:
     return [sample.messages[-1].text]
 
 
-def load_image(image: LazyImage, name: str) -> Image.Image:
+def load_image(image: LazyImage, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Read or make an RGB picture completely, so that damage shows here; `name` is for the message."""
     try:
         if isinstance(image, str):
+            if isinstance(image, FileInFolder):
+                image.check()
             with Image.open(image) as opened:
-                return to_rgb(opened)
-        return to_rgb(image() if callable(image) else image)
+                return to_rgb(opened, max_pixels=max_pixels)
+        return to_rgb(image() if callable(image) else image, max_pixels=max_pixels)
     except Exception as error:  # decoders raise nearly anything on damaged files
         where = image if isinstance(image, str) else "(made on demand)"
         raise BadSampleError(f"{name}: image {where}: {type(error).__name__}: {error}") from error

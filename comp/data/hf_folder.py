@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image, UnidentifiedImageError
 
 from ..config import ConfigError
-from .batch import LazyImage
+from .batch import FileInFolder, LazyImage
 
 if TYPE_CHECKING:
     import datasets
@@ -102,8 +102,18 @@ def lazy_image(value: Any) -> LazyImage:
     if isinstance(value, dict) and value.get("bytes"):
         return partial(_open_image, value["bytes"])
     if isinstance(value, dict) and value.get("path"):
-        return str(value["path"])
+        return value["path"]
     raise TypeError(f"an image cell must hold bytes or a path, got {value!r:.80}")
+
+
+def images_inside(value: Any, folder: Path) -> Any:
+    """An image cell, or a list of them, whose file must lie in `folder`, from where relative names start; other cells as they
+    are. ValueError where a name leads out."""
+    if isinstance(value, list):
+        return [images_inside(one, folder) for one in value]
+    if isinstance(value, dict) and not value.get("bytes") and isinstance(value.get("path"), str):
+        return {**value, "path": FileInFolder(value["path"], folder, "; images_anywhere=True allows that")}
+    return value
 
 
 def _open_image(data: bytes) -> Image.Image:

@@ -13,8 +13,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
+
+from ..config import MAX_PIXELS
+from .decode import to_rgb
 
 
 def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -90,21 +93,6 @@ def patchify(frames: Tensor, patch_size: int, merge_size: int) -> Tensor:
     return to_merge_order(patches, merge_size).flatten(0, 1)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """An upright RGB image: EXIF rotation applied, transparent parts on white, 16-bit grey scaled to 8."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):  # converting as it is would clip everything above 255 to white
-        image = Image.fromarray((np.asarray(image, dtype=np.float32) / 257).round().astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        raise ValueError(f"pixels of mode {image.mode} have no fixed range; store 8 or 16 bits per channel")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
-    image.info = {}  # applied above; damaged EXIF that Pillow lets pass once would fail when it is read again
-    return image
-
-
 def prepare_image(
     image: Image.Image,
     *,
@@ -115,15 +103,17 @@ def prepare_image(
     min_tokens: int = 4,
     max_tokens: int = 3000,
     size: tuple[int, int] | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> tuple[Tensor, tuple[int, int, int]]:
     """One image to normalised patches with a single bicubic resize.
 
     min_tokens, max_tokens: bounds on the number of merged tokens, h * w / merge_size^2.
     size:  (height, width) in pixels for a fixed resolution instead, rounded to multiples of patch_size * merge_size.
     mean, std:  per channel, for pixels in 0 .. 1.
+    max_pixels:  of the image as it comes; a larger one raises ValueError before it is decoded.
     Returns pixel_values [h * w, 3 * P * P] float32 in merge-block order and the grid (1, h, w).
     """
-    image = to_rgb(image)
+    image = to_rgb(image, max_pixels=max_pixels)
     factor = patch_size * merge_size
     height, width = (image.height, image.width) if size is None else size
     if size is None:

@@ -10,6 +10,7 @@ import os
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.utils.data import DataLoader
@@ -17,11 +18,18 @@ from torch.utils.data import DataLoader
 from .batch import Batch
 from .datasets import BadSampleError, Dataset
 from .encode import SampleEncoder
-from .mixture import SampleOrder
+from .mixture import Mixture, SampleOrder
 from .packing import EncodedSample, collate, pack
 
 # Tokenizers with threads of their own warn, and give the threads up, when data workers are forked after them.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+class Skipped(NamedTuple):
+    """One unusable sample."""
+
+    place: str  # which one it is (`comp.data.mixture.Mixture.place`)
+    message: str  # its name first
 
 
 @dataclass(kw_only=True, slots=True)
@@ -34,7 +42,8 @@ class StepData:
     num_images: int
     num_text_tokens: int  # without padding, visual tokens included
     num_visual_tokens: int
-    skipped: list[str]  # one message per unusable sample, its name first
+    skipped: list[Skipped]
+    notes: list[str]  # what of the samples' records is not read (`Sample.notes`), each once
 
 
 class StepDataset(torch.utils.data.Dataset):
@@ -68,12 +77,16 @@ class StepDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, step: int) -> StepData:
         encoded: list[EncodedSample] = []
-        skipped: list[str] = []
+        skipped: list[Skipped] = []
+        notes: dict[str, None] = {}
         for position in self._positions(step):
+            index = self.order[position]
             try:
-                encoded.append(self.encoder.encode(self.samples[self.order[position]]))
+                sample = self.samples[index]
+                notes |= dict.fromkeys(sample.notes)
+                encoded.append(self.encoder.encode(sample))
             except BadSampleError as error:
-                skipped.append(str(error))
+                skipped.append(Skipped(self._place(index), str(error)))
         groups = pack(encoded, **self.budgets)
         pad_id, patch_features = self.encoder.template.pad_id, self.encoder.patch_features
         return StepData(
@@ -84,7 +97,11 @@ class StepDataset(torch.utils.data.Dataset):
             num_text_tokens=sum(len(s.input_ids) for s in encoded),
             num_visual_tokens=sum(s.num_visual_tokens for s in encoded),
             skipped=skipped,
+            notes=list(notes),
         )
+
+    def _place(self, index: int) -> str:
+        return self.samples.place(index) if isinstance(self.samples, Mixture) else f"[{index}]"
 
     def _positions(self, step: int) -> range:
         """Places of this rank's samples in the shuffled stream; the last step may be smaller."""

@@ -6,11 +6,13 @@ YAML mixtures use LLaVA's form; `json_path` and `images` are relative to the YAM
       - json_path: blip558k.json
         sampling_strategy: all            # all, first:N, end:N, random:N; N a count or P%
         images: /data/blip558k            # optional: the folder of json_path without it
+        images_anywhere: true             # optional: image names may lead out of it
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,34 +23,55 @@ from .batch import Sample
 from .datasets import Dataset, LlavaDataset, dataset_from_factory
 
 
+@dataclass(frozen=True)
+class Part:
+    """A dataset of a mixture, restricted to chosen indices."""
+
+    source: str
+    """What tells it from other datasets: the same in every stage that reads it."""
+    dataset: Dataset
+    indices: np.ndarray
+
+
 class Mixture:
     """Several datasets, each restricted to chosen indices, as one dataset."""
 
-    def __init__(self, parts: Sequence[tuple[Dataset, np.ndarray]]):
+    def __init__(self, parts: Sequence[Part]):
         self._parts = list(parts)
-        self._ends = np.cumsum([len(indices) for _, indices in self._parts])
+        self._ends = np.cumsum([len(part.indices) for part in self._parts])
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def __getitem__(self, index: int) -> Sample:
+        part, index_in_part = self._find(index)
+        sample = part.dataset[index_in_part]
+        if not isinstance(sample, Sample):
+            raise ConfigError(
+                f"items of a dataset must be comp.data.batch.Sample, those of {part.dataset!r:.80} are {type(sample)}"
+            )
+        return sample
+
+    def place(self, index: int) -> str:
+        """Which sample this is, whatever it says of itself: equal for one sample in several stages, else different."""
+        part, index_in_part = self._find(index)
+        return f"{part.source}[{index_in_part}]"
+
+    def _find(self, index: int) -> tuple[Part, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"the mixture has {len(self)} samples, asked for {index}")
-        part = int(np.searchsorted(self._ends, index, side="right"))
-        dataset, indices = self._parts[part]
-        sample = dataset[int(indices[index - self._ends[part]])]
-        if not isinstance(sample, Sample):
-            raise ConfigError(f"items of a dataset must be comp.data.batch.Sample, those of {dataset!r:.80} are {type(sample)}")
-        return sample
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        part = self._parts[number]
+        return part, int(part.indices[index - self._ends[number]])
 
 
 def open_sources(sources: Sequence[SourceConfig], seed: int) -> Mixture:
     """The mixture of `sources`; `seed` draws the samples of "random:N"."""
     parts = []
     for source in sources:
-        for dataset, sampling in _open_source(source):
+        for name, dataset, sampling in _open_source(source):
             rng = np.random.default_rng([seed, len(parts)])
-            parts.append((dataset, choose_indices(len(dataset), sampling, rng)))
+            parts.append(Part(name, dataset, choose_indices(len(dataset), sampling, rng)))
     mixture = Mixture(parts)
     if len(mixture) == 0:
         raise ConfigError(f"no sample in {[source.path or source.factory for source in sources]}")
@@ -68,16 +91,22 @@ def choose_indices(size: int, sampling: str, rng: np.random.Generator) -> np.nda
     return np.arange(count)
 
 
-def _open_source(source: SourceConfig) -> Iterator[tuple[Dataset, str]]:
+def _open_source(source: SourceConfig) -> Iterator[tuple[str, Dataset, str]]:
+    """(name, dataset, sampling) of every dataset in a source."""
     if source.factory is not None:
-        yield dataset_from_factory(source.factory, source.arguments), source.sampling
+        name = f"{source.factory}({source.arguments})"
+        yield name, dataset_from_factory(source.factory, source.arguments), source.sampling
     elif Path(source.path).suffix in (".yaml", ".yml"):
         yield from _open_yaml(source)
     else:
-        yield LlavaDataset(source.path, source.images), source.sampling
+        yield _open_file(Path(source.path), source.images, source.images_anywhere, source.sampling)
 
 
-def _open_yaml(source: SourceConfig) -> Iterator[tuple[Dataset, str]]:
+def _open_file(path: Path, images: str | Path | None, images_anywhere: bool, sampling: str) -> tuple[str, Dataset, str]:
+    return str(path.resolve()), LlavaDataset(path, images, images_anywhere=images_anywhere), sampling
+
+
+def _open_yaml(source: SourceConfig) -> Iterator[tuple[str, Dataset, str]]:
     path = Path(source.path)
     if source.sampling != "all":
         raise ConfigError(f"data.sampling of {path} must be all: the entries of a YAML mixture carry their own strategies")
@@ -93,14 +122,20 @@ def _open_yaml(source: SourceConfig) -> Iterator[tuple[Dataset, str]]:
     for number, entry in enumerate(entries):
         if not isinstance(entry, dict):
             raise ConfigError(f"{path}, datasets[{number}] must be a mapping, got {entry!r}")
-        unknown = set(entry) - {"json_path", "sampling_strategy", "images"}
+        unknown = set(entry) - {"json_path", "sampling_strategy", "images", "images_anywhere"}
         if unknown or "json_path" not in entry:
             raise ConfigError(
-                f"{path}, datasets[{number}]: needs json_path, may have sampling_strategy and images; got {sorted(entry)}"
+                f"{path}, datasets[{number}]: needs json_path, may have sampling_strategy, images and images_anywhere; "
+                f"got {sorted(map(str, entry))}"
             )
+        anywhere = entry.get("images_anywhere", source.images_anywhere)
+        if not isinstance(anywhere, bool):
+            raise ConfigError(f"{path}, datasets[{number}]: images_anywhere must be true or false, got {anywhere!r}")
         images = entry.get("images", source.images)
-        yield (
-            LlavaDataset(path.parent / entry["json_path"], None if images is None else path.parent / images),
+        yield _open_file(
+            path.parent / entry["json_path"],
+            None if images is None else path.parent / images,
+            anywhere,
             str(entry.get("sampling_strategy", "all")),
         )
 

@@ -4,7 +4,8 @@
     <|im_start|>user\\n<|vision_start|><|image_pad|>...<|vision_end|>What is this?<|im_end|>\\n
     <|im_start|>assistant\\nA cat.<|im_end|>\\n
 
-An image stands as one <|image_pad|> per visual token. Learned are the answers and their <|im_end|>, in every assistant turn.
+An image stands as one <|image_pad|> per visual token. Learned are the answers and their <|im_end|>, in every assistant turn
+that has a text and is not marked otherwise.
 """
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ class ChatTemplate:
             head = self._head(message.role) + self._images(message, counts)
             body = [*self.encode_text(message.text), self.turn_end]
             ids += head + body + self.newline
-            learned = body if message.role == "assistant" else [IGNORED] * len(body)
+            learned = body if _is_learned(message) else [IGNORED] * len(body)
             labels += [IGNORED] * len(head) + learned + [IGNORED] * len(self.newline)
         self._check_all_used(messages, counts)
         return ids, labels
@@ -139,8 +140,8 @@ class ChatTemplate:
         return self.encode_text(self.answer_text(messages))
 
     def answer_text(self, messages: Sequence[Message]) -> str:
-        """All assistant turns joined by a space, no template: the text of the alignment loss and of the word prior."""
-        return " ".join(m.text for m in messages if m.role == "assistant")
+        """All learned answers joined by a space, no template: the text of the alignment loss and of the word prior."""
+        return " ".join(m.text for m in messages if _is_learned(m))
 
     def _with_system(self, messages: Sequence[Message]) -> list[Message]:
         has_system = bool(messages) and messages[0].role == "system"
@@ -165,3 +166,8 @@ class ChatTemplate:
         if unused:
             images = sum(len(m.images) for m in messages)
             raise ValueError(f"visual_tokens has {images + unused} entries, the conversation has {images} images")
+
+
+def _is_learned(message: Message) -> bool:
+    """Silence is no answer to learn: an empty one among others is a gap in the data."""
+    return message.role == "assistant" and message.learned and bool(message.text.strip())

@@ -18,7 +18,7 @@ from typing import Any
 from ..config import ConfigError
 from ..data.batch import Message, Sample
 from ..data.datasets import BadSampleError
-from ..data.hf_folder import lazy_image, open_folder
+from ..data.hf_folder import images_inside, lazy_image, open_folder
 from .choices import LETTERS, lettered, listed_options
 
 Row = dict[str, Any]
@@ -48,10 +48,18 @@ class Benchmark:
 class BenchmarkDataset:
     """The questions of one benchmark."""
 
-    def __init__(self, name: str, path: str | Path, split: str | None = None, cache_dir: str | Path | None = None):
+    def __init__(
+        self,
+        name: str,
+        path: str | Path,
+        split: str | None = None,
+        cache_dir: str | Path | None = None,
+        images_anywhere: bool = False,
+    ):
         if name not in BENCHMARKS:
             raise ConfigError(f"benchmark must be one of {', '.join(BENCHMARKS)}, got {name!r}")
         self.name = name
+        self.folder = None if images_anywhere else Path(path)
         self.benchmark = BENCHMARKS[name]
         where = dict(path=path, split=split or self.benchmark.split, cache_dir=cache_dir)
         self._rows = open_folder(config=self.benchmark.config, **where)
@@ -82,12 +90,16 @@ class BenchmarkDataset:
         try:
             if self._images:
                 row["image"] = self._image_rows[self._images[row[self._image_ids]]]["image"]
+            if self.folder is not None:
+                row = {column: images_inside(value, self.folder) for column, value in row.items()}
             return self.benchmark.read(name, row)
         except (TypeError, ValueError, LookupError) as error:
             raise BadSampleError(f"{name}: {type(error).__name__}: {error}") from error
 
 
-def open_benchmark(name: str, path: str, split: str | None = None, cache_dir: str | None = None) -> BenchmarkDataset:
+def open_benchmark(
+    name: str, path: str, split: str | None = None, cache_dir: str | None = None, images_anywhere: bool = False
+) -> BenchmarkDataset:
     """The questions of a benchmark as `Sample`s; also for the `factory` of a data source.
 
     name:       a key of `BENCHMARKS`: chartqa, docvqa, infovqa, textvqa, okvqa, vqav2, gqa, ai2d, realworldqa, seed, mmmu or
@@ -95,9 +107,10 @@ def open_benchmark(name: str, path: str, split: str | None = None, cache_dir: st
     path:       a folder of the Hugging Face `datasets` library: parquet files as on the hub, or what save_to_disk wrote.
     split:      None: the one that papers report.
     cache_dir:  where the library keeps its memory-mapped copy of parquet files; None: its own default.
+    images_anywhere:  image cells that name a file may lead out of the folder; otherwise such a sample is unusable.
     Raises ConfigError for an unknown name, a folder in neither layout, and missing columns.
     """
-    return BenchmarkDataset(name, path, split, cache_dir)
+    return BenchmarkDataset(name, path, split, cache_dir, images_anywhere)
 
 
 def _sample(

@@ -22,9 +22,10 @@ from PIL import Image
 
 from ..build import longest_answer, question_encoder
 from ..data.batch import LazyImage, Message, Sample
-from ..data.datasets import IMAGE_MARKER, BadSampleError
+from ..data.datasets import BadSampleError
 from ..data.encode import SampleEncoder
 from ..data.packing import EncodedSample
+from ..data.records import IMAGE_MARKER
 from .exported import load
 from .vqa import generate_answers
 

@@ -1,7 +1,8 @@
 """Scores of visual question answering: a prediction against the references of one question, in [0, 1].
 
 Every metric follows the public evaluation harness (lmms-eval) to the letter, quirks included, so that figures compare; where
-a quirk surprises, the docstring says so. Average the values over questions for the figure that papers print.
+a quirk surprises, the docstring says so. White space around a prediction never counts: the harness strips it before any metric
+sees it. Average the values over questions for the figure that papers print.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from functools import partial
 def relaxed_accuracy(prediction: str, answers: Sequence[str], tolerance: float = 0.05) -> float:
     """1 if a number lies within 5% of the reference, or a text equals it up to case (Methani et al. 2020, as used by ChartQA).
 
-    "12%" reads as 0.12, so "5" does not match "5%". Thousands separators and units are not understood: "1,000" is text. A
-    reference of 0 is compared as text, since no relative error exists there. Several references: the best counts.
+    "12%" reads as 0.12, so "5" does not match "5%". Thousands separators, currency signs and units are not understood: "1,000"
+    is text. Years are numbers like others: "2005" matches "2010". A reference of 0 is compared as text, since no relative
+    error exists there. Several references: the best counts.
     """
+    prediction = prediction.strip()
     return _best(lambda answer: float(_relaxed_match(prediction, answer, tolerance)), answers)
 
 
@@ -43,14 +46,17 @@ def _as_number(text: str) -> float | None:
 def anls(prediction: str, answers: Sequence[str], threshold: float = 0.5) -> float:
     """Average normalised Levenshtein similarity of one question (Biten et al. 2019): the best reference, 0 below `threshold`.
 
-    The distance is between lower-cased, single-spaced texts; it is divided by the longer of the two *raw* texts.
+    The distance is between lower-cased, single-spaced texts; it is divided by the longer of the two texts in capitals with all
+    their spaces, as the benchmarks' scorers do ("ß" has length 2). A similarity of exactly `threshold` counts, with the
+    harness; in the paper it gives 0.
     """
+    prediction = prediction.strip()
     similarity = _best(lambda answer: 1.0 - _normalised_distance(prediction, answer), answers)
     return similarity if similarity >= threshold else 0.0
 
 
 def _normalised_distance(prediction: str, answer: str) -> float:
-    longest = max(len(prediction), len(answer))
+    longest = max(len(prediction.upper()), len(answer.upper()))
     distance = levenshtein(" ".join(prediction.lower().split()), " ".join(answer.lower().split()))
     return distance / longest if longest else 0.0
 
@@ -75,8 +81,8 @@ NUMBER_WORDS = {
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """1 if the prediction equals a reference up to case and ASCII punctuation. Spaces count: strip the prediction first."""
-    text = plain(prediction)
+    """1 if the prediction equals a reference up to case and ASCII punctuation. Spaces within count."""
+    text = plain(prediction.strip())
     return _best(lambda answer: float(text == plain(answer)), answers)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -50,6 +51,7 @@ def answer_questions(
     batch_size: int,
     device: torch.device | str = "cpu",
     after_batch: Callable[[], bool] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> tuple[list[Prediction], list[str]]:
     """Greedy answers to questions, scored.
 
@@ -58,6 +60,7 @@ def answer_questions(
     indices:      of the questions in `samples`.
     metric:       for samples that name none, one of `comp.eval.metrics.METRICS`.
     after_batch:  called after every batch; true ends the evaluation there.
+    say:          called with what the samples' records hold and nobody reads (`Sample.notes`); None: on stderr, each once.
     Returns the predictions in the order of `indices`, and a message for every sample that could not be used.
     Raises ConfigError where a metric does not exist, or cannot score the answers of its sample.
     """
@@ -71,6 +74,7 @@ def answer_questions(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         device=device,
+        say=say,
     ):
         results += batch
         if after_batch is not None and after_batch():
@@ -88,6 +92,7 @@ def answer_batches(
     max_new_tokens: int,
     batch_size: int,
     device: torch.device | str = "cpu",
+    say: Callable[[str], None] | None = None,
 ) -> Iterator[list[Prediction | str]]:
     """`answer_questions` batch by batch: for each index, in order, its prediction, or a message that it cannot be used."""
     for begin in range(0, len(indices), batch_size):
@@ -98,6 +103,8 @@ def answer_batches(
         for index in chunk:
             try:
                 sample = samples[index]
+                for note in sample.notes:
+                    (say or say_once)(note)
                 _score(sample, "", metric)  # what cannot be scored should not wait for its answer
                 prompts.append(encoder.encode_prompt(sample))
                 members.append((index, sample))
@@ -107,6 +114,16 @@ def answer_batches(
         for (index, sample), answer in zip(members, answers):
             results[index] = _score(sample, answer, metric)
         yield [results[index] for index in chunk]
+
+
+_said: set[str] = set()
+
+
+def say_once(note: str) -> None:
+    """On stderr, once in this process."""
+    if note not in _said:
+        _said.add(note)
+        print(note, file=sys.stderr)
 
 
 def generate_answers(

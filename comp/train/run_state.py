@@ -43,6 +43,8 @@ class RunState:
     images: int = 0
     text_tokens: int = 0
     skipped: dict[str, int] = field(default_factory=dict)  # message of an unusable sample -> times met
+    skipped_samples: dict[str, int] = field(default_factory=dict)  # place of an unusable sample -> times met
+    notes: list[str] = field(default_factory=list)  # what of the records is not read
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     metrics_bytes: int = 0  # length of metrics.jsonl that belongs to this state
 

@@ -36,12 +36,13 @@ class StepTotals:
     text_tokens: int
     visual_tokens: int
     skipped: int
+    notes: int  # that some process has not said yet
     stop: bool  # some process was asked to stop
     num_forwards: int  # the most forward passes any process needs; all run as many
     aligned_rows: int  # samples in the alignment loss
 
     @classmethod
-    def gather(cls, data: StepData, world: World, *, stop: bool) -> StepTotals:
+    def gather(cls, data: StepData, world: World, *, notes: int, stop: bool) -> StepTotals:
         """Add up the shares of all processes."""
         counts = (
             sum(batch.num_learned_tokens() for batch in data.batches),
@@ -50,12 +51,13 @@ class StepTotals:
             data.num_text_tokens,
             data.num_visual_tokens,
             len(data.skipped),
+            notes,
             sum(batch.num_aligned_rows() for batch in data.batches),
             int(stop),
         )
         *totals, stops = (int(value) for value in world.sum(counts))
         num_forwards = int(world.max([len(data.batches)])[0])
-        names = ("tokens", "samples", "images", "text_tokens", "visual_tokens", "skipped", "aligned_rows")
+        names = ("tokens", "samples", "images", "text_tokens", "visual_tokens", "skipped", "notes", "aligned_rows")
         return cls(**dict(zip(names, totals)), stop=stops > 0, num_forwards=num_forwards)
 
 

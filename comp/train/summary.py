@@ -36,10 +36,11 @@ def summarize(
         "text_tokens": state.text_tokens,
         "seconds": state.seconds,
         "skipped": {
-            "samples": len(state.skipped),
-            "times": sum(state.skipped.values()),
+            "samples": len(state.skipped_samples),  # one may have several messages: stages have limits of their own
+            "times": sum(state.skipped_samples.values()),
             "messages": dict(list(state.skipped.items())[:MAX_SKIPPED_NAMES]),
         },
+        "notes": state.notes,
         "machine": {
             "processes": world.size,
             "device": torch.cuda.get_device_name() if world.device.type == "cuda" else platform.processor() or "cpu",

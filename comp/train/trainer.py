@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from ..build import build_model, export_model, sample_encoder, set_position_mode
 from ..config import BEFORE, Config, ConfigError, StageConfig
 from ..data.datasets import BadSampleError
-from ..data.loader import StepData, StepDataset, iterate_steps
+from ..data.loader import Skipped, StepData, StepDataset, iterate_steps
 from ..data.mixture import open_sources
 from ..data.template import num_rows
 from ..eval.vqa import answer_questions, blind_baselines, scores_by_type, write_predictions
@@ -122,9 +122,12 @@ class Trainer:
         state = self.state
         stage, num_steps = self.config.stages[state.stage], len(self.datasets[state.stage])
         data_time = time.monotonic() - begun
-        totals = StepTotals.gather(data, self.world, stop=self._stop)
+        notes = [note for note in data.notes if note not in state.notes]
+        totals = StepTotals.gather(data, self.world, notes=len(notes), stop=self._stop)
+        if totals.notes:
+            self._say_notes(notes)
         if totals.skipped and self.config.bad_samples == "stop":
-            raise BadSampleError("; ".join(message for share in self.world.gather(data.skipped) for message in share))
+            raise BadSampleError("; ".join(bad.message for share in self.world.gather(data.skipped) for bad in share))
         if totals.tokens == 0 and totals.skipped:
             return self._skip_step(data, totals)
         seed_step(self.config.seed, state.stage, state.step_in_stage, self.world.rank)
@@ -169,14 +172,26 @@ class Trainer:
         self.progress.advance()
         return totals.stop
 
-    def _note_skipped(self, messages: list[str]) -> None:
-        """Count unusable samples of all processes by their message, and say each one once."""
-        for message in (m for share in self.world.gather(messages) for m in share):
-            if message not in self.state.skipped:
-                self.progress.print(f"skipped {message}")
-                if self.world.is_main:
-                    self.log.write(dict(event="skipped", step=self.state.step, message=message))
-            self.state.skipped[message] = self.state.skipped.get(message, 0) + 1
+    def _note_skipped(self, skipped: list[Skipped]) -> None:
+        """Count unusable samples of all processes, and say each message once: stages may have their own about one sample."""
+        state = self.state
+        for place, message in (bad for share in self.world.gather(skipped) for bad in share):
+            if message not in state.skipped:
+                self._say(f"skipped {message}", event="skipped", message=message)
+            state.skipped[message] = state.skipped.get(message, 0) + 1
+            state.skipped_samples[place] = state.skipped_samples.get(place, 0) + 1
+
+    def _say_notes(self, notes: list[str]) -> None:
+        """What the records of all processes hold and nobody reads, each once in the run."""
+        for note in (n for share in self.world.gather(notes) for n in share):
+            if note not in self.state.notes:
+                self._say(note, event="note", message=note)
+                self.state.notes.append(note)
+
+    def _say(self, text: str, **record: Any) -> None:
+        self.progress.print(text)
+        if self.world.is_main:
+            self.log.write(dict(step=self.state.step, **record))
 
     def _print_parts(self, stage: StageConfig) -> None:
         """Which parameters train, per part: the answer to "is the vision tower training?"."""
@@ -194,6 +209,7 @@ class Trainer:
             return
         settings, world = self.config.eval, self.world
         set_position_mode(self.model, self.config, stage)
+        notes: list[str] = []
         self.progress.print(f"evaluation: {label} ({len(self.held_out)} questions)")
         with gathered(self.model), torch.autocast(world.device.type, torch.bfloat16, enabled=self.bf16):
             share = answer_questions(
@@ -206,9 +222,11 @@ class Trainer:
                 batch_size=settings.batch_size,
                 device=world.device,
                 after_batch=lambda: self._stop,
+                say=notes.append,
             )
         if world.max([int(self._stop)])[0]:  # agreed on by all: no process may wait for one that left
             raise StopRequested  # the steps so far are saved, and resuming repeats the evaluation
+        self._say_notes(list(dict.fromkeys(notes)))
         shares = world.gather(share)
         predictions = [p for predictions, _ in shares for p in predictions]
         skipped = [message for _, messages in shares for message in messages]

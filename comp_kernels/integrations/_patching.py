@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, wraps
 from typing import Any, Protocol
 
 from torch import nn
@@ -27,27 +28,55 @@ class Family(Protocol):
         """What the module's forward returns. Raises UnsupportedCall before anything is computed."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Patch:
-    """Kept on a patched module: how it runs now."""
+    """Kept on a patched module, as `_comp_kernels_patch`: how it runs now."""
 
     family: Family
     backend: str | None
     on_unsupported: str
-    active: bool = True  # False: unpatched, but a wrapper that another library put on later still calls `forward`
 
 
-def forward(self: nn.Module, *args, **kwargs):
-    """The forward of a patched module, set as a partial of it: copied and pickled, that runs on the weights of the copy."""
-    patch: Patch = self._comp_kernels_patch
-    if not patch.active:
-        return type(self).forward(self, *args, **kwargs)
-    try:
-        return patch.family.run(self, dict(zip(patch.family.parameters, args)) | kwargs, patch.backend)
-    except UnsupportedCall:
-        if patch.on_unsupported == "error":
-            raise
-        return type(self).forward(self, *args, **kwargs)
+class Patched:
+    """What the classes of patched modules have in common."""
+
+    def __reduce_ex__(self, protocol: int):
+        """Copied and pickled as the library's class that is patched: ours have no name that can be imported."""
+        _, _, *state = super().__reduce_ex__(max(2, protocol))
+        return _new_patched, (library_class(type(self)),), *state
+
+
+@cache
+def patched_class(original: type[nn.Module]) -> type[nn.Module]:
+    """`original` with our forward, which runs on the module it is called on: copies and replicas have weights of their own.
+
+    Without a patch on the module (unpatched, and a wrapper of another library still calls this) it is the original's.
+    """
+
+    @wraps(original.forward)
+    def forward(self: nn.Module, *args, **kwargs):
+        patch: Patch | None = getattr(self, "_comp_kernels_patch", None)
+        if patch is None:
+            return original.forward(self, *args, **kwargs)
+        try:
+            return patch.family.run(self, dict(zip(patch.family.parameters, args)) | kwargs, patch.backend)
+        except UnsupportedCall:
+            if patch.on_unsupported == "error":
+                raise
+            return original.forward(self, *args, **kwargs)
+
+    names = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(original.__name__, (Patched, original), names | {"forward": forward})
+
+
+def library_class(cls: type) -> type:
+    """The class below ours, and `cls` itself where it is not patched."""
+    return cls.__mro__[cls.__mro__.index(Patched) + 1] if issubclass(cls, Patched) else cls
+
+
+def _new_patched(original: type[nn.Module]) -> nn.Module:
+    cls = patched_class(original)
+    return cls.__new__(cls)
 
 
 def patch_modules(
@@ -78,21 +107,21 @@ def patch_modules(
             raise ValueError(
                 f"{name}: this version of {library} arranges {type(module).__name__} differently, it has no {missing}"
             )
-        wrapped = "_comp_kernels_patch" in module.__dict__  # by a later library, around our forward
-        if "forward" in module.__dict__ and not wrapped:
+        if "forward" in module.__dict__ and not isinstance(module, Patched):  # else a later library wrapped ours
             unpatch(model)
             raise ValueError(
                 f"{name}: its forward was replaced on the instance, as accelerate's offloading does, by {module.forward!r}: "
                 "patch the model first and let other libraries wrap it then"
             )
+        if not isinstance(module, Patched):
+            module.__class__ = patched_class(type(module))
         module._comp_kernels_patch = Patch(family, backend, on_unsupported)
-        if not wrapped:
-            module.forward = partial(forward, module)
         patched.append(name)
     if not patched:
+        known, found = ", ".join(sorted(by_class)), ", ".join(attention_classes(model))
         raise ValueError(
-            f"model: {type(model).__name__} has no attention module that is known here; it has {attention_classes(model)}. "
-            f"Known for {library}: {', '.join(sorted(by_class))}. For a model of your own see docs/usage.md."
+            f"model: {type(model).__name__} has no attention module that is known here; it has {found}. "
+            f"Known for {library}: {known}. For a model of your own see docs/usage.md."
         )
     return patched
 
@@ -104,15 +133,11 @@ def unpatch(model: nn.Module) -> list[str]:
     """
     restored = []
     for name, module in model.named_modules():
-        patch = module.__dict__.get("_comp_kernels_patch")
-        if patch is None or not patch.active:
+        if module.__dict__.pop("_comp_kernels_patch", None) is None:
             continue
-        current = module.__dict__.get("forward")
-        if current is None or (isinstance(current, partial) and current.func is forward):
-            module.__dict__.pop("forward", None)
-            del module._comp_kernels_patch
-        else:
-            patch.active = False
+        wrapped = "forward" in module.__dict__  # by another library, which may hold our forward
+        if type(module).__bases__[0] is Patched and not wrapped:  # else it runs the original's for lack of a patch
+            module.__class__ = library_class(type(module))
         restored.append(name)
     return restored
 
@@ -129,5 +154,7 @@ def defining_class(module: nn.Module, library: str) -> str | None:
 
 
 def attention_classes(model: nn.Module) -> list[str]:
-    names = {type(module).__name__ for module in model.modules()}
-    return sorted(name for name in names if "attention" in name.lower() or "attn" in name.lower()) or ["no attention module"]
+    """Classes that look like attention, with the last part of their module's name: libraries use a class name many times."""
+    names = {f"{type(m).__module__.split('.')[-1].removeprefix('modeling_')}.{type(m).__name__}" for m in model.modules()}
+    found = sorted(name for name in names if re.search("attention|attn", name.split(".")[1], re.IGNORECASE))
+    return found or ["no attention module"]

@@ -75,6 +75,26 @@ class OnlyBadSamples:
         raise BadSampleError(f"bad {index}: on purpose")
 
 
+class Albums(ColouredRectangles):
+    """Every third sample has more images than any stage of the toy has visual tokens."""
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = super().__getitem__(index)
+        if index % 3 == 0:
+            sample.messages[0].images = [Image.new("RGB", (8, 8))] * 65
+        return sample
+
+
+class LongAnswers(ColouredRectangles):
+    """Every other answer has more words than the toy has positions."""
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = super().__getitem__(index)
+        if index % 2:
+            sample.messages[-1].text = "red " * 700
+        return sample
+
+
 class NoLength:
     def __getitem__(self, index: int) -> Sample:
         raise NotImplementedError

@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from ...config import ConfigError
+from ...data.decode import to_rgb
 from ...model import VisionEncoder
 from ...tiny.digits import load_scans
 from ..runs import encoders_of
@@ -90,7 +91,7 @@ class LabelledImages:
 
     def open(self, index: int) -> Image.Image:
         image = self.images[index]
-        return (Image.open(image) if isinstance(image, Path) else image).convert("RGB")
+        return to_rgb(Image.open(image) if isinstance(image, Path) else image)
 
     def first(self, count: int | None) -> LabelledImages:
         """`count` of the images, drawn from all of them."""

@@ -19,6 +19,7 @@ from PIL import Image
 from ...config import Config, ConfigError
 from ...data.batch import LazyImage, Sample
 from ...data.datasets import BadSampleError, Dataset
+from ...data.encode import load_image
 from ...data.mixture import open_sources
 from ...eval.vqa import OVERALL, all_types
 from ...log import read_records
@@ -265,21 +266,16 @@ def pictures_of(sample: Sample) -> list[LazyImage]:
 def open_pictures(sample: Sample) -> list[Image.Image]:
     """All of a sample, or none where one cannot be read."""
     try:
-        return [open_picture(image) for image in pictures_of(sample)]
-    except (OSError, ValueError) as error:
-        print(f"no pictures of {sample.name}: {error}", file=sys.stderr)
+        return [load_image(image, sample.name) for image in pictures_of(sample)]
+    except BadSampleError as error:
+        print(f"no pictures of {error}", file=sys.stderr)
         return []
-
-
-def open_picture(image: LazyImage) -> Image.Image:
-    if isinstance(image, str):
-        image = Image.open(image)
-    return (image if isinstance(image, Image.Image) else image()).convert("RGB")
 
 
 def save_pictures(pictures: Sequence[Image.Image], stem: Path) -> list[Path]:
     paths = []
     for number, picture in enumerate(pictures):
+        picture = picture.copy()  # it may be the sample's own
         picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
         paths.append(stem.with_name(f"{stem.name}_{number}.png"))
         picture.save(paths[-1])

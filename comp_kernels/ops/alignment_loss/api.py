@@ -8,10 +8,13 @@ from torch import Tensor
 
 from ..._backends import choose_backend
 from ..._checks import (
+    check_bool,
+    check_dense,
     check_float,
     check_group,
     check_num_iters,
     check_positive,
+    check_real,
     check_same,
     check_tensor,
     has_values,
@@ -77,9 +80,10 @@ def alignment_loss(
     """
     check_features(vision, text, prototypes, valid)
     check_prior(prior, vision, prototypes, mode)
-    for name, value in (("epsilon", epsilon), ("temperature", temperature), ("prior_temperature", prior_temperature)):
-        check_positive(name, value)
+    epsilon, temperature = check_positive("epsilon", epsilon), check_positive("temperature", temperature)
+    prior_temperature = check_positive("prior_temperature", prior_temperature)
     check_num_iters(num_iters)
+    check_bool("normalize", normalize)
     check_group(group)
 
     name, gradient = None if group is None else group.group_name, vision.requires_grad and torch.is_grad_enabled()
@@ -96,6 +100,7 @@ def alignment_loss(
 def check_features(vision: Tensor, text: Tensor, prototypes: Tensor, valid: Tensor | None) -> None:
     for name, x, shape in (("vision", vision, "[n, D]"), ("text", text, "[n, D]"), ("prototypes", prototypes, "[V, D]")):
         check_tensor(name, x, shape, dim=2)
+        check_dense(name, x)
         check_float(name, x)
         check_same(name, x, "vision", vision, dtype=False)
         if x.dtype == torch.float64 and vision.dtype != torch.float64:
@@ -106,6 +111,7 @@ def check_features(vision: Tensor, text: Tensor, prototypes: Tensor, valid: Tens
         raise ValueError(f"prototypes must be [V, {vision.shape[1]}] to match vision, got {tuple(prototypes.shape)}")
     if valid is not None:
         check_tensor("valid", valid, "[n] of bool", dim=1)
+        check_dense("valid", valid)
         if valid.shape != vision.shape[:1] or valid.dtype != torch.bool:
             raise ValueError(f"valid must be bool ({vision.shape[0]},), got {valid.dtype} {tuple(valid.shape)}")
         check_same("valid", valid, "vision", vision, dtype=False)
@@ -118,10 +124,10 @@ def check_prior(prior: Tensor | None, vision: Tensor, prototypes: Tensor, mode: 
     if prior is None:
         return
     check_tensor("prior", prior, "[V], one count per prototype", dim=1)
+    check_dense("prior", prior)
     if prior.shape != prototypes.shape[:1]:
         raise ValueError(f"prior must have one count per prototype, ({prototypes.shape[0]},), got {tuple(prior.shape)}")
-    if prior.is_complex():
-        raise ValueError(f"prior must be real, got {prior.dtype}")
+    check_real("prior", prior)
     check_same("prior", prior, "vision", vision, dtype=False)
     if not readable(prior) or prior.numel() == 0:
         return

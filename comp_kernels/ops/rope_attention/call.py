@@ -161,6 +161,7 @@ def check_tables(
     num_tokens, num_heads, rotary_dim = sizes
     for name, table in ((cos_name, cos), (sin_name, sin)):
         check_tensor(name, table, "[T, R] or [T, H, R]", dim=(2, 3), floating=True)
+        check_dense(name, table)
         if table.device != device:
             raise ValueError(f"{name} must be on {device} like q, got {table.device}")
         if table.dtype == torch.float64 != dtype:
@@ -183,6 +184,7 @@ def check_tables(
 def check_cu_seqlens(name: str, cu_seqlens: Tensor, num_tokens: int, device: torch.device) -> None:
     """[B + 1] integers from 0, never decreasing, at most num_tokens; values are looked at on the CPU only (no device sync)."""
     check_tensor(name, cu_seqlens, "[B + 1] of int32 or int64", dim=1)
+    check_dense(name, cu_seqlens)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{name} must be int32 or int64, got {cu_seqlens.dtype}")
     if cu_seqlens.device != device:

@@ -8,11 +8,13 @@ from torch import Tensor
 
 from ..._backends import choose_backend, transforms_active
 from ..._checks import (
+    check_dense,
     check_float,
     check_group,
     check_num_iters,
     check_number,
     check_positive,
+    check_real,
     check_same,
     check_tensor,
     readable,
@@ -69,15 +71,17 @@ def sinkhorn(
         RuntimeError: a named backend cannot run this call; the message says why.
     """
     check_tensor("scores", scores, "[..., n, K]")
+    check_dense("scores", scores)
     if scores.dim() < 2:
         raise ValueError(f"scores must be [..., n, K], got shape {tuple(scores.shape)}")
     check_float("scores", scores)
-    check_positive("epsilon", epsilon)
+    epsilon = check_positive("epsilon", epsilon)
     check_num_iters(num_iters)
     if tol is not None:
         check_number("tol", tol)
         if not tol >= 0:
             raise ValueError(f"tol must not be negative or NaN, got {tol}")
+        tol = float(tol)
     check_group(group)
     check_gradient(gradient, tol, group, row_marginals, col_marginals)
     check_marginals(scores, row_marginals, col_marginals, group)
@@ -153,9 +157,9 @@ def check_marginals(
         if marginal is None:
             continue
         check_tensor(name, marginal, f"[{length}] or [..., {length}]")
+        check_dense(name, marginal)
         check_same(name, marginal, "scores", scores, dtype=False)
-        if marginal.is_complex():
-            raise ValueError(f"{name} must be real, got {marginal.dtype}")
+        check_real(name, marginal)
         if tuple(marginal.shape) not in ((length,), (*batch, length)):
             raise ValueError(
                 f"{name} must be {(length,)} or {(*batch, length)} for scores {tuple(scores.shape)}, "

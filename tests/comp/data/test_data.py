@@ -1,12 +1,14 @@
 """Data: LLaVA records, mixtures, order, encoding under limits, packing, collation, steps over ranks, unusable samples."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from toy import ColouredRectangles, make_tokenizer
+from transformers import BloomConfig, GPT2Config, LlamaConfig, MambaConfig, MptConfig
 
 from comp.config import ConfigError, SourceConfig
 from comp.data.batch import Message, Sample
@@ -16,6 +18,8 @@ from comp.data.loader import StepDataset, iterate_steps
 from comp.data.mixture import SampleOrder, choose_indices, open_sources
 from comp.data.packing import EncodedSample, collate, empty_batch, pack, pad_right
 from comp.data.template import ChatTemplate, load_tokenizer
+from comp.limits import NO_LIMIT, count_positions, position_limit
+from comp.model.mrope import mrope_position_ids
 from comp.train.prior import count_words
 
 
@@ -210,6 +214,21 @@ def test_mixture_mistakes_are_named(tmp_path):
         open_sources([SourceConfig(path=str(tmp_path / "torn.yaml"))], 0)
 
 
+def test_places_tell_samples_apart_and_know_them_again(tmp_path):
+    """Files of one name in two folders; one file by two paths and strategies."""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        write_llava(tmp_path / folder, [record(str(i)) for i in range(3)])
+    files = [f"{tmp_path}/a/data.json", f"{tmp_path}/b/data.json", f"{tmp_path}/b/../a/data.json"]
+    samplings = ["all", "end:1", "first:1"]
+    mixture = open_sources([SourceConfig(path=p, sampling=s) for p, s in zip(files, samplings)], 0)
+    places = [mixture.place(i) for i in range(5)]
+    assert places == [*(f"{tmp_path}/a/data.json[{i}]" for i in range(3)), f"{tmp_path}/b/data.json[2]", places[0]]
+    factories = [SourceConfig(factory="toy:ColouredRectangles", arguments={"size": 2, "first": i}) for i in range(2)]
+    mixture = open_sources(factories, 0)
+    assert len({mixture.place(i) for i in range(4)}) == 4
+
+
 def test_random_draw_follows_the_seed():
     def names(seed):
         source = SourceConfig(factory="toy:ColouredRectangles", arguments={"size": 50}, sampling="random:5")
@@ -283,6 +302,48 @@ def test_images_of_a_sample_share_its_visual_budget(template):
 def test_long_samples_are_refused_not_cut(template):
     with pytest.raises(BadSampleError, match=r"s: \d+ tokens \(1 of them visual\) exceed max_text_tokens 40"):
         make_encoder(template, max_text_tokens=40).encode(picture_sample((8, 8), text="long " * 50))
+
+
+@pytest.mark.parametrize("mrope", [True, False])
+def test_positions_are_counted_as_the_decoder_counts_them(template, mrope):
+    """Images of 3 x 2 and 1 x 4 visual tokens take 3 and 4 positions, or 6 and 4."""
+    sample = picture_sample((16, 24), (32, 8))
+    plain = make_encoder(template)
+    encoded = plain.encode(sample)
+    grids = [(t, h // 2, w // 2) for t, h, w in encoded.grids]
+    assert grids == [(1, 3, 2), (1, 1, 4)]
+    input_ids = torch.tensor([encoded.input_ids])
+    exact = int(mrope_position_ids(input_ids, [grids], template.image_id).max()) + 1 if mrope else len(encoded.input_ids)
+    assert exact == count_positions(len(encoded.input_ids), grids if mrope else [])
+    assert len(encoded.input_ids) - exact == (6 - 3 if mrope else 0)
+
+    def encoder(limit, answer_tokens=0):
+        settings = dict(max_text_tokens=256, max_positions=limit, mrope=mrope, answer_tokens=answer_tokens)
+        return SampleEncoder(template, plain.images, **settings)
+
+    assert encoder(exact).encode(sample).input_ids == encoded.input_ids
+    with pytest.raises(BadSampleError, match=f"s: {exact} positions exceed the {exact - 1} of the language model"):
+        encoder(exact - 1).encode(sample)
+
+    prompt = len(plain.encode_prompt(sample).input_ids) - len(encoded.input_ids) + exact
+    assert encoder(prompt + 5, answer_tokens=5).encode_prompt(sample)
+    with pytest.raises(BadSampleError, match=f"s: {prompt} positions and 5 of an answer exceed the {prompt + 4}"):
+        encoder(prompt + 4, answer_tokens=5).encode_prompt(sample)
+
+
+@pytest.mark.parametrize(
+    ("config", "limit"),
+    [
+        (GPT2Config(n_positions=77), 77),
+        (LlamaConfig(max_position_embeddings=88), 88),
+        (MptConfig(max_seq_len=99), 99),
+        (BloomConfig(), NO_LIMIT),
+        (MambaConfig(), NO_LIMIT),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_position_limits_by_any_name(config, limit):
+    assert position_limit(SimpleNamespace(config=config)) == limit
 
 
 def test_damaged_images_are_named(template, tmp_path):
@@ -394,8 +455,9 @@ def test_bad_samples_are_skipped_by_name(template):
     samples = ColouredRectangles(6, mixed=False, broken=(2, 3))
     data = steps(template, samples, epochs=1)[0]
     assert data.num_samples == 4 and len(data.skipped) == 2
-    assert sorted(m.split(":")[0] for m in data.skipped) == ["rectangle 2", "rectangle 3"]
-    assert all("/nowhere/broken.png" in message for message in data.skipped)
+    assert sorted(bad.message.split(":")[0] for bad in data.skipped) == ["rectangle 2", "rectangle 3"]
+    assert sorted(bad.place for bad in data.skipped) == ["[2]", "[3]"]
+    assert all("/nowhere/broken.png" in bad.message for bad in data.skipped)
 
 
 def test_counts_of_a_step(template):

@@ -246,6 +246,29 @@ def test_splits_without_labels_and_damaged_images_are_named(tmp_path):
         lazy_image(None)
 
 
+def test_image_cells_that_name_files_stay_in_the_folder(tmp_path):
+    """Names start from the folder of the dataset; absolute ones, and those that lead out, need a word from the user."""
+    folder, features = tmp_path / "docvqa", {"bytes": Value("binary"), "path": Value("string")}
+    folder.mkdir()
+    names = ["in.png", "../out.png", str(tmp_path / "out.png"), "link.png"]
+    rows = [dict(question="q", answers=["a"], image={"bytes": None, "path": name}) for name in names]
+    columns = Features(question=Value("string"), answers=[Value("string")], image=features)
+    Dataset.from_list(rows, features=columns).to_parquet(folder / "validation.parquet")
+    picture().save(folder / "in.png")
+    picture().save(tmp_path / "out.png")
+    (folder / "link.png").symlink_to(tmp_path / "out.png")
+
+    def opened(index, **options):
+        sample = open_benchmark("docvqa", str(folder), **options)[index]
+        return load_image(sample.messages[0].images[0], sample.name)
+
+    assert opened(0).size == (20, 12)
+    for index in (1, 2, 3):
+        with pytest.raises(BadSampleError, match=rf"docvqa\[{index}\].*leads out of .*docvqa.*images_anywhere=True"):
+            opened(index)
+    assert opened(2, images_anywhere=True).size == (20, 12)
+
+
 def test_folders_that_hold_nothing_useful(tmp_path):
     with pytest.raises(ConfigError, match="is not a folder"):
         open_benchmark("docvqa", str(tmp_path / "nowhere"))

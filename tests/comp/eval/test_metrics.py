@@ -26,6 +26,11 @@ from comp.eval import metrics
         ("1,000", "1,000", 1),
         ("5 kg", "5", 0),
         (" 5 ", "5", 1),  # float() forgives spaces
+        ("5% ", "5%", 1),  # spaces around the prediction do not count ...
+        ("Blue\r\n", "blue", 1),
+        ("5%", "5% ", 0),  # ... around the reference they do
+        ("$5", "5", 0),
+        ("2005", "2010", 1),  # a year is a number
         ("Blue", "blue", 1),
         ("blue.", "blue", 0),
         ("nan", "nan", 0),  # parses as a number that equals nothing
@@ -53,7 +58,11 @@ def test_relaxed_accuracy_takes_the_best_reference():
         ("abcd", ["axyz"], 0),
         ("", [""], 1),
         ("", ["a"], 0),
-        ("a b   ", ["ac"], 1 - 2 / 6),  # distance of "a b" to "ac" is 2, divided by the raw length 6
+        ("a    b", ["ac"], 1 - 2 / 6),  # distance of "a b" to "ac" is 2, divided by the length 6 with all spaces
+        ("abcd \n", ["abcf"], 0.75),  # spaces around the prediction do not count ...
+        ("abcd", ["abcf  "], 1 - 1 / 6),  # ... around the reference they do
+        ("ß", ["ss"], 0),
+        ("ßß", ["ßs"], 1 - 1 / 4),  # lengths are those of "SSSS" and "SSS"
         ("kitten", ["sitting", "mitten"], 1 - 1 / 6),
     ],
 )
@@ -80,7 +89,8 @@ def test_levenshtein_against_the_recursion():
         ("A", ["a"], 1),
         ("it's", ["its"], 1),
         ("the  leaf", ["the leaf"], 0),
-        (" leaf", ["leaf"], 0),
+        (" leaf\n", ["leaf"], 1),
+        ("leaf", [" leaf"], 0),
         ("b", ["a", "B."], 1),
     ],
 )

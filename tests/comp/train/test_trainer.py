@@ -321,6 +321,43 @@ def test_bad_samples_are_counted_in_the_summary(toy_folder):
         Trainer(config).run()
 
 
+def test_a_bad_sample_counts_once_whatever_stages_say_of_it(toy_folder):
+    """Eight albums, too large for every stage in a way of its own."""
+    data = "[{factory: 'toy:Albums', arguments: {size: 24, mixed: false}}]"
+    summary = run(toy_folder, f"stages.*.data={data}", "stages.3.max_steps=null", "eval.data=[]")
+    assert len(summary["skipped"]["messages"]) > 8
+    assert summary["skipped"]["samples"] == 8 and summary["skipped"]["times"] == 4 * 8
+
+
+def test_samples_beyond_the_positions_are_skipped_by_name(toy_folder):
+    stage = ["stages.3.max_text_tokens=4000", "stages.3.data=[{factory: 'toy:LongAnswers', arguments: {size: 8}}]"]
+    summary = run(toy_folder, *stage, "stages.*.max_steps=1", "eval.data=[]")
+    messages = list(summary["skipped"]["messages"])
+    assert len(messages) == summary["skipped"]["samples"] == 4
+    assert all(m.startswith("rectangle ") and "positions exceed the 512 of the language model" in m for m in messages)
+
+
+def test_what_records_hold_and_nobody_reads_is_said_once(toy_folder, capsys):
+    """In training and evaluation, in two files, over all stages."""
+    for name, field in (("train", "caption"), ("held_out", "bbox")):
+        turns = [{"from": "human", "value": "What colour?"}, {"from": "gpt", "value": "red"}]
+        lines = [json.dumps({"id": i, "conversations": turns, field: [i]}) for i in range(8)]
+        (toy_folder / f"{name}.jsonl").write_text("\n".join(lines))
+    run(
+        toy_folder,
+        f"stages.*.data=[{{path: {toy_folder}/train.jsonl}}]",
+        f"eval.data=[{{path: {toy_folder}/held_out.jsonl}}]",
+        "stages.*.trainable=[language]",
+        "stages.*.optim.lr_language=1e-3",
+    )
+    expected = ['held_out.jsonl: field "bbox" is not read', 'train.jsonl: field "caption" is not read']
+    summary = json.loads((toy_folder / "runs" / "toy" / "summary.json").read_text())
+    assert sorted(summary["notes"]) == expected
+    assert sorted(r["message"] for r in read_records(toy_folder / "runs" / "toy" / "metrics.jsonl", "note")) == expected
+    printed = capsys.readouterr()
+    assert all((printed.out + printed.err).count(note) == 1 for note in expected)
+
+
 def test_a_stage_that_learns_nothing_ends_the_run(toy_folder):
     """Also after stages that learned, and when a checkpoint of its end is resumed."""
     options = ["stages.3.data=[{factory: 'toy:OnlyBadSamples'}]", "stages.*.max_steps=1", "eval.data=[]"]

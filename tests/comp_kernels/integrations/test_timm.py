@@ -1,5 +1,9 @@
 """patch_timm on a small random model of every family: same outputs, same gradients, clear refusals."""
 
+import copy
+import io
+import pickle
+
 import pytest
 import torch
 from parity import Tower, check_parity, randomize
@@ -119,6 +123,46 @@ def test_wrappers_of_other_libraries():
     with pytest.raises(ValueError, match=r"blocks\.1\.attn: its forward was replaced on the instance"):
         patch_timm(model)
     assert "forward" not in model.blocks[0].attn.__dict__
+
+
+def same_output(module, x):
+    """Of a module, and of its class without our forward."""
+    return torch.allclose(module(x), timm.layers.Attention.forward(module, x), atol=1e-5)
+
+
+def test_copies_and_replicas_run_on_their_own_weights():
+    """A replica is what torch.nn.DataParallel makes of a module on each GPU: its attributes, and parameters of its own."""
+    tower = TOWERS["vit"]()
+    patch_timm(tower.model.eval())
+    attention, x = tower.model.blocks[0].attn, torch.randn(2, 5, 64)
+    before = attention(x)
+    for duplicate in (copy.copy(attention), attention._replicate_for_data_parallel()):
+        duplicate._modules = {name: copy.deepcopy(child) for name, child in duplicate._modules.items()}
+        with torch.no_grad():
+            duplicate.proj.weight.mul_(2)
+        assert same_output(duplicate, x) and not torch.allclose(duplicate(x), before)
+        assert torch.equal(attention(x), before)
+
+
+def test_copies_are_patched_and_can_be_unpatched():
+    model = TOWERS["vit"]().model.eval()
+    names, x = patch_timm(model), torch.randn(2, 3, 64, 64)
+    saved = io.BytesIO()
+    torch.save(model, saved)
+    saved.seek(0)
+    loaded = torch.load(saved, weights_only=False)
+    for duplicate in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), loaded):
+        assert torch.equal(duplicate(x), model(x))
+        assert repr(duplicate) == repr(model)
+        assert unpatch(duplicate) == names
+        assert type(duplicate.blocks[0].attn) is timm.layers.Attention
+    assert unpatch(model) == names and type(model.blocks[0].attn) is timm.layers.Attention
+
+
+def test_the_refusal_tells_classes_of_one_name_apart():
+    beit = timm.create_model("beit_base_patch16_224", img_size=32, **SMALL)
+    with pytest.raises(ValueError, match=r"it has beit\.Attention\. Known for timm: attention\.Attention,"):
+        patch_timm(beit)
 
 
 def test_patch_dropout_gives_every_image_its_own_positions():

@@ -53,13 +53,14 @@ def tower_in_eval(name: str):
 
 def test_unpatch_restores_the_original_forward():
     tower = tower_in_eval("qwen2_vl")
-    before = run(tower)
+    before, attention = run(tower), tower.model.blocks[0].attn
+    original = type(attention)
     names = patch_transformers(tower.model)
     assert names == ["blocks.0.attn", "blocks.1.attn"]
-    assert "forward" in vars(tower.model.blocks[0].attn)
+    assert isinstance(attention, original) and type(attention).forward is not original.forward
     assert unpatch(tower.model) == names
     assert torch.equal(run(tower), before)
-    assert "forward" not in vars(tower.model.blocks[0].attn) and unpatch(tower.model) == []
+    assert type(attention) is original and "forward" not in vars(attention) and unpatch(tower.model) == []
 
 
 def test_a_forward_that_another_library_had_set_is_refused():
