@@ -20,8 +20,8 @@ from .data.datasets import BadSampleError
 from .data.template import ChatTemplate
 from .eval.exported import load
 from .eval.vqa import generate_answers
+from .limits import position_limit
 from .model import CoMP
-from .model.limits import position_limit
 
 
 def answer(

@@ -29,5 +29,5 @@ def position_limit(language_model: nn.Module) -> int:
 
 
 def count_positions(num_tokens: int, token_grids: Sequence[tuple[int, int, int]]) -> int:
-    """Positions that `comp.model.mrope.mrope_position_ids` gives to a row of `num_tokens`: an image takes as many as its longest side."""
+    """Positions that M-RoPE (comp.model.mrope) gives to a row of `num_tokens`: an image takes as many as its longest side."""
     return num_tokens - sum(t * h * w - max(t, h, w) for t, h, w in token_grids)
