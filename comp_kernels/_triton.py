@@ -51,7 +51,7 @@ def dot_precision(arch: str, dtype: torch.dtype) -> str:
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up. On the host triton.cdiv and triton.next_power_of_2 take 3 us a call, for they serve kernels too."""
+    """a / b, rounded up. triton.cdiv and triton.next_power_of_2 serve kernels too, and take 1.4 us a call on the host."""
     return -(-a // b)
 
 
