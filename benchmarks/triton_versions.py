@@ -5,6 +5,7 @@ tensor memory of each architecture. No GPU, and no torch of that age: the versio
     python -m benchmarks.triton_versions --triton 3.6.0 --arch sm_86 sm_90 --jobs 1
     python -m benchmarks.triton_versions --out rows.jsonl      # and a row per kernel: registers, local and shared memory
     python -m benchmarks.triton_versions --table rows.jsonl    # compile nothing, print which kernels of FILE use local memory
+    python -m benchmarks.triton_versions --interpret           # then the tests in the oldest version's interpreter
 
 Launches are recorded as the three operators make them (`calls`: dtypes, layouts, modes, the head dims at which the tables of
 configurations change). Of some 2,400 per architecture a few are compiled (`covering`): every tile with the largest head that it
@@ -39,8 +40,11 @@ from comp_kernels.testing import LAYOUTS, AttentionCase, make_attention_inputs
 # Triton -> the versions of torch whose CUDA builds bring it.
 VERSIONS = {"3.6.0": "2.10, 2.11", "3.7.1": "2.12, 2.13", "3.8.0": "2.14", "3.9.0": "2.15"}
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_86", "sm_120")  # sm_89 has the limits and instructions of sm_86
-TILES_ONLY = ("sm_86", "sm_120")  # less shared memory, and otherwise what sm_80 compiles
+TILES_ONLY = ("sm_100", "sm_86", "sm_120")  # choices that are no tiles are the same code for the others' instructions
+ROOT = Path(__file__).parent.parent
 DEFAULT_FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "comp_kernels" / "triton"
+NUMPY = "numpy<2.4"  # for the interpreter of 3.6.0: 2.4 refuses int() of the arrays of one element that it keeps scalars in
+INTERPRETED = [f"tests/kernels/test_{name}.py" for name in ("rope_attention_triton", "sinkhorn", "alignment_loss")]
 MAX_TENSOR_MEMORY = 512  # columns, of sm_100
 
 # --- what the operators launch ---------------------------------------------------------------------------------------------
@@ -208,28 +212,30 @@ def work(architectures: list[str]) -> None:
 # --- all versions ----------------------------------------------------------------------------------------------------------
 
 
-def install(version: str, folder: Path) -> Path:
-    """The folder of one version of Triton, filled by pip where it is not there yet."""
-    target = folder / version
-    if not (target / "triton").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as unfinished:
-            command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", unfinished]
-            subprocess.run([*command, f"triton=={version}"], check=True)
-            Path(unfinished).rename(target)
-            Path(unfinished).mkdir()  # for its own removal
-    return target
+def install(requirement: str, target: Path) -> None:
+    """One package into a folder of its own, where that is not there yet; what is interrupted leaves none."""
+    if target.exists():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", f"{folder}/packages"]
+        subprocess.run([*command, requirement], check=True)
+        Path(folder, "packages").rename(target)
+
+
+def environment(*folders: Path, **variables: str) -> dict[str, str]:
+    """Of a process that imports from `folders` first, and from this repository."""
+    path = os.pathsep.join([*map(str, folders), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | variables | {"PYTHONPATH": path}
 
 
 def run(version: str, architectures: list[str], folder: Path) -> list[dict]:
     """The rows of one version, from a process of its own that compiles everything anew."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as cache:
-        path = os.pathsep.join((str(folder / version), str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")))
-        environment = {**os.environ, "PYTHONPATH": path, "TRITON_CACHE_DIR": cache}
-        environment.pop("TRITON_INTERPRET", None)
         command = [sys.executable, "-m", "benchmarks.triton_versions", "--work", *architectures]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        variables = environment(folder / version, TRITON_CACHE_DIR=cache)
+        done = subprocess.run(command, env=variables, capture_output=True, text=True)
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     messages = [line for line in done.stderr.splitlines() if "Warning" in line]
     if done.returncode != 0 or {row["arch"] for row in rows} != set(architectures):
@@ -238,6 +244,16 @@ def run(version: str, architectures: list[str], folder: Path) -> list[dict]:
     print(f"triton {version}: {found}, {time.monotonic() - started:.0f} s", flush=True)
     whole = dict(triton=version, arch="-", kernel="-", call="the process", dtype="-")
     return rows + [whole | dict(error=message) for message in messages]
+
+
+def interpret(version: str, folder: Path) -> bool:
+    """Whether the tests that run in Triton's interpreter pass with `version`."""
+    numpy = folder / "numpy-before-2.4"
+    install(NUMPY, numpy)
+    chosen = ["-k", "triton and not compile and not trace", "-n", "2", *INTERPRETED]
+    tests = [sys.executable, "-m", "pytest", *chosen]
+    print(f"interpreter of triton {version}", flush=True)
+    return subprocess.run(tests, cwd=ROOT, env=environment(numpy, folder / version, TRITON_INTERPRET="1")).returncode == 0
 
 
 def failures(rows: list[dict]) -> list[dict]:
@@ -271,6 +287,7 @@ def main() -> int:
     parser.add_argument(
         "--table", type=Path, metavar="FILE", help="compile nothing, print the local memory of the rows in FILE"
     )
+    parser.add_argument("--interpret", action="store_true", help="run tests in the interpreter of the first version as well")
     parser.add_argument("--work", nargs="+", choices=ARCHITECTURES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
@@ -280,7 +297,7 @@ def main() -> int:
         print("\n".join(local_memory([json.loads(line) for line in options.table.read_text().splitlines()])))
         return 0
     for version in options.triton:
-        install(version, options.folder)
+        install(f"triton=={version}", options.folder / version)
     with ThreadPoolExecutor(options.jobs) as pool:
         results = pool.map(lambda version: run(version, options.arch, options.folder), options.triton)
         rows = [row for result in results for row in result]
@@ -289,7 +306,8 @@ def main() -> int:
     print("\n".join(local_memory(rows)))
     for row in failures(rows):
         print(f"FAILED triton {row['triton']} {row['arch']} {row['kernel']} {row['dtype']} ({row['call']}): {row['error']}")
-    return 1 if failures(rows) else 0
+    passed = not options.interpret or interpret(options.triton[0], options.folder)
+    return 0 if passed and not failures(rows) else 1
 
 
 if __name__ == "__main__":

@@ -108,11 +108,12 @@ def transformers_calls(folder: Path, dtype: torch.dtype) -> Iterator[tuple[nn.Mo
         model = AutoModel.from_config(config)
     for module in one_of_each_kind(model, patch_transformers(model, backend="triton"), dtype):
         family = module._comp_kernels_patch.family
-        first = module.qkv if family.qkv is fused_qkv else module.q_proj
-        head_dim = first.out_features // 3 // module.num_heads if family.qkv is fused_qkv else module.head_dim
+        is_fused = family.qkv is fused_qkv
+        outputs, inputs = next((module.qkv if is_fused else module.q_proj).parameters()).shape
+        head_dim = outputs // 3 // module.num_heads if is_fused else module.head_dim
         for images, tokens in BATCHES:
             rows = images * tokens if family.packed else tokens
-            x = torch.zeros(images, tokens, first.in_features, dtype=dtype)
+            x = torch.zeros(images, tokens, inputs, dtype=dtype)
             arguments: dict[str, object] = dict(hidden_states=x.flatten(0, 1) if family.packed else x)
             if family.packed:
                 arguments["cu_seqlens"] = torch.arange(0, rows + 1, tokens, dtype=torch.int32)

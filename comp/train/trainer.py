@@ -33,6 +33,7 @@ from .optim import build_optimizer, lr_multiplier, part_reports, set_learning_ra
 from .plots import plot_run
 from .prior import count_words
 from .run_state import claim_folder, find_state
+from .startup import Startup
 from .step import StepTotals, seed_step, train_step
 from .summary import result_table, summarize
 
@@ -47,6 +48,8 @@ class Trainer:
     def __init__(self, config: Config, *, resume: bool = False):
         self.config = config
         self.world = start_world(config.device)
+        self.startup = Startup(self.world.device, enabled=self.world.is_main)
+        self.startup.say(f"imports done, {self.world.size} process(es) on {self.world.device.type}")
         self.folder = Path(config.output_dir) / config.name
         self.store = CheckpointStore(self.folder / "checkpoints", keep=config.checkpoint.keep, world=self.world)
         self.state, self._checkpoint = find_state(self.folder, config, self.store, resume=resume)
@@ -59,10 +62,12 @@ class Trainer:
         self.sources = [open_sources(stage.data, config.seed) for stage in config.stages]
         self.held_out = open_sources(config.eval.data, config.seed) if config.eval.data else None
         claim_folder(self.folder, config, self.world)
+        self.startup.say("data opened")
         torch.manual_seed(config.seed)
         model, self.template = build_model(config, dummy_image=uses_fsdp(config, self.world))
         self.model = distribute(model, config, self.world)
         self.bf16 = uses_bf16(config, self.world)
+        self.startup.say("models loaded")
         self.datasets = [self._open_stage(index) for index in range(len(config.stages))]
         self._set_prior()
 
@@ -74,7 +79,7 @@ class Trainer:
         total = sum(len(dataset) for dataset in self.datasets)
         self.progress = Progress(total, state.step, enabled=is_main)
         try:
-            with self._sigterm_asks_to_stop():
+            with self._sigterm_asks_to_stop(), self.startup.compilations_said():
                 if not state.evaluations:
                     self._evaluate(BEFORE, config.stages[0])
                 for index in range(state.stage, len(config.stages)):
@@ -162,6 +167,7 @@ class Trainer:
         if self.world.is_main:
             self.log.write(record)
             self.progress.update(stage.name, record)
+        self.startup.step_done()
         return totals.stop
 
     def _skip_step(self, data: StepData, totals: StepTotals) -> bool:
@@ -210,7 +216,7 @@ class Trainer:
         settings, world = self.config.eval, self.world
         set_position_mode(self.model, self.config, stage)
         notes: list[str] = []
-        self.progress.print(f"evaluation: {label} ({len(self.held_out)} questions)")
+        self.startup.say(f"evaluation: {label} ({len(self.held_out)} questions)")
         with gathered(self.model), torch.autocast(world.device.type, torch.bfloat16, enabled=self.bf16):
             share = answer_questions(
                 self.model,
@@ -271,6 +277,7 @@ class Trainer:
                 np.save(temporary, counts.numpy())
                 temporary.rename(path)
         self.model.set_word_counts(counts)
+        self.startup.say("words counted")
 
     def _stored_counts(self, path: Path) -> torch.Tensor | None:
         """The counts of the run that is continued; None on every process where one cannot read them: they are counted again."""
