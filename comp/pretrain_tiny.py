@@ -33,7 +33,7 @@ from .data.charts import COLOURS
 from .data.digits import ROW_NAMES
 from .data.packing import pad_right
 from .data.scenes import Drawing, Mark, Scene
-from .data.template import SPECIAL_TOKENS, ChatTemplate
+from .data.template import SPECIAL_TOKENS, ChatTemplate, num_rows
 from .data.tiny import MAX_TURNS, random_scene
 
 IMAGE_SIZE, PATCH_SIZE = 64, 8
@@ -128,7 +128,7 @@ def pretrain_language(folder: Path, steps: int, seed: int, batch_size: int = 32,
     tokenizer = train_tokenizer(message.text for messages in reading + everything for message in messages)
     template = ChatTemplate(tokenizer)
     config = Qwen2Config(
-        vocab_size=len(tokenizer),
+        vocab_size=num_rows(tokenizer),
         hidden_size=96,
         intermediate_size=256,
         num_hidden_layers=4,
