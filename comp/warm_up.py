@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
         for operator, make in (("rope_attention", attention_calls), ("alignment_loss", alignment_calls)):
             chosen = "triton"
             if options.arch is None:
-                chosen = choose_backend(operator, None, torch.device("cuda", 0)) if this_machine() else chosen
+                chosen = choose_backend(operator, None, torch.device("cuda", 0))[0] if this_machine() else chosen
             if chosen == "triton":
                 calls += make(config)
             else:

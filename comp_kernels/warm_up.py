@@ -166,7 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         if options.arch is None:
-            chosen, _ = choose_backend("rope_attention", None, torch.device("cuda", 0)) if this_machine() else None
+            chosen = choose_backend("rope_attention", None, torch.device("cuda", 0))[0] if this_machine() else None
             if chosen != "triton":
                 print(
                     f"attention runs in the {chosen} backend here, which has nothing to compile; --arch compiles all the same"

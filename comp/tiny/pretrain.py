@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM,
 
 from ..data.batch import IGNORED, Message
 from ..data.packing import pad_right
-from ..data.template import SPECIAL_TOKENS, ChatTemplate
+from ..data.template import SPECIAL_TOKENS, ChatTemplate, num_rows
 from .charts import COLOURS
 from .digits import ROW_NAMES
 from .pages import MAX_TURNS, random_scene
@@ -128,7 +128,7 @@ def pretrain_language(folder: Path, steps: int, seed: int, batch_size: int = 32,
     tokenizer = train_tokenizer(message.text for messages in reading + everything for message in messages)
     template = ChatTemplate(tokenizer)
     config = Qwen2Config(
-        vocab_size=len(tokenizer),
+        vocab_size=num_rows(tokenizer),
         hidden_size=96,
         intermediate_size=256,
         num_hidden_layers=4,

@@ -6,12 +6,13 @@ import sys
 import time
 
 import torch
-from comp.startup import Startup, process_age
+
+from comp.train.startup import Startup, process_age
 
 
 def test_age_counts_from_the_start_of_the_process():
     began = time.monotonic()
-    code = "import time; time.sleep(0.3); from comp.startup import process_age; print(process_age())"
+    code = "import time; time.sleep(0.3); from comp.train.startup import process_age; print(process_age())"
     age = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     assert 0.3 <= age <= time.monotonic() - began + 0.1
     assert process_age() > age  # imports of this one included
