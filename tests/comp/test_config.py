@@ -73,6 +73,8 @@ def test_overrides_reach_every_kind_of_field(config):
         ("stages.1.name=before", "the name of a stage must be"),
         ("stages.1.name=a/b", "the name of a stage must be"),
         ("eval.metric=bleu", "eval.metric must be one of 'relaxed_accuracy'"),
+        ("max_image_pixels=0", "max_image_pixels must be positive"),
+        ("max_image_pixels=200000000", "at most Pillow's own 178956970, got 200000000"),
     ],
 )
 def test_wrong_overrides_name_the_field_and_what_is_valid(config, override, message):

@@ -19,7 +19,7 @@ from transformers import GPT2LMHeadModel, OPTForCausalLM
 
 import comp.train.trainer
 from comp import VisionEncoder
-from comp.build import build_model
+from comp.build import build_model, sample_encoder
 from comp.config import ConfigError, SourceConfig, VisionConfig
 from comp.config_io import apply_overrides
 from comp.log import read_records
@@ -335,6 +335,15 @@ def test_samples_beyond_the_positions_are_skipped_by_name(toy_folder):
     messages = list(summary["skipped"]["messages"])
     assert len(messages) == summary["skipped"]["samples"] == 4
     assert all(m.startswith("rectangle ") and "positions exceed the 512 of the language model" in m for m in messages)
+
+
+def test_limits_reach_the_encoder_of_every_stage(toy_folder):
+    config = apply_overrides(toy_config(toy_folder), ["max_image_pixels=1234", "eval.max_new_tokens=7"])
+    model, template = build_model(config)
+    for stage in config.stages:
+        encoder = sample_encoder(model, template, config, stage)
+        limits = (encoder.images.max_image_pixels, encoder.max_positions, encoder.answer_tokens, encoder.mrope)
+        assert limits == (1234, 512, 7, True)
 
 
 def test_what_records_hold_and_nobody_reads_is_said_once(toy_folder, capsys):
