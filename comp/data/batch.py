@@ -42,6 +42,9 @@ class Sample:
     """Evaluation reports one row per type."""
     metric: str | None = None
     """One of `comp.eval.metrics.METRICS` or `comp.eval.choices.CHOICE_METRICS`; None: the metric of the configuration."""
+    text: str | None = None
+    """What the image says as a whole, a caption or the words of a page: the text of the alignment loss and of the word prior.
+    None: all answers, joined by a space."""
     options: list[str] = field(default_factory=list)
     """Texts of the options A, B, ... of a multiple-choice question, for metrics that need them."""
     group: str | None = None

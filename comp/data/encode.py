@@ -58,7 +58,7 @@ class SampleEncoder:
     def encode(self, sample: Sample) -> EncodedSample:
         patches, grids, counts = self._encode_images(sample, sample.messages)
         ids, labels = self.template.encode(sample.messages, counts)
-        return self._checked(sample, ids, labels, self.template.encode_answers(sample.messages), patches, grids, counts)
+        return self._checked(sample, ids, labels, self._alignment_ids(sample), patches, grids, counts)
 
     def encode_prompt(self, sample: Sample) -> EncodedSample:
         """The conversation up to the last answer, ready to be continued."""
@@ -66,6 +66,9 @@ class SampleEncoder:
         patches, grids, counts = self._encode_images(sample, messages)
         ids = self.template.encode_prompt(messages, counts)
         return self._checked(sample, ids, [], [], patches, grids, counts)
+
+    def _alignment_ids(self, sample: Sample) -> list[int]:
+        return self.template.encode_text(self.template.alignment_text(sample))
 
     def _checked(
         self,

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from .batch import IGNORED, Message
+from .batch import IGNORED, Message, Sample
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 VISION_START, VISION_END, IMAGE = "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"
@@ -83,13 +83,12 @@ class ChatTemplate:
             raise ValueError(f"a prompt must end with a user turn, got {[m.role for m in messages]}")
         return self.encode(messages, visual_tokens)[0] + self._head("assistant")
 
-    def encode_answers(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of `answer_text`."""
-        return self.encode_text(self.answer_text(messages))
-
-    def answer_text(self, messages: Sequence[Message]) -> str:
-        """All assistant turns joined by a space, no template: the text of the alignment loss and of the word prior."""
-        return " ".join(m.text for m in messages if m.role == "assistant")
+    def alignment_text(self, sample: Sample) -> str:
+        """Text of the alignment loss and of the word prior, no template: the sample's own (`Sample.text`), else all assistant
+        turns joined by a space."""
+        if sample.text is not None:
+            return sample.text
+        return " ".join(m.text for m in sample.messages if m.role == "assistant")
 
     def _with_system(self, messages: Sequence[Message]) -> list[Message]:
         has_system = bool(messages) and messages[0].role == "system"
