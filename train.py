@@ -13,6 +13,7 @@ from transformers.utils import logging
 from comp.config import Config, ConfigError
 from comp.config_io import apply_overrides
 from comp.data.datasets import BadSampleError
+from comp.metrics import table
 from comp.parallel import stop_world
 from comp.recipes import RECIPES
 from comp.step import NonFiniteLossError
@@ -56,6 +57,8 @@ def run(trainer: Trainer) -> int:
     if trainer.world.is_main:
         if summary["evaluations"]:
             print("\nheld-out score (%)\n" + result_table(summary["evaluations"], summary["baselines"]))
+        if "encoder" in summary:
+            print("\nthe vision tower, frozen\n" + table(summary["encoder"]["header"], summary["encoder"]["rows"]))
         skipped = summary["skipped"]
         print(
             f"\n{summary['steps']} steps, {summary['samples']} samples in {summary['seconds'] / 60:.1f} minutes; "

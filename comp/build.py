@@ -9,7 +9,7 @@ from pathlib import Path
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import AutoModelForCausalLM
 
-from .config import Config, ConfigError, StageConfig
+from .config import AlignmentConfig, Config, ConfigError, StageConfig, VisionConfig
 from .data.encode import ImageSettings, SampleEncoder
 from .data.template import ChatTemplate, load_tokenizer
 from .model import VisionEncoder
@@ -17,8 +17,12 @@ from .model.comp import CoMP
 from .parallel import World, uses_fsdp
 
 
-def build_model(config: Config, *, dummy_image: bool = False) -> tuple[CoMP, ChatTemplate]:
+def build_model(
+    config: Config, *, dummy_image: bool = False, encoder: VisionEncoder | None = None
+) -> tuple[CoMP, ChatTemplate]:
     """The pre-trained parts joined, in float32, and the chat template of the language model's tokenizer.
+
+    encoder:  a tower at hand, in place of the one that the configuration names.
 
     The word embeddings get exactly one row per entry of the tokenizer, as the authors' code does: the vocabulary prior and
     the prototypes of the alignment loss then agree, and padding rows that some checkpoints carry take no mass.
@@ -30,12 +34,9 @@ def build_model(config: Config, *, dummy_image: bool = False) -> tuple[CoMP, Cha
         language_model = AutoModelForCausalLM.from_pretrained(config.language.path, dtype="float32")
     if language_model.get_input_embeddings().num_embeddings != len(template.tokenizer):
         language_model.resize_token_embeddings(len(template.tokenizer), mean_resizing=False)
-    with _loading(config.vision.path):
-        encoder = VisionEncoder.from_pretrained(
-            config.vision.path,
-            abs_pos_order=config.vision.abs_pos_order,
-            abs_pos_interp=config.vision.abs_pos_interp,
-        ).float()
+    if encoder is None:
+        with _loading(config.vision.path):
+            encoder = load_tower(config.vision)
     model = CoMP(
         encoder,
         language_model,
@@ -44,14 +45,23 @@ def build_model(config: Config, *, dummy_image: bool = False) -> tuple[CoMP, Cha
         adapter_init=config.vision.adapter_init,
         dummy_image=dummy_image,
     )
-    if any(stage.alignment is not None and stage.alignment.prototype_source == "frozen" for stage in config.stages):
+    sources = {stage.alignment.prototype_source for stage in config.stages if stage.alignment is not None}
+    if "frozen" in sources:
         model.freeze_prototypes()
+    if "learned" in sources:
+        model.learn_prototypes()
     if config.activation_checkpointing:
         encoder.gradient_checkpointing = True
         # the second is the name in older releases of transformers; newer ones warn about it
         enable = getattr(language_model, "activation_checkpointing_enable", language_model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
     return model, template
+
+
+def load_tower(vision: VisionConfig) -> VisionEncoder:
+    """The vision tower of a configuration in float32, with its choices."""
+    names = ("abs_pos_order", "abs_pos_interp", "align_corners", "antialias", "rope_dtype", "keep_prefix_tokens")
+    return VisionEncoder.from_pretrained(vision.path, **{name: getattr(vision, name) for name in names}).float()
 
 
 @contextmanager
@@ -82,6 +92,7 @@ def sample_encoder(model: CoMP, template: ChatTemplate, config: Config, stage: S
         min_visual_tokens=stage.min_visual_tokens,
         max_visual_tokens=stage.max_visual_tokens,
         max_text_tokens=stage.max_text_tokens,
+        alignment=stage.alignment,
     )
 
 
@@ -93,8 +104,10 @@ def make_sample_encoder(
     resolution: int | None = None,
     min_visual_tokens: int = 4,
     max_visual_tokens: int = 3000,
+    alignment: AlignmentConfig | None = None,
 ) -> SampleEncoder:
-    """Turns samples into what the model eats, at native size or as squares of `resolution` pixels."""
+    """Turns samples into what the model eats, at native size or as squares of `resolution` pixels; `alignment` says how the
+    text of the alignment loss is made."""
     vision = model.encoder.config
     images = ImageSettings(
         patch_size=vision.patch_size,
@@ -105,7 +118,10 @@ def make_sample_encoder(
         min_visual_tokens=min_visual_tokens,
         max_visual_tokens=max_visual_tokens,
     )
-    return SampleEncoder(template, images, max_text_tokens=max_text_tokens)
+    shuffle, longest = (False, None) if alignment is None else (alignment.shuffle_answers, alignment.max_text_tokens)
+    return SampleEncoder(
+        template, images, max_text_tokens=max_text_tokens, shuffle_answers=shuffle, max_alignment_tokens=longest
+    )
 
 
 def question_encoder(

@@ -15,7 +15,7 @@ from comp_kernels.ops.alignment_loss.reference import MODES
 from .eval.metrics import METRICS
 from .model.adapter import INITS
 from .model.comp import POSITION_IDS, PROTOTYPE_SOURCES
-from .model.vit_config import ABS_POS_INTERPS, ABS_POS_ORDERS, POS_MODES
+from .model.vit_config import ABS_POS_INTERPS, ABS_POS_ORDERS, POS_MODES, ROPE_DTYPES
 
 PARTS = ("vision", "adapter", "language")
 BEFORE = "before"
@@ -48,6 +48,14 @@ class VisionConfig:
     """Order of the position table: "merge", "raster_legacy", or None for the one the checkpoint needs."""
     abs_pos_interp: str | None = None
     """Resampling of the position table: "bicubic" (released code), "bilinear" (paper), or None for the tower's own."""
+    align_corners: bool | None = None
+    """Resample the position table with its corner entries on the corner patches; None: as the tower does."""
+    antialias: bool | None = None
+    """Smooth the position table before it shrinks; None: as the tower does."""
+    rope_dtype: str | None = None
+    """Arithmetic of rotary angles: "fp32", "bf16_legacy" (what casting the released code did), or None for the tower's own."""
+    keep_prefix_tokens: bool | None = None
+    """Let CLS and register tokens take part in attention; None: as the tower does, for a plain one dropped."""
     pretrain_resolution: int | None = None
     """Side in pixels of the images the tower was pre-trained on; None: what its position table covers."""
     adapter_init: str = "lecun"
@@ -58,6 +66,7 @@ class VisionConfig:
         need_choice("vision.abs_pos_order", self.abs_pos_order, (None, *ABS_POS_ORDERS))
         need_choice("vision.adapter_init", self.adapter_init, INITS)
         need_choice("vision.abs_pos_interp", self.abs_pos_interp, (None, *ABS_POS_INTERPS))
+        need_choice("vision.rope_dtype", self.rope_dtype, (None, *ROPE_DTYPES))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -94,10 +103,28 @@ class AlignmentConfig:
     """Temperature of the word prior, mode "released" only; 0.05 in the released code."""
     prototype_source: str = "embed_tokens"
     """"embed_tokens" (paper: word embeddings), "lm_head" (released code; the same matrix when tied), or "frozen": the word
-    embeddings as they were when the run began."""
+    embeddings as they were when the run began; or "learned": as many free vectors, which the loss trains at the adapter's rate
+    (paper, Table 5b, without word embeddings)."""
+    prior: bool = True
+    """Weigh words by how often they occur in the texts (u_W of Eq. 9); false: all alike (Table 5b, without u_W)."""
+    target_batch: int | None = None
+    """Samples whose targets are found together in mode "sinkhorn". None: those of the whole step, over all processes. A number:
+    of each process the first so many, the next so many, as they come out of packing; the paper's runs have 32 (per device,
+    Stage I)."""
+    shuffle_answers: bool = False
+    """Join the answers of a sample in random order, drawn anew in every epoch, as the released code does."""
+    max_text_tokens: int | None = None
+    """Cut the text of a sample after this many tokens; 2048 in the released code."""
 
     def __post_init__(self) -> None:
         need_choice("alignment.mode", self.mode, ALIGNMENT_MODES)
+        for name in ("target_batch", "max_text_tokens"):
+            value = getattr(self, name)
+            need(value is None or value > 0, f"alignment.{name} must be positive or null, got {value}")
+        need(
+            self.target_batch is None or self.mode == "sinkhorn",
+            f'alignment.target_batch is for mode "sinkhorn", where targets depend on each other, got mode {self.mode!r}',
+        )
         need_choice("alignment.prototype_source", self.prototype_source, PROTOTYPE_SOURCES)
         need(self.weight >= 0, f"alignment.weight must be at least 0, got {self.weight}")
         need(self.num_iters >= 1, f"alignment.num_iters must be at least 1, got {self.num_iters}")
@@ -118,6 +145,8 @@ class OptimConfig:
     """Applied to matrices only, never to biases, norms and position tables."""
     warmup_ratio: float = 0.03
     """Share of the stage's steps spent warming up."""
+    warmup_from_zero: bool = False
+    """Let the first step have rate 0, as Hugging Face's schedules do; false: it has the first of the rising rates."""
     min_lr_ratio: float = 0.0
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
@@ -206,6 +235,9 @@ class StageConfig:
     max_steps: int | None = None
     """Stop the stage after this many steps, whatever `epochs` says."""
     optim: OptimConfig
+    token_loss: str = "token"
+    """What the next-token loss of a step is the mean of: "token", all learned tokens of the step alike, or "sample", the mean
+    of each sample (paper, Eq. 6: 1/T for every text)."""
     alignment: AlignmentConfig | None = None
     """None: next-token loss only."""
     data: list[SourceConfig]
@@ -245,6 +277,7 @@ class StageConfig:
             self.min_visual_tokens <= self.max_visual_tokens,
             f"stage {self.name}: min_visual_tokens={self.min_visual_tokens} exceeds max_visual_tokens={self.max_visual_tokens}",
         )
+        need_choice(f"token_loss of stage {self.name}", self.token_loss, ("token", "sample"))
         need(self.epochs > 0, f"stage {self.name}: epochs must be positive, got {self.epochs}")
         need(len(self.data) > 0, f"stage {self.name}: data lists no source")
 
@@ -264,9 +297,14 @@ class EvalConfig:
     baselines: bool = False
     """Also score answers made without looking: a random and the most frequent training answer per question type. Reads all
     answers of the last stage's data."""
+    encoder: tuple[str, ...] = ()
+    """Stages whose tower is measured at the end of the run, beside the one it started from (`comp.eval.encoder`)."""
+    reading_steps: int = 100
+    """Steps in which a new adapter and language model learn to read each of those towers, frozen; 0: not measured."""
 
     def __post_init__(self) -> None:
         need_choice("eval.metric", self.metric, tuple(METRICS))
+        need(self.reading_steps >= 0, f"eval.reading_steps must be at least 0, got {self.reading_steps}")
         for name in ("max_new_tokens", "batch_size"):
             need(getattr(self, name) > 0, f"eval.{name} must be positive, got {getattr(self, name)}")
 
@@ -317,6 +355,8 @@ class Config:
         need(len(self.stages) > 0, "stages lists no stage")
         names = [stage.name for stage in self.stages]
         need(len(set(names)) == len(names), f"stages must have different names, got {names}")
+        for name in self.eval.encoder:
+            need_choice("eval.encoder", name, tuple(names))
         need_choice("device", self.device, ("auto", "cuda", "cpu"))
         need_choice("precision", self.precision, ("auto", "fp32", "bf16"))
         need_choice("parallel", self.parallel, ("auto", "fsdp", "replicate"))

@@ -17,7 +17,7 @@ import argparse
 import itertools
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,13 @@ from .data.tiny import MARKS, MAX_TURNS, TRANSCRIPT, mark_labels, random_scene
 IMAGE_SIZE, PATCH_SIZE = 64, 8
 GRID = IMAGE_SIZE // PATCH_SIZE
 VOCABULARY_SIZE = 512
+TEMPLATE_TEXT = "system user assistant You are a helpful assistant."
+"""What every conversation repeats: words that are one token each halve its length."""
+WORDS = (
+    *("system", "user", "assistant", "You", " helpful", " assistant", " row", " column"),
+    *(" left", " right", " above", " below", " box", " largest", " smallest"),
+)
+"""Words that a tokenizer learns as one token when its model is continued."""
 READING_STEPS = 400  # of the language model: reads one number before it meets other questions
 
 
@@ -112,8 +119,8 @@ def pretrain_language(
     """Train tokenizer and model on questions about typed pages: at first only to read one number, then everything.
 
     Reading first is what makes this quick: copying from the page emerges within a hundred short batches, and every other
-    question builds on it; with all questions from the start the model only guesses for more than 600 long batches. A model that is
-    `continued` reads already and goes on with everything.
+    question builds on it; with all questions from the start the model only guesses for more than 600 long batches. A model that
+    is `continued` reads already and goes on with everything.
     """
     rng = np.random.default_rng([seed, 2])
     reading = [number_to_read(rng) for _ in range(num_pages)]
@@ -121,7 +128,8 @@ def pretrain_language(
     if continued:
         tokenizer = load_tokenizer(str(folder))
     else:
-        tokenizer = train_tokenizer(message.text for messages in reading + everything for message in messages)
+        texts = (message.text for messages in reading + everything for message in messages)
+        tokenizer = train_tokenizer(itertools.chain(texts, [TEMPLATE_TEXT] * num_pages))
     template = ChatTemplate(tokenizer)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
@@ -136,7 +144,11 @@ def pretrain_language(
         eos_token_id=template.turn_end,
         pad_token_id=template.pad_id,
     )
-    model = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32) if continued else Qwen2ForCausalLM(config)
+    model = Qwen2ForCausalLM(config)
+    if continued:
+        model = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        add_words(tokenizer, model, WORDS)
+        template = ChatTemplate(tokenizer)
     lessons = [
         language_batches([template.encode(messages, []) for messages in corpus], batch_size, template.pad_id, rng)
         for corpus in (reading, everything)
@@ -194,6 +206,18 @@ def type_out(marks: tuple[Mark, ...], rng: np.random.Generator) -> str:
             text += " " * int(rng.integers(gaps + 1)) + mark.text
         text += " " * int(rng.integers(gaps + 1)) + "\n"
     return text
+
+
+def add_words(tokenizer: PreTrainedTokenizerFast, model: Qwen2ForCausalLM, words: Sequence[str]) -> None:
+    """Give each word that is several tokens one of its own, which begins as the mean of their embeddings."""
+    pieces = {word: tokenizer(word, add_special_tokens=False)["input_ids"] for word in words}
+    new = [word for word, ids in pieces.items() if len(ids) > 1]
+    tokenizer.add_tokens(new)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    rows = model.get_input_embeddings().weight
+    with torch.no_grad():
+        for word in new:
+            rows[tokenizer.convert_tokens_to_ids(word)] = rows[pieces[word]].mean(0)
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:

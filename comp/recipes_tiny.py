@@ -65,14 +65,14 @@ def tiny() -> Config:
                 name="III",
                 max_steps=60,
                 optim=OptimConfig(lr_vision=5e-4, lr_adapter=5e-4, lr_language=5e-4, betas=(0.9, 0.98)),
-                data=[pages(seed=4)],
+                data=[pages(seed=4, transcript=False)],
                 **shared,
             ),
         ],
         eval=EvalConfig(
-            data=[SourceConfig(factory="comp.data.tiny:TinyPages", arguments=dict(split="heldout", size=195))],
+            data=[SourceConfig(factory="comp.data.tiny:TinyPages", arguments=dict(split="heldout", size=240))],
             max_new_tokens=8,
-            batch_size=65,
+            batch_size=80,
             baselines=True,
         ),
     )
@@ -80,12 +80,14 @@ def tiny() -> Config:
 
 def short_strips(seed: int) -> SourceConfig:
     """Strips of two or three digits; each stage draws its own."""
-    return SourceConfig(factory="comp.data.tiny:ShortStrips", arguments=dict(size=8000, seed=seed))
+    return SourceConfig(factory="comp.data.tiny:ShortStrips", arguments=dict(size=8000, seed=seed, transcript=True))
 
 
-def pages(seed: int) -> SourceConfig:
+def pages(seed: int, transcript: bool = True) -> SourceConfig:
     """All sorts of pages with several questions each; each stage draws its own."""
-    return SourceConfig(factory="comp.data.tiny:TinyPages", arguments=dict(split="train", size=8000, seed=seed))
+    return SourceConfig(
+        factory="comp.data.tiny:TinyPages", arguments=dict(split="train", size=8000, seed=seed, transcript=transcript)
+    )
 
 
 def smollm2(data: str = "data/smollm2") -> Config:

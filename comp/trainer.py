@@ -24,6 +24,8 @@ from .data.datasets import BadSampleError
 from .data.loader import StepData, StepDataset, iterate_steps
 from .data.mixture import open_sources
 from .data.prior import count_words
+from .eval.encoder import measure_towers, rows_of, write_encoder
+from .eval.runs import encoders_of
 from .eval.vqa import answer_questions, blind_baselines, scores_by_type, write_predictions
 from .metrics import MetricsLog, Progress, table
 from .optim import build_optimizer, lr_multiplier, part_reports, set_learning_rates, set_trainable
@@ -273,15 +275,27 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any]:
         config, state = self.config, self.state
-        state.seconds = time.monotonic() - self._started
         if not self.world.is_main:
             return {}
         baselines = {}
         if config.eval.baselines and self.held_out is not None:
             baselines = blind_baselines(self.sources[-1], self.held_out, metric=config.eval.metric, seed=config.seed)
-        summary = summarize(config, state, baselines, self.folder / "metrics.jsonl", self.world, self.model)
+        encoder = self._measure_encoder()
+        state.seconds = time.monotonic() - self._started
+        summary = summarize(config, state, baselines, self.folder / "metrics.jsonl", self.world, self.model) | encoder
         write_json(self.folder / "summary.json", summary)
         return summary
+
+    def _measure_encoder(self) -> dict[str, Any]:
+        """Towers of the stages that the configuration names, beside the start: files in RUN/encoder, and the table."""
+        config = self.config
+        if not config.eval.encoder:
+            return {}
+        self.progress.print("measuring the towers: before, " + ", ".join(config.eval.encoder))
+        found = measure_towers(config, encoders_of(self.folder, config.eval.encoder), reading_steps=config.eval.reading_steps)
+        write_encoder(found, self.folder / "encoder")
+        header, rows = rows_of(found)
+        return dict(encoder=dict(header=header, rows=rows))
 
     @contextmanager
     def _sigterm_asks_to_stop(self) -> Iterator[None]:

@@ -77,6 +77,10 @@ class Batch:
         """Tokens with a next-token loss: labels after the first position."""
         return int((self.labels[:, 1:] != IGNORED).sum())
 
+    def num_learned_rows(self) -> int:
+        """Samples with a next-token loss."""
+        return int((self.labels[:, 1:] != IGNORED).any(1).sum())
+
     def aligned_rows(self) -> Tensor:
         """[B] bool: samples that enter the alignment loss, those with an image and a non-empty answer."""
         has_image = torch.zeros(len(self.input_ids), dtype=torch.bool, device=self.input_ids.device)

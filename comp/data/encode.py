@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from PIL import Image
 from torch import Tensor
 
@@ -45,20 +46,31 @@ class ImageSettings:
 class SampleEncoder:
     """Encodes samples for training and, with `encode_prompt`, for generation."""
 
-    def __init__(self, template: ChatTemplate, images: ImageSettings, *, max_text_tokens: int):
+    def __init__(
+        self,
+        template: ChatTemplate,
+        images: ImageSettings,
+        *,
+        max_text_tokens: int,
+        shuffle_answers: bool = False,
+        max_alignment_tokens: int | None = None,
+    ):
         self.template = template
         self.images = images
         self.max_text_tokens = max_text_tokens
+        self.shuffle_answers = shuffle_answers
+        self.max_alignment_tokens = max_alignment_tokens
 
     @property
     def patch_features(self) -> int:
         """Values per patch, C * P * P."""
         return 3 * self.images.patch_size**2
 
-    def encode(self, sample: Sample) -> EncodedSample:
+    def encode(self, sample: Sample, seed: Sequence[int] = ()) -> EncodedSample:
+        """seed:  numbers that decide the order of the answers in the alignment text, where they are shuffled."""
         patches, grids, counts = self._encode_images(sample, sample.messages)
         ids, labels = self.template.encode(sample.messages, counts)
-        return self._checked(sample, ids, labels, self._alignment_ids(sample), patches, grids, counts)
+        return self._checked(sample, ids, labels, self._alignment_ids(sample, seed), patches, grids, counts)
 
     def encode_prompt(self, sample: Sample) -> EncodedSample:
         """The conversation up to the last answer, ready to be continued."""
@@ -67,8 +79,9 @@ class SampleEncoder:
         ids = self.template.encode_prompt(messages, counts)
         return self._checked(sample, ids, [], [], patches, grids, counts)
 
-    def _alignment_ids(self, sample: Sample) -> list[int]:
-        return self.template.encode_text(self.template.alignment_text(sample))
+    def _alignment_ids(self, sample: Sample, seed: Sequence[int]) -> list[int]:
+        rng = np.random.default_rng(list(seed)) if self.shuffle_answers else None
+        return self.template.encode_text(self.template.alignment_text(sample, rng))[: self.max_alignment_tokens]
 
     def _checked(
         self,

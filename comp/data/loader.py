@@ -71,7 +71,8 @@ class StepDataset(torch.utils.data.Dataset):
         skipped: list[str] = []
         for position in self._positions(step):
             try:
-                encoded.append(self.encoder.encode(self.samples[self.order[position]]))
+                sample = self.samples[self.order[position]]
+                encoded.append(self.encoder.encode(sample, seed=(self.order.seed, position)))
             except BadSampleError as error:
                 skipped.append(str(error))
         groups = pack(encoded, **self.budgets)

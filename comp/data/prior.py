@@ -14,7 +14,8 @@ from .template import ChatTemplate
 
 
 def count_words(samples: Dataset, template: ChatTemplate, vocabulary_size: int, world: World | None = None) -> Tensor:
-    """[vocabulary_size] int64 counts of token ids in the alignment texts of `samples`, tokenised as in training, no template tokens.
+    """[vocabulary_size] int64 counts of token ids in the alignment texts of `samples`, tokenised as in training, no template
+    tokens.
 
     The processes of `world` share the work. No image is read. Unreadable samples are left out, as they are in training.
     """

@@ -45,7 +45,8 @@ class Drawing:
 class Scene:
     """What a page will show is known at once; it is drawn when `draw` is called, every time the same.
 
-    text: all marks of the page in reading order, its lines on lines of their own (a strip is one line, also from top to bottom).
+    text: all marks of the page in reading order, its lines on lines of their own (a strip is one line, also from top to
+    bottom).
     """
 
     text: str

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .batch import IGNORED, Message, Sample
@@ -47,6 +48,7 @@ class ChatTemplate:
             vocabulary[token] for token in SPECIAL_TOKENS
         )
         self.newline = self.encode_text("\n")
+        self.heads = {role: [self.turn_start, *self.encode_text(role), *self.newline] for role in ROLES}
 
     def encode_text(self, text: str) -> list[int]:
         """Plain text, nothing added."""
@@ -68,9 +70,11 @@ class ChatTemplate:
         ids: list[int] = []
         labels: list[int] = []
         counts = iter(visual_tokens)
-        for message in self._with_system(messages):
+        messages_with_system = self._with_system(messages)
+        texts = self.encode_texts([message.text for message in messages_with_system])
+        for message, text_ids in zip(messages_with_system, texts):
             head = self._head(message.role) + self._images(message, counts)
-            body = [*self.encode_text(message.text), self.turn_end]
+            body = [*text_ids, self.turn_end]
             ids += head + body + self.newline
             learned = body if message.role == "assistant" else [IGNORED] * len(body)
             labels += [IGNORED] * len(head) + learned + [IGNORED] * len(self.newline)
@@ -83,12 +87,14 @@ class ChatTemplate:
             raise ValueError(f"a prompt must end with a user turn, got {[m.role for m in messages]}")
         return self.encode(messages, visual_tokens)[0] + self._head("assistant")
 
-    def alignment_text(self, sample: Sample) -> str:
+    def alignment_text(self, sample: Sample, shuffle: np.random.Generator | None = None) -> str:
         """Text of the alignment loss and of the word prior, no template: the sample's own (`Sample.text`), else all assistant
-        turns joined by a space."""
+        turns joined by a space, in random order where `shuffle` is given."""
         if sample.text is not None:
             return sample.text
-        return " ".join(m.text for m in sample.messages if m.role == "assistant")
+        answers = [m.text for m in sample.messages if m.role == "assistant"]
+        order = range(len(answers)) if shuffle is None else shuffle.permutation(len(answers))
+        return " ".join(answers[i] for i in order)
 
     def _with_system(self, messages: Sequence[Message]) -> list[Message]:
         has_system = bool(messages) and messages[0].role == "system"
@@ -97,7 +103,7 @@ class ChatTemplate:
     def _head(self, role: str) -> list[int]:
         if role not in ROLES:
             raise ValueError(f"role must be one of {', '.join(ROLES)}, got {role!r}")
-        return [self.turn_start, *self.encode_text(role), *self.newline]
+        return self.heads[role]
 
     def _images(self, message: Message, counts) -> list[int]:
         ids: list[int] = []

@@ -1,7 +1,8 @@
 """Linear probe of patches: does a frozen tower know, at native size, which mark lies in which patch?
 
-Pages are those of the recipe `tiny`: scans and tables of the training split fit the probe, held-out ones test it. The probe is one
-linear layer on standardised features, fitted to its optimum, so it has no seed. Any tower can be asked, at any cap on tokens.
+Pages are those of the recipe `tiny`: scans and tables of the training split fit the probe, held-out ones test it. The probe is
+one linear layer on standardised features, fitted to its optimum, so it has no seed. Any tower can be asked, at any cap on
+tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from ..data.images import to_raster
 from ..data.scenes import Drawing, Scene
-from ..data.tiny import MARKS, mark_labels, random_scene
+from ..data.tiny import mark_labels, random_scene
 from ..model import VisionEncoder
 from .frozen import RESAMPLES, in_batches
 
@@ -45,7 +46,9 @@ def probe_pages(split: str, count: int) -> tuple[tuple[Scene, Drawing], ...]:
 
 
 @torch.no_grad()
-def patch_features(encoder: VisionEncoder, pages: Sequence[Drawing], max_tokens: int = NATIVE, batch: int = 50) -> PatchFeatures:
+def patch_features(
+    encoder: VisionEncoder, pages: Sequence[Drawing], max_tokens: int = NATIVE, batch: int = 50
+) -> PatchFeatures:
     """Features of every patch of `pages` at native size, pages above `max_tokens` visual tokens scaled down."""
     encoder.eval()
     device = encoder.patch_embed.weight.device

@@ -1,8 +1,8 @@
 """The page of a run: `python -m comp.eval.report RUN` writes RUN/report.html (one file) and RUN/report.md.
 
 Shown is what the run left behind: stages and losses, held-out scores, example questions with their pictures, and, where these
-were made, the resolution sweep (`comp.eval.sweep`) and probes of the frozen encoder before and after (`comp.eval.probe`,
-`comp.eval.segment`).
+were made, measures of the tower (`comp.eval.encoder`), the resolution sweep (`comp.eval.sweep`) and probes of the frozen
+encoder before and after (`comp.eval.probe`, `comp.eval.segment`).
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ def write_report(run: Path, *, num_examples: int = 12, pictures: bool = True) ->
         *head(config, summary, evaluations),
         *score_section(run, summary, evaluations),
         *example_section(run, folder, samples, [e["label"] for e in evaluations], num_examples),
+        *result_section(run / "encoder", "The vision tower, frozen"),
         *result_section(run / "sweep", "Resolution sweep"),
         *probe_section(run / "probes"),
         *(encoder_section(run, folder, config, samples) if pictures else []),

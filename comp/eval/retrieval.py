@@ -1,8 +1,8 @@
 """Retrieval of a page's text by what is seen of it: the mean of its visual tokens against the mean of its word embeddings.
 
-Among 256 held-out pages, which texts are nearer than the page's own? The word embeddings are those that the run started from, so
-no tower is judged by words that moved with it. Two readings: the visual tokens of the run's adapter as they are, and the tower's
-pooled features through a ridge regression onto the texts, which any tower can be asked and no adapter helps.
+Among 256 held-out pages, which texts are nearer than the page's own? The word embeddings are those that the run started from,
+so no tower is judged by words that moved with it. Two readings: the visual tokens of the run's adapter as they are, and the
+tower's pooled features through a ridge regression onto the texts, which any tower can be asked and no adapter helps.
 """
 
 from __future__ import annotations

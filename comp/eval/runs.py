@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from ..build import load_tower
 from ..config import BEFORE, Config, ConfigError
 from ..config_io import from_dict
 from ..model import VisionEncoder
@@ -40,8 +41,6 @@ def trained_config(run: Path, stage: str | None = None) -> Config:
 def encoders_of(run: Path, stages: Sequence[str] | None = None) -> Iterator[tuple[str, VisionEncoder]]:
     """The encoder that the run in folder `run` started from, then those that `stages` (default: the last) made; float32."""
     trained = [trained_config(run, stage) for stage in stages or [None]]
-    start = run_config(run).vision
-    before = VisionEncoder.from_pretrained(start.path, abs_pos_order=start.abs_pos_order, abs_pos_interp=start.abs_pos_interp)
-    yield BEFORE, before.float().eval()
+    yield BEFORE, load_tower(run_config(run).vision).eval()
     for config in trained:
         yield config.stages[0].name, VisionEncoder.from_pretrained(config.vision.path).float().eval()

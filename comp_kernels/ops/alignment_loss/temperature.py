@@ -25,11 +25,12 @@ def propose_temperature(width: int, vocabulary: int, *, entropy: float | None = 
     Args:
         width:  D of features and prototypes, at least 2.
         vocabulary:  V, the number of prototypes, at least 2.
-        entropy:  mean entropy of a target in nats, between 0 and log(vocabulary). None: `PAPER_ENTROPY`, for which 9 words are needed.
+        entropy:  mean entropy of a target in nats, between 0 and log(vocabulary). None: `PAPER_ENTROPY`, for which 9 words are
+        needed.
 
     Returns:
-        A temperature for `epsilon` and `temperature` of `comp_kernels.alignment_loss`, by simulation with a fixed seed: the same on
-        every call. Real word embeddings share directions, so real scores spread more widely and this is where to begin:
+        A temperature for `epsilon` and `temperature` of `comp_kernels.alignment_loss`, by simulation with a fixed seed: the
+        same on every call. Real word embeddings share directions, so real scores spread more widely and this is where to begin:
         `temperature_for_entropy` finds it from scores of your own texts.
 
     Raises:
@@ -50,8 +51,8 @@ def temperature_for_entropy(scores: Tensor, entropy: float) -> float:
         entropy:  nats, more than 0 and less than log(V).
 
     Raises:
-        ValueError: scores or an entropy that do not fit; rows in which so many scores share the maximum that their entropy stays
-            above `entropy` at any temperature.
+        ValueError: scores or an entropy that do not fit; rows in which so many scores share the maximum that their entropy
+            stays above `entropy` at any temperature.
     """
     check_tensor("scores", scores, "[n, V]", dim=2)
     check_float("scores", scores)
@@ -91,4 +92,3 @@ def random_cosines(rows: int, width: int, vocabulary: int, seed: int = 0) -> Ten
         g = torch.randn(rows, vocabulary)
         others = torch.distributions.Chi2(torch.tensor(float(width - 1))).sample((rows, vocabulary))
     return g / (g.square() + others).sqrt()
-
