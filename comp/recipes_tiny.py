@@ -26,8 +26,8 @@ ASSETS = Path(__file__).parent / "assets" / "tiny"
 def tiny() -> Config:
     """Handwriting and charts, from a tower that has seen 64 x 64 pixels and a language model that has seen no image."""
     shared = dict(max_visual_tokens=128, max_text_tokens=320, batch_size=32)
-    alignment = AlignmentConfig(weight=0.05, mode="sinkhorn")
-    everything = OptimConfig(lr_vision=1.5e-3, lr_adapter=2e-3, lr_language=5e-4, betas=(0.9, 0.98))
+    alignment = AlignmentConfig(weight=0.2, mode="sinkhorn", epsilon=0.05, temperature=0.05)
+    everything = OptimConfig(lr_vision=6e-4, lr_adapter=2e-3, lr_language=5e-4, betas=(0.9, 0.98))
     return Config(
         name="tiny",
         vision=VisionConfig(path=str(ASSETS / "vision")),
@@ -64,7 +64,7 @@ def tiny() -> Config:
             StageConfig(
                 name="III",
                 max_steps=60,
-                optim=OptimConfig(lr_vision=5e-4, lr_adapter=5e-4, lr_language=5e-4, betas=(0.9, 0.98)),
+                optim=OptimConfig(lr_vision=2e-4, lr_adapter=5e-4, lr_language=5e-4, betas=(0.9, 0.98)),
                 data=[pages(seed=4, transcript=False)],
                 **shared,
             ),
@@ -74,6 +74,7 @@ def tiny() -> Config:
             max_new_tokens=8,
             batch_size=80,
             baselines=True,
+            encoder=("II-b", "III"),
         ),
     )
 

@@ -38,8 +38,8 @@ from .options import positive_int
 from .patches import NATIVE
 from .vqa import OVERALL, answer_loss, answer_questions, scores_by_type
 
-NUM_QUESTIONS = 320
-"""Held-out questions, 20 of each kind."""
+NUM_QUESTIONS = 160
+"""Held-out questions, 10 of each kind."""
 CAPS = (16, NATIVE)
 """Visual tokens of a page in the probe of patches, at most."""
 RESULTS = "results.jsonl"
@@ -136,7 +136,7 @@ def baseline(seed: int, folder: Path) -> Config:
         output_dir=str(folder),
         seed=seed,
         stages=[
-            dataclasses.replace(one, max_steps=100, batch_size=16),
+            dataclasses.replace(one, max_steps=80, batch_size=16),
             dataclasses.replace(two, name="II", max_steps=160, batch_size=16),
         ],
         eval=EvalConfig(),  # scored here, once, at the end
