@@ -45,7 +45,7 @@ CAPS = (16, NATIVE)
 RESULTS = "results.jsonl"
 CONTRASTIVE_TEMPERATURE = 0.07
 """Of InfoNCE in the literature (He et al. 2020, CLIP's start)."""
-CONTRASTIVE_WEIGHT = 0.05
+CONTRASTIVE_WEIGHT = 0.33
 """At which the contrastive loss pulls the adapter as hard as the baseline's loss does in the first step of Stage I."""
 TOWER_RATE = tiny().stages[2].optim.lr_vision
 
@@ -84,7 +84,13 @@ VARIANTS: dict[str, Variant] = {
         ),
     ),
     "align-paper": Variant(
-        ARMS, "sinkhorn, the paper's 0.005", ("stages.*.alignment.epsilon=0.005", "stages.*.alignment.temperature=0.005")
+        ARMS,
+        "sinkhorn, the paper's 0.005 and weight",
+        (
+            "stages.*.alignment.epsilon=0.005",
+            "stages.*.alignment.temperature=0.005",
+            "stages.*.alignment.weight=0.05",
+        ),
     ),
     "align-literal": Variant(ARMS, "literal (Eq. 9 in closed form)", ("stages.*.alignment.mode=literal",)),
     "align-released": Variant(ARMS, "released code", ("stages.*.alignment.mode=released",)),

@@ -44,7 +44,7 @@ CHANGED = {  # written out by hand: what each variant may differ in, beside its 
     "align-literal": {"stages.0.alignment.mode", "stages.1.alignment.mode"},
     "align-released": {"stages.0.alignment.mode", "stages.1.alignment.mode"},
     "align-contrastive": {f"stages.{i}.alignment.{field}" for i in range(2) for field in ("mode", "temperature", "weight")},
-    "align-paper": {f"stages.{i}.alignment.{field}" for i in range(2) for field in ("epsilon", "temperature")},
+    "align-paper": {f"stages.{i}.alignment.{field}" for i in range(2) for field in ("epsilon", "temperature", "weight")},
     "align-uniform": {"stages.0.alignment.prior", "stages.1.alignment.prior"},
     "align-learned": {"stages.0.alignment.prototype_source", "stages.1.alignment.prototype_source"},
     "tower-frozen": {"stages.0.alignment", "stages.1.alignment", "stages.1.trainable"},
