@@ -14,8 +14,10 @@ from transformers.utils import logging
 from comp.config import Config, ConfigError
 from comp.config_io import apply_overrides
 from comp.data.datasets import BadSampleError
+from comp.log import table
 from comp.parallel import stop_world
 from comp.recipes import RECIPES
+from comp.studies.encoder import measure_run
 from comp.train.checkpoint import CheckpointError
 from comp.train.step import NonFiniteLossError
 from comp.train.summary import result_table
@@ -31,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     options, config = read_command_line(arguments)
     logging.disable_progress_bar()  # of reading and writing weights: they would draw over ours
     try:
-        trainer = Trainer(config, resume=options.resume)
+        trainer = Trainer(config, resume=options.resume, measure=measure_run)
     except ConfigError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
@@ -67,6 +69,8 @@ def run(trainer: Trainer) -> int:
     if trainer.world.is_main:
         if summary["evaluations"]:
             print("\nheld-out score (%)\n" + result_table(summary["evaluations"], summary["baselines"]))
+        if "encoder" in summary:
+            print("\nthe vision tower, frozen\n" + table(summary["encoder"]["header"], summary["encoder"]["rows"]))
         skipped = summary["skipped"]
         print(
             f"\n{summary['steps']} steps, {summary['samples']} samples in {summary['seconds'] / 60:.1f} minutes; "

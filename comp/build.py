@@ -9,7 +9,7 @@ from pathlib import Path
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import PreTrainedModel
 
-from .config import MAX_PIXELS, Config, ConfigError, StageConfig
+from .config import MAX_PIXELS, AlignmentConfig, Config, ConfigError, StageConfig, VisionConfig
 from .data.encode import ImageSettings, SampleEncoder
 from .data.template import ChatTemplate, load_tokenizer, num_rows
 from .limits import position_limit
@@ -19,8 +19,12 @@ from .model.multimodal import CoMP
 from .parallel import World, uses_fsdp
 
 
-def build_model(config: Config, *, dummy_image: bool = False) -> tuple[CoMP, ChatTemplate]:
+def build_model(
+    config: Config, *, dummy_image: bool = False, encoder: VisionEncoder | None = None
+) -> tuple[CoMP, ChatTemplate]:
     """The pre-trained parts joined, in float32, and the chat template of the language model's tokenizer.
+
+    encoder:  a tower at hand, in place of the one that the configuration names.
 
     The word embeddings get exactly one row per id of the tokenizer, as the authors' code does: the vocabulary prior and
     the prototypes of the alignment loss then agree, and padding rows that some checkpoints carry take no mass. The language
@@ -35,8 +39,9 @@ def build_model(config: Config, *, dummy_image: bool = False) -> tuple[CoMP, Cha
     if language_model.get_input_embeddings().num_embeddings != rows:
         language_model.resize_token_embeddings(rows, mean_resizing=False)
     set_end_ids(language_model, template)
-    with loading(config.vision.path):
-        encoder = VisionEncoder.from_pretrained(config.vision.path, **config.vision.choices()).float()
+    if encoder is None:
+        with loading(config.vision.path):
+            encoder = load_tower(config.vision)
     with loading(config.language.path):
         model = CoMP(
             encoder,
@@ -46,8 +51,11 @@ def build_model(config: Config, *, dummy_image: bool = False) -> tuple[CoMP, Cha
             adapter_init=config.vision.adapter_init,
             dummy_image=dummy_image,
         )
-    if any(stage.alignment is not None and stage.alignment.prototype_source == "frozen" for stage in config.stages):
+    sources = {stage.alignment.prototype_source for stage in config.stages if stage.alignment is not None}
+    if "frozen" in sources:
         model.freeze_prototypes()
+    if "learned" in sources:
+        model.learn_prototypes()
     if config.activation_checkpointing:
         encoder.gradient_checkpointing = True
         if not language_model.supports_gradient_checkpointing:
@@ -66,6 +74,11 @@ def set_end_ids(language_model: PreTrainedModel, template: ChatTemplate) -> None
             settings.eos_token_id = template.end_ids
         except Exception:  # a configuration that takes one id only refuses a list in its own way
             settings.eos_token_id = template.turn_end
+
+
+def load_tower(vision: VisionConfig) -> VisionEncoder:
+    """The vision tower of a configuration in float32, with its choices."""
+    return VisionEncoder.from_pretrained(vision.path, **vision.choices()).float()
 
 
 @contextmanager
@@ -99,6 +112,7 @@ def sample_encoder(model: CoMP, template: ChatTemplate, config: Config, stage: S
         max_text_tokens=stage.max_text_tokens,
         max_image_pixels=config.max_image_pixels,
         answer_tokens=config.eval.max_new_tokens,
+        alignment=stage.alignment,
     )
 
 
@@ -112,10 +126,12 @@ def make_sample_encoder(
     max_visual_tokens: int = 3000,
     max_image_pixels: int = MAX_PIXELS,
     answer_tokens: int = 0,
+    alignment: AlignmentConfig | None = None,
 ) -> SampleEncoder:
     """Turns samples into what the model eats, at native size or as squares of `resolution` pixels.
 
     answer_tokens:  positions of the language model that a question leaves to its answer.
+    alignment:      how the text of the alignment loss is made.
     """
     vision = model.encoder.config
     images = ImageSettings(
@@ -128,6 +144,7 @@ def make_sample_encoder(
         max_visual_tokens=max_visual_tokens,
         max_image_pixels=max_image_pixels,
     )
+    shuffle, longest = (False, None) if alignment is None else (alignment.shuffle_answers, alignment.max_text_tokens)
     return SampleEncoder(
         template,
         images,
@@ -135,6 +152,8 @@ def make_sample_encoder(
         max_positions=position_limit(model.language_model),
         mrope=model.mrope,
         answer_tokens=answer_tokens,
+        shuffle_answers=shuffle,
+        max_alignment_tokens=longest,
     )
 
 

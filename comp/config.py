@@ -28,7 +28,7 @@ AbsPosInterp = Literal["bicubic", "bilinear"]
 RopeDtype = Literal["fp32", "bf16_legacy"]
 AdapterInit = Literal["lecun", "truncated"]
 PositionIds = Literal["mrope", "1d"]
-PrototypeSource = Literal["embed_tokens", "lm_head", "frozen"]
+PrototypeSource = Literal["embed_tokens", "lm_head", "frozen", "learned"]
 
 
 class ConfigError(ValueError):
@@ -155,10 +155,28 @@ class AlignmentConfig:
     """Temperature of the word prior, mode "released" only; 0.05 in the released code."""
     prototype_source: PrototypeSource = "embed_tokens"
     """"embed_tokens" (paper: word embeddings), "lm_head" (released code; the same matrix when tied), or "frozen": the word
-    embeddings as they were when the run began."""
+    embeddings as they were when the run began; or "learned": as many free vectors, which the loss trains at the adapter's rate
+    (paper, Table 5b, without word embeddings)."""
+    prior: bool = True
+    """Weigh words by how often they occur in the texts (u_W of Eq. 9); false: all alike (Table 5b, without u_W)."""
+    target_batch: int | None = None
+    """Samples whose targets are found together in mode "sinkhorn". None: those of the whole step, over all processes. A number:
+    of each process the first so many, the next so many, as they come out of packing; the paper's runs have 32 (per device,
+    Stage I)."""
+    shuffle_answers: bool = False
+    """Join the answers of a sample in random order, drawn anew in every epoch, as the released code does."""
+    max_text_tokens: int | None = None
+    """Cut the text of a sample after this many tokens; 2048 in the released code."""
 
     def __post_init__(self) -> None:
         need_literals(self, "alignment.")
+        for name in ("target_batch", "max_text_tokens"):
+            value = getattr(self, name)
+            need(value is None or value > 0, f"alignment.{name} must be positive or null, got {value}")
+        need(
+            self.target_batch is None or self.mode == "sinkhorn",
+            f'alignment.target_batch is for mode "sinkhorn", where targets depend on each other, got mode {self.mode!r}',
+        )
         need(self.weight >= 0, f"alignment.weight must be at least 0, got {self.weight}")
         need(self.num_iters >= 1, f"alignment.num_iters must be at least 1, got {self.num_iters}")
         for name in ("epsilon", "temperature", "prior_temperature"):
@@ -178,6 +196,8 @@ class OptimConfig:
     """Applied to matrices only, never to biases, norms, position tables and learned tokens."""
     warmup_ratio: float = 0.03
     """Share of the stage's steps spent warming up."""
+    warmup_from_zero: bool = False
+    """Let the first step have rate 0, as Hugging Face's schedules do; false: it has the first of the rising rates."""
     min_lr_ratio: float = 0.0
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
@@ -268,6 +288,9 @@ class StageConfig:
     max_steps: int | None = None
     """Stop the stage after this many steps, whatever `epochs` says."""
     optim: OptimConfig
+    token_loss: str = "token"
+    """What the next-token loss of a step is the mean of: "token", all learned tokens of the step alike, or "sample", the mean
+    of each sample (paper, Eq. 6: 1/T for every text)."""
     alignment: AlignmentConfig | None = None
     """None: next-token loss only."""
     data: list[SourceConfig]
@@ -307,6 +330,7 @@ class StageConfig:
             self.min_visual_tokens <= self.max_visual_tokens,
             f"stage {self.name}: min_visual_tokens={self.min_visual_tokens} exceeds max_visual_tokens={self.max_visual_tokens}",
         )
+        need_choice(f"token_loss of stage {self.name}", self.token_loss, ("token", "sample"))
         need(self.epochs > 0, f"stage {self.name}: epochs must be positive, got {self.epochs}")
         need(len(self.data) > 0, f"stage {self.name}: data lists no source")
 
@@ -326,9 +350,14 @@ class EvalConfig:
     baselines: bool = False
     """Also score answers made without looking: a random and the most frequent training answer per question type. Reads all
     answers of the last stage's data."""
+    encoder: tuple[str, ...] = ()
+    """Stages whose tower is measured at the end of the run, beside the one it started from (`comp.studies.encoder`)."""
+    reading_steps: int = 100
+    """Steps in which a new adapter and language model learn to read each of those towers, frozen; 0: not measured."""
 
     def __post_init__(self) -> None:
         need_literals(self, "eval.")
+        need(self.reading_steps >= 0, f"eval.reading_steps must be at least 0, got {self.reading_steps}")
         for name in ("max_new_tokens", "batch_size"):
             need(getattr(self, name) > 0, f"eval.{name} must be positive, got {getattr(self, name)}")
 
@@ -382,6 +411,8 @@ class Config:
         names = [stage.name for stage in self.stages]
         need(len(set(names)) == len(names), f"stages must have different names, got {names}")
         need_literals(self)
+        for name in self.eval.encoder:
+            need_choice("eval.encoder", name, tuple(names))
         need(self.seed >= 0, f"seed must be at least 0, got {self.seed}")
         need(self.num_workers >= 0, f"num_workers must be at least 0, got {self.num_workers}")
         need(

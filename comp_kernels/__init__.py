@@ -7,7 +7,7 @@ alignment_loss    cross-entropy between text and vision features over a vocabula
 
 from . import layers, reference
 from ._backends import available_backends
-from .ops.alignment_loss import alignment_loss
+from .ops.alignment_loss import alignment_loss, propose_temperature, temperature_for_entropy
 from .ops.rope_attention import axial_freqs, rope_attention, rope_tables
 from .ops.sinkhorn import sinkhorn
 
@@ -17,8 +17,10 @@ __all__ = [
     "available_backends",
     "axial_freqs",
     "layers",
+    "propose_temperature",
     "reference",
     "rope_attention",
     "rope_tables",
     "sinkhorn",
+    "temperature_for_entropy",
 ]

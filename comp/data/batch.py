@@ -85,6 +85,9 @@ class Sample:
     """Evaluation reports one row per type."""
     metric: str | None = None
     """One of `comp.eval.metrics.METRICS` or `comp.eval.choices.CHOICE_METRICS`; None: the metric of the configuration."""
+    text: str | None = None
+    """What the image says as a whole, a caption or the words of a page: the text of the alignment loss and of the word prior.
+    None: all answers, joined by a space."""
     options: list[str] = field(default_factory=list)
     """Texts of the options A, B, ... of a multiple-choice question, for metrics that need them."""
     group: str | None = None
@@ -118,6 +121,10 @@ class Batch:
     def num_learned_tokens(self) -> int:
         """Tokens with a next-token loss: labels after the first position."""
         return int((self.labels[:, 1:] != IGNORED).sum())
+
+    def num_learned_rows(self) -> int:
+        """Samples with a next-token loss."""
+        return int((self.labels[:, 1:] != IGNORED).any(1).sum())
 
     def aligned_rows(self) -> Tensor:
         """[B] bool: samples that enter the alignment loss, those with an image and a non-empty answer."""

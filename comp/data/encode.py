@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from PIL import Image
 from torch import Tensor
 
@@ -52,6 +53,7 @@ class SampleEncoder:
     max_positions:  of the language model, counted as its decoder counts them: with `mrope` an image takes as many as its
                     longest side has visual tokens, without it every token takes one.
     answer_tokens:  positions that a prompt leaves to its answer.
+    shuffle_answers, max_alignment_tokens:  of the text of the alignment loss (comp.config.AlignmentConfig).
     """
 
     def __init__(
@@ -63,6 +65,8 @@ class SampleEncoder:
         max_positions: int = NO_LIMIT,
         mrope: bool = False,
         answer_tokens: int = 0,
+        shuffle_answers: bool = False,
+        max_alignment_tokens: int | None = None,
     ):
         self.template = template
         self.images = images
@@ -70,16 +74,19 @@ class SampleEncoder:
         self.max_positions = max_positions
         self.mrope = mrope
         self.answer_tokens = answer_tokens
+        self.shuffle_answers = shuffle_answers
+        self.max_alignment_tokens = max_alignment_tokens
 
     @property
     def patch_features(self) -> int:
         """Values per patch, C * P * P."""
         return 3 * self.images.patch_size**2
 
-    def encode(self, sample: Sample) -> EncodedSample:
+    def encode(self, sample: Sample, seed: Sequence[int] = ()) -> EncodedSample:
+        """seed:  numbers that decide the order of the answers in the alignment text, where they are shuffled."""
         patches, grids, counts = self._encode_images(sample, sample.messages)
         ids, labels = self.template.encode(sample.messages, counts)
-        return self._checked(sample, ids, labels, self.template.encode_answers(sample.messages), patches, grids, counts)
+        return self._checked(sample, ids, labels, self._alignment_ids(sample, seed), patches, grids, counts)
 
     def encode_prompt(self, sample: Sample) -> EncodedSample:
         """The conversation up to the last answer, ready to be continued."""
@@ -87,6 +94,10 @@ class SampleEncoder:
         patches, grids, counts = self._encode_images(sample, messages)
         ids = self.template.encode_prompt(messages, counts)
         return self._checked(sample, ids, [], [], patches, grids, counts, answer_tokens=self.answer_tokens)
+
+    def _alignment_ids(self, sample: Sample, seed: Sequence[int]) -> list[int]:
+        rng = np.random.default_rng(list(seed)) if self.shuffle_answers else None
+        return self.template.encode_text(self.template.alignment_text(sample, rng))[: self.max_alignment_tokens]
 
     def _checked(
         self,

@@ -84,7 +84,7 @@ class StepDataset(torch.utils.data.Dataset):
             try:
                 sample = self.samples[index]
                 notes |= dict.fromkeys(sample.notes)
-                encoded.append(self.encoder.encode(sample))
+                encoded.append(self.encoder.encode(sample, seed=(self.order.seed, position)))
             except BadSampleError as error:
                 skipped.append(Skipped(self._place(index), str(error)))
         groups = pack(encoded, **self.budgets)

@@ -15,9 +15,10 @@ import json
 import os
 from collections.abc import Sequence
 
+import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from .batch import IGNORED, Message
+from .batch import IGNORED, Message, Sample
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 VISION_START, VISION_END, IMAGE = "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"
@@ -88,6 +89,7 @@ class ChatTemplate:
             vocabulary[token] for token in SPECIAL_TOKENS
         )
         self.newline = self.encode_text("\n")
+        self.heads = {role: [self.turn_start, *self.encode_text(role), *self.newline] for role in ROLES}
 
     @property
     def end_ids(self) -> list[int]:
@@ -120,9 +122,11 @@ class ChatTemplate:
         ids: list[int] = []
         labels: list[int] = []
         counts = iter(visual_tokens)
-        for message in self._with_system(messages):
+        messages_with_system = self._with_system(messages)
+        texts = self.encode_texts([message.text for message in messages_with_system])
+        for message, text_ids in zip(messages_with_system, texts):
             head = self._head(message.role) + self._images(message, counts)
-            body = [*self.encode_text(message.text), self.turn_end]
+            body = [*text_ids, self.turn_end]
             ids += head + body + self.newline
             learned = body if _is_learned(message) else [IGNORED] * len(body)
             labels += [IGNORED] * len(head) + learned + [IGNORED] * len(self.newline)
@@ -135,13 +139,14 @@ class ChatTemplate:
             raise ValueError(f"a prompt must end with a user turn, got {[m.role for m in messages]}")
         return self.encode(messages, visual_tokens)[0] + self._head("assistant")
 
-    def encode_answers(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of `answer_text`."""
-        return self.encode_text(self.answer_text(messages))
-
-    def answer_text(self, messages: Sequence[Message]) -> str:
-        """All learned answers joined by a space, no template: the text of the alignment loss and of the word prior."""
-        return " ".join(m.text for m in messages if _is_learned(m))
+    def alignment_text(self, sample: Sample, shuffle: np.random.Generator | None = None) -> str:
+        """Text of the alignment loss and of the word prior, no template: the sample's own (`Sample.text`), else all learned
+        answers joined by a space, in random order where `shuffle` is given."""
+        if sample.text is not None:
+            return sample.text
+        answers = [m.text for m in sample.messages if _is_learned(m)]
+        order = range(len(answers)) if shuffle is None else shuffle.permutation(len(answers))
+        return " ".join(answers[i] for i in order)
 
     def _with_system(self, messages: Sequence[Message]) -> list[Message]:
         has_system = bool(messages) and messages[0].role == "system"
@@ -150,7 +155,7 @@ class ChatTemplate:
     def _head(self, role: str) -> list[int]:
         if role not in ROLES:
             raise ValueError(f"role must be one of {', '.join(ROLES)}, got {role!r}")
-        return [self.turn_start, *self.encode_text(role), *self.newline]
+        return self.heads[role]
 
     def _images(self, message: Message, counts) -> list[int]:
         ids: list[int] = []

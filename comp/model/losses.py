@@ -3,7 +3,9 @@ the contrastive loss that Table 5b sets against the alignment loss."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from comp_kernels.ops.alignment_loss.reference import unit_rows
+from comp_kernels.ops.alignment_loss.reference import target_distribution, unit_rows
 
 from ..data.batch import IGNORED
 
@@ -20,7 +22,12 @@ LOGITS_AT_ONCE = 2**25
 
 
 def next_token_loss(
-    hidden: Tensor, labels: Tensor, lm_head: Callable[[Tensor], Tensor], vocabulary: int, logits_at_once: int = LOGITS_AT_ONCE
+    hidden: Tensor,
+    labels: Tensor,
+    lm_head: Callable[[Tensor], Tensor],
+    vocabulary: int,
+    logits_at_once: int = LOGITS_AT_ONCE,
+    per_sample: bool = False,
 ) -> tuple[Tensor, int]:
     """Sum of -log p(label | what precedes it) over the learned positions, and how many they are.
 
@@ -28,22 +35,28 @@ def next_token_loss(
     labels:      [B, L] int64, not shifted: hidden[:, i] predicts labels[:, i + 1]. IGNORED is not learned.
     lm_head:     [n, D] -> [n, vocabulary]. It is applied to learned positions only, in chunks whose logits have at most
                  `logits_at_once` elements and are recomputed in the backward pass where there is more than one chunk.
+    per_sample:  sum the means of the rows instead, 1/T for each of the T learned positions of a row (Eq. 6).
     Returns (float32 scalar, count). Without learned positions the loss is 0, still attached to the graph of `hidden`.
     """
     targets = labels[:, 1:]
     learned = targets != IGNORED
     predictors, targets = hidden[:, :-1][learned], targets[learned]
+    lengths = learned.sum(1, keepdim=True)
+    shares = (1 / lengths.clamp(min=1)).expand_as(learned)[learned] if per_sample else None
 
-    def summed(rows: Tensor, wanted: Tensor) -> Tensor:
-        return F.cross_entropy(lm_head(rows).float(), wanted, reduction="sum")
+    def summed(rows: Tensor, wanted: Tensor, share: Tensor | None) -> Tensor:
+        if share is None:
+            return F.cross_entropy(lm_head(rows).float(), wanted, reduction="sum")
+        return (F.cross_entropy(lm_head(rows).float(), wanted, reduction="none") * share).sum()
 
     chunk = max(1, logits_at_once // vocabulary)
     if len(targets) <= chunk:
         # also reached without any learned position: the empty sum keeps the graph, on every rank the same one
-        return summed(predictors, targets), len(targets)
+        return summed(predictors, targets, shares), len(targets)
+    share_chunks = itertools.repeat(None) if shares is None else shares.split(chunk)
     parts = [
-        checkpoint(summed, rows, wanted, use_reentrant=False, preserve_rng_state=False)
-        for rows, wanted in zip(predictors.split(chunk), targets.split(chunk))
+        checkpoint(summed, rows, wanted, share, use_reentrant=False, preserve_rng_state=False)
+        for rows, wanted, share in zip(predictors.split(chunk), targets.split(chunk), share_chunks)
     ]
     return torch.stack(parts).sum(), len(targets)
 
@@ -82,11 +95,77 @@ def contrastive_loss(
     places = every_valid.cumsum(0)[first : first + len(valid)] - 1  # of the own texts among the valid ones
     cosines = unit_rows(vision[valid]) @ F.normalize(every_text[every_valid].to(vision.dtype), dim=1).T
     total = F.cross_entropy(cosines / temperature, places[valid], reduction="sum")
+    return _mean_over_group(total, valid, group)
+
+
+def chunked_alignment_loss(
+    loss: Callable[..., Tensor],
+    vision: Tensor,
+    text: Tensor,
+    prototypes: Tensor,
+    *,
+    chunk: int,
+    valid: Tensor,
+    group: dist.ProcessGroup | None = None,
+    **settings: Any,
+) -> Tensor:
+    """An alignment loss with targets found for `chunk` rows at a time, of this process alone.
+
+    loss:  `comp_kernels.alignment_loss` or `learned_alignment_loss`; `settings` are theirs.
+
+    The value is still the mean over the valid rows of the group, the gradient that of the local rows, to be summed.
+    """
+    total = vision.new_zeros((), dtype=torch.float32)
+    for rows, texts, counted in zip(vision.split(chunk), text.split(chunk), valid.split(chunk)):
+        total = total + counted.sum() * loss(rows, texts, prototypes, valid=counted, **settings)
+    return _mean_over_group(total, valid, group)
+
+
+def learned_alignment_loss(
+    vision: Tensor,
+    text: Tensor,
+    prototypes: Tensor,
+    *,
+    prior: Tensor | None,
+    mode: str,
+    epsilon: float,
+    temperature: float,
+    num_iters: int,
+    prior_temperature: float,
+    valid: Tensor,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """The alignment loss with prototypes that learn: the target is fixed as ever, the prediction moves vision and prototypes.
+
+    Arguments as for `comp_kernels.alignment_loss`, in plain PyTorch: both score matrices [n, V] are kept. The gradient is that
+    of the local rows, for the prototypes too, to be summed over the processes.
+    """
+    vision, text = (unit_rows(torch.where(valid.unsqueeze(-1), x.float(), 0.0)) for x in (vision, text.detach()))
+    prototypes = F.normalize(prototypes.float(), dim=1)
+    with torch.no_grad():
+        target = target_distribution(
+            text @ prototypes.T,
+            prior,
+            mode=mode,
+            epsilon=epsilon,
+            num_iters=num_iters,
+            prior_temperature=prior_temperature,
+            valid=valid,
+            group=group,
+        )
+    per_row = -(target * (vision @ prototypes.T / temperature).log_softmax(-1)).sum(-1)
+    return _mean_over_group(torch.where(valid, per_row, 0.0).sum(), valid, group)
+
+
+def _mean_over_group(total: Tensor, valid: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Sum of the local rows -> mean over the group's valid rows, with the gradient of the local ones; 0 where none is valid."""
+    count = valid.sum()
     if group is not None:
+        dist.all_reduce(count, group=group)
         everywhere = total.detach().clone()
         dist.all_reduce(everywhere, group=group)
         total = total + (everywhere - total.detach())
-    return total / every_valid.sum().clamp(min=1)
+    return total / count.clamp(min=1)
 
 
 def _gather_rows(text: Tensor, valid: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, int]:

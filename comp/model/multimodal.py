@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -28,7 +29,14 @@ from .adapter import Adapter
 from .causal_lm import evaluation_mode, load_language_model, split
 from .folder import read_object
 from .generation import ALONE, continue_rows, plain_config, rows_together, sharing_of
-from .losses import contrastive_loss, masked_mean, mean_by_segment, next_token_loss
+from .losses import (
+    chunked_alignment_loss,
+    contrastive_loss,
+    learned_alignment_loss,
+    masked_mean,
+    mean_by_segment,
+    next_token_loss,
+)
 from .mrope import install_mrope, mrope_position_ids
 from .vision_encoder import VisionEncoder
 
@@ -124,6 +132,7 @@ class CoMP(nn.Module):
             install_mrope(self._decoder)
         self.register_buffer("word_counts", None, persistent=False)
         self.register_buffer("frozen_prototypes", None)
+        self.register_parameter("learned_prototypes", None)
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike, *, dtype: torch.dtype | None = None) -> CoMP:
@@ -163,7 +172,8 @@ class CoMP(nn.Module):
         parts: dict[str, dict[str, nn.Parameter]] = {"vision": {}, "adapter": {}, "language": {}}
         for name, parameter in self.named_parameters():
             part = "language" if name.startswith("language_model.") else "vision"
-            parts["adapter" if name.startswith("encoder.adapter.") else part][name] = parameter
+            with_adapter = name.startswith("encoder.adapter.") or name == "learned_prototypes"
+            parts["adapter" if with_adapter else part][name] = parameter
         return parts
 
     def set_word_counts(self, counts: Tensor) -> None:
@@ -177,8 +187,13 @@ class CoMP(nn.Module):
         """Keep a copy of today's prototypes for prototype_source "frozen"; saved with the model's state."""
         self.frozen_prototypes = self.prototypes(source).clone()
 
+    def learn_prototypes(self) -> None:
+        """Make the vectors of prototype_source "learned": one per word, in random directions. They train with the adapter and
+        are kept in checkpoints, not in what `save_pretrained` writes."""
+        self.learned_prototypes = nn.Parameter(torch.randn_like(self.prototypes("embed_tokens")))
+
     def prototypes(self, source: PrototypeSource) -> Tensor:
-        """Word embeddings of the alignment loss, [vocabulary, E], detached."""
+        """Prototypes of the alignment loss, [vocabulary, E]: word embeddings, detached, or the learned vectors."""
         if source == "embed_tokens":
             return self.language_model.get_input_embeddings().weight.detach()
         if source == "lm_head":
@@ -187,6 +202,10 @@ class CoMP(nn.Module):
             if self.frozen_prototypes is None:
                 raise ValueError('prototype_source "frozen" needs a call of freeze_prototypes first')
             return self.frozen_prototypes
+        if source == "learned":
+            if self.learned_prototypes is None:
+                raise ValueError('prototype_source "learned" needs a call of learn_prototypes first')
+            return self.learned_prototypes
         raise ValueError(f"prototype_source must be one of {get_args(PrototypeSource)}, got {source!r}")
 
     def forward(
@@ -196,12 +215,14 @@ class CoMP(nn.Module):
         alignment: AlignmentConfig | None = None,
         group: dist.ProcessGroup | None = None,
         step_text: StepText | None = None,
+        per_sample: bool = False,
     ) -> CoMPOutput:
         """Losses of a batch; every mix of text-only, one-image and several-image samples is legal, and no image at all.
 
         alignment:  also compute the alignment loss with these settings (comp.config.AlignmentConfig; its weight is not
                     applied here). All ranks of `group` must then call, each with its share of the global batch.
         step_text:  where this batch is one of several of an optimiser step: the text side of all of them (StepText).
+        per_sample: sum the mean token losses of the samples in place of the losses of their tokens.
         Raises ValueError where placeholders and images do not match, with the counts.
         """
         token_grids = self.token_grids(batch)
@@ -209,7 +230,9 @@ class CoMP(nn.Module):
             step_text = self.step_text([batch])
         visual_VE = self.visual_tokens(batch)
         hidden_BLE = self.decode(batch, visual_VE, token_grids)
-        loss_sum, num_tokens = next_token_loss(hidden_BLE, batch.labels, self.logits, self._halves.vocabulary)
+        loss_sum, num_tokens = next_token_loss(
+            hidden_BLE, batch.labels, self.logits, self._halves.vocabulary, per_sample=per_sample
+        )
         output = CoMPOutput(token_loss_sum=loss_sum, num_tokens=num_tokens, alignment_loss=None)
         if alignment is not None:
             output.alignment_loss = self.align(visual_VE, token_grids, step_text, alignment, group)
@@ -309,11 +332,14 @@ class CoMP(nn.Module):
             if settings.mode == "contrastive":
                 text, valid = step_text.features, step_text.valid
                 return contrastive_loss(vision, text, temperature=settings.temperature, valid=valid, group=group)
-            return alignment_loss(
+            loss = learned_alignment_loss if settings.prototype_source == "learned" else alignment_loss
+            if settings.target_batch is not None:
+                loss = partial(chunked_alignment_loss, loss, chunk=settings.target_batch)
+            return loss(
                 vision,
                 step_text.features,
                 self.prototypes(settings.prototype_source),
-                prior=self.word_counts,
+                prior=self.word_counts if settings.prior else None,
                 mode=settings.mode,
                 epsilon=settings.epsilon,
                 temperature=settings.temperature,

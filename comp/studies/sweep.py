@@ -24,7 +24,7 @@ from ..cli import positive_int
 from ..config import Config, ConfigError
 from ..data.mixture import open_sources
 from ..eval.vqa import OVERALL, answer_questions, scores_by_type
-from .runs import trained_config
+from ..runs import trained_config
 
 CAPS = (8, 16, 32, 64, 128)
 

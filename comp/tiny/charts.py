@@ -71,7 +71,8 @@ def bar_chart(rng: np.random.Generator, split: str) -> Scene:
     title, names, numbers = _pick(rng, split, count=int(rng.integers(3, 6)))
     colours = [list(COLOURS)[i] for i in rng.permutation(len(COLOURS))[: len(numbers)]]
     draw = _draw_vertical if rng.random() < 0.5 else _draw_horizontal
-    return Scene(_questions(rng, numbers, colours), partial(draw, new_seed(rng), title, names, numbers, colours))
+    text = "\n".join(f"{colour}{number}" for colour, number in zip(colours, numbers))
+    return Scene(text, _questions(rng, numbers, colours), partial(draw, new_seed(rng), title, names, numbers, colours))
 
 
 def _pick(rng: np.random.Generator, split: str, count: int) -> tuple[str, list[str], list[int]]:

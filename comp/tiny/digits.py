@@ -1,4 +1,4 @@
-"""Pages of handwriting: number strips, columns and forms composed from scikit-learn's scans of handwritten digits.
+"""Pages of handwriting: number strips, columns, forms and grids composed from scikit-learn's scans of handwritten digits.
 
 The 1,797 scans are split once, image by image: a scan that appears on a held-out page appears on no training page.
 """
@@ -58,7 +58,8 @@ class Page:
 def number_strip(rng: np.random.Generator, split: str, max_digits: int = 6) -> Scene:
     """One number of 2 or more digits, written from left to right or, in a third of the pages, from top to bottom."""
     digits = [int(d) for d in rng.integers(0, 10, size=rng.integers(2, max_digits + 1))]
-    return Scene(_strip_questions(rng, digits), partial(_draw_strip, new_seed(rng), split, digits))
+    text = "".join(map(str, digits))
+    return Scene(text, _strip_questions(rng, digits), partial(_draw_strip, new_seed(rng), split, digits))
 
 
 def _draw_strip(seed: int, split: str, digits: list[int]) -> Drawing:
@@ -96,7 +97,8 @@ def _strip_questions(rng: np.random.Generator, digits: list[int]) -> tuple[Quest
 def form(rng: np.random.Generator, split: str) -> Scene:
     """A form of 2 to 4 boxes with printed names, a number of 1 to 3 digits written in each."""
     numbers = rng.choice(np.arange(1, 1000), p=_even_lengths(), size=rng.integers(2, 5), replace=False).tolist()
-    return Scene(_form_questions(rng, numbers), partial(_draw_form, new_seed(rng), split, numbers))
+    text = "\n".join(f"{ROW_NAMES[i]}{number}" for i, number in enumerate(numbers))
+    return Scene(text, _form_questions(rng, numbers), partial(_draw_form, new_seed(rng), split, numbers))
 
 
 def _draw_form(seed: int, split: str, numbers: list[int]) -> Drawing:
@@ -132,3 +134,44 @@ def _form_questions(rng: np.random.Generator, numbers: list[int]) -> tuple[Quest
         Question("boxes", "How many boxes are there?", str(len(numbers))),
         Question("largest box", "Which box has the largest number?", ROW_NAMES[largest]),
     )
+
+
+def grid(rng: np.random.Generator, split: str) -> Scene:
+    """2 or 3 rows of 2 to 4 digits, no digit twice: what its questions ask for is told by its place alone."""
+    rows = int(rng.integers(2, 4))
+    columns = int(rng.integers(2, 5 if rows == 2 else 4))
+    digits = rng.permutation(10)[: rows * columns].reshape(rows, columns).tolist()
+    text = "\n".join("".join(map(str, row)) for row in digits)
+    return Scene(text, _grid_questions(rng, digits), partial(_draw_grid, new_seed(rng), split, digits))
+
+
+def _draw_grid(seed: int, split: str, digits: list[list[int]]) -> Drawing:
+    rng = np.random.default_rng(seed)
+    size = int(rng.integers(16, 27))
+    across, down = (max(size + int(rng.integers(0, 13)), 17) for _ in range(2))
+    left, top, right, bottom = (int(margin) for margin in rng.integers(3, 16, size=4))
+    page = Page(rng, split, left + across * len(digits[0]) + right, top + down * len(digits) + bottom)
+    if rng.random() < 0.5:  # a table with lines
+        for i in range(len(digits) + 1):
+            page.draw.line((left, top + i * down, left + across * len(digits[0]), top + i * down), fill=(170, 170, 170))
+        for j in range(len(digits[0]) + 1):
+            page.draw.line((left + j * across, top, left + j * across, top + down * len(digits)), fill=(170, 170, 170))
+    for i, row in enumerate(digits):
+        for j, digit in enumerate(row):
+            x, y = left + across * (j + 0.5) + rng.uniform(-1, 1), top + down * (i + 0.5) + rng.uniform(-1, 1)
+            page.write(digit, x, y, size, i)
+    return Drawing(page.image, tuple(page.marks))
+
+
+def _grid_questions(rng: np.random.Generator, digits: list[list[int]]) -> tuple[Question, ...]:
+    table = np.array(digits)
+    rows, columns = table.shape
+    i, j = int(rng.integers(rows)), int(rng.integers(columns))
+    questions = [Question("cell", f"Which digit is in row {i + 1}, column {j + 1}?", str(table[i, j]))]
+    for kind, names, cells in (("beside", ("left of", "right of"), table), ("above", ("above", "below"), table.T)):
+        # of two neighbours along an axis one is named and the other asked for
+        i, j = int(rng.integers(cells.shape[0])), int(rng.integers(cells.shape[1] - 1))
+        side = int(rng.integers(2))
+        asked, named = (cells[i, j + side], cells[i, j + 1 - side])
+        questions.append(Question(kind, f"Which digit is {names[side]} the {named}?", str(asked)))
+    return tuple(questions)

@@ -3,8 +3,8 @@
 Continual pre-training needs parts that know something and do not know each other:
 
 - vision: a SigLIP tower with a learned position table for one low resolution, 64 x 64 pixels. It is trained with labels to
-  say, patch by patch, which character or coloured bar has its centre there, on windows of training pages that are squeezed
-  into 64 x 64. It never sees a word of a question.
+  say, patch by patch, which character or coloured bar has its centre there, on whole training pages squeezed into 64 x 64:
+  the one size it has met, at which most characters are small and narrow. It never sees a word of a question.
 - language: a Qwen2 model with a byte-level tokenizer. It is trained on questions about pages that are *typed out* as text, so
   that it knows the language of the task and reads from its context. It never sees an image.
 
@@ -17,7 +17,7 @@ import argparse
 import itertools
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,16 +30,20 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM,
 
 from ..data.batch import IGNORED, Message
 from ..data.packing import pad_right
-from ..data.template import SPECIAL_TOKENS, ChatTemplate, num_rows
-from .charts import COLOURS
-from .digits import ROW_NAMES
-from .pages import MAX_TURNS, random_scene
-from .scenes import Drawing, Mark, Scene
+from ..data.template import SPECIAL_TOKENS, ChatTemplate, load_tokenizer, num_rows
+from .pages import MARKS, MAX_TURNS, TRANSCRIPT, mark_labels, random_scene
+from .scenes import Drawing, Mark, Question, Scene
 
 IMAGE_SIZE, PATCH_SIZE = 64, 8
 GRID = IMAGE_SIZE // PATCH_SIZE
-CLASSES = (*"0123456789", *ROW_NAMES, *COLOURS)
 VOCABULARY_SIZE = 512
+TEMPLATE_TEXT = "system user assistant You are a helpful assistant."
+"""What every conversation repeats: words that are one token each halve its length."""
+WORDS = (
+    *("system", "user", "assistant", "You", " helpful", " assistant", " row", " column"),
+    *(" left", " right", " above", " below", " box", " largest", " smallest"),
+)
+"""Words that a tokenizer learns as one token when its model is continued."""
 READING_STEPS = 400  # of the language model: reads one number before it meets other questions
 
 
@@ -51,13 +55,14 @@ def main() -> None:
     parser.add_argument("--language-steps", type=int, default=2200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--continue-vision", action="store_true", help="start from the tower that is in --out already")
+    parser.add_argument("--continue-language", action="store_true", help="the same of the language model and its tokenizer")
     args = parser.parse_args()
     if "vision" in args.parts:
         torch.manual_seed(args.seed)
         pretrain_vision(args.out / "vision", args.vision_steps, args.seed, continued=args.continue_vision)
     if "language" in args.parts:
         torch.manual_seed(args.seed)
-        pretrain_language(args.out / "language", args.language_steps, args.seed)
+        pretrain_language(args.out / "language", args.language_steps, args.seed, continued=args.continue_language)
 
 
 # --- vision ------------------------------------------------------------------------------------------------------------------
@@ -75,7 +80,7 @@ def pretrain_vision(folder: Path, steps: int, seed: int, batch_size: int = 32, c
         vision_use_head=False,
     )
     tower = SiglipVisionModel.from_pretrained(folder, dtype=torch.float32) if continued else SiglipVisionModel(config)
-    head = nn.Linear(config.hidden_size, len(CLASSES))
+    head = nn.Linear(config.hidden_size, len(MARKS))
     nn.init.constant_(head.bias, -4.0)  # most patches hold no centre of anything
     parameters = [*tower.parameters(), *head.parameters()]
     batches = vision_batches(np.random.default_rng([seed, 1]), batch_size)
@@ -94,38 +99,37 @@ def pretrain_vision(folder: Path, steps: int, seed: int, batch_size: int = 32, c
 def vision_batches(rng: np.random.Generator, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless (pixel_values [B, 3, 64, 64] in [-1, 1], labels [B, patches, classes])."""
     while True:
-        windows = [window(random_scene(rng, "train").draw(), rng) for _ in range(batch_size)]
-        pixels = torch.from_numpy(np.stack([np.asarray(image, np.float32) for image, _ in windows]))
-        yield pixels.permute(0, 3, 1, 2) / 127.5 - 1, torch.from_numpy(np.stack([labels for _, labels in windows]))
+        pages = [squeezed(random_scene(rng, "train").draw()) for _ in range(batch_size)]
+        pixels = torch.from_numpy(np.stack([np.asarray(image, np.float32) for image, _ in pages]))
+        yield pixels.permute(0, 3, 1, 2) / 127.5 - 1, torch.from_numpy(np.stack([labels for _, labels in pages]))
 
 
-def window(drawing: Drawing, rng: np.random.Generator) -> tuple[Image.Image, np.ndarray]:
-    """A random window of a page squeezed to the one size of pre-training, and which marks lie in which patch."""
-    width, height = drawing.image.size
-    w, h = (int(rng.integers(min(side, 36), min(side, 88) + 1)) for side in (width, height))
-    left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
-    image = drawing.image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC, box=(left, top, left + w, top + h))
-    labels = np.zeros((GRID * GRID, len(CLASSES)), np.float32)
-    for mark in drawing.marks:
-        column, row = math.floor((mark.x - left) / w * GRID), math.floor((mark.y - top) / h * GRID)
-        if 0 <= column < GRID and 0 <= row < GRID:
-            labels[row * GRID + column, CLASSES.index(mark.text)] = 1
-    return image, labels
+def squeezed(drawing: Drawing) -> tuple[Image.Image, np.ndarray]:
+    """A whole page in the one size of pre-training, and which marks have their centre in which patch."""
+    image = drawing.image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
+    return image, mark_labels(drawing, GRID, GRID).reshape(GRID * GRID, len(MARKS))
 
 
 # --- language ----------------------------------------------------------------------------------------------------------------
 
 
-def pretrain_language(folder: Path, steps: int, seed: int, batch_size: int = 32, num_pages: int = 8000) -> None:
+def pretrain_language(
+    folder: Path, steps: int, seed: int, batch_size: int = 32, num_pages: int = 8000, continued: bool = False
+) -> None:
     """Train tokenizer and model on questions about typed pages: at first only to read one number, then everything.
 
     Reading first is what makes this quick: copying from the page emerges within a hundred short batches, and every other
-    question builds on it; with all questions from the start the model only guesses for more than 600 long batches.
+    question builds on it; with all questions from the start the model only guesses for more than 600 long batches. A model that
+    is `continued` reads already and goes on with everything.
     """
     rng = np.random.default_rng([seed, 2])
     reading = [number_to_read(rng) for _ in range(num_pages)]
     everything = [typed_conversation(random_scene(rng, "train"), rng) for _ in range(num_pages)]
-    tokenizer = train_tokenizer(message.text for messages in reading + everything for message in messages)
+    if continued:
+        tokenizer = load_tokenizer(str(folder))
+    else:
+        texts = (message.text for messages in reading + everything for message in messages)
+        tokenizer = train_tokenizer(itertools.chain(texts, [TEMPLATE_TEXT] * num_pages))
     template = ChatTemplate(tokenizer)
     config = Qwen2Config(
         vocab_size=num_rows(tokenizer),
@@ -141,13 +145,17 @@ def pretrain_language(folder: Path, steps: int, seed: int, batch_size: int = 32,
         pad_token_id=template.pad_id,
     )
     model = Qwen2ForCausalLM(config)
+    if continued:
+        model = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        add_words(tokenizer, model, WORDS)
+        template = ChatTemplate(tokenizer)
     lessons = [
         language_batches([template.encode(messages, []) for messages in corpus], batch_size, template.pad_id, rng)
         for corpus in (reading, everything)
     ]
 
     def step(i: int) -> tuple[Tensor, dict[str, float]]:
-        ids, labels = next(lessons[i >= READING_STEPS])
+        ids, labels = next(lessons[continued or i >= READING_STEPS])
         hidden = model.model(input_ids=ids).last_hidden_state[:, :-1]  # causal and padded on the right: no mask needed
         learned = labels[:, 1:] != IGNORED
         logits, targets = model.lm_head(hidden[learned]), labels[:, 1:][learned]
@@ -180,9 +188,10 @@ def number_to_read(rng: np.random.Generator) -> list[Message]:
 
 def typed_conversation(scene: Scene, rng: np.random.Generator) -> list[Message]:
     """The page typed out, then some of its questions with their answers."""
+    questions = [*scene.questions, Question("transcript", TRANSCRIPT, scene.text)]
     messages = []
-    for i in rng.permutation(len(scene.questions))[:MAX_TURNS]:
-        question = scene.questions[i]
+    for i in rng.permutation(len(questions))[:MAX_TURNS]:
+        question = questions[i]
         messages += [Message(role="user", text=question.text), Message(role="assistant", text=question.answer)]
     messages[0].text = type_out(scene.draw().marks, rng) + messages[0].text
     return messages
@@ -195,8 +204,20 @@ def type_out(marks: tuple[Mark, ...], rng: np.random.Generator) -> str:
     for _, line in itertools.groupby(marks, key=lambda mark: mark.line):
         for mark in line:
             text += " " * int(rng.integers(gaps + 1)) + mark.text
-        text += " " * int(rng.integers(gaps + 1)) + "\n" * int(rng.random() < 0.5)
-    return text + "\n"
+        text += " " * int(rng.integers(gaps + 1)) + "\n"
+    return text
+
+
+def add_words(tokenizer: PreTrainedTokenizerFast, model: Qwen2ForCausalLM, words: Sequence[str]) -> None:
+    """Give each word that is several tokens one of its own, which begins as the mean of their embeddings."""
+    pieces = {word: tokenizer(word, add_special_tokens=False)["input_ids"] for word in words}
+    new = [word for word, ids in pieces.items() if len(ids) > 1]
+    tokenizer.add_tokens(new)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    rows = model.get_input_embeddings().weight
+    with torch.no_grad():
+        for word in new:
+            rows[tokenizer.convert_tokens_to_ids(word)] = rows[pieces[word]].mean(0)
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:

@@ -43,8 +43,13 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a page will show is known at once; it is drawn when `draw` is called, every time the same."""
+    """What a page will show is known at once; it is drawn when `draw` is called, every time the same.
 
+    text: all marks of the page in reading order, its lines on lines of their own (a strip is one line, also from top to
+    bottom).
+    """
+
+    text: str
     questions: tuple[Question, ...]
     draw: Callable[[], Drawing]
 

@@ -103,10 +103,14 @@ def part_reports(model: nn.Module, config: OptimConfig) -> list[PartReport]:
 
 
 def lr_multiplier(step: int, num_steps: int, config: OptimConfig) -> float:
-    """Share of the peak rate in step `step` (from 0): linear warm-up that reaches 1, then half a cosine to `min_lr_ratio`."""
+    """Share of the peak rate in step `step` (from 0): linear warm-up that reaches 1, then half a cosine to `min_lr_ratio`.
+
+    With `warmup_from_zero` the first step has rate 0 and the peak comes right after the warm-up, as in Hugging Face's
+    get_cosine_schedule_with_warmup.
+    """
     num_warmup = math.ceil(config.warmup_ratio * num_steps)
     if step < num_warmup:
-        return (step + 1) / num_warmup
+        return (step if config.warmup_from_zero else step + 1) / num_warmup
     progress = (step - num_warmup) / max(1, num_steps - num_warmup)
     return config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 

@@ -25,6 +25,8 @@ MAY_DIFFER_ON_RESUME = (
     "activation_checkpointing",
     "bad_samples",
     "eval.batch_size",
+    "eval.encoder",
+    "eval.reading_steps",
     "stages.*.forward_visual_tokens",
     "stages.*.forward_text_tokens",
 )

@@ -2,6 +2,8 @@
 
     loss = sum of next-token losses / learned tokens of the whole step  +  weight * alignment loss of the whole step
 
+(with `token_loss` "sample": sum of the samples' mean next-token losses / samples with a learned token of the whole step),
+
 so neither the number of processes nor the cut into forward passes changes what is learned.
 """
 
@@ -40,6 +42,7 @@ class StepTotals:
     stop: bool  # some process was asked to stop
     num_forwards: int  # the most forward passes any process needs; all run as many
     aligned_rows: int  # samples in the alignment loss
+    learned_rows: int  # samples with a learned token
 
     @classmethod
     def gather(cls, data: StepData, world: World, *, notes: int, stop: bool) -> StepTotals:
@@ -53,11 +56,22 @@ class StepTotals:
             len(data.skipped),
             notes,
             sum(batch.num_aligned_rows() for batch in data.batches),
+            sum(batch.num_learned_rows() for batch in data.batches),
             int(stop),
         )
         *totals, stops = (int(value) for value in world.sum(counts))
         num_forwards = int(world.max([len(data.batches)])[0])
-        names = ("tokens", "samples", "images", "text_tokens", "visual_tokens", "skipped", "notes", "aligned_rows")
+        names = (
+            "tokens",
+            "samples",
+            "images",
+            "text_tokens",
+            "visual_tokens",
+            "skipped",
+            "notes",
+            "aligned_rows",
+            "learned_rows",
+        )
         return cls(**dict(zip(names, totals)), stop=stops > 0, num_forwards=num_forwards)
 
 
@@ -114,10 +128,12 @@ def accumulate_gradients(
     token_loss = torch.zeros((), dtype=torch.float64, device=world.device)
     alignment = torch.zeros_like(token_loss)
     scale = loss_scale(model, world)
+    per_sample = stage.token_loss == "sample"
+    parts = totals.learned_rows if per_sample else totals.tokens
     for batch in batches:
         with autocast:
-            output = model(batch, alignment=stage.alignment, group=world.group, step_text=step_text)
-        loss = output.token_loss_sum / totals.tokens
+            output = model(batch, alignment=stage.alignment, group=world.group, step_text=step_text, per_sample=per_sample)
+        loss = output.token_loss_sum / parts
         token_loss += loss.detach()
         if step_text is not None:
             alignment += output.alignment_loss.detach()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -37,16 +37,23 @@ from .startup import Startup
 from .step import StepTotals, seed_step, train_step
 from .summary import result_table, summarize
 
+Measure = Callable[[Config, Path, Callable[[str], None]], dict[str, Any]]
+
 
 class StopRequested(Exception):
     """SIGTERM arrived; what was learned so far is saved."""
 
 
 class Trainer:
-    """One run of a configuration. All processes construct it and call `run`."""
+    """One run of a configuration. All processes construct it and call `run`.
 
-    def __init__(self, config: Config, *, resume: bool = False):
+    measure:  called by the first process at the end of the run, with the configuration, the folder of the run and a function
+              that prints a line; what it returns goes into the summary.
+    """
+
+    def __init__(self, config: Config, *, resume: bool = False, measure: Measure | None = None):
         self.config = config
+        self.measure = measure
         self.world = start_world(config.device)
         self.startup = Startup(self.world.device, enabled=self.world.is_main)
         self.startup.say(f"imports done, {self.world.size} process(es) on {self.world.device.type}")
@@ -313,13 +320,14 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any]:
         config, state = self.config, self.state
-        state.seconds = time.monotonic() - self._started
         if not self.world.is_main:
             return {}
         baselines = {}
         if config.eval.baselines and self.held_out is not None:
             baselines = blind_baselines(self.sources[-1], self.held_out, metric=config.eval.metric, seed=config.seed)
-        summary = summarize(config, state, baselines, self.folder / "metrics.jsonl", self.world, self.model)
+        measured = {} if self.measure is None else self.measure(config, self.folder, self.progress.print)
+        state.seconds = time.monotonic() - self._started
+        summary = summarize(config, state, baselines, self.folder / "metrics.jsonl", self.world, self.model) | measured
         write_json(self.folder / "summary.json", summary)
         return summary
 

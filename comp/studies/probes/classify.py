@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from ...config import ConfigError
 from ...data.decode import to_rgb
+from ...eval.batches import in_batches
 from ...model import VisionEncoder
+from ...runs import encoders_of
 from ...tiny.digits import load_scans
-from ..runs import encoders_of
 from .frozen import (
     IMAGE_ENDINGS,
     Measure,
@@ -32,7 +33,6 @@ from .frozen import (
     data_key,
     describe_table,
     fit,
-    in_batches,
     run_trial,
     settings_from,
     subset,

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from ...cli import positive_int
 from ...config import ConfigError
+from ...eval.batches import RESAMPLES
 from ...log import table
 from ...model import VisionEncoder
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
-RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,6 @@ def subset(items: Sequence, count: int | None) -> list:
     if count is None or count >= len(items):
         return list(items)
     return [items[i] for i in sorted(np.random.default_rng(0).permutation(len(items))[:count])]
-
-
-def in_batches(count: int, size: int) -> Iterator[range]:
-    """The indices 0 .. count - 1, `size` at a time."""
-    return (range(start, min(start + size, count)) for start in range(0, count, size))
 
 
 # --- outcomes ----------------------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """The page of a run: `python -m comp.studies.report RUN` writes RUN/report.html (one file) and RUN/report.md.
 
 Shown is what the run left behind: stages and losses, held-out scores, example questions with their pictures, and, where these
-were made, the resolution sweep (`comp.studies.sweep`) and probes of the frozen encoder before and after
-(`comp.studies.probes`, `comp.studies.segmentation`).
+were made, measures of the tower (`comp.studies.encoder`), the resolution sweep (`comp.studies.sweep`) and probes of the frozen
+encoder before and after (`comp.studies.probes`, `comp.studies.segmentation`).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from ...data.encode import load_image
 from ...data.mixture import open_sources
 from ...eval.vqa import OVERALL, all_types
 from ...log import read_records
+from ...runs import encoders_of, run_config
 from ...train.plots import plot_run
-from ..runs import encoders_of, run_config
 from .page import Block, Example, Facts, Gallery, Heading, Picture, Table, Text, write_page
 from .pictures import draw_encoders
 
@@ -53,6 +53,7 @@ def write_report(run: Path, *, num_examples: int = 12, pictures: bool = True) ->
         *head(config, summary, evaluations),
         *score_section(run, summary, evaluations),
         *example_section(run, folder, samples, [e["label"] for e in evaluations], num_examples),
+        *result_section(run / "encoder", "The vision tower, frozen"),
         *result_section(run / "sweep", "Resolution sweep"),
         *probe_section(run / "probes"),
         *(encoder_section(run, folder, config, samples) if pictures else []),

@@ -33,7 +33,9 @@ from ...cli import positive_int
 from ...config import ConfigError
 from ...data.batch import IGNORED
 from ...data.images import to_raster
+from ...eval.batches import in_batches
 from ...model import VisionEncoder
+from ...runs import encoders_of
 from ..probes.frozen import (
     Measure,
     Trial,
@@ -41,11 +43,9 @@ from ..probes.frozen import (
     data_key,
     describe_table,
     fit,
-    in_batches,
     run_trial,
     settings_from,
 )
-from ..runs import encoders_of
 from .data import AnnotatedImages, annotated_folder, augmented_square
 from .heads import make_head
 

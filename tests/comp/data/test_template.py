@@ -3,7 +3,7 @@
 import pytest
 from toy import make_tokenizer
 
-from comp.data.batch import Message
+from comp.data.batch import Message, Sample
 from comp.data.template import SPECIAL_TOKENS, ChatTemplate, load_tokenizer
 
 
@@ -74,7 +74,10 @@ def test_text_that_spells_special_tokens_stays_text(template):
 
 def test_alignment_text_joins_the_answers(template):
     messages = [Message(role="user", text="q"), Message(role="assistant", text="red")] * 2
-    assert text_of(template, template.encode_answers(messages)) == "red red"
+    sample = Sample(name="s", messages=messages)
+    assert template.alignment_text(sample) == "red red"
+    sample.text = "two reds"
+    assert template.alignment_text(sample) == "two reds"
 
 
 def test_counts_must_match_images(template):

@@ -14,19 +14,22 @@ from toy import save_toy_models, toy_config
 
 from comp.config import EvalConfig
 from comp.config_io import differences, to_dict
+from comp.eval import patches, retrieval
+from comp.eval.patches import NATIVE
 from comp.studies.ablations import run as ablations
 from comp.studies.ablations.run import (
     BASELINE,
+    MAIN_ARMS,
     VARIANTS,
     baseline,
     claimed,
     collect,
     configure,
-    result_path,
+    read_results,
     run_all,
     stage_one_key,
 )
-from comp.studies.ablations.table import difference, main, markdown, pooled_standard_error, values_by_variant
+from comp.studies.ablations.table import METRICS, difference, main, markdown, values_by_variant
 
 DOCS = Path(__file__).parents[3] / "docs"
 CHANGED = {  # written out by hand: what each variant may differ in, beside its name
@@ -39,7 +42,11 @@ CHANGED = {  # written out by hand: what each variant may differ in, beside its 
     "align-softmax": {"stages.0.alignment.mode", "stages.1.alignment.mode"},
     "align-literal": {"stages.0.alignment.mode", "stages.1.alignment.mode"},
     "align-released": {"stages.0.alignment.mode", "stages.1.alignment.mode"},
-    "align-contrastive": {f"stages.{i}.alignment.{field}" for i in range(2) for field in ("mode", "temperature")},
+    "align-contrastive": {f"stages.{i}.alignment.{field}" for i in range(2) for field in ("mode", "temperature", "weight")},
+    "align-paper": {f"stages.{i}.alignment.{field}" for i in range(2) for field in ("epsilon", "temperature", "weight")},
+    "align-uniform": {"stages.0.alignment.prior", "stages.1.alignment.prior"},
+    "align-learned": {"stages.0.alignment.prototype_source", "stages.1.alignment.prototype_source"},
+    "tower-frozen": {"stages.0.alignment", "stages.1.alignment", "stages.1.trainable"},
     "rope-from-I": {"stages.0.rope"},
     "rope-from-I-tower": {"stages.0.rope", "stages.0.trainable", "stages.0.optim.lr_vision"},
     "raster-crope": {"vision.abs_pos_order"},
@@ -98,8 +105,17 @@ def toy(models):
         yield base
 
 
+@pytest.fixture(autouse=True)
+def few_pages(monkeypatch):
+    monkeypatch.setattr(retrieval, "CANDIDATES", 12)
+    monkeypatch.setattr(retrieval, "FIT_PAGES", 20)
+    monkeypatch.setattr("comp.studies.encoder.TEST_PAGES", 6)
+    monkeypatch.setattr(patches.probe_tower, "__defaults__", (NATIVE, (8, 6)))
+
+
 def measured(folder, name, seed=0):
-    result = json.loads(result_path(folder, name, seed).read_text())
+    (result,) = (r for r in read_results(folder) if (r["variant"], r["seed"]) == (name, seed))
+    assert set(METRICS) < set(result)
     return {key: value for key, value in result.items() if key != "cpu_seconds"}
 
 
@@ -125,7 +141,7 @@ def test_an_interrupted_run_goes_on_and_a_finished_one_is_kept(toy, tmp_path):
     run_all(whole, ["align-off"], [0], base=toy, num_questions=3)
     with patch.object(ablations, "answer_loss", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
         run_all(broken, ["align-off"], [0], base=toy, num_questions=3)
-    assert not result_path(broken, "align-off", 0).exists()
+    assert read_results(broken) == []
     with patch("comp.train.trainer.train_step", side_effect=AssertionError("every step was done before")):
         run_all(broken, ["align-off"], [0], base=toy, num_questions=3)
     assert measured(broken, "align-off") == measured(whole, "align-off")
@@ -148,38 +164,31 @@ def made_up(losses):
     variants = {
         name: dict(group="" if name == BASELINE else "a group", label=f"label of {name}", overrides=[]) for name in losses
     }
+    others = dict.fromkeys(set(METRICS) - {"loss"}, 0.25)
     runs = [
-        dict(variant=name, seed=seed, loss=loss, accuracy=0.25, by_type={}, visual_tokens_per_image=20.0, cpu_seconds=1.0)
+        dict(variant=name, seed=seed, loss=loss, by_type={}, visual_tokens_per_image=20.0, cpu_seconds=1.0, **others)
         for name, row in losses.items()
         for seed, loss in enumerate(row)
     ]
-    return dict(schedule=[], questions=13, variants=variants, pairs=[("a", "b"), ("a", "never run")], runs=runs)
+    pairs = [("a", "b"), ("a", "never run"), ("a", BASELINE)]
+    return dict(schedule=[], questions=13, variants=variants, pairs=pairs, runs=runs)
 
 
 def test_differences_are_paired_by_seed():
     values = values_by_variant(made_up({BASELINE: [1.0, 2.0, 3.0], "a": [1.5, 2.6, 3.7], "b": [5.0]}), "loss")
     found = difference(values, "a")
     assert found.by_seed == pytest.approx({0: 0.5, 1: 0.6, 2: 0.7})
-    assert found.mean == pytest.approx(0.6) and found.standard_error == pytest.approx(0.1 / math.sqrt(3))
+    # Student's t with 2 degrees of freedom: 4.3027 at 97.5 %
+    assert found.mean == pytest.approx(0.6) and found.half_width == pytest.approx(4.3027 * 0.1 / math.sqrt(3), rel=1e-4)
     single = difference(values, "b")
-    assert single.by_seed == {0: 4.0} and single.standard_error is None
+    assert single.by_seed == {0: 4.0} and single.half_width is None
     assert difference(values, BASELINE) is None
     assert difference(values, "b", against="a").by_seed == {0: 3.5} and difference(values, "b", against="never run") is None
 
 
-def test_pooled_error_of_two_variants_is_the_paired_one():
-    """With two variants the residuals hold what the differences hold; the variant that lacks a seed is left out."""
-    values = values_by_variant(made_up({BASELINE: [1.0, 2.0, 3.0], "a": [1.5, 2.9, 3.7], "b": [9.0]}), "loss")
-    error, freedom = pooled_standard_error(values)
-    assert freedom == 2 and error == pytest.approx(difference(values, "a").standard_error)
-
-
-def test_pooled_error_by_hand():
-    values = {BASELINE: {0: 0.0, 1: 0.0}, "a": {0: 1.0, 1: 3.0}, "b": {0: 2.0, 1: 2.0}}
-    # row means 0, 2, 2; column means 1, 5/3; mean 4/3: residuals +-1/3, -+2/3, +-1/3
-    error, freedom = pooled_standard_error(values)
-    assert freedom == 2 and error == pytest.approx(math.sqrt(2 / 2 * 2 * (1 + 4 + 1) / 9 / 2))
-    assert pooled_standard_error({BASELINE: {0: 1.0}, "a": {0: 2.0}}) is None
+def test_six_seeds_have_five_degrees_of_freedom():
+    values = {BASELINE: dict.fromkeys(range(6), 0.0), "a": {seed: float(seed) for seed in range(6)}}
+    assert difference(values, "a").half_width == pytest.approx(2.5706 * math.sqrt(3.5) / math.sqrt(6), rel=1e-4)
 
 
 def test_the_command_draws_what_the_json_holds(tmp_path, capsys):
@@ -187,11 +196,24 @@ def test_the_command_draws_what_the_json_holds(tmp_path, capsys):
     path.write_text(json.dumps(made_up({BASELINE: [1.0, 2.0], "a": [1.25, 2.75], "b": [0.5]})))
     assert main([str(path), "--folder", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "ablations.md").read_text()
-    assert "| label of a |  | 2 | 20.0 | 25.0 ± 0.0 | +0.0 (0.0) | 2.0000 ± 1.0607 | +0.5000 (0.2500) |" in text
-    assert "| label of b |  | 1 | 20.0 | 25.0 | +0.0 | 0.5000 | -0.5000 |" in text
-    assert "| label of a | label of b | 1 | +0.0 | +0.7500 |" in text and "never run" not in text
-    assert "standard error of a difference in loss (nats per token) is 0.2500 (1 degrees of freedom)" in text
+    same = "25.0 ± 0.0 | " * 4
+    assert f"| label of a |  | 2 | {same}2.000 ± 1.061 | 25.0 ± 0.0 |" in text
+    assert f"| label of b |  | 1 | {'25.0 | ' * 4}0.500 | 25.0 |" in text
+    assert f"| label of a | label of b | 1 | {'+0.0 | ' * 4}+0.750 | +0.0 |" in text and "never run" not in text
+    # differences 0.25 and 0.75, one degree of freedom: 12.706 * 0.3536 / 1.4142
+    assert f"| label of a | label of baseline | 2 | {'+0.0 ± 0.0 | ' * 4}+0.500 ± 3.177 |" in text
     assert (tmp_path / "out" / "ablations.png").stat().st_size > 10_000
+
+
+def test_tables_of_a_single_arm_need_no_plot(tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(made_up({BASELINE: [1.0]})))
+    assert main([str(path)]) == 0 and not (tmp_path / "ablations.png").exists()
+
+
+def test_the_main_arms_ask_what_the_page_promises():
+    assert MAIN_ARMS == (BASELINE, "align-off", "tower-frozen", "align-softmax", "align-contrastive", "align-paper")
+    assert ablations.PAIRS[0] == (BASELINE, "align-off"), "the test that was fixed beforehand"
 
 
 def test_stopping_stops_the_other_jobs_too(tmp_path, monkeypatch):

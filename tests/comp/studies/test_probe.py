@@ -12,11 +12,11 @@ from toy import save_toy_models, toy_config
 from comp.config import ConfigError
 from comp.config_io import to_dict
 from comp.model import VisionEncoder
+from comp.runs import trained_config
 from comp.studies import sweep
 from comp.studies.probes import classify, frozen
 from comp.studies.probes.classify import ACCURACY, AttentiveProbe, LabelledImages, ProbeSettings, correct_answers, folder_images
 from comp.studies.probes.frozen import Measure, change_of, learning_rate, make_table, subset
-from comp.studies.runs import trained_config
 
 SETTINGS = ProbeSettings(size=16, epochs=8, batch_size=16, lr=1e-2)
 

@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..config import BEFORE, Config, ConfigError, VisionConfig
-from ..config_io import read_config
-from ..model import VisionEncoder
+from .build import load_tower
+from .config import BEFORE, Config, ConfigError, VisionConfig
+from .config_io import read_config
+from .model import VisionEncoder
 
 
 def run_config(run: Path) -> Config:
@@ -43,8 +44,6 @@ def trained_config(run: Path, stage: str | None = None) -> Config:
 def encoders_of(run: Path, stages: Sequence[str] | None = None) -> Iterator[tuple[str, VisionEncoder]]:
     """The encoder that the run in folder `run` started from, then those that `stages` (default: the last) made; float32."""
     trained = [trained_config(run, stage) for stage in stages or [None]]
-    start = run_config(run).vision
-    before = VisionEncoder.from_pretrained(start.path, **start.choices())
-    yield BEFORE, before.float().eval()
+    yield BEFORE, load_tower(run_config(run).vision).eval()
     for config in trained:
         yield config.stages[0].name, VisionEncoder.from_pretrained(config.vision.path).float().eval()

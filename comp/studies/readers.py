@@ -1,0 +1,88 @@
+"""The paper's Table 2 in small: what is a frozen tower worth to a language model that learns to read it?
+
+The tower stays as it is; a new adapter and the language model that the run started from learn for a fixed number of steps, the
+same samples in the same order for every tower (CoMP, arXiv 2503.18931v2, Table 2 and Table 12). The measure is the mean
+next-token loss of the reference answers to held-out questions.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import torch
+
+from ..build import build_model, sample_encoder, set_position_mode
+from ..config import Config
+from ..data.loader import StepDataset, iterate_steps
+from ..data.mixture import open_sources
+from ..eval.vqa import answer_loss
+from ..model import Adapter, VisionEncoder
+from ..parallel import World
+from ..train.optim import build_optimizer, lr_multiplier, set_learning_rates, set_trainable
+from ..train.step import StepTotals, seed_step, train_step
+
+STEPS = 100
+
+
+def reading_config(config: Config, tower: VisionEncoder, steps: int) -> Config:
+    """`config` with one stage in place of its own: the data and sizes of the last one, a frozen tower with its own positions,
+    and the highest rates that adapter and language model have in any stage."""
+    last = config.stages[-1]
+    rates = {f"lr_{part}": max(stage.optim.lr(part) for stage in config.stages) for part in ("adapter", "language")}
+    mode = tower.pos_mode
+    stage = dataclasses.replace(
+        last,
+        name="reading",
+        trainable=("adapter", "language"),
+        rope=mode != "abs",
+        max_steps=steps,
+        optim=dataclasses.replace(last.optim, lr_vision=0.0, **rates),
+        alignment=None,
+    )
+    vision = dataclasses.replace(config.vision, pos_mode=config.vision.pos_mode if mode == "abs" else mode)
+    return dataclasses.replace(config, vision=vision, stages=[stage])
+
+
+def reading_loss(
+    config: Config, tower: VisionEncoder, *, steps: int = STEPS, seed: int = 0, num_questions: int | None = None
+) -> float:
+    """Nats per learned token of the held-out answers after `steps` steps.
+
+    tower:  is not changed, and its adapter, if it has one, not used.
+    seed:   of the new adapter and of the order of the samples.
+    """
+    config = reading_config(config, tower, steps)
+    stage, world = config.stages[0], World(rank=0, size=1, device=torch.device("cpu"), group=None)
+    torch.manual_seed(seed)  # for word embeddings that the template adds
+    model, template = build_model(config, encoder=copy.deepcopy(tower))
+    torch.manual_seed(seed)  # for the adapter: the same for every tower of one width
+    model.encoder.adapter = Adapter(
+        tower.config.width, model.adapter.language_width, merge_size=tower.config.merge_size, init=config.vision.adapter_init
+    )
+    set_trainable(model, stage.trainable)
+    set_position_mode(model, config, stage)
+    optimizer = build_optimizer(model, stage.optim)
+    encoder = sample_encoder(model, template, config, stage)
+    samples = open_sources(stage.data, config.seed)
+    dataset = StepDataset(
+        samples,
+        encoder,
+        batch_size=stage.batch_size,
+        epochs=max(1.0, steps * stage.batch_size / len(samples)),  # as often as the steps need
+        max_steps=steps,
+        seed=seed,
+        forward_visual_tokens=stage.forward_visual_tokens,
+        forward_text_tokens=stage.forward_text_tokens,
+    )
+    model.train()
+    for data in iterate_steps(dataset, start=0, num_workers=config.num_workers):
+        totals = StepTotals.gather(data, world, stop=False)
+        if totals.tokens == 0:
+            continue
+        seed_step(seed, 0, data.step, 0)
+        set_learning_rates(optimizer, lr_multiplier(data.step, len(dataset), stage.optim))
+        train_step(model, optimizer, data, totals, stage, world, pad_id=template.pad_id, bf16=False)
+    held_out = open_sources(config.eval.data, config.seed)
+    count = min(num_questions or len(held_out), len(held_out))
+    return answer_loss(model, held_out, encoder, indices=range(count), batch_size=config.eval.batch_size)
