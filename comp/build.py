@@ -60,7 +60,7 @@ def build_model(
 
 def load_tower(vision: VisionConfig) -> VisionEncoder:
     """The vision tower of a configuration in float32, with its choices."""
-    names = ("abs_pos_order", "abs_pos_interp", "align_corners", "antialias", "rope_dtype", "keep_prefix_tokens")
+    names = ("abs_pos_order", "abs_pos_interp", "align_corners", "antialias", "rope_dtype", "keep_prefix_tokens", "merge_size")
     return VisionEncoder.from_pretrained(vision.path, **{name: getattr(vision, name) for name in names}).float()
 
 
@@ -89,6 +89,7 @@ def sample_encoder(model: CoMP, template: ChatTemplate, config: Config, stage: S
         model,
         template,
         resolution=resolution,
+        pad_to_square=stage.pad_to_square,
         min_visual_tokens=stage.min_visual_tokens,
         max_visual_tokens=stage.max_visual_tokens,
         max_text_tokens=stage.max_text_tokens,
@@ -102,6 +103,7 @@ def make_sample_encoder(
     *,
     max_text_tokens: int,
     resolution: int | None = None,
+    pad_to_square: bool = False,
     min_visual_tokens: int = 4,
     max_visual_tokens: int = 3000,
     alignment: AlignmentConfig | None = None,
@@ -115,6 +117,7 @@ def make_sample_encoder(
         mean=tuple(vision.image_mean),
         std=tuple(vision.image_std),
         resolution=resolution,
+        pad_to_square=pad_to_square,
         min_visual_tokens=min_visual_tokens,
         max_visual_tokens=max_visual_tokens,
     )

@@ -54,6 +54,8 @@ class VisionConfig:
     """Smooth the position table before it shrinks; None: as the tower does."""
     rope_dtype: str | None = None
     """Arithmetic of rotary angles: "fp32", "bf16_legacy" (what casting the released code did), or None for the tower's own."""
+    merge_size: int | None = None
+    """Patches that become one visual token, per side; None: as the tower has it, 2 for a plain one."""
     keep_prefix_tokens: bool | None = None
     """Let CLS and register tokens take part in attention; None: as the tower does, for a plain one dropped."""
     pretrain_resolution: int | None = None
@@ -67,6 +69,10 @@ class VisionConfig:
         need_choice("vision.adapter_init", self.adapter_init, INITS)
         need_choice("vision.abs_pos_interp", self.abs_pos_interp, (None, *ABS_POS_INTERPS))
         need_choice("vision.rope_dtype", self.rope_dtype, (None, *ROPE_DTYPES))
+        need(
+            self.merge_size is None or self.merge_size > 0,
+            f"vision.merge_size must be positive or null, got {self.merge_size}",
+        )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -219,6 +225,9 @@ class StageConfig:
     resolution: int | str | None = None
     """None: native size and aspect ratio. A number: square images of that side in pixels (rounded to the patch grid).
     "pretrain": square images of the side the tower was pre-trained on."""
+    pad_to_square: bool = False
+    """Pad images to squares, with the mean colour of the tower's statistics, before they become `resolution`; false: stretch
+    them."""
     max_visual_tokens: int = 3000
     """Visual tokens of one sample as the language model sees them (after the 2x2 merge), shared by its images."""
     min_visual_tokens: int = 4
@@ -258,6 +267,10 @@ class StageConfig:
             )
         elif self.resolution is not None:
             need(self.resolution > 0, f"stage {self.name}: resolution must be positive, got {self.resolution}")
+        need(
+            not self.pad_to_square or self.resolution is not None,
+            f"stage {self.name}: pad_to_square needs a resolution; at native size nothing is padded",
+        )
         for name in ("max_visual_tokens", "min_visual_tokens", "max_text_tokens", "batch_size"):
             need(getattr(self, name) > 0, f"stage {self.name}: {name} must be positive, got {getattr(self, name)}")
         for name in ("forward_visual_tokens", "forward_text_tokens", "max_steps"):

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..config import ConfigError
 from .batch import LazyImage, Message, Sample
 from .datasets import BadSampleError
-from .images import prepare_image, to_rgb
+from .images import pad_to_square, prepare_image, to_rgb
 from .packing import EncodedSample
 from .template import ChatTemplate
 
@@ -30,6 +30,8 @@ class ImageSettings:
     min_visual_tokens: int
     max_visual_tokens: int
     """Of one sample; its images share it evenly."""
+    pad_to_square: bool = False
+    """Pad to a square before the resize to `resolution`."""
 
     def __post_init__(self) -> None:
         if self.resolution is not None and self.tokens_at_resolution() > self.max_visual_tokens:
@@ -124,8 +126,9 @@ class SampleEncoder:
             )
         patches, grids = [], []
         for image in lazy:
+            loaded = load_image(image, sample.name)
             pixels, grid = prepare_image(
-                load_image(image, sample.name),
+                pad_to_square(loaded, settings.mean) if settings.pad_to_square else loaded,
                 patch_size=settings.patch_size,
                 merge_size=settings.merge_size,
                 mean=settings.mean,
