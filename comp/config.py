@@ -272,6 +272,9 @@ class StageConfig:
     resolution: int | str | None = None
     """None: native size and aspect ratio. A number: square images of that side in pixels (rounded to the patch grid).
     "pretrain": square images of the side the tower was pre-trained on."""
+    pad_to_square: bool = False
+    """Pad images to squares, with the mean colour of the tower's statistics, before they become `resolution`; false: stretch
+    them."""
     max_visual_tokens: int = 3000
     """Visual tokens of one sample as the language model sees them (after the 2x2 merge), shared by its images."""
     min_visual_tokens: int = 4
@@ -311,6 +314,10 @@ class StageConfig:
             )
         elif self.resolution is not None:
             need(self.resolution > 0, f"stage {self.name}: resolution must be positive, got {self.resolution}")
+        need(
+            not self.pad_to_square or self.resolution is not None,
+            f"stage {self.name}: pad_to_square needs a resolution; at native size nothing is padded",
+        )
         for name in ("max_visual_tokens", "min_visual_tokens", "max_text_tokens", "batch_size"):
             need(getattr(self, name) > 0, f"stage {self.name}: {name} must be positive, got {getattr(self, name)}")
         for name in ("forward_visual_tokens", "forward_text_tokens", "max_steps"):

@@ -9,6 +9,7 @@ Sources beside the numbers:
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from .config import (
     AlignmentConfig,
@@ -157,6 +158,75 @@ def comp_siglip_so400m_qwen2_5_0_5b() -> Config:
     return config
 
 
+def clip_large_qwen2_5_0_5b() -> Config:
+    """CoMP with CLIP-L at 336 pixels, Table 7; the authors published no code for it."""
+    return paper(
+        "clip-large_qwen2.5-0.5b",
+        VisionConfig(path="openai/clip-vit-large-patch14-336", pretrain_resolution=336, adapter_init="lecun"),  # init: [A]
+        LanguageConfig(path="Qwen/Qwen2.5-0.5B-Instruct"),
+    )
+
+
+def siglip_base_qwen2_5_0_5b() -> Config:
+    """CoMP with SigLIP-Base, Table 7, which does not say at which resolution."""
+    return paper(
+        "siglip-base_qwen2.5-0.5b",
+        VisionConfig(path="google/siglip-base-patch16-384", pretrain_resolution=384, adapter_init="lecun"),  # [A]
+        LanguageConfig(path="Qwen/Qwen2.5-0.5B-Instruct"),
+    )
+
+
+def siglip2_so400m_qwen2_5_0_5b() -> Config:
+    """The same recipe from SigLIP 2 So400M; not in the paper, which has SigLIP 2 as a baseline of Table 2."""
+    return paper(
+        "siglip2-so400m_qwen2.5-0.5b",
+        VisionConfig(path="google/siglip2-so400m-patch14-384", pretrain_resolution=384, adapter_init="lecun"),  # [A]
+        LanguageConfig(path="Qwen/Qwen2.5-0.5B-Instruct"),
+    )
+
+
+# --- Table 2: a frozen tower, read by a new adapter and a language model ------------------------------------------------------
+
+
+def frozen_tower(name: str, path: str, *, resolution: int, merge_size: int, rope: bool = False) -> Config:
+    """Table 2's protocol (appendix C, Table 12). Baselines give one visual token per patch, CoMP's towers one per 2 x 2 patches
+    of twice the side, so that both give 576."""
+    stage = StageConfig(
+        name="reading",
+        trainable=("adapter", "language"),  # [P] the tower is frozen
+        rope=rope,
+        resolution=resolution,
+        pad_to_square=True,  # [P] PadToSquare, then Resize
+        max_visual_tokens=1024,  # [A] room for SigLIP's 729
+        max_text_tokens=4096,  # [A]
+        batch_size=128,  # [P]
+        forward_visual_tokens=8192,  # [A]
+        forward_text_tokens=16384,  # [A]
+        optim=OptimConfig(lr_adapter=8e-5, lr_language=1e-5, warmup_ratio=0.05, min_lr_ratio=0.0),  # [P]
+        data=[SourceConfig(path="data/llava_sft.yaml")],  # [P] LLaVA's SFT data, one epoch, 5,197 steps
+    )
+    return Config(
+        name=name,
+        vision=VisionConfig(path=path, merge_size=merge_size, adapter_init="lecun"),  # init: [A]
+        language=LanguageConfig(path="meta-llama/Meta-Llama-3-8B", position_ids="1d"),  # [P]; positions: [A]
+        stages=[stage],
+        activation_checkpointing=True,  # [A]
+        num_workers=8,  # [A]
+    )
+
+
+FROZEN_TOWERS = {  # recipe: (tower, side in pixels, merge size, rotary embedding)
+    "table2_clip-large": ("openai/clip-vit-large-patch14-336", 336, 1, False),
+    "table2_dinov2-large": ("facebook/dinov2-large", 336, 1, False),
+    "table2_siglip-large": ("google/siglip-large-patch16-384", 384, 1, False),
+    "table2_siglip-so400m": ("google/siglip-so400m-patch14-384", 378, 1, False),
+    "table2_siglip2-so400m": ("google/siglip2-so400m-patch16-naflex", 384, 1, False),
+    "table2_aimv2-large": ("apple/aimv2-large-patch14-336", 336, 1, False),
+    "table2_comp-siglip-so400m": ("SliMM-X/CoMP-SigLIP-So400M", 672, 2, True),
+    "table2_comp-dinov2-large": ("SliMM-X/CoMP-DINOv2-Large", 672, 2, True),
+}
+
+
 RECIPES: dict[str, Callable[[], Config]] = {
     "tiny": tiny,
     "smollm2": smollm2,
@@ -165,4 +235,11 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "aimv2-large_qwen2.5-0.5b": aimv2_large_qwen2_5_0_5b,
     "comp-siglip-so400m_qwen2.5-0.5b": comp_siglip_so400m_qwen2_5_0_5b,
     "siglip-so400m_qwen2.5-7b": siglip_so400m_qwen2_5_7b,
+    "clip-large_qwen2.5-0.5b": clip_large_qwen2_5_0_5b,
+    "siglip-base_qwen2.5-0.5b": siglip_base_qwen2_5_0_5b,
+    "siglip2-so400m_qwen2.5-0.5b": siglip2_so400m_qwen2_5_0_5b,
+    **{
+        name: partial(frozen_tower, name, path, resolution=side, merge_size=merge, rope=rope)
+        for name, (path, side, merge, rope) in FROZEN_TOWERS.items()
+    },
 }

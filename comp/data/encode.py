@@ -14,7 +14,7 @@ from ..limits import NO_LIMIT, count_positions
 from .batch import FileInFolder, LazyImage, Message, Sample
 from .datasets import BadSampleError
 from .decode import to_rgb
-from .images import prepare_image
+from .images import pad_to_square, prepare_image
 from .packing import EncodedSample
 from .template import ChatTemplate
 
@@ -34,6 +34,8 @@ class ImageSettings:
     """Of one sample; its images share it evenly."""
     max_image_pixels: int = MAX_PIXELS
     """Larger files are not decoded."""
+    pad_to_square: bool = False
+    """Pad to a square before the resize to `resolution`."""
 
     def __post_init__(self) -> None:
         if self.resolution is not None and self.tokens_at_resolution() > self.max_visual_tokens:
@@ -149,8 +151,9 @@ class SampleEncoder:
             )
         patches, grids = [], []
         for image in lazy:
+            loaded = load_image(image, sample.name, settings.max_image_pixels)
             pixels, grid = prepare_image(
-                load_image(image, sample.name, settings.max_image_pixels),
+                pad_to_square(loaded, settings.mean) if settings.pad_to_square else loaded,
                 patch_size=settings.patch_size,
                 merge_size=settings.merge_size,
                 mean=settings.mean,

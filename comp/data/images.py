@@ -93,6 +93,14 @@ def patchify(frames: Tensor, patch_size: int, merge_size: int) -> Tensor:
     return to_merge_order(patches, merge_size).flatten(0, 1)
 
 
+def pad_to_square(image: Image.Image, mean: Sequence[float]) -> Image.Image:
+    """An RGB image in the middle of a square of colour `mean` (per channel, in 0 .. 1), as LLaVA pads."""
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), tuple(round(255 * channel) for channel in mean))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
 def prepare_image(
     image: Image.Image,
     *,

@@ -18,8 +18,9 @@ import train as program
 from comp.build import load_tower
 from comp.config import ConfigError
 from comp.config_io import apply_overrides
-from comp.eval import alignment, encoder, patches, retrieval
+from comp.eval import patches, retrieval
 from comp.model import Adapter
+from comp.studies import alignment, encoder
 from comp.studies.alignment import examine, sharpness
 from comp.studies.readers import reading_config, reading_loss
 

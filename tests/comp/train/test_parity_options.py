@@ -317,6 +317,52 @@ def test_choices_of_the_tower_come_from_the_command_line(toy_folder, override, f
     assert exported["comp"][field] == value
 
 
+def test_table_2_pads_and_gives_as_many_tokens_as_the_paper(toy_models):
+    from comp.recipes import FROZEN_TOWERS, RECIPES
+
+    for name, (_, side, merge, rope) in FROZEN_TOWERS.items():
+        config = RECIPES[name]()
+        (stage,) = config.stages
+        assert stage.trainable == ("adapter", "language") and stage.pad_to_square and stage.rope == rope, name
+        patch = 16 if "patch16" in config.vision.path else 14
+        tokens = (side // (patch * merge)) ** 2
+        assert tokens == (729 if name == "table2_siglip-so400m" else 576), name
+        assert side % (patch * merge) == 0 and tokens <= stage.max_visual_tokens
+
+
+def test_padding_to_squares_keeps_the_shape_of_what_is_seen():
+    from PIL import Image
+
+    from comp.data.images import pad_to_square
+
+    padded = pad_to_square(Image.new("RGB", (30, 10), "red"), (0.5, 0.25, 1.0))
+    assert padded.size == (30, 30)
+    assert padded.getpixel((0, 9)) == padded.getpixel((29, 20)) == (128, 64, 255)
+    assert padded.getpixel((0, 10)) == padded.getpixel((29, 19)) == (255, 0, 0)
+    with pytest.raises(ConfigError, match="stage II-b: pad_to_square needs a resolution"):
+        apply_overrides(toy_config_without_files(), ["stages.2.pad_to_square=true"])
+
+
+def test_a_stage_that_pads_sees_other_pixels_than_one_that_stretches(toy_models):
+    def pixels(*overrides):
+        config = apply_overrides(toy_config(toy_models), ["stages.1.max_visual_tokens=64", *overrides])
+        model, template = build_model(config)
+        wide = next(s for s in (ColouredRectangles(24)[i] for i in range(24)) if len(s.messages[0].images) == 1)
+        wide.messages[0].images = [lambda: wide_picture()]
+        return sample_encoder(model, template, config, config.stages[1]).encode(wide)
+
+    stretched, padded = pixels(), pixels("stages.1.pad_to_square=true")
+    assert stretched.grids == padded.grids and not torch.equal(stretched.patches[0], padded.patches[0])
+    assert stretched.patches[0].std() == 0, "one colour"
+    assert len(pixels("stages.1.pad_to_square=true", "vision.merge_size=1").input_ids) > len(padded.input_ids)
+
+
+def wide_picture():
+    from PIL import Image
+
+    return Image.new("RGB", (48, 12), "white")
+
+
 def save_dinov2(folder):
     """A tower with a CLS token, whose table is resampled for every grid but its own."""
     from transformers import Dinov2Config, Dinov2Model
