@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ... import _native
 from ..._native import pointer
+from . import small
 from .over_group import solve_over_group
 
 LOG2E = 1.0 / math.log(2.0)
@@ -103,6 +105,14 @@ def solve_into(
         dtype=_native.DTYPE_CODES[scores.dtype],
     )
     _native.cpu_function("sinkhorn_solve", SolveParams)(params)
+
+
+def _call_small(function: str, params: small.SmallParams) -> None:
+    _native.cpu_function(function, small.SmallParams)(params)
+
+
+solve_small = functools.partial(small.solve, _call_small)
+small_gradient = functools.partial(small.gradient, _call_small)
 
 
 def _solve_over_group(scores, row_marginals, col_marginals, plan, factor, num_iters, tol, group):

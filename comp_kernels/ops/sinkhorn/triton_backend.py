@@ -11,6 +11,9 @@ from torch import Tensor
 from ... import _triton
 from ..._triton import launch
 from .over_group import solve_over_group
+from .triton_small import small_gradient, solve_small
+
+__all__ = ["small_gradient", "solve", "solve_small", "unavailable_reason"]
 
 LOG2E = 1.0 / math.log(2.0)
 NUM_WARPS = 4

@@ -1,0 +1,101 @@
+"""sinkhorn over many small matrices, both sides up to 32: which calls its kernels serve, and their arguments in the C ABI.
+
+These kernels hold a matrix in registers for all iterations (one per SIMD lane on the CPU, one per few threads on a GPU), serve
+either order and `eps`, and have a backward pass of their own for gradient="unrolled".
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ... import _native
+from ..._native import pointer
+
+MAX_SIDE = 32
+LOG2E = 1.0 / math.log(2.0)
+
+
+class SmallParams(ctypes.Structure):
+    """comp_kernels_sinkhorn_small_params of csrc/include/comp_kernels/sinkhorn_small.h, field by field."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("scores", "row_marginals", "col_marginals", "u", "v", "plan")),
+        *((name, ctypes.c_void_p) for name in ("grad_plan", "grad_u", "grad_v", "grad_scores")),
+        *((name, ctypes.c_int64) for name in ("item_stride", "row_marginals_stride", "col_marginals_stride")),
+        *((name, ctypes.c_int64) for name in ("num_items", "num_rows", "num_cols", "num_iters", "rows_first")),
+        ("factor", ctypes.c_double),
+        ("eps", ctypes.c_double),
+        ("dtype", ctypes.c_int64),
+    ]
+
+
+def serves(num_rows: int, num_cols: int, tol: float | None, group: dist.ProcessGroup | str | None) -> bool:
+    return max(num_rows, num_cols) <= MAX_SIDE and tol is None and group is None
+
+
+def solve(
+    call: Callable[[str, SmallParams], None],
+    scores: Tensor,
+    row_marginals: Tensor,
+    col_marginals: Tensor,
+    **settings,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(P [G, n, K], u [G, n], v [G, K]) by call("sinkhorn_small", params).
+
+    scores [G, n, K], each item contiguous; marginals [n] or [G, n] and [K] or [G, K], contiguous, of the computing dtype.
+    settings: epsilon, num_iters, order, eps as of `comp_kernels.sinkhorn`.
+    """
+    compute = row_marginals.dtype
+    items, rows, cols = scores.shape
+    plan = torch.empty(scores.shape, dtype=compute, device=scores.device)
+    u, v = plan.new_empty((items, rows)), plan.new_empty((items, cols))
+    params = _params(scores, row_marginals, col_marginals, **settings)
+    params.u, params.v, params.plan = u.data_ptr(), v.data_ptr(), plan.data_ptr()
+    call("sinkhorn_small", params)
+    return plan, u, v
+
+
+def gradient(
+    call: Callable[[str, SmallParams], None],
+    scores: Tensor,
+    row_marginals: Tensor,
+    col_marginals: Tensor,
+    grad_plan: Tensor | None,
+    grad_u: Tensor | None,
+    grad_v: Tensor | None,
+    **settings,
+) -> Tensor:
+    """Gradient of the scores [G, n, K], in their dtype, by call("sinkhorn_small_backward", params). Gradients of the loss
+    [G, n, K], [G, n], [G, K], contiguous, of the computing dtype; None: zeros."""
+    found = torch.empty(scores.shape, dtype=scores.dtype, device=scores.device)
+    params = _params(scores, row_marginals, col_marginals, **settings)
+    params.grad_plan, params.grad_u, params.grad_v = pointer(grad_plan), pointer(grad_u), pointer(grad_v)
+    params.grad_scores = found.data_ptr()
+    call("sinkhorn_small_backward", params)
+    return found
+
+
+def _params(scores, row_marginals, col_marginals, *, epsilon: float, num_iters: int, order: str, eps: float) -> SmallParams:
+    items, rows, cols = scores.shape
+    return SmallParams(
+        scores=scores.data_ptr(),
+        row_marginals=row_marginals.data_ptr(),
+        col_marginals=col_marginals.data_ptr(),
+        item_stride=scores.stride(0),
+        row_marginals_stride=rows if row_marginals.dim() == 2 else 0,
+        col_marginals_stride=cols if col_marginals.dim() == 2 else 0,
+        num_items=items,
+        num_rows=rows,
+        num_cols=cols,
+        num_iters=num_iters,
+        rows_first=order == "rows_cols",
+        factor=LOG2E / epsilon,
+        eps=eps,
+        dtype=_native.DTYPE_CODES[scores.dtype],
+    )
