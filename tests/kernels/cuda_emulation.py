@@ -58,6 +58,8 @@ def source_of(kernel: str) -> tuple[str, str]:
         return "instantiations/prepare.cu", "sm_80"
     if kernel.startswith("rope_attention_images"):
         return "instantiations/images.cu", "sm_80"
+    if kernel.startswith("sinkhorn_small"):
+        return "instantiations/sinkhorn_small.cu", "sm_80"
     return "instantiations/sinkhorn_passes.cu", "sm_80"
 
 

@@ -107,7 +107,7 @@ def solve_into(
     _native.cpu_function("sinkhorn_solve", SolveParams)(params)
 
 
-def _call_small(function: str, params: small.SmallParams) -> None:
+def _call_small(function: str, params: small.SmallParams, scores: Tensor) -> None:
     _native.cpu_function(function, small.SmallParams)(params)
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ... import _native
+from ..._native import pointer
+from . import small
 from .cpu import LOG2E, SolveParams
 from .over_group import solve_over_group
 
@@ -72,9 +75,23 @@ def solve(
     return plan, u2 / LOG2E, v2 / LOG2E
 
 
-def _launch(which: str, scores: Tensor, params: SolveParams, *tensors: Tensor) -> None:
+def _call_small(function: str, params: small.SmallParams, scores: Tensor) -> None:
+    workspace = ()
+    if function.endswith("backward"):
+        size = _native.cuda().comp_kernels_cuda_sinkhorn_small_workspace
+        size.argtypes, size.restype = [ctypes.c_void_p], ctypes.c_int64
+        count = size(ctypes.byref(params))
+        workspace = (scores.new_empty(count // 4, dtype=torch.float32) if count else None,)
+    _launch(function.removeprefix("sinkhorn_"), scores, params, *workspace)
+
+
+solve_small = functools.partial(small.solve, _call_small)
+small_gradient = functools.partial(small.gradient, _call_small)
+
+
+def _launch(which: str, scores: Tensor, params: ctypes.Structure, *tensors: Tensor | None) -> None:
     """One of the C functions on the current stream of the scores' device; `tensors` are its pointer arguments in order."""
     function = getattr(_native.cuda(), f"comp_kernels_cuda_sinkhorn_{which}")
     function.argtypes, function.restype = [ctypes.c_void_p] * (2 + len(tensors)), ctypes.c_char_p
     with torch.cuda.device_of(scores):
-        _native.call(function, params, *(x.data_ptr() for x in tensors), _native.stream(scores.device))
+        _native.call(function, params, *(pointer(x) for x in tensors), _native.stream(scores.device))

@@ -10,7 +10,6 @@ import ctypes
 import math
 from collections.abc import Callable
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -40,29 +39,29 @@ def serves(num_rows: int, num_cols: int, tol: float | None, group: dist.ProcessG
 
 
 def solve(
-    call: Callable[[str, SmallParams], None],
+    call: Callable[[str, SmallParams, Tensor], None],
     scores: Tensor,
     row_marginals: Tensor,
     col_marginals: Tensor,
     **settings,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(P [G, n, K], u [G, n], v [G, K]) by call("sinkhorn_small", params).
+    """(P [G, n, K], u [G, n], v [G, K]) by call("sinkhorn_small", params, scores).
 
     scores [G, n, K], each item contiguous; marginals [n] or [G, n] and [K] or [G, K], contiguous, of the computing dtype.
     settings: epsilon, num_iters, order, eps as of `comp_kernels.sinkhorn`.
     """
     compute = row_marginals.dtype
     items, rows, cols = scores.shape
-    plan = torch.empty(scores.shape, dtype=compute, device=scores.device)
+    plan = scores.new_empty(scores.shape, dtype=compute)
     u, v = plan.new_empty((items, rows)), plan.new_empty((items, cols))
     params = _params(scores, row_marginals, col_marginals, **settings)
     params.u, params.v, params.plan = u.data_ptr(), v.data_ptr(), plan.data_ptr()
-    call("sinkhorn_small", params)
+    call("sinkhorn_small", params, scores)
     return plan, u, v
 
 
 def gradient(
-    call: Callable[[str, SmallParams], None],
+    call: Callable[[str, SmallParams, Tensor], None],
     scores: Tensor,
     row_marginals: Tensor,
     col_marginals: Tensor,
@@ -71,13 +70,14 @@ def gradient(
     grad_v: Tensor | None,
     **settings,
 ) -> Tensor:
-    """Gradient of the scores [G, n, K], in their dtype, by call("sinkhorn_small_backward", params). Gradients of the loss
-    [G, n, K], [G, n], [G, K], contiguous, of the computing dtype; None: zeros."""
-    found = torch.empty(scores.shape, dtype=scores.dtype, device=scores.device)
+    """Gradient of the scores [G, n, K], in their dtype, by call("sinkhorn_small_backward", params, scores).
+
+    grad_plan [G, n, K], grad_u [G, n], grad_v [G, K]: of the loss, contiguous, of the computing dtype; None: zeros."""
+    found = scores.new_empty(scores.shape)
     params = _params(scores, row_marginals, col_marginals, **settings)
     params.grad_plan, params.grad_u, params.grad_v = pointer(grad_plan), pointer(grad_u), pointer(grad_v)
     params.grad_scores = found.data_ptr()
-    call("sinkhorn_small_backward", params)
+    call("sinkhorn_small_backward", params, scores)
     return found
 
 
