@@ -21,7 +21,7 @@ from .sinkhorn_peers import mhc_loop, ott_solver, peers_of, pot_solver, small_pe
 EPSILON, NUM_ITERS = 0.05, 3
 SHAPES = [(64, 151936), (32, 49152), (2048, 4096), (64, 128, 4096), (8, 256, 16384), (16, 32, 1024)]
 HEAVY_SHAPES = [(4, 64, 151936), (64, 64, 16384), (4096, 65536)]
-SMALL_SHAPES, SMALL_ITERS = [(8192, 4, 4), (2048, 8, 8), (512, 16, 16), (256, 32, 32)], 20  # hyper-connections: 4 x 4, 20
+SMALL_SHAPES, SMALL_ITERS = [(8192, 4, 4), (2048, 8, 8), (512, 16, 16), (256, 32, 32)], 20  # hyper-connections: 4 x 4
 CACHE_BYTES = 20 << 20  # assumption: an item up to this stays in the last level cache between its iterations
 
 
@@ -97,11 +97,11 @@ def test_sinkhorn(benchmark, shape):
 
 
 def small_operations(shape: tuple[int, ...], backward: bool) -> float:
-    """Floating-point operations of all iterations, two per instruction and lane: per entry two multiply-adds, per row and column
-    a quotient of four instructions. Backwards they are run again, and six multiply-adds per entry follow."""
+    """Floating-point operations of all iterations, two per instruction and lane: two multiply-adds per entry, four instructions for
+    a quotient per row and column. Backwards they run again, and four multiply-adds per entry follow."""
     items, rows, cols = shape
     forward = 2 * rows * cols + 4 * (rows + cols)
-    instructions = 2 * forward + 6 * rows * cols if backward else forward
+    instructions = 2 * forward + 4 * rows * cols if backward else forward
     return 2.0 * items * SMALL_ITERS * instructions
 
 

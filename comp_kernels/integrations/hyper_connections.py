@@ -1,7 +1,7 @@
 """The projection of manifold-constrained hyper-connections (mHC, arXiv 2512.24880) by `sinkhorn`, as in other libraries.
 
 Megatron-LM and Liger-Kernel project the mixing matrix of every token and layer onto the doubly stochastic matrices by the same
-iteration: rows first, `eps` added to the first softmax and to every later sum. See `order` and `eps` of `comp_kernels.sinkhorn`.
+iteration: rows first, `eps` added to the first softmax and to every later sum; `order` and `eps` of `comp_kernels.sinkhorn`.
 """
 
 from __future__ import annotations

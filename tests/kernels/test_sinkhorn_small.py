@@ -122,7 +122,7 @@ def test_triton_equals_the_definition(order, shape, eps, kind, dtype):
 
 
 def sinkhorn_of_megatron(logits, num_iterations, eps):
-    """native_sinkhorn of Megatron-LM (core/transformer/hyper_connection.py); Liger-Kernel and TileKernels iterate likewise."""
+    """native_sinkhorn of Megatron-LM (core/transformer/hyper_connection.py), the iteration of Liger-Kernel and vLLM too."""
     matrix = logits.softmax(-1) + eps
     matrix = matrix / (matrix.sum(-2, keepdim=True) + eps)
     for _ in range(num_iterations - 1):

@@ -62,7 +62,7 @@ def sinkhorn(
                         meaningful once the column marginals are met; not with `group` or `eps`
         order:  which side an iteration scales first; the other one is exact after any number of iterations.
             "cols_rows"  columns, then rows, as in DINO, SwAV and POT
-            "rows_cols"  rows, then columns: T_c(T_r(M)) of mHC (eq. 9), as in Megatron-LM, Liger-Kernel and TileKernels; `tol`
+            "rows_cols"  rows, then columns: T_c(T_r(M)) of mHC (eq. 9), as in Megatron-LM, Liger-Kernel, vLLM; `tol`
                          then looks at the rows. Not with `group`
         eps:  not 0: the iteration of Megatron-LM and Liger-Kernel (1e-6 there), which starts from M = softmax + eps along the
             side that is scaled first and divides by sums + eps from then on; P = (softmax + eps) exp(u + v). Neither side is
