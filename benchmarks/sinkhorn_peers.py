@@ -135,6 +135,31 @@ def geomloss_solver(scores: Tensor, epsilon: float, num_iters: int) -> Callable[
     return lambda: solve(-scores, reg=epsilon, a=a, b=b, max_iter=num_iters).plan
 
 
+def mhc_loop(logits: Tensor, num_iters: int, eps: float = 1e-6) -> Tensor:
+    """The projection of hyper-connections in plain PyTorch: Megatron-LM's native_sinkhorn, and Liger-Kernel's reference."""
+    matrix = logits.softmax(-1) + eps
+    matrix = matrix / (matrix.sum(-2, keepdim=True) + eps)
+    for _ in range(num_iters - 1):
+        matrix = matrix / (matrix.sum(-1, keepdim=True) + eps)
+        matrix = matrix / (matrix.sum(-2, keepdim=True) + eps)
+    return matrix
+
+
+@functools.cache
+def compiled_mhc_loop():
+    """What Megatron-LM runs."""
+    return torch.compile(mhc_loop, dynamic=False)
+
+
+def small_peers_of(scores: Tensor, num_iters: int) -> dict:
+    """Functions of the scores, differentiable, by name: for many small matrices."""
+    return {
+        "compiled": lambda scores: compiled_mhc_loop()(scores, num_iters),
+        "eager": lambda scores: mhc_loop(scores, num_iters),
+        "log domain": lambda scores: reference.sinkhorn(scores, epsilon=1.0, num_iters=num_iters, order="rows_cols"),
+    }
+
+
 def peers_of(scores: Tensor, epsilon: float, num_iters: int) -> dict[str, Peer]:
     """By name; POT, OTT-JAX and geomloss where they are installed."""
     settings = (epsilon, num_iters)

@@ -17,11 +17,12 @@ from comp_kernels.ops.sinkhorn.call import Call
 
 from .measure import compare
 from .peaks import exponential_rate
-from .sinkhorn_peers import peers_of
+from .sinkhorn_peers import mhc_loop, ott_solver, peers_of, pot_solver, small_peers_of
 
 EPSILON, NUM_ITERS = 0.05, 3
 SHAPES = [(64, 151936), (32, 49152), (2048, 4096), (64, 128, 4096), (8, 256, 16384), (16, 32, 1024)]
 HEAVY_SHAPES = [(4, 64, 151936), (64, 64, 16384), (4096, 65536)]
+SMALL_SHAPES, SMALL_ITERS = [(8192, 4, 4), (2048, 8, 8), (512, 16, 16), (256, 32, 32)], 20  # hyper-connections: 4 x 4
 CACHE_BYTES = 20 << 20  # assumption: an item up to this stays in the last level cache between its iterations
 
 
@@ -90,4 +91,45 @@ def test_sinkhorn(benchmark, shape):
     print(
         f"  {info['ms'] / info['floor_ms']:.2f}x the floor of {info['floor_ms']:.2f} ms; "
         f"into memory that is there: {info['kernel_ms']:.2f} ms, {info['kernel_ms'] / info['floor_ms']:.2f}x"
+    )
+
+
+def small_operations(shape: tuple[int, ...], backward: bool) -> float:
+    """Floating-point operations of all iterations, two per instruction and lane: two multiply-adds per entry, four
+    instructions for a quotient per row and column. Backwards they run again, and four multiply-adds per entry follow."""
+    items, rows, cols = shape
+    forward = 2 * rows * cols + 4 * (rows + cols)
+    instructions = 2 * forward + 4 * rows * cols if backward else forward
+    return 2.0 * items * SMALL_ITERS * instructions
+
+
+@pytest.mark.parametrize("backward", (False, True), ids=("forward", "gradient"))
+@pytest.mark.parametrize("shape", SMALL_SHAPES, ids=str)
+def test_small_sinkhorn(benchmark, shape, backward):
+    """The projection of hyper-connections; the share of the peak is that of the floor in docs/kernels.md."""
+    scores, weights = torch.randn(shape), torch.randn(shape)
+    leaf = scores.clone().requires_grad_()
+    settings = dict(epsilon=1.0, num_iters=SMALL_ITERS, order="rows_cols", eps=1e-6, gradient="unrolled")
+
+    def call(function):
+        if not backward:
+            return lambda: function(scores)
+        return lambda: torch.autograd.grad(function(leaf), leaf, weights)
+
+    def ours(scores):
+        return ck.sinkhorn(scores, **settings)
+
+    exact = mhc_loop(scores[:64].double(), SMALL_ITERS)
+    peers = {name: call(function) for name, function in small_peers_of(scores, SMALL_ITERS).items()}
+    if not backward:  # neither has derivatives of a fixed number of iterations at hand
+        others = {"POT": pot_solver(scores, 1.0, SMALL_ITERS), "OTT-JAX": ott_solver(scores, 1.0, SMALL_ITERS)}
+        peers |= {name: peer for name, peer in others.items() if peer is not None}
+    compare(
+        benchmark,
+        call(ours),
+        peers,
+        group=f"sinkhorn of many small matrices, {SMALL_ITERS} iterations, {'forward + backward' if backward else 'forward'}",
+        case=str(list(shape)),
+        operations=small_operations(shape, backward),
+        error=(ours(scores[:64]) - exact).abs().max().item(),
     )

@@ -95,6 +95,20 @@ def sinkhorn_extents(p: ctypes.Structure, function: str) -> dict[str, Extent]:
     }
 
 
+def small_sinkhorn_extents(p: ctypes.Structure, function: str) -> dict[str, Extent]:
+    """What each pointer of comp_kernels_sinkhorn_small_params spans."""
+    storage, compute = STORAGE_BYTES[p.dtype], 8 if p.dtype == 1 else 4
+    entries, u, v = (p.num_items * count for count in (p.num_rows * p.num_cols, p.num_rows, p.num_cols))
+    return {
+        "scores": (strided(storage, (p.num_items, p.item_stride), (p.num_rows, p.num_cols), (p.num_cols, 1)), SENT),
+        "row_marginals": (strided(compute, (p.num_items, p.row_marginals_stride), (p.num_rows, 1)), SENT),
+        "col_marginals": (strided(compute, (p.num_items, p.col_marginals_stride), (p.num_cols, 1)), SENT),
+        **{name: (count * compute, RETURNED) for name, count in (("u", u), ("v", v), ("plan", entries))},
+        **{f"grad_{name}": (count * compute, SENT) for name, count in (("u", u), ("v", v), ("plan", entries))},
+        "grad_scores": (entries * storage, RETURNED),
+    }
+
+
 def alignment_extents(p: ctypes.Structure, function: str) -> dict[str, Extent]:
     """What each pointer of comp_kernels_alignment_loss_params spans."""
     compute = 8 if p.dtype == 1 else 4
@@ -110,6 +124,7 @@ def alignment_extents(p: ctypes.Structure, function: str) -> dict[str, Extent]:
 
 EXTENTS: dict[str, Callable[[ctypes.Structure, str], dict[str, Extent]]] = {
     "comp_kernels_cpu_rope_attention": attention_extents,
+    "comp_kernels_cpu_sinkhorn_small": small_sinkhorn_extents,
     "comp_kernels_cpu_sinkhorn": sinkhorn_extents,
     "comp_kernels_cpu_alignment_loss": alignment_extents,
 }

@@ -61,7 +61,8 @@ def source_of(kernel: str) -> Source:
         return attention_source(found[1], found[2])
     if found := re.match(r"rope_attention_(prepare_sm90|prepare|images)", kernel):
         return attention_source(found[1])
-    return Source(CSRC / "sinkhorn" / "cuda" / "passes.cu", "sm_80")
+    file = "small" if kernel.startswith("sinkhorn_small") else "passes"
+    return Source(CSRC / "sinkhorn" / "cuda" / f"{file}.cu", "sm_80")
 
 
 def attention_source(file: str, head_size: object = None) -> Source:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -19,7 +21,7 @@ from ..._checks import (
     check_tensor,
     readable,
 )
-from . import gradients
+from . import gradients, reference
 from .call import Call
 from .registration import solve
 
@@ -34,6 +36,8 @@ def sinkhorn(
     tol: float | None = None,
     group: dist.ProcessGroup | None = None,
     gradient: str = "detach",
+    order: str = "cols_rows",
+    eps: float = 0.0,
     backend: str | None = None,
     return_potentials: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
@@ -41,6 +45,9 @@ def sinkhorn(
 
         P = exp(scores / epsilon + u + v), rows sum to row_marginals, columns to col_marginals.
         One iteration scales the columns, then the rows: after any number of iterations the rows are exact.
+
+    Matrices of at most 32 x 32 entries, any number of them, have kernels of their own, forward and backward, unless `tol` or
+    `group` is given: for the projections of hyper-connections (mHC, arXiv 2512.24880) see `order`, `eps` and docs/usage.md.
 
     Args:
         scores:  [..., n, K], float32, float64, bfloat16 or float16. Higher is closer (a similarity, not a cost).
@@ -55,7 +62,14 @@ def sinkhorn(
             "detach"    not at all; the result is a constant
             "unrolled"  through the iterations, exactly, whether they converged or not; not with `tol` or `group`
             "implicit"  of the converged plan (implicit function theorem), at a cost that does not grow with num_iters;
-                        meaningful once the column marginals are met; not with `group`
+                        meaningful once the column marginals are met; not with `group` or `eps`
+        order:  which side an iteration scales first; the other one is exact after any number of iterations.
+            "cols_rows"  columns, then rows, as in DINO, SwAV and POT
+            "rows_cols"  rows, then columns: T_c(T_r(M)) of mHC (eq. 9), as in Megatron-LM, Liger-Kernel, vLLM; `tol`
+                         then looks at the rows. Not with `group`
+        eps:  not 0: the iteration of Megatron-LM and Liger-Kernel (1e-6 there), which starts from M = softmax + eps along the
+            side that is scaled first and divides by sums + eps from then on; P = (softmax + eps) exp(u + v). Neither side is
+            exact then. Kernels serve it up to 32 x 32, the reference beyond. Not with `tol` or `group`.
         backend:  "reference", "cpu", "triton", "cuda" or None (by device).
         return_potentials:  also return u [..., n] and v [..., K].
 
@@ -83,23 +97,26 @@ def sinkhorn(
             raise ValueError(f"tol must not be negative or NaN, got {tol}")
         tol = float(tol)
     check_group(group)
+    check_order(order, group)
+    check_eps(eps, tol, group, gradient)
     check_gradient(gradient, tol, group, row_marginals, col_marginals)
     check_marginals(scores, row_marginals, col_marginals, group)
 
     rows, cols = default_marginals(scores, row_marginals, col_marginals, group)
     name = None if group is None else group.group_name
-    call = Call(scores.detach() if gradient == "detach" else scores, rows, cols, epsilon, num_iters, tol, name)
+    call = Call(scores.detach() if gradient == "detach" else scores, rows, cols, epsilon, num_iters, tol, name, order, eps)
     backend, fallback = choose_backend("sinkhorn", backend, scores.device, call)
     # The processes of a group exchange sums in their backend's units: none may go on with another by itself.
     plan, u, v = solve(call, gradient, backend, fallback and group is None)
     if readable(u):
-        check_reachable(scores, rows, cols, u, group)
+        check_reachable(scores, rows, cols, u if order == "cols_rows" else v, group)
     return (plan, u, v) if return_potentials else plan
 
 
-def check_reachable(scores: Tensor, rows: Tensor, cols: Tensor, u: Tensor, group: dist.ProcessGroup | None) -> None:
-    """Name a row or column that must have mass and has scores of -inf alone; looked for where the potentials tell of one."""
-    if bool(((u != torch.inf) & ~u.isnan()).all()):
+def check_reachable(scores: Tensor, rows: Tensor, cols: Tensor, last: Tensor, group: dist.ProcessGroup | None) -> None:
+    """Name a row or column that must have mass and has scores of -inf alone; looked for where the potentials tell of one:
+    `last`, those of the side that is scaled last."""
+    if bool(((last != torch.inf) & ~last.isnan()).all()):
         return
     for name, argument, dim, marginal in (("row", "row_marginals", -1, rows), ("column", "col_marginals", -2, cols)):
         if scores.shape[dim] == 0 or (name == "column" and group is not None):  # whose other rows are elsewhere
@@ -126,6 +143,26 @@ def default_marginals(
     if group is not None:
         dist.all_reduce(mass, group=group)
     return rows, (mass / num_cols).expand(*mass.shape[:-1], num_cols)
+
+
+def check_order(order: str, group: dist.ProcessGroup | None) -> None:
+    if order not in reference.ORDERS:
+        raise ValueError(f"order must be one of {reference.ORDERS}, got {order!r}")
+    if order != "cols_rows" and group is not None:
+        raise ValueError(f"order={order!r} works within one process: group must be None, got {group}")
+
+
+def check_eps(eps: float, tol: float | None, group: dist.ProcessGroup | None, gradient: str) -> None:
+    check_number("eps", eps)
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps must be finite and not negative, got {eps}")
+    if eps == 0:
+        return
+    for name, value in (("tol", tol), ("group", group)):
+        if value is not None:
+            raise ValueError(f"eps={eps} keeps sums from their marginals: {name} must be None, got {value}")
+    if gradient == "implicit":
+        raise ValueError(f"eps={eps} keeps sums from their marginals: use gradient='unrolled'")
 
 
 def check_gradient(gradient: str, tol: float | None, group: dist.ProcessGroup | None, *marginals: Tensor | None) -> None:

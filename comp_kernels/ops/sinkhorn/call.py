@@ -18,6 +18,8 @@ class Call(NamedTuple):
     num_iters: int
     tol: float | None
     group: str | None  # name of a process group: an operator takes no Python objects
+    order: str = "cols_rows"  # which side an iteration scales first; kernels get this one, but those of small matrices
+    eps: float = 0.0
 
     @property
     def device(self) -> torch.device:

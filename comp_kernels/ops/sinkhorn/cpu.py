@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from ... import _native
 from ..._units import LOG2E
 from .._log_domain.cpu import call_step, column_statistics, update_row_statistics
 from .._log_domain.over_group import group_by_name, solve_over_group
+from . import small
 from .call import Call
 from .native import SolveParams
 
@@ -20,11 +23,14 @@ def unavailable_reason(device: torch.device) -> str | None:
 
 
 def declines(call: Call) -> str | None:
-    return None
+    return small.declines(call)
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """P [G, n, K], u [G, n], v [G, K]."""
+    if small.serves(call):
+        tensors, settings = small.operands(call)
+        return solve_small(*tensors, **settings)
     scores, compute = call.scores, call.row_marginals.dtype
     plan = scores.new_empty(scores.shape, dtype=compute)
     if call.group is not None:
@@ -40,6 +46,19 @@ def solve_into(plan: Tensor, u: Tensor, v: Tensor, call: Call) -> None:
     params = SolveParams.of(call, plan)
     params.u, params.v = u.data_ptr(), v.data_ptr()
     _native.cpu_function("sinkhorn_solve", SolveParams)(params)
+
+
+def _call_small(function: str, params: small.SmallParams, scores: Tensor) -> None:
+    _native.cpu_function(function, small.SmallParams)(params)
+
+
+solve_small = functools.partial(small.solve, _call_small)
+
+
+def small_gradient(call: Call, *cotangents: Tensor | None) -> Tensor:
+    """Of the scores [G, n, K] of small matrices, from those of plan, u and v: see small.gradient."""
+    tensors, settings = small.operands(call)
+    return small.gradient(_call_small, *tensors, *cotangents, **settings)
 
 
 def _solve_over_group(call: Call, plan: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from ... import _native
+from ..._native import pointer
 from ..._units import LOG2E
 from .._log_domain.over_group import group_by_name, solve_over_group
+from . import small
 from .call import Call
 from .native import SolveParams
 
@@ -19,11 +21,14 @@ def unavailable_reason(device: torch.device) -> str | None:
 
 
 def declines(call: Call) -> str | None:
-    return "the CUDA kernels have no float64" if call.scores.dtype == torch.float64 else None
+    return "the CUDA kernels have no float64" if call.scores.dtype == torch.float64 else small.declines(call)
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """P [G, n, K], u [G, n], v [G, K]."""
+    if small.serves(call):
+        tensors, settings = small.operands(call)
+        return small.solve(_call_small, *tensors, **settings)
     scores = call.scores
     items, rows, cols = scores.shape
     plan = scores.new_empty(scores.shape, dtype=torch.float32)
@@ -55,8 +60,23 @@ def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     return plan, u2 / LOG2E, v2 / LOG2E
 
 
-def _launch(which: str, scores: Tensor, params: SolveParams, *tensors: Tensor) -> None:
+def _call_small(function: str, params: small.SmallParams, scores: Tensor) -> None:
+    workspace = ()
+    if function.endswith("backward"):
+        size = _native.cuda_function("sinkhorn_small_workspace", (ctypes.c_void_p,), ctypes.c_int64)
+        count = size(ctypes.byref(params))
+        workspace = (scores.new_empty(count // 4, dtype=torch.float32) if count else None,)
+    _launch(function.removeprefix("sinkhorn_"), scores, params, *workspace)
+
+
+def small_gradient(call: Call, *cotangents: Tensor | None) -> Tensor:
+    """Of the scores [G, n, K] of small matrices, from those of plan, u and v: see small.gradient."""
+    tensors, settings = small.operands(call)
+    return small.gradient(_call_small, *tensors, *cotangents, **settings)
+
+
+def _launch(which: str, scores: Tensor, params: ctypes.Structure, *tensors: Tensor | None) -> None:
     """One of the C functions on the current stream of the scores' device; `tensors` are its pointer arguments in order."""
     function = _native.cuda_function(f"sinkhorn_{which}", (ctypes.c_void_p,) * (2 + len(tensors)))
     with _native.on_device(scores):
-        _native.call(function, params, *(x.data_ptr() for x in tensors), _native.stream(scores.device))
+        _native.call(function, params, *(pointer(x) for x in tensors), _native.stream(scores.device))

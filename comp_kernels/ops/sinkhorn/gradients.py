@@ -25,8 +25,28 @@ def unrolled(
     *,
     epsilon: float,
     num_iters: int,
+    order: str = "cols_rows",
+    eps: float = 0.0,
 ) -> Tensor:
     """Exact gradient of the `num_iters` iterations; the potentials of every iteration are recomputed, [n] and [K] each."""
+    if order == "rows_cols":
+        grad_plan = None if grad_plan is None else grad_plan.mT
+        settings = dict(epsilon=epsilon, num_iters=num_iters, eps=eps)
+        return unrolled(scores.mT, col_marginals, row_marginals, grad_plan, grad_v, grad_u, **settings).mT
+    if eps > 0:
+        return (
+            _unrolled_with_eps(
+                scores.to(row_marginals.dtype) / epsilon,
+                row_marginals,
+                col_marginals,
+                grad_plan,
+                grad_u,
+                grad_v,
+                num_iters,
+                eps,
+            )
+            / epsilon
+        )
     log_kernel = scores.to(row_marginals.dtype) / epsilon
     log_a, log_b = row_marginals.log(), col_marginals.log()
     u = torch.where(log_a == -torch.inf, log_a, 0.0).expand(scores.shape[:-1])
@@ -87,6 +107,40 @@ def implicit(
     x = root * z
     y = inverse_b * (c - transposed_times(x))
     return (gradient - plan * (x.unsqueeze(-1) + y.unsqueeze(-2))) / epsilon
+
+
+def _unrolled_with_eps(log_kernel, a, b, grad_plan, grad_u, grad_v, num_iters: int, eps: float) -> Tensor:
+    """The same for `reference.scale_with_eps`: M = x E w with E = softmax + eps, of which x and w are kept per iteration."""
+    softmax = torch.softmax(log_kernel, -2)
+    kernel = softmax + eps
+    x, w = torch.where(a == 0, 0.0, 1.0).expand(log_kernel.shape[:-1]), b.expand(*log_kernel.shape[:-2], b.shape[-1])
+    steps: list[tuple[Tensor, Tensor, Tensor | None, Tensor]] = []  # scalings before, divisors of w and x
+    for iteration in range(num_iters):
+        before, w_divisor = (x, w), None
+        if iteration > 0:
+            w_divisor = w * (kernel.mT @ x.unsqueeze(-1)).squeeze(-1) + eps
+            w = w * b / w_divisor
+        x_divisor = x * (kernel @ w.unsqueeze(-1)).squeeze(-1) + eps
+        x = x * a / x_divisor
+        steps.append((*before, w_divisor, x_divisor))
+
+    outer = x.unsqueeze(-1) * w.unsqueeze(-2)
+    gradient = torch.zeros_like(kernel) if grad_plan is None else grad_plan * outer  # of the kernel's entries
+    du, dv = _potential_gradients(gradient * kernel, grad_u, grad_v)
+    for x, w, w_divisor, x_divisor in reversed(steps):
+        w_after = w if w_divisor is None else w * b / w_divisor
+        du = torch.where(a == 0, 0.0, du)
+        row_sums = -du * x / x_divisor  # their gradient
+        gradient = gradient + row_sums.unsqueeze(-1) * w_after.unsqueeze(-2)
+        dv = dv + w_after * (kernel.mT @ row_sums.unsqueeze(-1)).squeeze(-1)
+        du = du * eps / x_divisor
+        if w_divisor is not None:
+            dv = torch.where(b == 0, 0.0, dv)
+            column_sums = -dv * w / w_divisor
+            gradient = gradient + x.unsqueeze(-1) * column_sums.unsqueeze(-2)
+            du = du + x * (kernel @ column_sums.unsqueeze(-1)).squeeze(-1)
+            dv = dv * eps / w_divisor
+    return softmax * (gradient - (softmax * gradient).sum(-2, keepdim=True))
 
 
 def _through_plan(plan: Tensor, grad_plan: Tensor | None) -> Tensor:

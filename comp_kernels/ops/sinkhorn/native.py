@@ -26,7 +26,7 @@ class SolveParams(ctypes.Structure):
     @classmethod
     def of(cls, call: Call, plan: Tensor) -> SolveParams:
         """All but the potentials, on scores [G, n, K]. The tensors must outlive the call."""
-        scores, row_marginals, col_marginals, epsilon, num_iters, tol, _ = call
+        scores, row_marginals, col_marginals, epsilon, num_iters, tol, *_ = call
         items, rows, cols = scores.shape
         item_stride, row_stride, _ = scores.stride()
         return cls(

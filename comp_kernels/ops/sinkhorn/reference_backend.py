@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._log_domain.over_group import group_by_name
-from . import reference
+from . import gradients, reference
 from .call import Call
 
 
@@ -29,4 +29,12 @@ def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
         tol=call.tol,
         group=group_by_name(call.group),
         return_potentials=True,
+        order=call.order,
+        eps=call.eps,
     )
+
+
+def small_gradient(call: Call, *cotangents: Tensor | None) -> Tensor:
+    """Of the scores of small matrices, where the kernels that made the plan have failed since."""
+    settings = dict(epsilon=call.epsilon, num_iters=call.num_iters, order=call.order, eps=call.eps)
+    return gradients.unrolled(*call[:3], *cotangents, **settings).to(call.scores.dtype)

@@ -16,18 +16,19 @@ from torch import Tensor
 
 from ..._backends import function_of, transforms_active
 from ..._namespace import LIBRARY, OPS, register, watched
-from . import gradients, reference_backend
+from . import gradients, reference_backend, small
 from .call import Call
 
 OPERATOR = "sinkhorn"
 
 LIBRARY.define(
     "sinkhorn(Tensor scores, Tensor row_marginals, Tensor col_marginals, float epsilon, int num_iters, float? tol, "
-    "str? group, str gradient, str backend, bool fallback) -> (Tensor plan, Tensor u, Tensor v)"
+    "str? group, str order, float eps, str gradient, str backend, bool fallback) -> (Tensor plan, Tensor u, Tensor v)"
 )
 LIBRARY.define(
     "sinkhorn_backward(Tensor scores, Tensor row_marginals, Tensor col_marginals, Tensor plan, Tensor? grad_plan, "
-    "Tensor? grad_u, Tensor? grad_v, float epsilon, int num_iters, str gradient) -> Tensor"
+    "Tensor? grad_u, Tensor? grad_v, float epsilon, int num_iters, str order, float eps, str gradient, str backend, "
+    "bool fallback) -> Tensor"
 )
 
 
@@ -37,6 +38,9 @@ def forward(call: Call, backend: str, fallback: bool) -> tuple[Tensor, Tensor, T
     takes_part = call.group is not None and num_rows == 0
     if backend == "reference" or (call.scores.numel() == 0 and not takes_part):
         return reference_backend.forward(call)
+    if call.order == "rows_cols" and not small.serves(call):
+        plan, v, u = forward(transposed(call), backend, fallback)
+        return plan.mT.contiguous(), u, v
     flat = flattened(call)
     plan, u, v = function_of(OPERATOR, "forward", backend, fallback)(flat)
     if flat.scores.shape == call.scores.shape:
@@ -57,12 +61,18 @@ def flattened(call: Call) -> Call:
     return Call(scores, *(x.contiguous() for x in marginals), *call[3:])
 
 
+def transposed(call: Call) -> Call:
+    """The same problem with rows and columns in each other's place."""
+    rows, cols = call.row_marginals, call.col_marginals
+    return call._replace(scores=call.scores.mT, row_marginals=cols, col_marginals=rows, order="cols_rows")
+
+
 def forward_kernel(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     *inputs, _, backend, fallback = arguments
     return forward(Call(*inputs), backend, fallback)
 
 
-def forward_fake(scores, row_marginals, col_marginals, epsilon, num_iters, tol, group, gradient, backend, fallback):
+def forward_fake(scores, row_marginals, col_marginals, epsilon, num_iters, tol, group, *settings):
     *batch, num_rows, num_cols = scores.shape
     compute = row_marginals.dtype
     return (
@@ -72,31 +82,38 @@ def forward_fake(scores, row_marginals, col_marginals, epsilon, num_iters, tol, 
     )
 
 
-def backward(
-    scores, row_marginals, col_marginals, plan, grad_plan, grad_u, grad_v, epsilon: float, num_iters: int, gradient: str
-) -> Tensor:
-    marginals, cotangents = (row_marginals, col_marginals), (grad_plan, grad_u, grad_v)
+def backward(scores, row_marginals, col_marginals, plan, grad_plan, grad_u, grad_v, *settings) -> Tensor:
+    epsilon, num_iters, order, eps, gradient, backend, fallback = settings
+    call = Call(scores, row_marginals, col_marginals, epsilon, num_iters, None, None, order, eps)
+    cotangents = (grad_plan, grad_u, grad_v)
+    if gradient == "unrolled" and backend != "reference" and small.serves(call) and scores.numel():
+        flat = flattened(call)
+        shapes = flat.scores.shape, flat.scores.shape[:2], (flat.scores.shape[0], flat.scores.shape[2])
+        cotangents = (None if x is None else x.reshape(shape).contiguous() for x, shape in zip(cotangents, shapes))
+        return function_of(OPERATOR, "small_gradient", backend, fallback)(flat, *cotangents).view(scores.shape)
     with torch.autocast(scores.device.type, enabled=False):  # its products stay in float32
         if gradient == "implicit":
-            found = gradients.implicit(plan, *marginals, *cotangents, epsilon=epsilon)
+            found = gradients.implicit(plan, row_marginals, col_marginals, *cotangents, epsilon=epsilon)
         else:
-            found = gradients.unrolled(scores, *marginals, *cotangents, epsilon=epsilon, num_iters=num_iters)
-    return found.to(scores.dtype)
+            iterations = dict(epsilon=epsilon, num_iters=num_iters, order=order, eps=eps)
+            found = gradients.unrolled(scores, row_marginals, col_marginals, *cotangents, **iterations)
+    return found.to(scores.dtype).contiguous()
 
 
-def backward_fake(scores, row_marginals, col_marginals, plan, grad_plan, grad_u, grad_v, epsilon, num_iters, gradient):
+def backward_fake(scores, *_) -> Tensor:
     return scores.new_empty(scores.shape)
 
 
 def setup_context(ctx, inputs, output) -> None:
-    scores, row_marginals, col_marginals, ctx.epsilon, ctx.num_iters, _, _, ctx.gradient, *_ = inputs
+    scores, row_marginals, col_marginals, epsilon, num_iters, _, _, order, eps, gradient, backend, fallback = inputs
+    ctx.settings = (epsilon, num_iters, order, eps, gradient, backend, fallback)
     ctx.save_for_backward(scores, row_marginals, col_marginals, output[0])
     ctx.set_materialize_grads(False)
 
 
 def autograd(ctx, grad_plan, grad_u, grad_v) -> tuple[Tensor | None, ...]:
-    found = BACKWARD.default(*ctx.saved_tensors, grad_plan, grad_u, grad_v, ctx.epsilon, ctx.num_iters, ctx.gradient)
-    return found, *(None for _ in range(9))
+    found = BACKWARD.default(*ctx.saved_tensors, grad_plan, grad_u, grad_v, *ctx.settings)
+    return found, *(None for _ in range(11))
 
 
 def refuse_double_backward(ctx, *grads):

@@ -19,6 +19,7 @@ from .._log_domain.triton_steps import (
     merge_rows,
     row_pairs,
 )
+from . import small, triton_small
 from .call import Call
 
 
@@ -27,11 +28,14 @@ def unavailable_reason(device: torch.device) -> str | None:
 
 
 def declines(call: Call) -> str | None:
-    return "the Triton kernels have no float64" if call.scores.dtype == torch.float64 else None
+    return "the Triton kernels have no float64" if call.scores.dtype == torch.float64 else small.declines(call)
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """P [G, n, K], u [G, n], v [G, K]."""
+    if small.serves(call):
+        tensors, settings = small.operands(call)
+        return triton_small.solve_small(*tensors, **settings)
     scores, factor = call.scores, LOG2E / call.epsilon
     if call.group is None:
         u2, v2 = _iterate(call, factor)
@@ -47,8 +51,14 @@ def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     return plan(scores, factor, u2, v2), u2 / LOG2E, v2 / LOG2E
 
 
+def small_gradient(call: Call, *cotangents: Tensor | None) -> Tensor:
+    """Of the scores [G, n, K] of small matrices, from those of plan, u and v."""
+    tensors, settings = small.operands(call)
+    return triton_small.small_gradient(*tensors, *cotangents, **settings)
+
+
 def _iterate(call: Call, factor: float) -> tuple[Tensor, Tensor]:
-    scores, a, b, _, num_iters, tol, _ = call
+    scores, a, b, num_iters, tol = call.scores, call.row_marginals, call.col_marginals, call.num_iters, call.tol
     items, rows, cols = scores.shape
     u2 = torch.where(a > 0, 0.0, -torch.inf).expand(items, rows).contiguous()
     v2 = v2_new = scores.new_empty((items, cols), dtype=torch.float32)

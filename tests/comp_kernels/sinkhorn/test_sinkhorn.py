@@ -268,7 +268,7 @@ def test_implicit_equals_unrolled_once_converged():
 @pytest.mark.parametrize("gradient", gradients.MODES)
 def test_opcheck(gradient):
     scores = torch.randn(2, 4, 6, requires_grad=gradient != "detach")
-    arguments = (scores, torch.ones(4), torch.full((6,), 4 / 6), 0.5, 3, None, None, gradient, "cpu", False)
+    arguments = (scores, torch.ones(4), torch.full((6,), 4 / 6), 0.5, 3, None, None, "cols_rows", 0.0, gradient, "cpu", False)
     torch.library.opcheck(torch.ops.comp_kernels.sinkhorn.default, arguments)
 
 

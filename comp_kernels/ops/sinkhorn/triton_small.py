@@ -1,0 +1,98 @@
+"""sinkhorn over many small matrices in Triton: one launch forward, one backward, tiles and scratch memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..._triton import launch
+from .small import LOG2E
+
+NUM_WARPS = 4
+TILE = 2048  # entries per program, 16 a thread: a matrix of 4 x 4 lies in few threads, the scalings add half as many registers
+
+
+def tile_of(second: int, first: int) -> dict[str, int]:
+    """Items and sides of a tile, padded to powers of two."""
+    sides = dict(BS=1 << (second - 1).bit_length(), BF=1 << (first - 1).bit_length())
+    return dict(BG=max(1, TILE // (sides["BS"] * sides["BF"])), **sides)
+
+
+def solve_small(
+    scores: Tensor,
+    row_marginals: Tensor,
+    col_marginals: Tensor,
+    *,
+    epsilon: float,
+    num_iters: int,
+    order: str,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As small.solve, without float64."""
+    from .triton_small_kernels import small_forward_kernel
+
+    items, rows, cols = scores.shape
+    plan = scores.new_empty(scores.shape, dtype=torch.float32)
+    u, v = plan.new_empty((items, rows)), plan.new_empty((items, cols))
+    sides = _sides(scores, row_marginals, col_marginals, order)
+    second, first = (u, v) if order == "cols_rows" else (v, u)
+    launch(
+        small_forward_kernel,
+        (-(-items // sides.tile["BG"]),),
+        scores, *sides.marginals, plan, second, first,
+        *sides.numbers, num_iters, LOG2E / epsilon, eps,
+        HAS_EPS=eps > 0,
+        **sides.tile,
+        num_warps=NUM_WARPS,
+    )  # fmt: skip
+    return plan, u, v
+
+
+def small_gradient(
+    scores: Tensor,
+    row_marginals: Tensor,
+    col_marginals: Tensor,
+    grad_plan: Tensor | None,
+    grad_u: Tensor | None,
+    grad_v: Tensor | None,
+    *,
+    epsilon: float,
+    num_iters: int,
+    order: str,
+    eps: float,
+) -> Tensor:
+    """As small.gradient, without float64. Scratch memory: num_iters + 1 vectors per side and matrix."""
+    from .triton_small_kernels import small_backward_kernel
+
+    sides = _sides(scores, row_marginals, col_marginals, order)
+    found = scores.new_empty(scores.shape)
+    programs, tile = -(-len(scores) // sides.tile["BG"]), sides.tile
+    history = (num_iters + 1, programs * tile["BG"])
+    xs, ws = (scores.new_empty((*history, tile[side]), dtype=torch.float32) for side in ("BS", "BF"))
+    grad_second, grad_first = (grad_u, grad_v) if order == "cols_rows" else (grad_v, grad_u)
+    launch(
+        small_backward_kernel,
+        (programs,),
+        scores, *sides.marginals, grad_plan, grad_second, grad_first, xs, ws, found,
+        *sides.numbers, num_iters, LOG2E / epsilon, eps, 1.0 / epsilon,
+        HAS_EPS=eps > 0,
+        HAS_GRAD_PLAN=grad_plan is not None,
+        HAS_GRAD_U=grad_second is not None,
+        HAS_GRAD_V=grad_first is not None,
+        **tile,
+        num_warps=NUM_WARPS,
+    )  # fmt: skip
+    return found
+
+
+class _sides:
+    """The arguments of a call by the side that is scaled second and the one that is scaled first."""
+
+    def __init__(self, scores: Tensor, row_marginals: Tensor, col_marginals: Tensor, order: str):
+        items, rows, cols = scores.shape
+        pairs = ((rows, cols, row_marginals), (cols, 1, col_marginals))  # entries, their stride in a matrix, marginals
+        (second, s_stride, a), (first, f_stride, b) = pairs if order == "cols_rows" else pairs[::-1]
+        self.marginals = (a, b)
+        self.tile = tile_of(second, first)
+        strides = (scores.stride(0), s_stride, f_stride)
+        self.numbers = (items, second, first, *strides, *(x.shape[-1] if x.dim() == 2 else 0 for x in (a, b)))

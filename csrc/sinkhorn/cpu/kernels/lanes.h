@@ -1,0 +1,198 @@
+// Many small problems side by side, one per SIMD lane: an entry of all of them is a few vectors, and nothing crosses lanes but the
+// transposition on the way from and to memory, where each problem's entries are neighbours.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "common/cpu/half.h"
+#include "common/cpu/score_tile.h"
+#include "common/cpu/simd.h"
+
+namespace comp_kernels::COMP_KERNELS_ISA {
+
+// One number of kParts * kLanes<T> problems. Several parts are independent chains of work: they hide each other's latency.
+template <typename T, int kParts>
+struct Lanes {
+  Vec<T> part[kParts];
+
+  template <typename F>
+  static CK_INLINE Lanes of(F&& f) {
+    Lanes result;
+    for (int p = 0; p < kParts; ++p) result.part[p] = f(p);
+    return result;
+  }
+  static CK_INLINE Lanes all(T x) {
+    return of([x](int) { return broadcast(x); });
+  }
+  friend CK_INLINE Lanes operator+(const Lanes& a, const Lanes& b) {
+    return of([&](int p) { return a.part[p] + b.part[p]; });
+  }
+  friend CK_INLINE Lanes operator-(const Lanes& a, const Lanes& b) {
+    return of([&](int p) { return a.part[p] - b.part[p]; });
+  }
+  friend CK_INLINE Lanes operator*(const Lanes& a, const Lanes& b) {
+    return of([&](int p) { return a.part[p] * b.part[p]; });
+  }
+};
+
+// All bits of a lane set, or none.
+template <typename T, int kParts>
+struct LaneMask {
+  BitVec<T> part[kParts];
+
+  template <typename F>
+  static CK_INLINE LaneMask of(F&& f) {
+    LaneMask result;
+    for (int p = 0; p < kParts; ++p) result.part[p] = f(p);
+    return result;
+  }
+  friend CK_INLINE LaneMask operator&(const LaneMask& a, const LaneMask& b) {
+    return of([&](int p) { return a.part[p] & b.part[p]; });
+  }
+  CK_INLINE bool all() const {
+    BitVec<T> both = part[0];
+    for (int p = 1; p < kParts; ++p) both &= part[p];
+    bool result = true;
+    for (int i = 0; i < kLanes<T>; ++i) result &= both[i] != 0;
+    return result;
+  }
+};
+
+template <typename T, int kParts>
+CK_INLINE LaneMask<T, kParts> operator==(const Lanes<T, kParts>& a, const Lanes<T, kParts>& b) {
+  return LaneMask<T, kParts>::of([&](int p) { return a.part[p] == b.part[p]; });
+}
+
+template <typename T, int kParts>
+CK_INLINE LaneMask<T, kParts> operator<=(const Lanes<T, kParts>& a, const Lanes<T, kParts>& b) {
+  return LaneMask<T, kParts>::of([&](int p) { return a.part[p] <= b.part[p]; });
+}
+
+template <typename T, int kParts>
+CK_INLINE Lanes<T, kParts> select(const LaneMask<T, kParts>& mask, const Lanes<T, kParts>& yes, const Lanes<T, kParts>& no) {
+  return Lanes<T, kParts>::of([&](int p) { return select<T>(mask.part[p], yes.part[p], no.part[p]); });
+}
+
+// The larger and the smaller; b where either is NaN.
+template <typename T, int kParts>
+CK_INLINE Lanes<T, kParts> max(const Lanes<T, kParts>& a, const Lanes<T, kParts>& b) {
+  return Lanes<T, kParts>::of([&](int p) { return max<T>(a.part[p], b.part[p]); });
+}
+template <typename T, int kParts>
+CK_INLINE Lanes<T, kParts> min(const Lanes<T, kParts>& a, const Lanes<T, kParts>& b) {
+  return Lanes<T, kParts>::of([&](int p) { return min<T>(a.part[p], b.part[p]); });
+}
+
+template <typename T, int kParts>
+CK_INLINE Lanes<T, kParts> exp2(Lanes<T, kParts> x) {
+  exp2(x.part);
+  return x;
+}
+template <typename T, int kParts>
+CK_INLINE Lanes<T, kParts> log2(const Lanes<T, kParts>& x) {
+  return Lanes<T, kParts>::of([&](int p) { return log2<T>(x.part[p]); });
+}
+
+CK_INLINE Vec<double> quotient(Vec<double> a, Vec<double> b) { return a / b; }
+CK_INLINE Vec<float> quotient(Vec<float> a, Vec<float> b) {
+#if defined(__AVX512F__)
+  // 14 bits of 1 / b and one correction of the quotient: within one unit in the last place, at a third of the division's time.
+  // Neither b nor a / b may be infinite or subnormal.
+  const Vec<float> inverse = (Vec<float>)_mm512_maskz_rcp14_ps(0xffff, (__m512)b), close = a * inverse;
+  return close + (a - b * close) * inverse;
+#else
+  return a / b;
+#endif
+}
+template <typename T, int kParts>
+CK_INLINE Lanes<T, kParts> quotient(const Lanes<T, kParts>& a, const Lanes<T, kParts>& b) {
+  return Lanes<T, kParts>::of([&](int p) { return quotient(a.part[p], b.part[p]); });
+}
+
+template <typename T, int... kLane>
+CK_INLINE void zip(Vec<T> a, Vec<T> b, Vec<T>& low, Vec<T>& high, std::integer_sequence<int, kLane...>) {
+  constexpr int kCount = kLanes<T>;
+  low = SHUFFLE(T, a, b, (kLane / 2 + kLane % 2 * kCount)...);
+  high = SHUFFLE(T, a, b, (kCount / 2 + kLane / 2 + kLane % 2 * kCount)...);
+}
+
+// Entry j of vector i becomes entry i of vector j. Each round interleaves the first half of the vectors with the second.
+template <typename T>
+CK_INLINE void transpose(Vec<T> (&x)[kLanes<T>]) {
+  constexpr int kCount = kLanes<T>;
+#pragma GCC unroll 4
+  for (int round = 1; round < kCount; round *= 2) {
+    Vec<T> zipped[kCount];
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount / 2; ++i) {
+      zip<T>(x[i], x[i + kCount / 2], zipped[2 * i], zipped[2 * i + 1], std::make_integer_sequence<int, kCount>{});
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kCount; ++i) x[i] = zipped[i];
+  }
+}
+
+// Where problem `first` + lane lies: `count` neighbouring numbers at base + item * stride. Lanes beyond the last problem read that
+// one again, and are not written.
+struct Problems {
+  int64_t first, last, stride;
+  CK_INLINE int64_t offset(int lane) const { return std::min(first + lane, last) * stride; }
+  CK_INLINE int lanes(int wanted) const { return static_cast<int>(std::min<int64_t>(wanted, last - first + 1)); }
+};
+
+// Calls block(begin, width) for pieces of at most `wide` that cover 0 .. count - 1. The last one overlaps the one before it where
+// that keeps it full.
+template <typename F>
+CK_INLINE void cover(int count, int wide, F&& block) {
+  for (int begin = 0; begin < count; begin += wide) block(std::max(0, std::min(begin, count - wide)), std::min(wide, count));
+}
+
+// part p of to[slot[e]] = number e of all problems.
+template <typename S, typename T, int kParts>
+[[gnu::noinline]] void load_lanes(Lanes<T, kParts>* to, int p, const S* base, const Problems& at, int count, const uint16_t* slot) {
+  constexpr int kCount = kLanes<T>;
+  cover(count, kCount, [&](int begin, int width) {
+    Vec<T> x[kCount];
+    for (int lane = 0; lane < kCount; ++lane) {
+      const S* from = base + at.offset(lane) + begin;
+      if (width == kCount) {
+        x[lane] = load_widened(from);
+      } else {
+        S padded[kCount] = {};
+        std::memcpy(padded, from, width * sizeof(S));
+        x[lane] = load_widened(padded);
+      }
+    }
+    transpose<T>(x);
+    for (int j = 0; j < width; ++j) to[slot[begin + j]].part[p] = x[j];
+  });
+}
+
+// The way back: number e of all problems = part p of from[slot[e]].
+template <typename S, typename T, int kParts>
+[[gnu::noinline]] void store_lanes(const Lanes<T, kParts>* from, int p, S* base, const Problems& at, int count, const uint16_t* slot) {
+  constexpr int kCount = kLanes<T>;
+  cover(count, kCount, [&](int begin, int width) {
+    Vec<T> x[kCount];
+    for (int j = 0; j < kCount; ++j) x[j] = j < width ? from[slot[begin + j]].part[p] : Vec<T>{};
+    transpose<T>(x);
+    for (int lane = 0; lane < at.lanes(kCount); ++lane) {
+      S* to = base + at.offset(lane) + begin;
+      if constexpr (sizeof(S) == sizeof(T)) {
+        if (width == kCount) {
+          store(to, x[lane]);
+          continue;
+        }
+      }
+      T wide[kCount];
+      S narrowed[kCount];
+      store(wide, x[lane]);
+      for (int j = 0; j < kCount; ++j) narrow(wide[j], narrowed[j]);
+      std::memcpy(to, narrowed, width * sizeof(S));
+    }
+  });
+}
+
+}  // namespace comp_kernels::COMP_KERNELS_ISA
