@@ -68,18 +68,29 @@ CK_INLINE void product_tile(int64_t depth, const T* a, int64_t a_stride, const T
   }
 }
 
-// One panel of C, all its rows: full tiles, then one of just the rows that are left.
+// `rows` rows of one panel of C in `tiles` tiles of equal height, give or take one row: a low tile would wait for its own latency.
 template <typename T, int kRows, int kVectors, RowsOfA kA, Result kResult>
-void product_rows(int64_t rows, int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* c,
-                  int64_t c_stride, RowsAhead& ahead) {
-  for (; rows >= kRows; rows -= kRows) {
+void product_tiles(int64_t rows, int64_t tiles, int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* c,
+                   int64_t c_stride, RowsAhead& ahead) {
+  for (; rows > tiles * (kRows - 1); rows -= kRows, --tiles) {
     product_tile<T, kRows, kVectors, kA, kResult>(depth, a, a_stride, b, b_stride, c, c_stride, ahead);
     a += kRows * (kA == RowsOfA::strided ? a_stride : 1);
     c += kRows * c_stride;
   }
   if constexpr (kRows > 1) {
-    if (rows > 0) product_rows<T, kRows - 1, kVectors, kA, kResult>(rows, depth, a, a_stride, b, b_stride, c, c_stride, ahead);
+    if (rows > 0) {
+      product_tiles<T, kRows - 1, kVectors, kA, kResult>(rows, tiles, depth, a, a_stride, b, b_stride, c, c_stride, ahead);
+    }
   }
+}
+
+// One panel of C, all its rows.
+template <typename T, int kVectors, RowsOfA kA, Result kResult>
+void product_rows(int64_t rows, int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* c, int64_t c_stride,
+                  RowsAhead& ahead) {
+  constexpr int kRows = tile_rows(kVectors);
+  product_tiles<T, kRows, kVectors, kA, kResult>(rows, (rows + kRows - 1) / kRows, depth, a, a_stride, b, b_stride, c, c_stride,
+                                                 ahead);
 }
 
 // Widths of the panels that `vectors` columns are cut into: twos, and for an odd number a three (or a single one) at the end.
@@ -92,11 +103,11 @@ void product_panels(int64_t rows, int64_t vectors, int64_t depth, const T* a, in
     const int64_t width = panel_vectors(vectors);
     const int64_t stride = kB == RowsOfB::in_panels ? width * kLanes<T> : b_stride;
     if (width == 2) {
-      product_rows<T, tile_rows(2), 2, kA, kResult>(rows, depth, a, a_stride, b, stride, c, c_stride, ahead);
+      product_rows<T, 2, kA, kResult>(rows, depth, a, a_stride, b, stride, c, c_stride, ahead);
     } else if (width == 3) {
-      product_rows<T, tile_rows(3), 3, kA, kResult>(rows, depth, a, a_stride, b, stride, c, c_stride, ahead);
+      product_rows<T, 3, kA, kResult>(rows, depth, a, a_stride, b, stride, c, c_stride, ahead);
     } else {
-      product_rows<T, tile_rows(1), 1, kA, kResult>(rows, depth, a, a_stride, b, stride, c, c_stride, ahead);
+      product_rows<T, 1, kA, kResult>(rows, depth, a, a_stride, b, stride, c, c_stride, ahead);
     }
     b += width * kLanes<T> * (kB == RowsOfB::in_panels ? depth : 1);
     c += width * kLanes<T>;
