@@ -46,7 +46,9 @@ X86_FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c", "-mtune=haswell"],
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512 -mtune=icelake-server".split(),
 }
-
+# The set that multiplies bfloat16: attention alone, left out where the compiler does not know it (GCC before 10).
+BFLOAT16_FLAGS = [*X86_FLAGS["avx512"], "-mavx512bf16", "-DCOMP_KERNELS_BFLOAT16_PAIRS"]
+BFLOAT16_SOURCES = ["rope_attention_forward.cpp", "rope_attention_backward.cpp"]
 
 NVCC_FLAGS = ["-std=c++17", "-O3", "-lineinfo", f"-I{CSRC / 'include'}", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
 CUDA_ARCHITECTURES = "8.0;9.0a+PTX"
@@ -69,6 +71,12 @@ def target(compiler: list[str]) -> str:
 def instruction_sets(processor: str) -> dict[str, list[str]]:
     """Compiler flags by instruction set; other machines than x86-64 have one set, the architecture's own (NEON)."""
     return X86_FLAGS if processor in ("x86_64", "amd64") else {"baseline": []}
+
+
+def accepts(compiler: list[str], flags: list[str]) -> bool:
+    """Whether the compiler knows these flags."""
+    command = [*compiler, *flags, "-x", "c++", "-fsyntax-only", os.devnull]
+    return subprocess.run(command, capture_output=True).returncode == 0
 
 
 def newer(target: Path, sources: list[Path]) -> bool:
@@ -99,12 +107,19 @@ def build_cpu(lib: Path, objects: Path) -> None:
     objects.mkdir(exist_ok=True)
     headers = sorted(CSRC.glob("include/**/*.h")) + sorted(CSRC.glob("cpu/**/*.h")) + [Path(__file__)]
     jobs: list[tuple[Path, Path, list[str]]] = [(source, objects / f"{source.stem}.o", []) for source in CSRC.glob("cpu/*.cpp")]
-    for isa, flags in instruction_sets(target(compiler)).items():
+    kernels = {
+        isa: (flags, sorted(CSRC.glob("cpu/kernels/*.cpp"))) for isa, flags in instruction_sets(target(compiler)).items()
+    }
+    defines = []
+    if "avx512" in kernels and accepts(compiler, BFLOAT16_FLAGS):
+        kernels["avx512_bf16"] = BFLOAT16_FLAGS, [CSRC / "cpu" / "kernels" / name for name in BFLOAT16_SOURCES]
+        defines.append("-DCOMP_KERNELS_HAS_AVX512_BF16")
+    for isa, (flags, sources) in kernels.items():
         flags = [*flags, f"-DCOMP_KERNELS_ISA={isa}"]
-        jobs += [(source, objects / f"{source.stem}.{isa}.o", flags) for source in CSRC.glob("cpu/kernels/*.cpp")]
+        jobs += [(source, objects / f"{source.stem}.{isa}.o", flags) for source in sources]
     run_all(
         [
-            [*compiler, *CXX_FLAGS, *flags, *extra, "-c", str(source), "-o", str(target)]
+            [*compiler, *CXX_FLAGS, *defines, *flags, *extra, "-c", str(source), "-o", str(target)]
             for source, target, flags in jobs
             if not newer(target, [source, *headers])
         ]

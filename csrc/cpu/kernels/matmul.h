@@ -4,8 +4,11 @@
 // vector of B and one broadcast per row of A. The tile is as tall as the register file allows, so that the loads hide behind
 // the multiply-adds. B is read in column panels of two vectors (the last of three or one): as packed panels, [k][panel width]
 // one after another, or in place from rows.
+//
+// An element of A or B is a number, or in the sets that multiply bfloat16 a pair of numbers (pairs.h); `depth` counts elements.
 #pragma once
 
+#include "pairs.h"
 #include "rows_ahead.h"
 #include "simd.h"
 
@@ -17,10 +20,11 @@ constexpr int kRegisters = 32;
 constexpr int kRegisters = 16;
 #endif
 
-// Rows of a register tile that is `vectors` wide: accumulators, one row of B and one broadcast fill the registers.
+// Rows of a register tile that is `vectors` wide: accumulators, one row of B and one broadcast fill the registers. Of 32 registers
+// some are left over: 12 rows divide blocks better than 14.
 constexpr int tile_rows(int vectors) {
-  const int rows = (kRegisters - vectors - 1) / vectors;
-  return vectors == 1 ? kRegisters / 2 : rows / 2 * 2;
+  const int rows = (kRegisters - vectors - 1) / vectors, multiple = kRegisters == 32 ? 4 : 2;
+  return vectors == 1 ? kRegisters / 2 : rows / multiple * multiple;
 }
 
 enum class RowsOfA { strided, transposed };     // A[m, k] at a[m * stride + k], or at a[k * stride + m]
@@ -52,7 +56,7 @@ CK_INLINE void product_tile(int64_t depth, const T* a, int64_t a_stride, const T
       for (int m = 0; m < kRows; ++m) {
         const Vec<T> x = broadcast<T>(kA == RowsOfA::strided ? a[m * a_stride] : a[m]);
 #pragma GCC unroll 4
-        for (int n = 0; n < kVectors; ++n) sum[m][n] += x * row[n];
+        for (int n = 0; n < kVectors; ++n) sum[m][n] = multiply_add(x, row[n], sum[m][n]);
       }
       a += kA == RowsOfA::strided ? 1 : a_stride;
     }
