@@ -86,7 +86,9 @@ def describe(info: dict) -> str:
     if "gflops" in info:
         parts.append(f"{info['gflops']:.0f} GFLOP/s ({info['peak_share']:.0%} of the FMA peak)")
     best = info["best_ms"]
-    parts += [f"{name} {ms / info['ms']:.2f}x (best rounds {best[name] / best['ours']:.2f}x)" for name, ms in info["peers_ms"].items()]
+    parts += [
+        f"{name} {ms / info['ms']:.2f}x (best rounds {best[name] / best['ours']:.2f}x)" for name, ms in info["peers_ms"].items()
+    ]
     parts.append(f"{info['memory_mib']['ours']:.1f} MiB")
     if "max_error" in info:
         parts.append(f"error {info['max_error']:.1e}")

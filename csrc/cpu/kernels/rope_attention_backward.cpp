@@ -31,6 +31,14 @@ BlockSizes blocks_of(const AttentionItem& item) {
 
 constexpr int kTogether = 2;  // vectors of scores whose exponentials are taken together
 
+// Rows of scores are this far apart; the last of the vectors taken together may lie beyond the keys.
+template <typename T>
+constexpr int64_t kMostScores = (kMost<T>.keys + kTogether * kLanes<T> - 1) / (kTogether * kLanes<T>) * (kTogether * kLanes<T>);
+template <typename T>
+constexpr int64_t kScoreStride = row_stride<T>(kMostScores<T>);
+template <typename T>
+constexpr int64_t kLeftStride = row_stride<T>(kMostScores<T> / kPack);  // of dscores_left
+
 // Scratch of one worker. Rows are row_stride apart; panels as in the forward pass. Operands of products are in elements (pairs.h):
 // what is summed over has 1 / kPack of its length. One element per number, and left and right operands are the same memory.
 template <typename T>
@@ -57,13 +65,13 @@ struct BackwardScratch {
     for (T** rows : {&dkeys, &dvalues}) carver.take(*rows, padded * stride);
     for (T** panels : {&key_panels, &value_panels}) carver.take(*panels, padded * (head_dim / kPack));
     for (T** rows : {&query, &dout, &dquery}) carver.take(*rows, kRows * stride);
-    for (T** tile : {&probabilities, &dscores}) carver.take(*tile, kRows * row_stride<T>(kMost<T>.keys));
+    for (T** tile : {&probabilities, &dscores}) carver.take(*tile, kRows * kScoreStride<T>);
     for (T** row : {&row_lse, &row_lse_rest, &row_delta, &row_dlse}) carver.take(*row, kRows);
     for (T** rows : {&key_rows, &value_rows, &out}) carver.take(*rows, kLanes<T> * stride);
     query_right = query, dout_right = dout, dscores_left = dscores;
     if constexpr (kPack > 1) {
       for (T** rows : {&query_right, &dout_right}) carver.take(*rows, kRows / kPack * stride);
-      carver.take(dscores_left, kRows * row_stride<T>(kMost<T>.keys / kPack));
+      carver.take(dscores_left, kRows * kLeftStride<T>);
     }
   }
 };
@@ -138,9 +146,8 @@ template <typename T>
 CK_INLINE void weights_and_gradients(const BackwardScratch<T>& scratch, int64_t i, int64_t j, int64_t keys, T scale_log2,
                                      Vec<T> (&weights)[kTogether], Vec<T> (&gradients)[kTogether]) {
   constexpr int L = kLanes<T>;
-  constexpr int64_t kStride = row_stride<T>(kMost<T>.keys);
-  const T* scores = scratch.probabilities + i * kStride + j;
-  const T* dp = scratch.dscores + i * kStride + j;
+  const T* scores = scratch.probabilities + i * kScoreStride<T> + j;
+  const T* dp = scratch.dscores + i * kScoreStride<T> + j;
   const T lse = scratch.row_lse[i], lse_rest = scratch.row_lse_rest[i], delta = scratch.row_delta[i], dlse = scratch.row_dlse[i];
 #pragma GCC unroll 8
   for (int n = 0; n < kTogether; ++n) {
@@ -160,11 +167,10 @@ CK_INLINE void weights_and_gradients(const BackwardScratch<T>& scratch, int64_t 
 template <typename T>
 void softmax_gradients(BackwardScratch<T>& scratch, int64_t queries, int64_t keys, T scale_log2) {
   constexpr int L = kLanes<T>;
-  constexpr int64_t kStride = row_stride<T>(kMost<T>.keys);
   const int64_t padded = round_up_to_lanes<T>(keys);
   for (int64_t i = 0; i < queries; i += kPack) {
-    T* p = scratch.probabilities + i * kStride;
-    T* ds = scratch.dscores + i * kStride;
+    T* p = scratch.probabilities + i * kScoreStride<T>;
+    T* ds = scratch.dscores + i * kScoreStride<T>;
     for (int64_t j = 0; j < padded; j += kTogether * L) {
       Vec<T> weights[kPack][kTogether], gradients[kPack][kTogether];
 #pragma GCC unroll 2
@@ -178,9 +184,9 @@ void softmax_gradients(BackwardScratch<T>& scratch, int64_t queries, int64_t key
           store(p + j + n * L, pair_rows(weights[0][n], weights[1][n]));
           store(ds + j + n * L, pair_rows(gradients[0][n], gradients[1][n]));
         }
-        T* left = scratch.dscores_left + i * row_stride<T>(kMost<T>.keys / kPack) + j / kPack;
+        T* left = scratch.dscores_left + i * kLeftStride<T> + j / kPack;
         store_operands(left, gradients[0]);
-        store_operands(left + row_stride<T>(kMost<T>.keys / kPack), gradients[1]);
+        store_operands(left + kLeftStride<T>, gradients[1]);
       }
     }
   }
@@ -190,10 +196,9 @@ template <typename S, typename T>
 void backward_block(const Params& p, const AttentionItem& item, BackwardScratch<T>& scratch, int64_t token, int64_t queries,
                     int64_t head) {
   constexpr int L = kLanes<T>;
-  const int64_t D = p.head_dim, stride = row_stride<T>(D), score_stride = row_stride<T>(kMost<T>.keys);
+  const int64_t D = p.head_dim, stride = row_stride<T>(D), score_stride = kScoreStride<T>;
   const int64_t vectors = round_up_to_lanes<T>(D) / L, count = item.key_end - item.key_begin;
   const int64_t depth = D / kPack, rows = (queries + kPack - 1) / kPack * kPack;  // a query without a partner is paired with zeros
-  constexpr int64_t left_stride = kPack == 1 ? row_stride<T>(kMost<T>.keys) : row_stride<T>(kMost<T>.keys / kPack);
   load_queries<S>(p, scratch, token, queries, head);
   // The first block of queries of the item's first head begins the sums over queries, the first block of keys those over keys.
   const bool first = token == item.query_begin && head == item.head_k * (p.num_heads / p.num_heads_k);
@@ -220,7 +225,7 @@ void backward_block(const Params& p, const AttentionItem& item, BackwardScratch<
     if (item.query_gradients) {
       product<T, RowsOfA::strided, RowsOfB::in_rows>(
           block == 0 ? Result::overwritten : Result::accumulated, queries, vectors, (keys + kPack - 1) / kPack,
-          scratch.dscores_left, left_stride, scratch.keys + block / kPack * stride, stride, scratch.dquery, stride, scratch.ahead);
+          scratch.dscores_left, kLeftStride<T>, scratch.keys + block / kPack * stride, stride, scratch.dquery, stride, scratch.ahead);
     }
   }
   if (item.query_gradients) {
