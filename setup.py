@@ -46,7 +46,7 @@ X86_FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c", "-mtune=haswell"],
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512 -mtune=icelake-server".split(),
 }
-# The set that multiplies bfloat16: attention and its yardstick alone, left out where the compiler does not know it (GCC before 10).
+# The set that multiplies bfloat16: attention and its yardstick, left out where the compiler does not know it (GCC before 10).
 BFLOAT16_FLAGS = [*X86_FLAGS["avx512"], "-mavx512bf16", "-DCOMP_KERNELS_BFLOAT16_PAIRS"]
 BFLOAT16_SOURCES = ["rope_attention_forward.cpp", "rope_attention_backward.cpp", "fma_peak.cpp"]
 

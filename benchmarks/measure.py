@@ -102,8 +102,8 @@ def _seconds(function: Callable[[], object], timer: Callable[[], float]) -> floa
 
 
 def fma_peak(dtype: torch.dtype = torch.float32) -> float:
-    """GFLOP/s of float32 multiply-adds in registers over torch's threads, or of what bfloat16 is multiplied with; measured anew, for
-    the clock may have changed."""
+    """GFLOP/s of float32 multiply-adds in registers over torch's threads, or of what bfloat16 is multiplied with; measured
+    anew, for the clock may have changed."""
     library = _native.cpu()
     function = library.comp_kernels_cpu_bfloat16_peak if dtype == torch.bfloat16 else library.comp_kernels_cpu_fma_peak
     function.restype, function.argtypes = ctypes.c_double, [ctypes.c_int64]

@@ -126,8 +126,8 @@ def test_no_keys_before_keys_in_one_thread():
 
 
 def test_many_blocks_of_queries_and_keys():
-    """Lengths around and beyond the block sizes of both passes (96 x 192 and 96 x 96); 143 is the longest that is one block, in every
-    instruction set."""
+    """Lengths around and beyond the block sizes of both passes (96 x 192 and 96 x 96); 143 is the longest that is one block, in
+    every instruction set."""
     case = AttentionCase("blocks", [95, 97, 128, 129, 143, 333, 700], heads=1, head_dim=72, seed=3)
     for dtype in LOW_PRECISION:
         check_rope_attention(case, dtype, "cpu")
