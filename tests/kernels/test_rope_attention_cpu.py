@@ -4,6 +4,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -113,6 +114,16 @@ def test_same_bits_again_and_with_two_threads(name, dtype):
                 assert torch.equal(value, again[key]) and torch.equal(value, shared[key]), key
     finally:
         torch.set_num_threads(threads)
+
+
+def test_calls_from_several_threads_share_no_scratch():
+    """The memory kept between calls belongs to one of them at a time; calls of different sizes take turns."""
+    cases = [make_attention_inputs(AttentionCase("threads", [n], heads=2, head_dim=24, seed=n)) for n in (40, 300, 129, 500)]
+    expected = [run(inputs) for inputs in cases]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            for once, again in zip(expected, pool.map(run, cases)):
+                assert all(torch.equal(value, again[key]) for key, value in once.items())
 
 
 def test_no_keys_before_keys_in_one_thread():
