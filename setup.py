@@ -37,8 +37,9 @@ from setuptools.command.build import build
 
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
-sources = runpy.run_path(str(ROOT / "comp_kernels" / "_sources.py"))
-fingerprint, CXX_FLAGS, X86_FLAGS, INCLUDES = (sources[name] for name in ("fingerprint", "CXX_FLAGS", "X86_FLAGS", "INCLUDES"))
+known = runpy.run_path(str(ROOT / "comp_kernels" / "_sources.py"))
+fingerprint, INCLUDES = known["fingerprint"], known["INCLUDES"]
+CXX_FLAGS, X86_FLAGS, BFLOAT16_FLAGS = (known[f"{name}_FLAGS"] for name in ("CXX", "X86", "BFLOAT16"))
 
 NVCC_FLAGS = ["-std=c++17", "-O3", "-lineinfo", *INCLUDES, "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
 CUDA_ARCHITECTURES = "8.0;9.0a+PTX"
@@ -70,6 +71,12 @@ def target(compiler: list[str]) -> str:
 def instruction_sets(processor: str) -> dict[str, list[str]]:
     """Compiler flags by instruction set; other machines than x86-64 have one set, the architecture's own (NEON)."""
     return X86_FLAGS if processor in ("x86_64", "amd64") else {"baseline": []}
+
+
+def accepts(compiler: list[str], flags: list[str]) -> bool:
+    """Whether the compiler knows these flags."""
+    command = [*compiler, *flags, "-x", "c++", "-fsyntax-only", os.devnull]
+    return subprocess.run(command, capture_output=True).returncode == 0
 
 
 def newer(target: Path, sources: list[Path]) -> bool:
@@ -107,12 +114,17 @@ def build_cpu(lib: Path, objects: Path) -> None:
     jobs: list[tuple[Path, Path, list[str]]] = [
         (source, objects / f"{name_of(source)}.o", []) for source in CSRC.glob("*/cpu/*.cpp")
     ]
-    for isa, flags in instruction_sets(target(compiler)).items():
+    sets = {isa: (flags, sorted(CSRC.glob("*/cpu/kernels/*.cpp"))) for isa, flags in instruction_sets(target(compiler)).items()}
+    defines = []
+    if "avx512" in sets and accepts(compiler, BFLOAT16_FLAGS):
+        sets["avx512_bf16"] = BFLOAT16_FLAGS, sorted(CSRC.glob("rope_attention/cpu/kernels/*.cpp"))
+        defines.append("-DCOMP_KERNELS_HAS_AVX512_BF16")
+    for isa, (flags, sources) in sets.items():
         flags = [*flags, f"-DCOMP_KERNELS_ISA={isa}"]
-        jobs += [(source, objects / f"{name_of(source)}.{isa}.o", flags) for source in CSRC.glob("*/cpu/kernels/*.cpp")]
+        jobs += [(source, objects / f"{name_of(source)}.{isa}.o", flags) for source in sources]
     run_all(
         [
-            [*compiler, *CXX_FLAGS, *flags, *extra, "-c", str(source), "-o", str(target)]
+            [*compiler, *CXX_FLAGS, *defines, *flags, *extra, "-c", str(source), "-o", str(target)]
             for source, target, flags in jobs
             if not newer(target, [source, *headers])
         ]

@@ -13,28 +13,33 @@ from pathlib import Path
 import torch
 
 from comp_kernels import _native
-from comp_kernels._sources import CSRC, CXX_FLAGS, X86_FLAGS
+from comp_kernels._sources import BFLOAT16_FLAGS, CSRC, CXX_FLAGS, X86_FLAGS
 
 SOURCE = Path(__file__).parent / "csrc" / "peaks.cpp"
 BUILD = Path(__file__).parents[1] / "build"
 
 
-def fma_peak() -> float:
-    """GFLOP/s of float32 multiply-adds in registers; measured anew in every call, for the clock may have changed."""
-    return _library().peak_multiply_add(torch.get_num_threads(), 5) * 1e-9
+def fma_peak(dtype: torch.dtype = torch.float32) -> float:
+    """GFLOP/s of float32 multiply-adds in registers, or of what bfloat16 is multiplied with; measured anew in every call, for the
+    clock may have changed."""
+    return _library(pairs=dtype == torch.bfloat16).peak_multiply_add(torch.get_num_threads(), 5) * 1e-9
 
 
 def exponential_rate() -> float:
     """Exponentials per second of the kernels' own exponential, of numbers in the first level cache."""
-    return _library().peak_exponentials(torch.get_num_threads(), 5)
+    return _library(pairs=False).peak_exponentials(torch.get_num_threads(), 5)
 
 
 @cache
-def _library() -> ctypes.CDLL:
-    """peaks.cpp, compiled as the kernels are, for the instruction set that they run in."""
+def _library(pairs: bool) -> ctypes.CDLL:
+    """peaks.cpp, compiled as the kernels are, for the instruction set that they run in; pairs: for bfloat16."""
     isa = _native.cpu().comp_kernels_cpu_isa().decode().split()[0]
-    flags = [*CXX_FLAGS, *(X86_FLAGS[isa] if platform.machine() in ("x86_64", "AMD64") else []), f"-DCOMP_KERNELS_ISA={isa}"]
-    text = SOURCE.read_bytes() + (CSRC / "common" / "cpu" / "simd.h").read_bytes() + " ".join(flags).encode()
+    if isa == "avx512_bf16" and not pairs:
+        isa = "avx512"
+    x86 = {**X86_FLAGS, "avx512_bf16": BFLOAT16_FLAGS}
+    flags = [*CXX_FLAGS, *(x86[isa] if platform.machine() in ("x86_64", "AMD64") else []), f"-DCOMP_KERNELS_ISA={isa}"]
+    headers = [*(CSRC / "common" / "cpu").glob("*.h"), *(CSRC / "rope_attention" / "cpu" / "kernels").glob("*.h")]
+    text = b"".join(path.read_bytes() for path in [SOURCE, *sorted(headers)]) + " ".join(flags).encode()
     path = BUILD / f"peaks-{hashlib.sha256(text).hexdigest()[:12]}.so"
     if not path.exists():
         BUILD.mkdir(exist_ok=True)

@@ -35,9 +35,10 @@ def rope_attention_of(inputs):
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("which", ("forward", "forward+backward"))
-def test_attention(benchmark, which, name):
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
+def test_attention(benchmark, dtype, which, name):
     case = CASES[name]
-    inputs = inputs_of(case)
+    inputs = inputs_of(case, dtype)
     training = which == "forward+backward"
     calls = {"ours": rope_attention_of(inputs), **peers_of(case, inputs, training=training)}
     calls = {key: (training_step if training else inference)(call, inputs) for key, call in calls.items()}
@@ -49,23 +50,13 @@ def test_attention(benchmark, which, name):
         benchmark,
         calls.pop("ours"),
         calls,
-        group=which,
+        group=which + (" bf16" if dtype == torch.bfloat16 else ""),
         case=name,
         operations=operations(case) * (3.5 if training else 1),
         error=largest_error(ours, inputs),
         rounds=3 if name == "one_long_image" else 7,
+        dtype=dtype,
     )
-
-
-@pytest.mark.parametrize("name", ("so400m_384", "native_mix"))
-def test_attention_bfloat16(benchmark, name):
-    """bfloat16 storage, float32 arithmetic; this processor has no bfloat16 instructions to lose against."""
-    case = CASES[name]
-    inputs = inputs_of(case, torch.bfloat16)
-    calls = {"ours": rope_attention_of(inputs), **peers_of(case, inputs, training=True)}
-    calls = {key: training_step(call, inputs) for key, call in calls.items()}
-    ours = calls.pop("ours")
-    compare(benchmark, ours, calls, group="forward+backward bf16", case=name, operations=operations(case) * 3.5, rounds=5)
 
 
 @pytest.mark.parametrize("tokens", (4, 64))

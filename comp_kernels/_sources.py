@@ -20,6 +20,8 @@ X86_FLAGS = {
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512 -mtune=icelake-server".split(),
 }
 """By instruction set; files of csrc/*/cpu/kernels are compiled once for each."""
+BFLOAT16_FLAGS = [*X86_FLAGS["avx512"], "-mavx512bf16", "-DCOMP_KERNELS_BFLOAT16_PAIRS"]
+"""Of the set that multiplies bfloat16, for attention alone; left out where the compiler does not know it (GCC before 10)."""
 
 
 def fingerprint(library: str) -> str | None:

@@ -1,5 +1,5 @@
 // Instruction sets: every file of csrc/*/cpu/kernels is compiled once per set, in a namespace of its own; the choice between
-// them is made at run time.
+// them is made at run time. The sets that multiply bfloat16 hold the attention kernels alone, for that dtype; all else takes avx512.
 #pragma once
 
 #if defined(__x86_64__) || defined(_M_X64)
@@ -9,7 +9,7 @@
 namespace comp_kernels {
 
 // Ordered: each set contains those before it. Baseline is what the architecture guarantees (SSE2, or NEON on aarch64).
-enum class Isa { baseline = 0, avx2 = 1, avx512 = 2 };
+enum class Isa { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
 
 // The set in use: the best this processor has, or a lower one by the environment variable COMP_KERNELS_CPU_ISA.
 Isa active_isa();
@@ -32,7 +32,7 @@ Isa active_isa();
   }
 // Calls the variant in use, DISPATCH_ISA(rope_attention_forward, params).
 #define DISPATCH_ISA(function, ...)                                  \
-  (::comp_kernels::active_isa() == ::comp_kernels::Isa::avx512       \
+  (::comp_kernels::active_isa() >= ::comp_kernels::Isa::avx512       \
        ? ::comp_kernels::avx512::function(__VA_ARGS__)               \
        : ::comp_kernels::active_isa() == ::comp_kernels::Isa::avx2   \
              ? ::comp_kernels::avx2::function(__VA_ARGS__)           \
@@ -45,4 +45,22 @@ Isa active_isa();
   }                                  \
   }
 #define DISPATCH_ISA(function, ...) ::comp_kernels::baseline::function(__VA_ARGS__)
+#endif
+
+// Where the compiler knows the set avx512_bf16, declares a function that it has; DISPATCH_BFLOAT16 calls it where the processor has
+// the set too, and the variant of DISPATCH_ISA elsewhere.
+#ifdef COMP_KERNELS_HAS_AVX512_BF16
+#define DECLARE_BFLOAT16(declaration) \
+  namespace comp_kernels {            \
+  namespace avx512_bf16 {             \
+  declaration;                        \
+  }                                   \
+  }
+#define DISPATCH_BFLOAT16(function, ...)                                \
+  (::comp_kernels::active_isa() == ::comp_kernels::Isa::avx512_bf16     \
+       ? ::comp_kernels::avx512_bf16::function(__VA_ARGS__)             \
+       : DISPATCH_ISA(function, __VA_ARGS__))
+#else
+#define DECLARE_BFLOAT16(declaration)
+#define DISPATCH_BFLOAT16(function, ...) DISPATCH_ISA(function, __VA_ARGS__)
 #endif

@@ -1,10 +1,14 @@
-// Memory of the workers, allocated once per call of an operator and cut up before the loops start.
+// Memory of the workers, taken once per call of an operator and cut up before the loops start.
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>
 
 namespace comp_kernels {
+
+// A block of at least `bytes`, on a page boundary; null when memory ran out. The block that was given back last is kept for the
+// next call: the first touch of a fresh page costs about as much as a thousand multiply-adds of a vector.
+char* take_scratch(int64_t bytes);
+void give_back_scratch(char* block);
 
 // Hands out consecutive pieces of a block, each on a cache line of its own. With a null block it only measures.
 class Carver {
@@ -34,7 +38,7 @@ class PerWorker {
     scratch_[0].carve(measure, args...);
     // A page apart: neighbours share neither cache lines nor the prefetcher's reach.
     const int64_t bytes = (measure.size() + 4095) / 4096 * 4096 + 64;
-    block_ = static_cast<char*>(std::aligned_alloc(4096, (workers * bytes + 4095) / 4096 * 4096));
+    block_ = take_scratch(workers * bytes);
     if (block_ == nullptr) return;
     for (int64_t worker = 0; worker < workers; ++worker) {
       Carver carver(block_ + worker * bytes);
@@ -42,7 +46,7 @@ class PerWorker {
     }
   }
   ~PerWorker() {
-    std::free(block_);
+    if (block_ != nullptr) give_back_scratch(block_);
     delete[] scratch_;
   }
   PerWorker(const PerWorker&) = delete;

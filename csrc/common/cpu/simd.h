@@ -80,8 +80,10 @@ CK_INLINE Vec<T> broadcast(T x) {
 // The larger of each pair; b where either is NaN.
 template <typename T>
 CK_INLINE Vec<T> max(Vec<T> a, Vec<T> b) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) return _mm256_max_ps(a, b);  // the compiler takes two instructions
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_maskz_max_ps(0xffff, a, b);  // the compiler takes two instructions
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) return _mm256_max_ps(a, b);
 #endif
   return a > b ? a : b;
 }
@@ -89,7 +91,9 @@ CK_INLINE Vec<T> max(Vec<T> a, Vec<T> b) {
 // The smaller of each pair; b where either is NaN.
 template <typename T>
 CK_INLINE Vec<T> min(Vec<T> a, Vec<T> b) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_maskz_min_ps(0xffff, a, b);
+#elif defined(__AVX2__)
   if constexpr (sizeof(T) == 4) return _mm256_min_ps(a, b);
 #endif
   return a < b ? a : b;

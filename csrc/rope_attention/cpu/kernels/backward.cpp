@@ -31,28 +31,48 @@ BlockSizes blocks_of(const AttentionItem& item) {
 
 constexpr int kTogether = 2;  // vectors of scores whose exponentials are taken together
 
-// Scratch of one worker. Rows are row_stride apart; panels as in the forward pass.
+// Rows of scores are this far apart; the last of the vectors taken together may lie beyond the keys.
+template <typename T>
+constexpr int64_t kMostScores = (kMost<T>.keys + kTogether * kLanes<T> - 1) / (kTogether * kLanes<T>) * (kTogether * kLanes<T>);
+template <typename T>
+constexpr int64_t kScoreStride = row_stride<T>(kMostScores<T>);
+template <typename T>
+constexpr int64_t kLeftStride = row_stride<T>(kMostScores<T> / kPack);  // of dscores_left
+
+// Scratch of one worker. Rows are row_stride apart; panels as in the forward pass. Operands of products are in elements (pairs.h):
+// what is summed over has 1 / kPack of its length. One element per number, and left and right operands are the same memory.
 template <typename T>
 struct BackwardScratch {
-  T *keys, *dkeys, *dvalues;         // [keys, D]: rotated keys, gradients
-  T *key_panels, *value_panels;      // [D, keys] by blocks
-  T *query, *dquery, *dout;          // [most queries, D]
-  T *probabilities, *dscores;        // [most queries, most keys]
+  T* keys;                           // [keys / kPack, D], rotated, right operand of dQ
+  T *dkeys, *dvalues;                // [keys, D]
+  T *key_panels, *value_panels;      // [D / kPack, keys] by blocks, right operands of S and dP
+  T *query, *dout;                   // [most queries, D / kPack], left operands of S and dP
+  T *query_right, *dout_right;       // [most queries / kPack, D], right operands of dK and dV
+  T* dquery;                         // [most queries, D]
+  T *probabilities, *dscores;        // [most queries, most keys], S and dP, then left operands of dV and dK, transposed: rows kPack apart
+  T* dscores_left;                   // [most queries, most keys / kPack], left operand of dQ
   T *row_lse, *row_lse_rest;         // [most queries], the exponent is (S - lse) scale_log2 - rest
   T *row_delta, *row_dlse;           // [most queries]
-  T *values, *out;                   // [kLanes, D], values on their way into the panels, rows of out
+  T *key_rows, *value_rows;          // [kLanes, D], on their way into operands
+  T* out;                            // [kLanes, D], rows of out
   RowsAhead ahead;
   int64_t packed_key = -1, packed_key_end = -1, packed_head = -1;  // what the keys and panels hold
 
   void carve(Carver& carver, const int64_t& most_keys, const int64_t& head_dim) {
     const int64_t stride = row_stride<T>(head_dim), padded = round_up_to_lanes<T>(most_keys);
     constexpr int64_t kRows = round_up_to_lanes<T>(kMost<T>.queries);  // of a block, whole vectors of rows
-    for (T** rows : {&keys, &dkeys, &dvalues}) carver.take(*rows, padded * stride);
-    for (T** panels : {&key_panels, &value_panels}) carver.take(*panels, padded * head_dim);
-    for (T** rows : {&query, &dquery, &dout}) carver.take(*rows, kRows * stride);
-    for (T** tile : {&probabilities, &dscores}) carver.take(*tile, kRows * row_stride<T>(kMost<T>.keys));
+    carver.take(keys, padded / kPack * stride);
+    for (T** rows : {&dkeys, &dvalues}) carver.take(*rows, padded * stride);
+    for (T** panels : {&key_panels, &value_panels}) carver.take(*panels, padded * (head_dim / kPack));
+    for (T** rows : {&query, &dout, &dquery}) carver.take(*rows, kRows * stride);
+    for (T** tile : {&probabilities, &dscores}) carver.take(*tile, kRows * kScoreStride<T>);
     for (T** row : {&row_lse, &row_lse_rest, &row_delta, &row_dlse}) carver.take(*row, kRows);
-    for (T** rows : {&values, &out}) carver.take(*rows, kLanes<T> * stride);
+    for (T** rows : {&key_rows, &value_rows, &out}) carver.take(*rows, kLanes<T> * stride);
+    query_right = query, dout_right = dout, dscores_left = dscores;
+    if constexpr (kPack > 1) {
+      for (T** rows : {&query_right, &dout_right}) carver.take(*rows, kRows / kPack * stride);
+      carver.take(dscores_left, kRows * kLeftStride<T>);
+    }
   }
 };
 
@@ -63,19 +83,22 @@ void pack_keys_and_values(const Params& p, const AttentionItem& item, BackwardSc
   scratch.packed_key_end = item.key_end;
   scratch.packed_head = item.head_k;
   constexpr int L = kLanes<T>;
-  const int64_t D = p.head_dim, stride = row_stride<T>(D), count = item.key_end - item.key_begin;
+  const int64_t D = p.head_dim, depth = D / kPack, stride = row_stride<T>(D), count = item.key_end - item.key_begin;
   const int64_t step = blocks_of<T>(item).keys;
   for (int64_t block = 0; block < count; block += step) {
     const int64_t in_block = min(count - block, step);
     const int64_t columns = round_up_to_lanes<T>(in_block);
     for (int64_t j = 0; j < in_block; j += L) {
       const int64_t rows = min(in_block - j, L), token = item.key_begin + block + j;
-      T* keys = scratch.keys + (block + j) * stride;
+      T *keys = kPack == 1 ? scratch.keys + (block + j) * stride : scratch.key_rows, *values = scratch.value_rows;
       load_rows<S>(p.k, p.k_stride_token, p.k_stride_head, token, rows, item.head_k, key_tables<T>(p), keys, stride, p);
-      load_rows<S>(p.v, p.v_stride_token, p.v_stride_head, token, rows, item.head_k, Tables<T>{}, scratch.values, stride, p);
-      for (int64_t i = rows * stride; i < L * stride; ++i) keys[i] = scratch.values[i] = 0;
-      transpose_into_panels(keys, stride, D, scratch.key_panels + block * D, columns, j);
-      transpose_into_panels(scratch.values, stride, D, scratch.value_panels + block * D, columns, j);
+      load_rows<S>(p.v, p.v_stride_token, p.v_stride_head, token, rows, item.head_k, Tables<T>{}, values, stride, p);
+      for (int64_t i = rows * stride; i < L * stride; ++i) keys[i] = values[i] = 0;
+      if constexpr (kPack > 1) as_right_operand(keys, L, D, stride, scratch.keys + (block + j) / kPack * stride);
+      as_left_operand(keys, L, D, stride);
+      as_left_operand(values, L, D, stride);
+      transpose_into_panels(keys, stride, depth, scratch.key_panels + block * depth, columns, j);
+      transpose_into_panels(values, stride, depth, scratch.value_panels + block * depth, columns, j);
     }
   }
 }
@@ -96,6 +119,16 @@ void load_queries(const Params& p, BackwardScratch<T>& scratch, int64_t token, i
     // delta in the order in which the products sum dP, so that the two cancel exactly where one key has all the weight.
     store(scratch.row_delta + i, row_dots(dout, scratch.out, stride, D));
   }
+  if constexpr (kPack > 1) {
+    const int64_t padded = (queries + 1) / 2 * 2;
+    for (T* rows : {scratch.query, scratch.dout}) std::fill(rows + queries * stride, rows + padded * stride, T(0));
+    for (T* row : {scratch.row_delta, scratch.row_dlse, scratch.row_lse}) std::fill(row + queries, row + padded, T(0));
+    std::fill(scratch.row_lse_rest + queries, scratch.row_lse_rest + padded, std::numeric_limits<T>::infinity());  // no weight
+    as_right_operand(scratch.query, queries, D, stride, scratch.query_right);
+    as_right_operand(scratch.dout, queries, D, stride, scratch.dout_right);
+    as_left_operand(scratch.query, padded, D, stride);
+    as_left_operand(scratch.dout, padded, D, stride);
+  }
   for (int64_t i = 0; i < queries; ++i) {
     const int64_t statistic = head * p.num_tokens + token + i;
     const double lse_log2 = static_cast<const double*>(p.lse)[statistic] * kLog2e;
@@ -108,32 +141,52 @@ void load_queries(const Params& p, BackwardScratch<T>& scratch, int64_t token, i
   }
 }
 
-// S and dP of one block -> P and dS, in place; P becomes zero beyond the keys.
+// Vectors j .. of P and dS of row i.
+template <typename T>
+CK_INLINE void weights_and_gradients(const BackwardScratch<T>& scratch, int64_t i, int64_t j, int64_t keys, T scale_log2,
+                                     Vec<T> (&weights)[kTogether], Vec<T> (&gradients)[kTogether]) {
+  constexpr int L = kLanes<T>;
+  const T* scores = scratch.probabilities + i * kScoreStride<T> + j;
+  const T* dp = scratch.dscores + i * kScoreStride<T> + j;
+  const T lse = scratch.row_lse[i], lse_rest = scratch.row_lse_rest[i], delta = scratch.row_delta[i], dlse = scratch.row_dlse[i];
+#pragma GCC unroll 8
+  for (int n = 0; n < kTogether; ++n) {
+    weights[n] = (load(scores + n * L) - lse) * scale_log2 - lse_rest;
+    weights[n] = min<T>(broadcast(T(0)), weights[n]);  // what rounding leaves of huge logits
+  }
+  if (j + kTogether * L > keys) {
+    constexpr T kLowest = -std::numeric_limits<T>::infinity();
+    for (int n = 0; n < kTogether; ++n) weights[n] = select<T>(first_lanes<T>(keys - j - n * L), weights[n], broadcast(kLowest));
+  }
+  exp2(weights);
+#pragma GCC unroll 8
+  for (int n = 0; n < kTogether; ++n) gradients[n] = weights[n] * (load(dp + n * L) - delta + dlse);
+}
+
+// S and dP of one block -> P and dS as the products read them; P becomes zero beyond the keys.
 template <typename T>
 void softmax_gradients(BackwardScratch<T>& scratch, int64_t queries, int64_t keys, T scale_log2) {
   constexpr int L = kLanes<T>;
-  constexpr T kLowest = -std::numeric_limits<T>::infinity();
-  const int64_t score_stride = row_stride<T>(kMost<T>.keys), padded = round_up_to_lanes<T>(keys);
-  for (int64_t i = 0; i < queries; ++i) {
-    T* p = scratch.probabilities + i * score_stride;
-    T* ds = scratch.dscores + i * score_stride;
-    const T lse = scratch.row_lse[i], lse_rest = scratch.row_lse_rest[i], delta = scratch.row_delta[i], dlse = scratch.row_dlse[i];
+  const int64_t padded = round_up_to_lanes<T>(keys);
+  for (int64_t i = 0; i < queries; i += kPack) {
+    T* p = scratch.probabilities + i * kScoreStride<T>;
+    T* ds = scratch.dscores + i * kScoreStride<T>;
     for (int64_t j = 0; j < padded; j += kTogether * L) {
-      Vec<T> e[kTogether];
+      Vec<T> weights[kPack][kTogether], gradients[kPack][kTogether];
+#pragma GCC unroll 2
+      for (int r = 0; r < kPack; ++r) weights_and_gradients(scratch, i + r, j, keys, scale_log2, weights[r], gradients[r]);
+      if constexpr (kPack == 1) {
+        store_operands(p + j, weights[0]);
+        store_operands(ds + j, gradients[0]);
+      } else {
 #pragma GCC unroll 8
-      for (int n = 0; n < kTogether; ++n) {
-        e[n] = (load(p + j + n * L) - lse) * scale_log2 - lse_rest;
-        e[n] = min<T>(broadcast(T(0)), e[n]);  // what rounding leaves of huge logits
-      }
-      if (j + kTogether * L > keys) {
-        for (int n = 0; n < kTogether; ++n) e[n] = select<T>(first_lanes<T>(keys - j - n * L), e[n], broadcast(kLowest));
-      }
-      exp2(e);
-#pragma GCC unroll 8
-      for (int n = 0; n < kTogether; ++n) {
-        const int64_t at = j + n * L;
-        store(p + at, e[n]);
-        store(ds + at, e[n] * (load(ds + at) - delta + dlse));
+        for (int n = 0; n < kTogether; ++n) {
+          store(p + j + n * L, pair_rows(weights[0][n], weights[1][n]));
+          store(ds + j + n * L, pair_rows(gradients[0][n], gradients[1][n]));
+        }
+        T* left = scratch.dscores_left + i * kLeftStride<T> + j / kPack;
+        store_operands(left, gradients[0]);
+        store_operands(left + kLeftStride<T>, gradients[1]);
       }
     }
   }
@@ -143,8 +196,9 @@ template <typename S, typename T>
 void backward_block(const Params& p, const AttentionItem& item, BackwardScratch<T>& scratch, int64_t token, int64_t queries,
                     int64_t head) {
   constexpr int L = kLanes<T>;
-  const int64_t D = p.head_dim, stride = row_stride<T>(D), score_stride = row_stride<T>(kMost<T>.keys);
+  const int64_t D = p.head_dim, stride = row_stride<T>(D), score_stride = kScoreStride<T>;
   const int64_t vectors = round_up_to_lanes<T>(D) / L, count = item.key_end - item.key_begin;
+  const int64_t depth = D / kPack, rows = (queries + kPack - 1) / kPack * kPack;  // a query without a partner is paired with zeros
   load_queries<S>(p, scratch, token, queries, head);
   // The first block of queries of the item's first head begins the sums over queries, the first block of keys those over keys.
   const bool first = token == item.query_begin && head == item.head_k * (p.num_heads / p.num_heads_k);
@@ -153,25 +207,25 @@ void backward_block(const Params& p, const AttentionItem& item, BackwardScratch<
   for (int64_t block = 0; block < count; block += step) {
     const int64_t keys = min(count - block, step);
     const int64_t key_vectors = round_up_to_lanes<T>(keys) / L;
-    product<T, RowsOfA::strided, RowsOfB::in_panels>(Result::overwritten, queries, key_vectors, D, scratch.query, stride,
-                                                     scratch.key_panels + block * D, 0, scratch.probabilities, score_stride,
+    product<T, RowsOfA::strided, RowsOfB::in_panels>(Result::overwritten, rows, key_vectors, depth, scratch.query, stride,
+                                                     scratch.key_panels + block * depth, 0, scratch.probabilities, score_stride,
                                                      scratch.ahead);
-    product<T, RowsOfA::strided, RowsOfB::in_panels>(Result::overwritten, queries, key_vectors, D, scratch.dout, stride,
-                                                     scratch.value_panels + block * D, 0, scratch.dscores, score_stride,
+    product<T, RowsOfA::strided, RowsOfB::in_panels>(Result::overwritten, rows, key_vectors, depth, scratch.dout, stride,
+                                                     scratch.value_panels + block * depth, 0, scratch.dscores, score_stride,
                                                      scratch.ahead);
     softmax_gradients(scratch, queries, keys, scale_in_bits<T>(p));
     if (item.key_gradients) {
-      product<T, RowsOfA::transposed, RowsOfB::in_rows>(onto_keys, keys, vectors, queries, scratch.probabilities, score_stride,
-                                                        scratch.dout, stride, scratch.dvalues + block * stride, stride,
-                                                        scratch.ahead);
-      product<T, RowsOfA::transposed, RowsOfB::in_rows>(onto_keys, keys, vectors, queries, scratch.dscores, score_stride,
-                                                        scratch.query, stride, scratch.dkeys + block * stride, stride,
-                                                        scratch.ahead);
+      product<T, RowsOfA::transposed, RowsOfB::in_rows>(onto_keys, keys, vectors, rows / kPack, scratch.probabilities,
+                                                        kPack * score_stride, scratch.dout_right, stride,
+                                                        scratch.dvalues + block * stride, stride, scratch.ahead);
+      product<T, RowsOfA::transposed, RowsOfB::in_rows>(onto_keys, keys, vectors, rows / kPack, scratch.dscores,
+                                                        kPack * score_stride, scratch.query_right, stride,
+                                                        scratch.dkeys + block * stride, stride, scratch.ahead);
     }
     if (item.query_gradients) {
-      product<T, RowsOfA::strided, RowsOfB::in_rows>(block == 0 ? Result::overwritten : Result::accumulated, queries, vectors, keys,
-                                                     scratch.dscores, score_stride, scratch.keys + block * stride, stride,
-                                                     scratch.dquery, stride, scratch.ahead);
+      product<T, RowsOfA::strided, RowsOfB::in_rows>(
+          block == 0 ? Result::overwritten : Result::accumulated, queries, vectors, (keys + kPack - 1) / kPack,
+          scratch.dscores_left, kLeftStride<T>, scratch.keys + block / kPack * stride, stride, scratch.dquery, stride, scratch.ahead);
     }
   }
   if (item.query_gradients) {
@@ -265,12 +319,16 @@ const char* backward(const Params& p) {
 }  // namespace
 
 const char* rope_attention_backward(const Params& params) {
+#ifdef COMP_KERNELS_BFLOAT16_PAIRS
+  return backward<bfloat16>(params);
+#else
   switch (params.dtype) {
     case COMP_KERNELS_FLOAT64: return backward<double>(params);
     case COMP_KERNELS_BFLOAT16: return backward<bfloat16>(params);
     case COMP_KERNELS_FLOAT16: return backward<float16>(params);
     default: return backward<float>(params);
   }
+#endif
 }
 
 }  // namespace comp_kernels::COMP_KERNELS_ISA

@@ -33,10 +33,10 @@ constexpr double kLn2 = 0.693147180559945309417;
 template <typename T>
 struct ForwardScratch {
   T* key_panels;  // all keys of the packed (sequence, head), block by block
-  T* values;      // [keys, D]
-  T* keys;        // [kLanes, D], rotated keys on their way into the panels
-  T* query;       // [kMostQueries, D], negated if the scale is negative: the maximum is taken before scaling
-  T* scores;      // [kMostQueries, kMostKeys], then probabilities
+  T* values;      // [keys / kPack, D]
+  T* rows;        // [kLanes, D], rotated keys on their way into the panels, values on their way into pairs
+  T* query;       // [kMostQueries, D / kPack], negated if the scale is negative: the maximum is taken before scaling
+  T* scores;      // [kMostQueries, kMostKeys], then probabilities [kMostQueries, kMostKeys / kPack]
   T* output;      // [kMostQueries, D], unnormalised
   T* row_shift;   // [kMostQueries], maximum of the scores so far, not scaled
   T* row_sum;     // [kMostQueries], of exp2((score - shift) * scale_log2)
@@ -46,8 +46,8 @@ struct ForwardScratch {
   void carve(Carver& carver, const int64_t& most_keys, const int64_t& head_dim) {
     const int64_t stride = row_stride<T>(head_dim);
     carver.take(key_panels, round_up_to_lanes<T>(most_keys) * head_dim);
-    carver.take(values, most_keys * stride);
-    carver.take(keys, kLanes<T> * stride);
+    carver.take(values, (most_keys + 1) / kPack * stride);
+    carver.take(rows, kLanes<T> * stride);
     carver.take(query, kMostQueries * stride);
     carver.take(scores, kMostQueries * row_stride<T>(kMostKeys<T>));
     carver.take(output, kMostQueries * stride);
@@ -63,19 +63,29 @@ void pack_keys_and_values(const Params& p, const AttentionItem& item, ForwardScr
   scratch.packed_key_end = item.key_end;
   scratch.packed_head = item.head_k;
   constexpr int L = kLanes<T>;
-  const int64_t stride = row_stride<T>(p.head_dim), count = item.key_end - item.key_begin;
+  const int64_t stride = row_stride<T>(p.head_dim), depth = p.head_dim / kPack, count = item.key_end - item.key_begin;
   const int64_t step = keys_per_block<T>(item);
   for (int64_t block = 0; block < count; block += step) {
     const int64_t in_block = min(count - block, step);
     for (int64_t j = 0; j < in_block; j += L) {
       const int64_t rows = min(in_block - j, L), token = item.key_begin + block + j;
-      load_rows<S>(p.k, p.k_stride_token, p.k_stride_head, token, rows, item.head_k, key_tables<T>(p), scratch.keys, stride, p);
-      for (int64_t i = rows * stride; i < L * stride; ++i) scratch.keys[i] = 0;
-      transpose_into_panels(scratch.keys, stride, p.head_dim, scratch.key_panels + block * p.head_dim,
-                            round_up_to_lanes<T>(in_block), j);
+      load_rows<S>(p.k, p.k_stride_token, p.k_stride_head, token, rows, item.head_k, key_tables<T>(p), scratch.rows, stride, p);
+      for (int64_t i = rows * stride; i < L * stride; ++i) scratch.rows[i] = 0;
+      as_left_operand(scratch.rows, L, p.head_dim, stride);
+      transpose_into_panels(scratch.rows, stride, depth, scratch.key_panels + block * depth, round_up_to_lanes<T>(in_block), j);
     }
   }
-  load_rows<S>(p.v, p.v_stride_token, p.v_stride_head, item.key_begin, count, item.head_k, Tables<T>{}, scratch.values, stride, p);
+  const auto load_values = [&](int64_t j, int64_t rows, T* to) {
+    load_rows<S>(p.v, p.v_stride_token, p.v_stride_head, item.key_begin + j, rows, item.head_k, Tables<T>{}, to, stride, p);
+  };
+  if constexpr (kPack == 1) {
+    load_values(0, count, scratch.values);
+  } else {
+    for (int64_t j = 0; j < count; j += L) {
+      load_values(j, min(count - j, L), scratch.rows);
+      as_right_operand(scratch.rows, min(count - j, L), p.head_dim, stride, scratch.values + j / kPack * stride);
+    }
+  }
 }
 
 // One block of scores -> probabilities, unnormalised; rescales what was accumulated before where a row's maximum grows. kLanes
@@ -123,10 +133,8 @@ void online_softmax(ForwardScratch<T>& scratch, int64_t queries, int64_t keys, i
         }
         exp2(e);
 #pragma GCC unroll 8
-        for (int n = 0; n < kTogether; ++n) {
-          sum += e[n];
-          store(row + j + n * L, e[n]);
-        }
+        for (int n = 0; n < kTogether; ++n) sum += e[n];
+        store_operands(row + j / kPack, e);
       }
       sums[r] = sum;
     }
@@ -176,6 +184,7 @@ void load_queries(const Params& p, ForwardScratch<T>& scratch, int64_t token, in
   if (p.scale < 0) {
     for (int64_t i = 0; i < queries * stride; ++i) scratch.query[i] = -scratch.query[i];
   }
+  as_left_operand(scratch.query, queries, p.head_dim, stride);
 }
 
 template <typename S, typename T>
@@ -189,13 +198,13 @@ void forward_block(const Params& p, const AttentionItem& item, ForwardScratch<T>
   const int64_t step = keys_per_block<T>(item);
   for (int64_t block = 0; block < count; block += step) {
     const int64_t keys = min(count - block, step);
-    product<T, RowsOfA::strided, RowsOfB::in_panels>(Result::overwritten, queries, round_up_to_lanes<T>(keys) / L, D, scratch.query,
-                                                     stride, scratch.key_panels + block * D, 0, scratch.scores, score_stride,
+    product<T, RowsOfA::strided, RowsOfB::in_panels>(Result::overwritten, queries, round_up_to_lanes<T>(keys) / L, D / kPack,
+                                                     scratch.query, stride, scratch.key_panels + block * (D / kPack), 0, scratch.scores, score_stride,
                                                      scratch.ahead);
     online_softmax(scratch, queries, keys, D, scale_log2, block == 0);
     product<T, RowsOfA::strided, RowsOfB::in_rows>(block == 0 ? Result::overwritten : Result::accumulated, queries,
-                                                   round_up_to_lanes<T>(D) / L, keys, scratch.scores, score_stride,
-                                                   scratch.values + block * stride, stride, scratch.output, stride, scratch.ahead);
+                                                   round_up_to_lanes<T>(D) / L, (keys + kPack - 1) / kPack,
+                                                   scratch.scores, score_stride, scratch.values + block / kPack * stride, stride, scratch.output, stride, scratch.ahead);
   }
   store_outputs<S>(p, scratch, token, queries, head, scale_log2, count > 0);
 }
@@ -257,12 +266,16 @@ const char* forward(const Params& p) {
 }  // namespace
 
 const char* rope_attention_forward(const Params& params) {
+#ifdef COMP_KERNELS_BFLOAT16_PAIRS
+  return forward<bfloat16>(params);
+#else
   switch (params.dtype) {
     case COMP_KERNELS_FLOAT64: return forward<double>(params);
     case COMP_KERNELS_BFLOAT16: return forward<bfloat16>(params);
     case COMP_KERNELS_FLOAT16: return forward<float16>(params);
     default: return forward<float>(params);
   }
+#endif
 }
 
 }  // namespace comp_kernels::COMP_KERNELS_ISA

@@ -4,8 +4,11 @@
 // vector of B and one broadcast per row of A. The tile is as tall as the register file allows, so that the loads hide behind
 // the multiply-adds. B is read in column panels of two vectors (the last of three or one): as packed panels, [k][panel width]
 // one after another, or in place from rows.
+//
+// An element of A or B is a number, or in the sets that multiply bfloat16 a pair of numbers (pairs.h); `depth` counts elements.
 #pragma once
 
+#include "pairs.h"
 #include "rows_ahead.h"
 #include "common/cpu/simd.h"
 
@@ -17,10 +20,11 @@ constexpr int kRegisters = 32;
 constexpr int kRegisters = 16;
 #endif
 
-// Rows of a register tile that is `vectors` wide: accumulators, one row of B and one broadcast fill the registers.
+// Rows of a register tile that is `vectors` wide: accumulators, one row of B and one broadcast fill the registers. Of 32 registers
+// some are left over: 12 rows divide blocks better than 14.
 constexpr int tile_rows(int vectors) {
-  const int rows = (kRegisters - vectors - 1) / vectors;
-  return vectors == 1 ? kRegisters / 2 : rows / 2 * 2;
+  const int rows = (kRegisters - vectors - 1) / vectors, multiple = kRegisters == 32 ? 4 : 2;
+  return vectors == 1 ? kRegisters / 2 : rows / multiple * multiple;
 }
 
 enum class RowsOfA { strided, transposed };     // A[m, k] at a[m * stride + k], or at a[k * stride + m]
@@ -52,7 +56,7 @@ CK_INLINE void product_tile(int64_t depth, const T* a, int64_t a_stride, const T
       for (int m = 0; m < kRows; ++m) {
         const Vec<T> x = broadcast<T>(kA == RowsOfA::strided ? a[m * a_stride] : a[m]);
 #pragma GCC unroll 4
-        for (int n = 0; n < kVectors; ++n) sum[m][n] += x * row[n];
+        for (int n = 0; n < kVectors; ++n) sum[m][n] = multiply_add(x, row[n], sum[m][n]);
       }
       a += kA == RowsOfA::strided ? 1 : a_stride;
     }
@@ -68,18 +72,29 @@ CK_INLINE void product_tile(int64_t depth, const T* a, int64_t a_stride, const T
   }
 }
 
-// One panel of C, all its rows: full tiles, then one of just the rows that are left.
+// `rows` rows of one panel of C in `tiles` tiles of equal height, give or take one row: a low tile would wait for its own latency.
 template <typename T, int kRows, int kVectors, RowsOfA kA, Result kResult>
-void product_rows(int64_t rows, int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* c,
-                  int64_t c_stride, RowsAhead& ahead) {
-  for (; rows >= kRows; rows -= kRows) {
+void product_tiles(int64_t rows, int64_t tiles, int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* c,
+                   int64_t c_stride, RowsAhead& ahead) {
+  for (; rows > tiles * (kRows - 1); rows -= kRows, --tiles) {
     product_tile<T, kRows, kVectors, kA, kResult>(depth, a, a_stride, b, b_stride, c, c_stride, ahead);
     a += kRows * (kA == RowsOfA::strided ? a_stride : 1);
     c += kRows * c_stride;
   }
   if constexpr (kRows > 1) {
-    if (rows > 0) product_rows<T, kRows - 1, kVectors, kA, kResult>(rows, depth, a, a_stride, b, b_stride, c, c_stride, ahead);
+    if (rows > 0) {
+      product_tiles<T, kRows - 1, kVectors, kA, kResult>(rows, tiles, depth, a, a_stride, b, b_stride, c, c_stride, ahead);
+    }
   }
+}
+
+// One panel of C, all its rows.
+template <typename T, int kVectors, RowsOfA kA, Result kResult>
+void product_rows(int64_t rows, int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* c, int64_t c_stride,
+                  RowsAhead& ahead) {
+  constexpr int kRows = tile_rows(kVectors);
+  product_tiles<T, kRows, kVectors, kA, kResult>(rows, (rows + kRows - 1) / kRows, depth, a, a_stride, b, b_stride, c, c_stride,
+                                                 ahead);
 }
 
 // Widths of the panels that `vectors` columns are cut into: twos, and for an odd number a three (or a single one) at the end.
@@ -92,11 +107,11 @@ void product_panels(int64_t rows, int64_t vectors, int64_t depth, const T* a, in
     const int64_t width = panel_vectors(vectors);
     const int64_t stride = kB == RowsOfB::in_panels ? width * kLanes<T> : b_stride;
     if (width == 2) {
-      product_rows<T, tile_rows(2), 2, kA, kResult>(rows, depth, a, a_stride, b, stride, c, c_stride, ahead);
+      product_rows<T, 2, kA, kResult>(rows, depth, a, a_stride, b, stride, c, c_stride, ahead);
     } else if (width == 3) {
-      product_rows<T, tile_rows(3), 3, kA, kResult>(rows, depth, a, a_stride, b, stride, c, c_stride, ahead);
+      product_rows<T, 3, kA, kResult>(rows, depth, a, a_stride, b, stride, c, c_stride, ahead);
     } else {
-      product_rows<T, tile_rows(1), 1, kA, kResult>(rows, depth, a, a_stride, b, stride, c, c_stride, ahead);
+      product_rows<T, 1, kA, kResult>(rows, depth, a, a_stride, b, stride, c, c_stride, ahead);
     }
     b += width * kLanes<T> * (kB == RowsOfB::in_panels ? depth : 1);
     c += width * kLanes<T>;

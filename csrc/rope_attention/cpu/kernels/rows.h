@@ -185,6 +185,32 @@ void load_rows(const void* x, int64_t token_stride, int64_t head_stride, int64_t
   }
 }
 
+// Rows x [rows, D] as load_rows leaves them, in place -> rows of a left operand, [rows, D / kPack].
+template <typename T>
+void as_left_operand(T* x, int64_t rows, int64_t head_dim, int64_t stride) {
+  if constexpr (kPack > 1) {
+    for (int64_t i = 0; i < rows; ++i) pair_columns(x + i * stride, x + i * stride, round_up_to_lanes<T>(head_dim));
+  }
+}
+
+// Such rows -> pairs of rows, a right operand whose depth is the rows, [rows / 2 rounded up, D]. Without pairs the rows are it.
+template <typename T>
+void as_right_operand(const T* x, int64_t rows, int64_t head_dim, int64_t stride, T* to) {
+  pair_rows(x, rows, round_up_to_lanes<T>(head_dim), stride, to);
+}
+
+// Neighbouring vectors of a row of results -> what a later product reads as its left operand.
+template <typename T, int N>
+CK_INLINE void store_operands(T* to, const Vec<T> (&x)[N]) {
+  if constexpr (kPack > 1) {
+    static_assert(N == kPack, "two vectors of float are one of pairs");
+    store(to, pair_columns(x[0], x[1]));
+  } else {
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) store(to + n * kLanes<T>, x[n]);
+  }
+}
+
 // Writes the gradient of q or k for rows token .. token + rows of one head: g is that of the rotated rows, divided by
 // `scale`; x as in load_rows; dx is contiguous [*, heads, D].
 template <typename S, typename T>
