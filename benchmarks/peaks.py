@@ -20,7 +20,7 @@ BUILD = Path(__file__).parents[1] / "build"
 
 
 def fma_peak(dtype: torch.dtype = torch.float32) -> float:
-    """GFLOP/s of float32 multiply-adds in registers, or of what bfloat16 is multiplied with; measured anew in every call, for the
+    """GFLOP/s of float32 multiply-adds in registers, or of what bfloat16 is multiplied with; measured anew, for the
     clock may have changed."""
     return _library(pairs=dtype == torch.bfloat16).peak_multiply_add(torch.get_num_threads(), 5) * 1e-9
 
