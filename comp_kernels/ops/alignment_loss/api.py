@@ -34,6 +34,7 @@ def alignment_loss(
     prior_temperature: float = 0.05,
     valid: Tensor | None = None,
     normalize: bool = True,
+    prototype_gradient: bool = False,
     group: dist.ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -45,9 +46,11 @@ def alignment_loss(
         loss     = mean over valid rows of - sum_k p_t[k] log p_v[k]
 
     Args:
-        vision:  [n, D] pooled visual features; the only argument that receives a gradient.
+        vision:  [n, D] pooled visual features. They receive a gradient; text does not, nor do prototypes unless asked for.
         text:  [n, D] pooled text features.
-        prototypes:  [V, D] word embeddings.
+        prototypes:  [V, D] word embeddings. On GPUs bfloat16 (or float16 like the features) is multiplied as it is, with
+            float32 results, and float32 features as sums of bfloat16 terms. float32 products follow
+            `torch.set_float32_matmul_precision`, exact by default. Autocast changes nothing.
         prior:  [V] word counts of the corpus, zeros allowed (not all of them in mode "released"). None: uniform.
         mode:  how the target is made, w = max(prior, 1) / sum max(prior, 1):
             "sinkhorn"  transport plan of c_t / epsilon: rows sum to 1, columns to n w over the group, num_iters iterations
@@ -60,6 +63,7 @@ def alignment_loss(
         valid:  [n] bool, rows that count. No valid row: the loss is 0 and still attached to the graph.
         normalize:  L2-normalise the rows of vision, text and prototypes in float32. A row of zeros (shorter than 1e-12) has
             cosine 0 with everything and receives no gradient.
+        prototype_gradient:  prototypes receive the gradient through c_v as well; the target stays a constant.
         group:  a process group; the n rows are this process's share. The value is then the mean over all rows of the group,
             the same everywhere; gradients are those of the local rows, to be *summed* over the processes.
         backend:  "reference", "cpu", "triton" or None (by device).
@@ -96,14 +100,13 @@ def alignment_loss(
                 prior_temperature=prior_temperature,
                 valid=valid,
                 normalize=normalize,
+                prototype_gradient=prototype_gradient,
                 group=group,
             )
-    compute = torch.promote_types(vision.dtype, torch.float32)
-    vision = prepare_features(vision, valid, normalize, compute)
-    loss, _ = FORWARD.default(
+    loss, *_ = FORWARD.default(
         vision,
-        prepare_features(text.detach(), valid, normalize, compute),
-        prototypes.detach(),
+        text.detach(),
+        prototypes if prototype_gradient else prototypes.detach(),
         prior,
         valid,
         mode,
@@ -114,6 +117,7 @@ def alignment_loss(
         normalize,
         None if group is None else group.group_name,
         vision.requires_grad and torch.is_grad_enabled(),
+        prototype_gradient and prototypes.requires_grad and torch.is_grad_enabled(),
         backend,
     )
     return loss
@@ -158,11 +162,3 @@ def check_prior(prior: Tensor | None, vision: Tensor, prototypes: Tensor, mode: 
         )
     if mode == "released" and total == 0:
         raise ValueError("prior must have a positive sum in mode 'released', got zeros alone")
-
-
-def prepare_features(x: Tensor, valid: Tensor | None, normalize: bool, dtype: torch.dtype) -> Tensor:
-    """[n, D] in the computing dtype, with rows of length one; rows that do not count are zero, whatever was in them."""
-    x = x.to(dtype)
-    if valid is not None:
-        x = torch.where(valid.unsqueeze(-1), x, 0.0)
-    return reference.unit_rows(x) if normalize else x

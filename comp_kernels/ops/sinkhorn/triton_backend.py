@@ -185,13 +185,6 @@ def _row_log_sums(scores: Tensor, factor: float, v2: Tensor) -> Tensor:
     return peaks + sums.log2()
 
 
-def update_row_statistics(
-    scores: Tensor, factor: float, peaks: Tensor, sums: Tensor, v2: Tensor | None = None, col_scale: Tensor | None = None
-) -> None:
-    """Merge the entries of each row of one matrix [n, K] into peaks and sums [n], which start as -inf and 0."""
-    merge_rows(*row_pairs(scores.unsqueeze(0), factor, v2, col_scale), peaks=peaks, sums=sums)
-
-
 def plan(scores: Tensor, factor: float, u2: Tensor, v2: Tensor) -> Tensor:
     """[G, n, K] = 2^(entry + u2 + v2)."""
     from .triton_kernels import plan_kernel
