@@ -75,12 +75,12 @@ def test_memory_budget_does_not_change_the_result(kept, backend, mode, monkeypat
 def test_what_is_kept_fits_its_share():
     """Of what the plain version takes, in elements; scores of tiles that are not kept count."""
     for rows, words, dim in ((1, 300, 8), (256, 151936, 896), (256, 49152, 576), (2048, 49152, 576), (2048, 151936, 896)):
-        both, text = streaming.kept_columns(rows, dim, words, 1024, 5000)
+        both, text = streaming.kept_columns(rows, dim, words, 1024, 5000, 1 / 8)
         kept = rows * (both + text) + (0 if both == words else 2 * rows * 1024 + 5000)
         assert 0 <= both <= text <= words
         assert kept <= (words * dim + 5 * rows * words) / (8 if rows >= 2048 else 4) or both == text == 0
-    assert streaming.kept_columns(256, 896, 151936, 8192, 0) == (151936, 151936)
-    assert streaming.kept_columns(0, 8, 300, 1024, 0) == (300, 300)
+    assert streaming.kept_columns(256, 896, 151936, 8192, 0, 1 / 8) == (151936, 151936)
+    assert streaming.kept_columns(0, 8, 300, 1024, 0, 1 / 8) == (300, 300)
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch was built without oneDNN")

@@ -33,7 +33,15 @@ __all__ = [
 ]
 
 # A score tile and a tile of prototypes stay in the last level cache together.
-LIMITS = Limits(score_elements=1 << 18, prototype_elements=1 << 22, min_cols=512, max_cols=8192, whole_kept=False, pairs=0.0)
+LIMITS = Limits(
+    score_elements=1 << 18,
+    prototype_elements=1 << 22,
+    min_cols=512,
+    max_cols=8192,
+    whole_kept=False,
+    pairs=0.0,
+    share_of_many=1 / 4,
+)
 
 # Row sums below this share of the largest column weight may have lost terms to underflow (as in csrc/cpu/kernels/sinkhorn.cpp).
 LOST_SHARE = {torch.float32: 1e-20, torch.float64: 1e-200}

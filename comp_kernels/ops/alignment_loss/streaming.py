@@ -35,7 +35,8 @@ LOG2E = 1.0 / math.log(2.0)
 # [n, V] at its peak (measured, docs/kernels.md). An entry without its text score costs a product in every iteration, one
 # without its vision score a single product.
 PLAIN_MATRICES = 5
-KEPT_SHARE, KEPT_SHARE_OF_MANY, MANY_ROWS = 1 / 4, 1 / 8, 2048
+KEPT_SHARE = 1 / 4
+MANY_ROWS = 2048  # from here on the backend's share
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Limits:
     max_cols: int
     whole_kept: bool  # whether scores that are kept are best made in one piece
     pairs: float  # elements per score that the sums of rows take while tiles add to them
+    share_of_many: float  # what may be kept of many rows, as KEPT_SHARE
 
 
 @dataclass(frozen=True)
@@ -77,10 +79,10 @@ def tile_columns(num_rows: int, dim: int, num_words: int, limits: Limits) -> int
     return min(max(cols, limits.min_cols), limits.max_cols, max(num_words, 1))
 
 
-def kept_columns(num_rows: int, dim: int, num_words: int, tile: int, extra: int) -> tuple[int, int]:
+def kept_columns(num_rows: int, dim: int, num_words: int, tile: int, extra: int, share_of_many: float) -> tuple[int, int]:
     """(columns whose vision and text scores are kept, columns whose text scores are): whole tiles, or all. `extra` elements are
-    taken by the products."""
-    share = KEPT_SHARE if num_rows < MANY_ROWS else KEPT_SHARE_OF_MANY
+    taken by other things."""
+    share = KEPT_SHARE if num_rows < MANY_ROWS else share_of_many
     budget = share * (num_words * dim + PLAIN_MATRICES * num_rows * num_words)
     if 2 * num_rows * num_words <= budget:
         return num_words, num_words
@@ -104,7 +106,7 @@ class Scores:
         self.steps, self.products, self.features, self.words = steps, products, features, words
         extra = products.extra_elements(rows, tile) + int(steps.LIMITS.pairs * rows * words)
         extra += (2 * products.terms + products.gradient_terms + 1) * rows * dim  # the features, their gradients
-        self.both, self.text_cols = kept_columns(rows, dim, words, tile, extra)
+        self.both, self.text_cols = kept_columns(rows, dim, words, tile, extra, steps.LIMITS.share_of_many)
         kept_tile = widest if steps.LIMITS.whole_kept else tile
         tile = min(tile, max(widest, 1))
         self.tiles = cut(0, self.both, kept_tile) + cut(self.both, self.text_cols, tile) + cut(self.text_cols, words, tile)

@@ -30,7 +30,15 @@ __all__ = [
 ]
 
 # Scores that are not kept stay in the second level cache of a large GPU; what is kept is filled in one piece.
-LIMITS = Limits(score_elements=1 << 23, prototype_elements=1 << 26, min_cols=512, max_cols=32768, whole_kept=True, pairs=2 / 32)
+LIMITS = Limits(
+    score_elements=1 << 23,
+    prototype_elements=1 << 26,
+    min_cols=512,
+    max_cols=32768,
+    whole_kept=True,
+    pairs=2 / 32,
+    share_of_many=1 / 8,
+)
 
 STRIPE = 2048  # columns per program of the kernels that go along rows
 ROW_TILE = dict(BN=16, BK=128)
@@ -50,6 +58,10 @@ def power_of_two(size: int, least: int, most: int) -> int:
     return min(max(1 << (max(size, 1) - 1).bit_length(), least), most)
 
 
+def as_bytes(valid: Tensor | None) -> Tensor | None:
+    return None if valid is None else valid.contiguous().view(torch.uint8)
+
+
 def prepare_features(vision: Tensor, text: Tensor, valid: Tensor | None, products: Matmul, settings: Settings) -> Features:
     from .triton_kernels import features_kernel
 
@@ -61,7 +73,7 @@ def prepare_features(vision: Tensor, text: Tensor, valid: Tensor | None, product
     launch(
         features_kernel,
         (rows, 2),
-        vision, text, valid, stored, scale, inverse,
+        vision, text, as_bytes(valid), stored, scale, inverse,
         rows, dim, vision.stride(0), text.stride(0), NORM_FLOOR, DOWN,
         HAS_VALID=valid is not None,
         NORMALIZE=settings.normalize,
@@ -78,7 +90,7 @@ def count_rows(rows: int, valid: Tensor | None, like: Tensor) -> tuple[Tensor, T
 
     count, weight, start = (like.new_empty(shape) for shape in ((), rows, rows))
     block = power_of_two(rows, 16, 1024)
-    launch(count_rows_kernel, (1,), valid, count, weight, start, rows, HAS_VALID=valid is not None, BN=block)
+    launch(count_rows_kernel, (1,), as_bytes(valid), count, weight, start, rows, HAS_VALID=valid is not None, BN=block)
     return count, weight, start
 
 
@@ -127,7 +139,7 @@ class _Pairs:
         launch(
             merge_pairs_kernel,
             (blocks(rows, 8),),
-            self.peaks, self.sums, valid, *(out or (None, None)), u2,
+            self.peaks, self.sums, as_bytes(valid), *(out or (None, None)), u2,
             rows, self.seen,
             SCALE=u2 is not None,
             HAS_VALID=valid is not None,
