@@ -96,6 +96,7 @@ def triton_type(x) -> tuple[str, bool]:
             torch.float32: "fp32",
             torch.bfloat16: "bf16",
             torch.float16: "fp16",
+            torch.uint8: "u8",
             torch.int32: "i32",
         }
         return "*" + names[x.dtype], x.data_ptr() % 16 == 0
