@@ -42,6 +42,7 @@ LIMITS = Limits(
 
 STRIPE = 2048  # columns per program of the kernels that go along rows
 ROW_TILE = dict(BN=16, BK=128)
+LOSS_TILE = dict(BN=8, BK=128)  # 16 rows spill on gfx942
 DOWN = SCALE_DOWN[torch.float32]
 
 
@@ -266,7 +267,7 @@ class Losses:
         gradients = vision if score_gradients is None else score_gradients
         launch(
             loss_kernel,
-            (blocks(cols, STRIPE), blocks(rows, ROW_TILE["BN"])),
+            (blocks(cols, STRIPE), blocks(rows, LOSS_TILE["BN"])),
             text, vision, gradients, text_row_scale, vision_row_scale, col_scale, u2, v2, target_weight, peaks2, sums,
             row_weight, self.partial,
             rows, cols, self.seen, text.stride(0), vision.stride(0), gradients.stride(-2), gradients.stride(0),
@@ -278,7 +279,7 @@ class Losses:
             GRADIENT=score_gradients is not None,
             TERMS=1 if score_gradients is None else score_gradients.shape[0],
             COLUMNS=STRIPE,
-            **ROW_TILE,
+            **LOSS_TILE,
         )  # fmt: skip
         self.seen += blocks(cols, STRIPE)
 
