@@ -14,7 +14,7 @@ the next. Results are written as they come, one JSON object per line, to OUT/res
     kernels     device time of every kernel of those workloads, by torch's profiler
     host        Python and C cost of one call of every operator and backend, without waiting for the device (host_cost)
     sinkhorn    three shapes beside a copy of the same matrix
-    alignment   two shapes beside the plain reference, with peak memory
+    alignment   two shapes in four precisions beside the plain reference and Liger, with peak memory, and as a CUDA graph
     peers       what gpu_report times: other libraries with a compiled rotation
 
 Times are medians of CUDA events in microseconds, candidates in turn, the L2 cache overwritten before each call.
@@ -36,6 +36,7 @@ import torch
 
 import comp_kernels as ck
 from benchmarks import gpu_report, host_cost
+from benchmarks.alignment_peers import liger
 from comp_kernels import _native
 from comp_kernels.testing import ATTENTION_CASES, AttentionCase, check_median_error, check_rope_attention
 
@@ -43,6 +44,12 @@ SECONDS = {"checks": 120, "attention": 120, "kernels": 60, "host": 30, "sinkhorn
 TINY = {"sinkhorn": ((4, 33),), "alignment": ((5, 40, 16),)}
 SINKHORN_SHAPES = ((64, 151936), (2048, 4096), (64, 128, 4096))
 ALIGNMENT_SHAPES = ((256, 151936, 896), (2048, 49152, 576))  # n, V, D
+ALIGNMENT_PRECISIONS = {  # torch.set_float32_matmul_precision, dtype of features, of prototypes
+    "float32": ("highest", torch.float32, torch.float32),
+    "tf32": ("high", torch.float32, torch.float32),
+    "float32, bfloat16 prototypes": ("highest", torch.float32, torch.bfloat16),
+    "bfloat16": ("highest", torch.bfloat16, torch.bfloat16),
+}
 
 
 def long_cases() -> list[AttentionCase]:
@@ -245,24 +252,42 @@ def sinkhorn(session: Session) -> None:
 
 
 def alignment(session: Session) -> None:
-    for n, words, width in TINY["alignment"] if session.tiny else ALIGNMENT_SHAPES:
-        vision = torch.randn(n, width, device=session.device, requires_grad=True)
-        text, prototypes = (torch.randn(rows, width, device=session.device) for rows in (n, words))
-        functions, memory = {}, {}
-        for backend in backends_of("alignment_loss", session):
+    before = torch.get_float32_matmul_precision()
+    for shape in TINY["alignment"] if session.tiny else ALIGNMENT_SHAPES:
+        for name, (setting, features, prototypes) in ALIGNMENT_PRECISIONS.items():
+            torch.set_float32_matmul_precision(setting)
+            what = (session, shape, name, features, prototypes)
+            session.guarded(f"{shape} {name}", lambda what=what: alignment_times(*what))
+            torch.set_float32_matmul_precision(before)
 
-            def gradient(backend=backend, vision=vision, text=text, prototypes=prototypes):
-                return torch.autograd.grad(ck.alignment_loss(vision, text, prototypes, backend=backend), vision)
 
-            def measured(backend=backend, gradient=gradient):
-                gradient()
-                return gpu_report.peak_memory(gradient, session.device)
+def alignment_times(session: Session, shape: tuple[int, int, int], precision: str, features, prototypes) -> None:
+    """Ours, the plain version and Liger in one precision, forward and backward; ours as a CUDA graph too."""
+    n, words, width = shape
+    vision, text = (torch.randn(n, width, device=session.device, dtype=features) for _ in range(2))
+    prototypes = torch.randn(words, width, device=session.device, dtype=prototypes)
+    vision.requires_grad_()
+    functions, memory = {}, {}
+    for backend in backends_of("alignment_loss", session):
 
-            memory[backend] = session.guarded(f"{backend} memory", measured)
-            functions[backend] = gradient
-        session.guarded(
-            f"{n}", lambda f=functions, m=memory, s=(n, words, width): session.say(shape=s, us=session.times(f, 5), mib=m)
-        )
+        def gradient(backend=backend):
+            return torch.autograd.grad(ck.alignment_loss(vision, text, prototypes, backend=backend), vision)
+
+        def measured(gradient=gradient):
+            gradient()
+            return gpu_report.peak_memory(gradient, session.device)
+
+        functions[backend] = gradient
+        memory[backend] = session.guarded(f"{precision} {backend} memory", measured)
+        if backend != "reference":
+            graph = session.guarded(f"{precision} {backend} graph", lambda gradient=gradient: session.graph(gradient))
+            if graph is not None:
+                functions[f"{backend}, graph"] = graph
+    if not session.tiny and vision.dtype == prototypes.dtype:
+        peer = session.guarded(f"{precision} liger", lambda: liger(vision, text, prototypes, 0.05))
+        if peer is not None and session.guarded(f"{precision} liger", peer) is not None:
+            functions["liger, mode softmax"] = peer
+    session.say(shape=shape, precision=precision, us=session.times(functions, 5), mib=memory)
 
 
 def peers(session: Session) -> None:

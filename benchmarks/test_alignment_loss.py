@@ -10,6 +10,7 @@ import torch
 import comp_kernels as ck
 from comp_kernels import reference
 
+from .alignment_peers import liger
 from .measure import available_gib, compare, peak_memory
 
 # (rows, prototypes, dim): language models of 0.1, 0.5 and 7 billion parameters
@@ -62,6 +63,32 @@ def test_alignment_loss(benchmark, size):
     )
     info = benchmark.extra_info
     print(f"  extra memory: {', '.join(f'{name} {mib:.0f} MiB' for name, mib in info['memory_mib'].items())}")
+
+
+@pytest.mark.parametrize("size", [(256, 49152, 576), pytest.param((2048, 49152, 576), marks=pytest.mark.heavy)], ids=str)
+def test_against_liger(benchmark, size):
+    """Mode "softmax", the one target that both can make; see alignment_peers for what the peer does and leaves out."""
+    (vision, text, prototypes), _ = make_inputs(*size)
+    peer = liger(vision, text, prototypes, 0.05)
+    if peer is None:
+        pytest.skip("liger-kernel is not installed (pip install --no-deps liger-kernel)")
+    vision, text, prototypes = (torch.nn.functional.normalize(x.detach(), dim=-1) for x in (vision, text, prototypes))
+    vision.requires_grad_()
+    settings = dict(mode="softmax", epsilon=0.05, temperature=0.05, normalize=False)
+
+    def ours(**extra):
+        return torch.autograd.grad(ck.alignment_loss(vision, text, prototypes, **settings, **extra), vision)[0]
+
+    torch.testing.assert_close(ours(), peer(), rtol=1e-3, atol=1e-5)
+    compare(
+        benchmark,
+        ours,
+        {"liger": peer, "eager": lambda: ours(backend="reference")},
+        group="alignment_loss softmax, forward+backward",
+        case="n={} V={} D={}".format(*size),
+        operations=3 * 2.0 * size[0] * size[1] * size[2],
+        rounds=3,
+    )
 
 
 @pytest.mark.parametrize("eager", [False, pytest.param(True, marks=pytest.mark.heavy)], ids=("ours", "eager"))

@@ -38,6 +38,7 @@ def alignment_loss(
     prior_temperature: float = 0.05,
     valid: Tensor | None = None,
     normalize: bool = True,
+    prototype_gradient: bool = False,
     group: dist.ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -49,9 +50,11 @@ def alignment_loss(
         loss     = mean over valid rows of - sum_k p_t[k] log p_v[k]
 
     Args:
-        vision:  [n, D] pooled visual features; the only argument that receives a gradient.
+        vision:  [n, D] pooled visual features. They receive a gradient; text does not, nor do prototypes unless asked for.
         text:  [n, D] pooled text features.
-        prototypes:  [V, D] word embeddings.
+        prototypes:  [V, D] word embeddings. On GPUs bfloat16 (or float16 like the features) is multiplied as it is, with
+            float32 results, and float32 features as sums of bfloat16 terms. float32 products follow
+            `torch.set_float32_matmul_precision`, exact by default. Autocast changes nothing.
         prior:  [V] word counts of the corpus, zeros allowed (not all of them in mode "released"). None: uniform.
         mode:  how the target is made, w = max(prior, 1) / sum max(prior, 1):
             "sinkhorn"  transport plan of c_t / epsilon: rows sum to 1, columns to n w over the group, num_iters iterations
@@ -64,6 +67,7 @@ def alignment_loss(
         valid:  [n] bool, rows that count. No valid row: the loss is 0 and still attached to the graph.
         normalize:  L2-normalise the rows of vision, text and prototypes in float32. A row of zeros (shorter than 1e-12) has
             cosine 0 with everything and receives no gradient.
+        prototype_gradient:  prototypes receive the gradient through c_v as well; the target stays a constant.
         group:  a process group; the n rows are this process's share. The value is then the mean over all rows of the group,
             the same everywhere; gradients are those of the local rows, to be *summed* over the processes.
         backend:  "reference", "cpu", "triton" or None (by device).
@@ -86,14 +90,17 @@ def alignment_loss(
     check_bool("normalize", normalize)
     check_group(group)
 
-    name, gradient = None if group is None else group.group_name, vision.requires_grad and torch.is_grad_enabled()
-    settings = (mode, epsilon, temperature, num_iters, prior_temperature, normalize, name, gradient)
-    call = Call(vision, text, prototypes, prior, valid, *settings)
+    check_bool("prototype_gradient", prototype_gradient)
+    name = None if group is None else group.group_name
+    settings = (mode, epsilon, temperature, num_iters, prior_temperature, normalize, name)
+    recorded = torch.is_grad_enabled()
+    wanted = (vision.requires_grad and recorded, prototype_gradient and prototypes.requires_grad and recorded)
+    call = Call(vision, text.detach(), prototypes if wanted[1] else prototypes.detach(), prior, valid, *settings, *wanted)
     backend, fallback = choose_backend("alignment_loss", backend, vision.device, call)
     if backend == "reference" and has_values(vision):  # else the operators tell the shapes
         return reference_backend.definition(call)
     # The processes of a group exchange sums in their backend's units: none may go on with another by itself.
-    loss, _ = FORWARD.default(*prepared(call), backend, fallback and group is None)
+    loss, *_ = FORWARD.default(*call, backend, fallback and group is None)
     return loss
 
 
@@ -138,18 +145,3 @@ def check_prior(prior: Tensor | None, vision: Tensor, prototypes: Tensor, mode: 
         )
     if mode == "released" and total == 0:
         raise ValueError("prior must have a positive sum in mode 'released', got zeros alone")
-
-
-def prepared(call: Call) -> Call:
-    """The call as kernels take it: features in the computing dtype, rows of length one; only vision has a gradient."""
-    dtype = torch.promote_types(call.vision.dtype, torch.float32)
-    vision, text = (prepare_features(x, call.valid, call.normalize, dtype) for x in (call.vision, call.text.detach()))
-    return call._replace(vision=vision, text=text, prototypes=call.prototypes.detach())
-
-
-def prepare_features(x: Tensor, valid: Tensor | None, normalize: bool, dtype: torch.dtype) -> Tensor:
-    """[n, D] in the computing dtype, with rows of length one; rows that do not count are zero, whatever was in them."""
-    x = x.to(dtype)
-    if valid is not None:
-        x = torch.where(valid.unsqueeze(-1), x, 0.0)
-    return reference.unit_rows(x) if normalize else x

@@ -11,8 +11,8 @@ from torch import Tensor
 class Call(NamedTuple):
     """What a backend is asked to compute. The fields stand in the order of the operator's schema."""
 
-    vision: Tensor  # [n, D], for kernels as `api.prepare_features` leaves it
-    text: Tensor  # [n, D], likewise
+    vision: Tensor  # [n, D]
+    text: Tensor  # [n, D]
     prototypes: Tensor  # [V, D]
     prior: Tensor | None  # [V]
     valid: Tensor | None  # [n] bool
@@ -24,6 +24,7 @@ class Call(NamedTuple):
     normalize: bool
     group: str | None  # name of a process group: an operator takes no Python objects
     gradient: bool  # whether that of vision is wanted
+    prototype_gradient: bool  # whether that of prototypes is
 
     @property
     def device(self) -> torch.device:

@@ -1,43 +1,52 @@
-"""The steps of alignment_loss over one score tile on the CPU: csrc for everything but the matrix products, which torch's
-BLAS does better than kernels of ours (docs/kernels.md has the measurement)."""
+"""The steps of alignment_loss between its products on the CPU: csrc/cpu over one tile of scores, torch over the features."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ... import _native
 from ..._native import pointer
-from .._log_domain.cpu import call_step, column_statistics, update_row_statistics
+from ..._units import LOG2E
+from .._log_domain import cpu as log_domain
 from . import streaming
 from .call import Call
-from .reference import SCALE_DOWN
-from .streaming import TileLimits
+from .features import Features
+from .products import Matmul
+from .reference import NORM_FLOOR, SCALE_DOWN
+from .streaming import Limits, Pair, Settings
 
 __all__ = [
-    "NEEDS_WIDE_PROTOTYPES",
-    "TILE_LIMITS",
+    "LIMITS",
+    "Losses",
+    "RowPairs",
     "RowSums",
-    "add_products",
+    "add_terms",
     "column_statistics",
+    "count_rows",
     "declines",
     "forward",
     "inverse_norms",
-    "iterate",
-    "loss_tile",
-    "products",
-    "scale_rows",
+    "prepare_features",
+    "through_feature_lengths",
+    "through_prototype_lengths",
     "unavailable_reason",
-    "update_row_statistics",
 ]
 
-NEEDS_WIDE_PROTOTYPES = True
 # A score tile and a tile of prototypes stay in the last level cache together.
-TILE_LIMITS = TileLimits(score_elements=1 << 18, prototype_elements=1 << 22, min_cols=512, max_cols=8192)
+LIMITS = Limits(
+    score_elements=1 << 18,
+    prototype_elements=1 << 22,
+    min_cols=512,
+    max_cols=8192,
+    whole_kept=False,
+    pairs=0.0,
+    share_of_many=1 / 4,
+)
 
 # Row sums below this share of the largest column weight may have lost terms to underflow (as in csrc/sinkhorn/cpu).
 LOST_SHARE = {torch.float32: 1e-20, torch.float64: 1e-200}
@@ -53,8 +62,8 @@ def declines(call: Call) -> str | None:
     return None
 
 
-def forward(call: Call) -> tuple[Tensor, Tensor]:
-    """Loss and gradient of vision."""
+def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, gradients of vision and of prototypes."""
     return streaming.forward(call, steps=sys.modules[__name__])
 
 
@@ -70,86 +79,175 @@ class Params(ctypes.Structure):
     ]
 
 
-def products(features: Tensor, prototypes: Tensor, out: Tensor) -> None:
-    """out [n, C] = features [n, D] @ prototypes [C, D]^T."""
-    torch.mm(features, prototypes.T, out=out)
+def prepare_features(vision: Tensor, text: Tensor, valid: Tensor | None, products: Matmul, settings: Settings) -> Features:
+    rows, dim = vision.shape
+    stored = vision.new_empty((1, 2 * rows, dim), dtype=products.dtype)
+    inverse = stored.new_ones(2 * rows)
+    for x, out, inverse_length in zip((vision, text), stored[0].split(max(rows, 1)), inverse.split(max(rows, 1))):
+        x = x.to(products.dtype)
+        if valid is not None:
+            x = torch.where(valid.unsqueeze(-1), x, 0.0)
+            inverse_length.copy_(valid)
+        if settings.normalize:
+            scale, x = inverse_lengths(x)
+            inverse_length.copy_(scale)
+        out.copy_(x)
+    return Features(stored, None, inverse)
 
 
-def add_products(score_gradients: Tensor, prototypes: Tensor, out: Tensor) -> None:
-    """out [n, D] += score_gradients [n, C] @ prototypes [C, D]."""
-    out.addmm_(score_gradients, prototypes)
+def count_rows(rows: int, valid: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(number of valid rows, their weights in the mean [n], 0 for each of them and -inf for the others [n])."""
+    valid = like.new_ones(rows, dtype=torch.bool) if valid is None else valid
+    count = valid.sum(dtype=like.dtype)
+    return count, valid / count.clamp(min=1), torch.where(valid, 0.0, -torch.inf).to(like.dtype)
 
 
-def inverse_norms(prototypes: Tensor, floor: float, out: Tensor) -> None:
-    """out [C] = 1 / max(norm of each row, floor)."""
-    norms = torch.linalg.vector_norm(prototypes, dim=1)
-    torch.reciprocal(norms.clamp(min=floor), out=out)
+def inverse_lengths(x: Tensor) -> tuple[Tensor, Tensor]:
+    """One over the lengths [n] of the rows of x [n, D], 0 for those without a direction, and the rows of length one."""
+    length = torch.linalg.vector_norm(x, dim=-1)
+    too_long = length == torch.inf  # in the squares
+    factor = torch.where(too_long, SCALE_DOWN[x.dtype], 1.0).to(x.dtype)
+    if bool(too_long.any()):
+        x = x * factor.unsqueeze(-1)
+        length = torch.where(too_long, torch.linalg.vector_norm(x, dim=-1), length)
+    none = length <= NORM_FLOOR  # NaN is not
+    rows = torch.where(none.unsqueeze(-1), 0.0, x / length.unsqueeze(-1))
+    return torch.where(none, 0.0, factor / length), rows
+
+
+def inverse_norms(prototypes: Tensor, out: Tensor) -> None:
+    """out [C] = 1 / norm of each row, 0 for rows without a direction."""
+    norms = torch.linalg.vector_norm(prototypes, dim=1, dtype=out.dtype)
+    torch.reciprocal(norms, out=out)
+    out.masked_fill_(norms <= NORM_FLOOR, 0.0)
     too_long = norms == torch.inf  # in the squares
     if bool(too_long.any()):
-        down = SCALE_DOWN[prototypes.dtype]
-        again = torch.linalg.vector_norm(prototypes[too_long] * down, dim=1)
+        down = SCALE_DOWN[out.dtype]
+        again = torch.linalg.vector_norm(prototypes[too_long].to(out.dtype) * down, dim=1)
         # One beyond the largest number has no scale that could be multiplied by: NaN, not a cosine of zero.
         out[too_long] = torch.where((again / down).isfinite(), again.reciprocal() * down, torch.nan)
+
+
+def add_terms(products: Tensor, out: Tensor) -> None:
+    """out [m, C] = sum of products [terms, m, C]; there is one term here."""
+    out.copy_(products.sum(0))
+
+
+class RowPairs:
+    """Per row (maximum, sum of 2^(entry - maximum)) of score tiles."""
+
+    def __init__(self, rows: int, widths: Sequence[int], like: Tensor) -> None:
+        self.peaks = like.new_full((rows,), -torch.inf)
+        self.sums = torch.zeros_like(self.peaks)
+
+    def add(self, scores: Tensor, factor: float, v2: Tensor | None, col_scale: Tensor | None, row_scale: Tensor | None) -> None:
+        log_domain.update_row_statistics(scores, factor, self.peaks, self.sums, v2, col_scale)
+
+    def result(self) -> Pair:
+        return self.peaks, self.sums
 
 
 class RowSums:
     """What the tiles of one iteration add up: per row the sum of the plan, and the largest weight of any column."""
 
-    def __init__(self, u2: Tensor) -> None:
+    def __init__(self, u2: Tensor, widths: Sequence[int]) -> None:
         self.sums = torch.zeros(u2.shape, dtype=torch.float64)
         self.largest_weight = u2.new_zeros(1)
 
+    def iterate(
+        self,
+        scores: Tensor,
+        factor: float,
+        col_scale: Tensor | None,
+        row_scale: Tensor | None,
+        u2: Tensor,
+        v2_old: Tensor | None,
+        targets: Tensor,
+        v2_new: Tensor,
+    ) -> None:
+        """Scale the columns of one tile [n, C] to `targets`, into v2_new (may be v2_old; None: the first iteration), and add
+        the row sums of the result."""
+        log_domain.call_step(
+            "iterate",
+            scores,
+            factor,
+            col_scale=col_scale,
+            col_marginals=targets,
+            u2=u2,
+            v2=v2_old,
+            v2_new=v2_new,
+            row_sums=self.sums,
+            largest_weight=self.largest_weight,
+        )
 
-def iterate(
-    scores: Tensor,
-    factor: float,
-    col_scale: Tensor | None,
-    u2: Tensor,
-    v2_old: Tensor | None,
-    targets: Tensor,
-    v2_new: Tensor,
-    row_sums: RowSums,
-) -> None:
-    """Scale the columns of one tile [n, C] to `targets`, into v2_new (may be v2_old; None: the first iteration), and add the
-    row sums of the result."""
-    call_step(
-        "iterate",
-        scores,
-        factor,
-        col_scale=col_scale,
-        col_marginals=targets,
-        u2=u2,
-        v2=v2_old,
-        v2_new=v2_new,
-        row_sums=row_sums.sums,
-        largest_weight=row_sums.largest_weight,
-    )
+    def scale(self, u2: Tensor, valid: Tensor | None, row_log_sums: Callable[[], Tensor]) -> Tensor:
+        """The new u2, with which every valid row sums to one. row_log_sums() sums the rows again in the log domain, for rows
+        whose entries fell below the range of floating point numbers."""
+        takes_part = u2 != -torch.inf  # so does NaN
+        lost = takes_part & (self.sums < LOST_SHARE[u2.dtype] * self.largest_weight)
+        scaled = u2 - self.sums.log2().to(u2.dtype)
+        if bool(lost.any()):
+            scaled = torch.where(lost, -row_log_sums(), scaled)
+        return torch.where(takes_part, scaled, -torch.inf)
 
 
-def scale_rows(u2: Tensor, row_sums: RowSums, row_log_sums: Callable[[], Tensor]) -> Tensor:
-    """The new u2, with which every row that takes part sums to one. row_log_sums() sums the rows again in the log domain, for
-    rows whose entries fell below the range of floating point numbers."""
-    takes_part = u2 != -torch.inf  # so does NaN
-    lost = takes_part & (row_sums.sums < LOST_SHARE[u2.dtype] * row_sums.largest_weight)
-    scaled = u2 - row_sums.sums.log2().to(u2.dtype)
-    if bool(lost.any()):
-        scaled = torch.where(lost, -row_log_sums(), scaled)
-    return torch.where(takes_part, scaled, -torch.inf)
+def column_statistics(scores: Tensor, factor: float, u2: Tensor, col_scale: Tensor | None, row_scale: Tensor | None) -> Pair:
+    """Per column [C] the largest entry plus u2 in bits and the sum of 2^(entry - largest)."""
+    return log_domain.column_statistics(scores, factor, u2, col_scale)
 
 
-def loss_tile(text: Tensor, vision: Tensor, *, gradient: bool, **arguments: Tensor | float | None) -> None:
-    """Add a tile's loss to row_loss2 and, if wanted, turn its vision scores into the gradient; see the header for the rest."""
-    if text.numel() == 0:
-        return
-    params = Params(
-        text=text.data_ptr(),
-        vision=vision.data_ptr(),
-        text_stride=text.stride(0),
-        vision_stride=vision.stride(0),
-        num_rows=text.shape[0],
-        num_cols=text.shape[1],
-        gradient=int(gradient),
-        dtype=_native.DTYPE_CODES[text.dtype],
-        **{name: pointer(x) if isinstance(x, Tensor) or x is None else x for name, x in arguments.items()},
-    )
-    _native.cpu_function("alignment_loss_tile", Params)(params)
+class Losses:
+    """The loss of each row, tile by tile."""
+
+    def __init__(self, rows: int, widths: Sequence[int], like: Tensor) -> None:
+        self.row_loss2 = torch.zeros(rows, dtype=torch.float64)
+        self.dtype = like.dtype
+
+    def add(
+        self,
+        text: Tensor,
+        vision: Tensor,
+        score_gradients: Tensor | None,
+        *,
+        text_row_scale: Tensor | None,
+        vision_row_scale: Tensor | None,
+        target_weight: Tensor | None,
+        **arguments: Tensor | float | None,
+    ) -> None:
+        """Add a tile's loss and write its score gradients, if they are wanted (they lie over vision); see the header."""
+        if text.numel() == 0:
+            return
+        if target_weight is None:
+            target_weight = torch.ones(text.shape[0], dtype=text.dtype)
+        params = Params(
+            text=text.data_ptr(),
+            vision=vision.data_ptr(),
+            target_weight=target_weight.data_ptr(),
+            row_loss2=self.row_loss2.data_ptr(),
+            text_stride=text.stride(0),
+            vision_stride=vision.stride(0),
+            num_rows=text.shape[0],
+            num_cols=text.shape[1],
+            gradient=int(score_gradients is not None),
+            dtype=_native.DTYPE_CODES[text.dtype],
+            **{name: pointer(x) if isinstance(x, Tensor) or x is None else x for name, x in arguments.items()},
+        )
+        _native.cpu_function("alignment_loss_tile", Params)(params)
+
+    def total(self, row_weight: Tensor) -> Tensor:
+        """Weighted sum over the rows, a scalar."""
+        return ((self.row_loss2 * row_weight.double()).sum() / LOG2E).to(self.dtype)
+
+
+def through_feature_lengths(gradients: Tensor, features: Features, settings: Settings) -> Tensor:
+    """The gradient of vision [n, D] as it came from that of its rows as they were multiplied, [1, n, D]."""
+    gradient, rows = gradients[0], features.vision[0]
+    if settings.normalize:
+        gradient = gradient - rows * (gradient * rows).sum(-1, keepdim=True)
+    return gradient * features.inverse_length[: features.num_rows].unsqueeze(-1)
+
+
+def through_prototype_lengths(gradients: Tensor, prototypes: Tensor, scales: Tensor) -> None:
+    """The same for prototypes, in place: gradients [C, D], which have their scales already."""
+    rows = prototypes.to(gradients.dtype) * scales.unsqueeze(-1)
+    gradients -= rows * (gradients * rows).sum(-1, keepdim=True)

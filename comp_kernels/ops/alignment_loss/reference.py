@@ -90,6 +90,7 @@ def alignment_loss(
     prior_temperature: float = 0.05,
     valid: Tensor | None = None,
     normalize: bool = True,
+    prototype_gradient: bool = False,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Cross-entropy between the text's word distribution (the target) and the vision feature's; shapes as
@@ -98,23 +99,22 @@ def alignment_loss(
         c_v = vision prototypes^T     c_t = text prototypes^T                     cosines when normalize is true
         loss = mean over valid rows i of  - sum_k p_t[i, k] log softmax_k(c_v[i, k] / temperature)
 
-    Arithmetic in float32 (float64 for float64 inputs). No gradient reaches text, prototypes or the target, and none a vision
-    row without a direction (`unit_rows`).
+    Arithmetic in float32 (float64 for float64 inputs). No gradient reaches text or the target, nor prototypes unless
+    prototype_gradient lets it pass through c_v, and none a row without a direction (`unit_rows`).
     """
     compute = torch.promote_types(vision.dtype, torch.float32)
-    text, prototypes = text.detach().to(compute), prototypes.detach().to(compute)
-    vision = vision.to(compute)
+    text, vision = text.detach().to(compute), vision.to(compute)
+    prototypes = (prototypes if prototype_gradient else prototypes.detach()).to(compute)
     valid = vision.new_ones(vision.shape[0], dtype=torch.bool) if valid is None else valid
     # Rows that do not count are cut off before any arithmetic: a NaN there reaches neither the loss nor the gradient.
     vision = torch.where(valid.unsqueeze(-1), vision, 0.0)
     text = torch.where(valid.unsqueeze(-1), text, 0.0)
     if normalize:
-        vision = unit_rows(vision)
-        text, prototypes = (torch.nn.functional.normalize(within_squares(x), dim=-1) for x in (text, prototypes))
+        vision, text, prototypes = (unit_rows(x) for x in (vision, text, prototypes))
 
     with torch.no_grad():
         target = target_distribution(
-            text @ prototypes.T,
+            text @ prototypes.detach().T,
             prior,
             mode=mode,
             epsilon=epsilon,

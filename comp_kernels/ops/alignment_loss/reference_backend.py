@@ -33,18 +33,22 @@ def definition(call: Call) -> Tensor:
             prior_temperature=call.prior_temperature,
             valid=call.valid,
             normalize=call.normalize,
+            prototype_gradient=call.prototype_gradient,
             group=group_by_name(call.group),
         )
 
 
-def forward(call: Call) -> tuple[Tensor, Tensor]:
-    """Loss and gradient (empty: not wanted) of features that were prepared."""
-    prototypes = call.prototypes.to(call.vision.dtype)
-    if call.normalize:
-        prototypes = torch.nn.functional.normalize(reference.within_squares(prototypes), dim=-1)
-    call = call._replace(prototypes=prototypes, normalize=False)
-    if not call.gradient:
-        return definition(call), call.vision.new_empty(0)
+def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, gradients of vision and of prototypes (empty: not wanted), of the computing dtype."""
+    wanted = [name for name, is_wanted in (("vision", call.gradient), ("prototypes", call.prototype_gradient)) if is_wanted]
+    compute = torch.promote_types(call.vision.dtype, torch.float32)
+    call = call._replace(**{name: getattr(call, name).to(compute) for name in wanted})
+    found = dict.fromkeys(("vision", "prototypes"), call.vision.new_empty(0, dtype=compute))
+    if not wanted:
+        return definition(call), *found.values()
     # torch.func, since autograd proper is off where an operator's kernel runs.
-    loss, gradient_of = torch.func.vjp(lambda vision: definition(call._replace(vision=vision)), call.vision)
-    return loss, gradient_of(torch.ones_like(loss))[0]
+    loss, gradients_of = torch.func.vjp(
+        lambda *tensors: definition(call._replace(**dict(zip(wanted, tensors)))), *(getattr(call, name) for name in wanted)
+    )
+    found |= dict(zip(wanted, gradients_of(torch.ones_like(loss))))
+    return loss, *found.values()

@@ -1,14 +1,17 @@
 """alignment_loss as torch.library operators: schema, kernels, shapes for tracing, autograd, FLOP formula.
 
-    comp_kernels::alignment_loss            -> (loss, gradient of vision); the second is empty when not wanted
-    comp_kernels::alignment_loss_backward   -> gradient of vision, scaled
+    comp_kernels::alignment_loss            -> (loss, gradient of vision, of prototypes); gradients are empty when not wanted
+    comp_kernels::alignment_loss_backward   -> one of the gradients, scaled
 
-The forward pass has every tile of scores at hand, so it takes the gradient along, [n, D], and the prototypes are streamed
-once less. `backend` names the module that runs; `group` is a process group's name.
+The forward pass has every tile of scores at hand, so it takes the gradients along, and the prototypes are streamed once less.
+`backend` names the module that runs; `group` is a process group's name.
 """
 
 from __future__ import annotations
 
+import functools
+
+import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
@@ -20,42 +23,49 @@ OPERATOR = "alignment_loss"
 
 LIBRARY.define(
     "alignment_loss(Tensor vision, Tensor text, Tensor prototypes, Tensor? prior, Tensor? valid, str mode, float epsilon, "
-    "float temperature, int num_iters, float prior_temperature, bool normalize, str? group, bool gradient, str backend, "
-    "bool fallback) "
-    "-> (Tensor loss, Tensor grad_vision)"
+    "float temperature, int num_iters, float prior_temperature, bool normalize, str? group, bool gradient, "
+    "bool prototype_gradient, str backend, bool fallback) -> (Tensor loss, Tensor grad_vision, Tensor grad_prototypes)"
 )
-# vision takes no part in it: as an argument it makes second derivatives reach this operator, which refuses them.
-LIBRARY.define("alignment_loss_backward(Tensor grad_loss, Tensor grad_vision, Tensor vision) -> Tensor")
+# x is what the gradient belongs to, and gives its dtype; as an argument it makes second derivatives reach this operator, which
+# refuses them.
+LIBRARY.define("alignment_loss_backward(Tensor grad_loss, Tensor gradient, Tensor x) -> Tensor")
 
 
-def forward(*arguments) -> tuple[Tensor, Tensor]:
+def forward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     *inputs, backend, fallback = arguments
     return function_of(OPERATOR, "forward", backend, fallback)(Call(*inputs))
 
 
-def forward_fake(*arguments) -> tuple[Tensor, Tensor]:
+def forward_fake(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     call = Call(*arguments[:-2])
-    return call.vision.new_empty(()), call.vision.new_empty(call.vision.shape if call.gradient else 0)
+    new = functools.partial(call.vision.new_empty, dtype=torch.promote_types(call.vision.dtype, torch.float32))
+    vision, prototypes = call.vision, call.prototypes
+    return new(()), new(vision.shape if call.gradient else 0), new(prototypes.shape if call.prototype_gradient else 0)
 
 
-def backward(grad_loss: Tensor, grad_vision: Tensor, vision: Tensor) -> Tensor:
-    return grad_loss * grad_vision
+def backward(grad_loss: Tensor, gradient: Tensor, x: Tensor) -> Tensor:
+    return (grad_loss * gradient).to(x.dtype)
 
 
-def backward_fake(grad_loss: Tensor, grad_vision: Tensor, vision: Tensor) -> Tensor:
-    return grad_vision.new_empty(grad_vision.shape)
+def backward_fake(grad_loss: Tensor, gradient: Tensor, x: Tensor) -> Tensor:
+    return gradient.new_empty(gradient.shape, dtype=x.dtype)
 
 
 def setup_context(ctx, inputs, output) -> None:
     ctx.num_inputs = len(inputs)
-    ctx.save_for_backward(output[1], inputs[0])
-    ctx.mark_non_differentiable(output[1])
+    ctx.wanted = inputs[-4], inputs[-3]
+    ctx.save_for_backward(output[1], inputs[0], output[2], inputs[2])
+    ctx.mark_non_differentiable(output[1], output[2])
     ctx.set_materialize_grads(False)
 
 
-def autograd(ctx, grad_loss, _) -> tuple[Tensor | None, ...]:
-    found = None if grad_loss is None else BACKWARD.default(grad_loss, *ctx.saved_tensors)
-    return found, *(None for _ in range(ctx.num_inputs - 1))
+def autograd(ctx, grad_loss, *_) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    found = [
+        BACKWARD.default(grad_loss, gradient, x) if wanted and grad_loss is not None else None
+        for wanted, gradient, x in zip(ctx.wanted, saved[::2], saved[1::2])
+    ]
+    return found[0], None, found[1], *(None for _ in range(ctx.num_inputs - 3))
 
 
 def refuse_double_backward(ctx, *grads):
@@ -71,7 +81,7 @@ BACKWARD = OPS.alignment_loss_backward
 
 @register_flop_formula(FORWARD)
 def forward_flops(vision_shape, text_shape, prototypes_shape, *args, out_shape=None, **kwargs) -> int:
-    """Two score products and, where a gradient is wanted, one more; products repeated for want of memory are not counted."""
+    """Two score products and one for each gradient that is wanted; products repeated for want of memory are not counted."""
     (rows, dim), words = vision_shape, prototypes_shape[0]
-    products = 3 if args[-3] else 2
+    products = 2 + bool(args[-4]) + bool(args[-3])
     return products * 2 * rows * words * dim

@@ -7,8 +7,9 @@ Two passes over the prototypes, whatever the backend (README.md derives both):
     loss         target and prediction of a tile side by side: its share of the loss and, as (prediction - target) @ prototypes,
                  of the gradient of vision.
 
-Text scores that fit `TEXT_SHARE` of the inputs' size are kept between the passes, the rest are computed again, tile by tile;
-vision scores, if both fit `BOTH_SHARE`. All logarithms are in bits, all potentials of the computing dtype.
+Products go through torch's matmul (products.py); `steps` is the backend (cpu.py, triton_backend.py) and does what lies between.
+Scores that fit the budget (`kept_columns`) stay in memory between the passes, the rest are computed again, tile by tile. All
+logarithms are in bits, all potentials of the computing dtype.
 """
 
 from __future__ import annotations
@@ -24,26 +25,30 @@ from torch import Tensor
 from ..._units import LOG2E
 from .._log_domain.over_group import group_by_name, merge_over_group, scale
 from .call import Call
-from .reference import NORM_FLOOR
+from .features import Features
+from .products import Matmul, choose_products
 
 Pair = tuple[Tensor, Tensor]  # running maximum in bits and sum of 2^(entry - maximum), per row
 
-# Bytes of [n, V] scores kept between the passes, as shares of the bytes of (n + V) * D inputs in the computing dtype. Without
-# its text score an entry costs a product in every iteration, without its vision score a single one.
-TEXT_SHARE = 1.0
-BOTH_SHARE = 0.3
-
-COLUMNS = 16  # tiles and rows of scores begin at multiples of it: 64 bytes in float32, whatever the batch
+# What is kept may take this share of what the plain version takes beside its inputs: normalised prototypes and so many matrices
+# [n, V] at its peak (measured, docs/kernels.md). An entry without its text score costs a product in every iteration, one
+# without its vision score a single product.
+PLAIN_MATRICES = 5
+KEPT_SHARE = 1 / 4
+MANY_ROWS = 2048  # from here on the backend's share
 
 
 @dataclass(frozen=True)
-class TileLimits:
+class Limits:
     """How many prototypes a backend wants per tile."""
 
     score_elements: int  # of one [n, columns] tile, at most
     prototype_elements: int  # of one [columns, D] tile, at most
     min_cols: int
     max_cols: int
+    whole_kept: bool  # whether scores that are kept are best made in one piece
+    pairs: float  # elements per score that the sums of rows take while tiles add to them
+    share_of_many: float  # what may be kept of many rows, as KEPT_SHARE
 
 
 @dataclass(frozen=True)
@@ -65,240 +70,290 @@ class Target:
 
     u2: Tensor  # [n]; -inf: the row has none
     v2: Tensor | None  # [V]; None: zeros
-    weight: Tensor  # [n]
+    weight: Tensor | None  # [n]; None: ones
 
 
-@dataclass
+def tile_columns(num_rows: int, dim: int, num_words: int, limits: Limits) -> int:
+    cols = min(limits.score_elements // max(num_rows, 1), limits.prototype_elements // max(dim, 1))
+    return min(max(cols, limits.min_cols), limits.max_cols, max(num_words, 1))
+
+
+def kept_columns(num_rows: int, dim: int, num_words: int, tile: int, extra: int, share_of_many: float) -> tuple[int, int]:
+    """(columns whose vision and text scores are kept, columns whose text scores are): whole tiles, or all. `extra` elements are
+    taken by other things."""
+    share = KEPT_SHARE if num_rows < MANY_ROWS else share_of_many
+    budget = share * (num_words * dim + PLAIN_MATRICES * num_rows * num_words)
+    if 2 * num_rows * num_words <= budget:
+        return num_words, num_words
+    columns = int(budget - extra - 2 * num_rows * tile) // max(num_rows, 1)  # beside the tiles of scores that are not kept
+    text = num_words if columns >= num_words else max(columns, 0) // tile * tile
+    return max(columns - num_words, 0) // tile * tile, text
+
+
+def cut(begin: int, end: int, width: int) -> list[slice]:
+    return [slice(start, min(start + width, end)) for start in range(begin, end, max(width, 1))]
+
+
 class Scores:
-    """Products of one feature matrix [n, D] with all prototypes; the first `kept.shape[1]` columns stay in memory."""
+    """Products of the features with all prototypes, in tiles. Vision and text scores of the first `both` columns stay in
+    memory, text scores of the first `text_cols`."""
 
-    steps: ModuleType
-    features: Tensor
-    kept: Tensor  # [n, columns kept]
-    scratch: Tensor  # [n, tile columns]
-    filled: int = 0
+    def __init__(self, steps: ModuleType, products: Matmul, features: Features, words: int, settings: Settings) -> None:
+        rows, dim = features.num_rows, features.rows.shape[-1]
+        tile = tile_columns(rows, dim, words, steps.LIMITS)
+        widest = min(products.max_cols() or words, words)
+        self.steps, self.products, self.features, self.words = steps, products, features, words
+        extra = products.extra_elements(rows, tile) + int(steps.LIMITS.pairs * rows * words)
+        extra += (2 * products.terms + products.gradient_terms + 1) * rows * dim  # the features, their gradients
+        self.both, self.text_cols = kept_columns(rows, dim, words, tile, extra, steps.LIMITS.share_of_many)
+        kept_tile = widest if steps.LIMITS.whole_kept else tile
+        tile = min(tile, max(widest, 1))
+        self.tiles = cut(0, self.both, kept_tile) + cut(self.both, self.text_cols, tile) + cut(self.text_cols, words, tile)
+        new = features.inverse_length.new_empty
+        self.kept_both = new((2 * rows, self.both))
+        self.kept_text = new((rows, self.text_cols - self.both))
+        self.scratch = new((2 * rows, tile if self.both < words else 0))
+        self.filled = 0  # columns whose kept scores are there
+        self.scales = new(words) if settings.normalize else None  # [V], of the prototypes
 
-    def tile(self, columns: slice, prototypes: Tensor) -> Tensor:
-        """[n, columns]; computed unless it was kept before."""
-        if columns.stop > self.kept.shape[1]:
-            tile = self.scratch[:, : columns.stop - columns.start]
-            self.steps.products(self.features, prototypes, tile)
-            return tile
-        tile = self.kept[:, columns]
-        if columns.stop > self.filled:
-            self.steps.products(self.features, prototypes, tile)
-            self.filled = columns.stop
-        return tile
-
-
-class Prototypes:
-    """The [V, D] matrix in tiles, and one over the norm of every row once it was seen."""
-
-    def __init__(self, steps: ModuleType, matrix: Tensor, dtype: torch.dtype, tile_cols: int, normalize: bool) -> None:
-        self.steps, self.matrix, self.tile_cols = steps, matrix, tile_cols
-        self.scales = matrix.new_empty(matrix.shape[0], dtype=dtype) if normalize else None  # [V]
-        # One tile in the computing dtype, where the backend's products need it; never a copy of the matrix.
-        wide = matrix.dtype == dtype or not steps.NEEDS_WIDE_PROTOTYPES
-        self.scratch = None if wide else matrix.new_empty((tile_cols, matrix.shape[1]), dtype=dtype)
-
-    def tiles(self, begin: int = 0) -> Iterator[tuple[slice, Tensor]]:
-        """(columns, rows of the matrix) from `begin`, a multiple of the tile, on."""
-        for start in range(begin, self.matrix.shape[0], self.tile_cols):
-            columns = slice(start, min(start + self.tile_cols, self.matrix.shape[0]))
-            rows = self.matrix[columns]
-            yield columns, rows if self.scratch is None else self.scratch[: rows.shape[0]].copy_(rows)
-
-    def measure(self, columns: slice, rows: Tensor) -> None:
-        if self.scales is not None:
-            self.steps.inverse_norms(rows, NORM_FLOOR, self.scales[columns])
+    def widths(self, tiles: list[slice]) -> list[int]:
+        return [columns.stop - columns.start for columns in tiles]
 
     def scale_of(self, columns: slice) -> Tensor | None:
         return None if self.scales is None else self.scales[columns]
 
+    def vision_and_text(self, columns: slice) -> tuple[Tensor, Tensor]:
+        """[n, C] each."""
+        rows, first = self.features.num_rows, columns.stop > self.filled
+        if first and self.scales is not None:
+            self.steps.inverse_norms(self.products.prototypes[columns], self.scales[columns])
+        if columns.stop <= self.both or columns.start >= self.text_cols:
+            kept = columns.stop <= self.both
+            both = self.kept_both[:, columns] if kept else self.scratch[:, : columns.stop - columns.start]
+            if first or not kept:
+                self._multiply(self.features.rows, columns, both)
+            vision, text = both[:rows], both[rows:]
+        else:
+            vision, text = self.scratch[:rows, : columns.stop - columns.start], self._kept_text(columns)
+            self._multiply(self.features.vision, columns, vision)
+            if first:
+                self._multiply(self.features.text, columns, text)
+        self.filled = max(self.filled, columns.stop)
+        return vision, text
 
-def tile_columns(num_rows: int, dim: int, num_words: int, limits: TileLimits) -> int:
-    """Prototypes per tile: a multiple of COLUMNS, or all of them."""
-    cols = min(limits.score_elements // max(num_rows, 1), limits.prototype_elements // max(dim, 1))
-    cols = min(max(cols, limits.min_cols), limits.max_cols) // COLUMNS * COLUMNS
-    return min(cols, max(num_words, 1))
+    def text(self, columns: slice) -> Tensor:
+        """[n, C], once vision_and_text has seen all columns."""
+        if columns.stop <= self.text_cols:
+            return self._kept_text(columns)
+        tile = self.scratch[self.features.num_rows :, : columns.stop - columns.start]
+        self._multiply(self.features.text, columns, tile)
+        return tile
+
+    def text_tiles(self) -> list[slice]:
+        """Tiles for `text`: what is kept in as few pieces as it lies in."""
+        pieces = [slice(0, self.both), slice(self.both, self.text_cols)]
+        return [x for x in pieces if x.stop > x.start] + [x for x in self.tiles if x.start >= self.text_cols]
+
+    def _kept_text(self, columns: slice) -> Tensor:
+        if columns.stop <= self.both:
+            return self.kept_both[self.features.num_rows :, columns]
+        return self.kept_text[:, columns.start - self.both : columns.stop - self.both]
+
+    def _multiply(self, features: Tensor, columns: slice, out: Tensor) -> None:
+        """out [m, C] = features [terms, m, D] @ prototypes^T."""
+        if features.shape[0] == 1:
+            self.products.scores(features, columns, out.unsqueeze(0))
+            return
+        for part in cut(columns.start, columns.stop, self.products.term_cols(len(out))):
+            terms = self.products.scratch((len(features), len(out), part.stop - part.start), out.dtype)
+            self.products.scores(features, part, terms)
+            self.steps.add_terms(terms, out[:, part.start - columns.start : part.stop - columns.start])
 
 
-def new_scores(like: Tensor, rows: int, cols: int) -> Tensor:
-    """Memory for scores [rows, cols], each row from a multiple of COLUMNS on."""
-    return like.new_empty((rows, -(-cols // COLUMNS) * COLUMNS))[:, :cols]
-
-
-def forward(call: Call, steps: ModuleType) -> tuple[Tensor, Tensor]:
-    """Loss and gradient of vision (empty when not wanted), by the steps of a backend."""
-    settings = Settings(*call[5:11], group_by_name(call.group))
+def forward(call: Call, steps: ModuleType) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss and its gradients with respect to vision [n, D] and prototypes [V, D], of the computing dtype (empty when not
+    wanted), by the steps of a backend."""
+    settings = Settings(
+        call.mode,
+        call.epsilon,
+        call.temperature,
+        call.num_iters,
+        call.prior_temperature,
+        call.normalize,
+        group_by_name(call.group),
+    )
     prototypes = call.prototypes if call.prototypes.stride(-1) == 1 else call.prototypes.contiguous()
-    features = call.vision.contiguous(), call.text.contiguous()
     with torch.autocast(call.device.type, enabled=False):
-        return loss_and_gradient(steps, *features, prototypes, call.prior, call.valid, settings, gradient=call.gradient)
-
-
-def loss_and_gradient(
-    steps: ModuleType,
-    vision: Tensor,
-    text: Tensor,
-    prototypes: Tensor,
-    prior: Tensor | None,
-    valid: Tensor | None,
-    settings: Settings,
-    *,
-    gradient: bool,
-) -> tuple[Tensor, Tensor]:
-    """vision, text [n, D] contiguous, of the computing dtype, rows normalised where they should be; prototypes [V, D] as they
-    are. `steps` is the backend (see cpu.py). Returns the loss and its gradient with respect to vision [n, D] (empty when
-    not wanted)."""
-    streamed = Stream(steps, vision, text, prototypes, valid, settings)
-    return streamed.loss(*streamed.potentials(prior), gradient)
+        streamed = Stream(steps, call.vision, call.text, prototypes, call.valid, settings, call.prototype_gradient)
+        return streamed.loss(*streamed.potentials(call.prior), call.gradient, call.prototype_gradient)
 
 
 class Stream:
     """One evaluation of the loss."""
 
-    def __init__(self, steps, vision, text, prototypes, valid, settings: Settings) -> None:
-        (rows, dim), words = vision.shape, prototypes.shape[0]
-        cols = tile_columns(rows, dim, words, steps.TILE_LIMITS)
-        text_budget, budget = (
-            int(share * (rows + words) * dim) // max(rows, 1) for share in (TEXT_SHARE, BOTH_SHARE)
-        )  # columns
-        kept_text = words if text_budget >= words else text_budget // cols * cols
-        kept_vision = words if budget - kept_text >= words else 0
-        self.steps, self.settings = steps, settings
-        self.prototypes = Prototypes(steps, prototypes, vision.dtype, cols, settings.normalize)
-        scratch_cols = cols if kept_text < words else 0
-        self.text = Scores(steps, text, new_scores(text, rows, kept_text), new_scores(text, rows, scratch_cols))
-        self.vision = Scores(steps, vision, new_scores(text, rows, kept_vision), new_scores(text, rows, cols))
-        self.valid = vision.new_ones(rows, dtype=torch.bool) if valid is None else valid
-        self.num_valid = self.valid.sum()
-        if settings.group is not None:
-            dist.all_reduce(self.num_valid, group=settings.group)
+    def __init__(self, steps, vision, text, prototypes, valid, settings: Settings, prototype_gradient: bool) -> None:
+        dtype = torch.promote_types(vision.dtype, torch.float32)
+        self.steps, self.settings, self.prototypes, self.valid = steps, settings, prototypes, valid
+        features_dtype = vision.dtype if vision.dtype == text.dtype else torch.float32
+        self.products = choose_products(prototypes, dtype, features_dtype, prototype_gradient)
+        self.features = steps.prepare_features(vision, text, valid, self.products, settings)
+        self.scores = Scores(steps, self.products, self.features, prototypes.shape[0], settings)
+        self.like = self.features.inverse_length  # for dtype and device
+        self.num_rows = vision.shape[0]
+        self.num_valid, self.row_weight, self.start = self._rows()
         self.text_factor, self.vision_factor = LOG2E / settings.epsilon, LOG2E / settings.temperature
+
+    def _rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Valid rows of the whole group, the rows' weights in the loss [n], and u2 [n] before the first iteration: 0, -inf for
+        rows that do not count."""
+        num_valid, weight, start = self.steps.count_rows(self.num_rows, self.valid, self.like)
+        if self.settings.group is not None:
+            dist.all_reduce(num_valid, group=self.settings.group)
+            weight = (start == 0) / num_valid.clamp(min=1)
+        return num_valid, weight, start
 
     def potentials(self, prior: Tensor | None) -> tuple[Target, Pair]:
         """The target, and (maximum, sum) of each row of the vision scores."""
         if self.settings.mode != "sinkhorn":
             v2 = self.prior_bias(prior)
-            vision_pair = self._empty_pair()
-            peaks, sums = self.row_sums(v2, vision_pair)
-            return Target(torch.where(self.valid, -peaks, -torch.inf), v2, sums.reciprocal()), vision_pair
-        frequency = word_frequency(prior, self.text.features, self.prototypes.matrix.shape[0])
-        targets = self.num_valid.to(frequency.dtype) * frequency
+            (peaks, sums), vision_pair = self.row_pairs(v2, first=True)
+            return Target(self.start - peaks, v2, sums.reciprocal()), vision_pair
+        frequency = word_frequency(prior, self.like, self.scores.words)
+        targets = frequency.mul_(self.num_valid)
         return self.sinkhorn_over_group(targets) if self.settings.group is not None else self.sinkhorn(targets)
 
     def prior_bias(self, prior: Tensor | None) -> Tensor | None:
         """What the modes without iterations add to the text logits per word; None when it is the same for all."""
         if self.settings.mode == "softmax" or prior is None:
             return None
-        counts = prior.to(self.text.features.dtype)
+        counts = prior.to(self.like.dtype)
         if self.settings.mode == "literal":
-            return word_frequency(prior, self.text.features, len(prior)).log2()
+            return word_frequency(prior, self.like, len(prior)).log2()
         strength = self.settings.num_iters / self.settings.prior_temperature * LOG2E
         return strength * counts.clamp(min=1) / counts.sum()
 
-    def text_scores(self, vision_pair: Pair | None = None) -> Iterator[tuple[slice, Tensor]]:
-        """(columns, scores) over all words: the kept ones at once, the others tile by tile.
+    def text_scores(self, vision_pairs=None) -> Iterator[tuple[slice, Tensor]]:
+        """(columns, scores) over all words. With vision_pairs this is the first pass: every tile by itself, the prototypes'
+        norms are taken and the vision scores are merged into the pairs as well."""
+        if vision_pairs is None:
+            for columns in self.scores.text_tiles():
+                yield columns, self.scores.text(columns)
+            return
+        for columns in self.scores.tiles:
+            vision, text = self.scores.vision_and_text(columns)
+            vision_pairs.add(vision, self.vision_factor, None, self.scores.scale_of(columns), self.features.scales[0])
+            yield columns, text
 
-        With vision_pair this is the first pass: every tile by itself, the prototypes' norms are taken and the vision scores
-        are merged into the pair as well.
-        """
-        first = vision_pair is not None
-        if not first and self.text.kept.shape[1]:
-            yield slice(0, self.text.kept.shape[1]), self.text.kept
-        for columns, rows in self.prototypes.tiles(begin=0 if first else self.text.kept.shape[1]):
-            if first:
-                self.prototypes.measure(columns, rows)
-                self._update_rows(self.vision.tile(columns, rows), columns, self.vision_factor, vision_pair)
-            yield columns, self.text.tile(columns, rows)
+    def tiles(self, first: bool) -> list[slice]:
+        """What text_scores goes through."""
+        return self.scores.tiles if first else self.scores.text_tiles()
 
-    def row_sums(self, v2: Tensor | None, vision_pair: Pair | None = None) -> Pair:
-        """Sums over the vocabulary of 2^(text score + v2), [n]."""
-        pair = self._empty_pair()
-        for columns, scores in self.text_scores(vision_pair):
-            self._update_rows(scores, columns, self.text_factor, pair, None if v2 is None else v2[columns])
-        return pair
+    def new_pairs(self, first: bool):
+        return self.steps.RowPairs(self.num_rows, self.scores.widths(self.tiles(first)), self.like)
+
+    def row_pairs(self, v2: Tensor | None, first: bool = False) -> tuple[Pair, Pair | None]:
+        """Sums over the vocabulary of 2^(text score + v2), [n]; in the first pass those of the vision scores too."""
+        pairs, vision_pairs = self.new_pairs(first), self.new_pairs(first) if first else None
+        for columns, scores in self.text_scores(vision_pairs):
+            of_columns = None if v2 is None else v2[columns]
+            pairs.add(scores, self.text_factor, of_columns, self.scores.scale_of(columns), self.features.scales[1])
+        return pairs.result(), vision_pairs.result() if first else None
+
+    def row_log_sums(self, v2: Tensor) -> Tensor:
+        peaks, sums = self.row_pairs(v2)[0]
+        return peaks + sums.log2()
 
     def sinkhorn(self, targets: Tensor) -> tuple[Target, Pair]:
         """Iterations that read the scores once each: every tile scales its columns and returns its share of the row sums."""
-        u2 = torch.where(self.valid, 0.0, -torch.inf).to(targets.dtype)
-        v2 = torch.empty_like(targets)
-        vision_pair = self._empty_pair()
+        u2, v2, vision_pairs = self.start, torch.empty_like(targets), self.new_pairs(first=True)
         for iteration in range(self.settings.num_iters):
-            row_sums = self.steps.RowSums(u2)
-            for columns, scores in self.text_scores(vision_pair if iteration == 0 else None):
-                self.steps.iterate(
+            first = iteration == 0
+            row_sums = None  # its memory first
+            row_sums = self.steps.RowSums(u2, self.scores.widths(self.tiles(first)))
+            for columns, scores in self.text_scores(vision_pairs if first else None):
+                row_sums.iterate(
                     scores,
                     self.text_factor,
-                    self.prototypes.scale_of(columns),
+                    self.scores.scale_of(columns),
+                    self.features.scales[1],
                     u2,
-                    None if iteration == 0 else v2[columns],
+                    None if first else v2[columns],
                     targets[columns],
                     v2[columns],
-                    row_sums,
                 )
-            u2 = self.steps.scale_rows(u2, row_sums, lambda: _log_sum(self.row_sums(v2)))
-        return Target(u2, v2, torch.ones_like(u2)), vision_pair
+            u2 = row_sums.scale(u2, self.valid, lambda: self.row_log_sums(v2))
+        return Target(u2, v2, None), vision_pairs.result()
 
     def sinkhorn_over_group(self, targets: Tensor) -> tuple[Target, Pair]:
         """The same with the columns summed over all processes before any row is scaled: two passes over the scores."""
-        u2 = torch.where(self.valid, 0.0, -torch.inf).to(targets.dtype)
+        u2 = self.start
         v2, peaks, sums = (torch.empty_like(targets) for _ in range(3))
-        vision_pair = self._empty_pair()
+        vision_pairs = self.new_pairs(first=True)
         for iteration in range(self.settings.num_iters):
-            for columns, scores in self.text_scores(vision_pair if iteration == 0 else None):
+            for columns, scores in self.text_scores(vision_pairs if iteration == 0 else None):
                 peaks[columns], sums[columns] = self.steps.column_statistics(
-                    scores, self.text_factor, u2, self.prototypes.scale_of(columns)
+                    scores, self.text_factor, u2, self.scores.scale_of(columns), self.features.scales[1]
                 )
             v2 = scale(targets, merge_over_group(peaks.clone(), sums, self.settings.group))
-            u2 = torch.where(self.valid, -_log_sum(self.row_sums(v2)), -torch.inf)
-        return Target(u2, v2, torch.ones_like(u2)), vision_pair
+            u2 = self.start - self.row_log_sums(v2)
+        return Target(u2, v2, None), vision_pairs.result()
 
-    def loss(self, target: Target, vision_pair: Pair, gradient: bool) -> tuple[Tensor, Tensor]:
-        """Mean over the group's valid rows of the cross-entropy, and the gradient of the local vision features."""
-        features = self.vision.features
-        row_weight = self.valid.to(features.dtype) / self.num_valid.clamp(min=1)
-        grad_vision = torch.zeros_like(features) if gradient else features.new_empty(0)
-        row_loss2 = torch.zeros(features.shape[0], dtype=torch.float64, device=features.device)
-        for columns, rows in self.prototypes.tiles():
-            text, vision = self.text.tile(columns, rows), self.vision.tile(columns, rows)
-            self.steps.loss_tile(
+    def loss_tiles(self) -> list[slice]:
+        """Tiles for the last pass: narrower where score gradients take memory of their own."""
+        width = self.products.gradient_cols(self.num_rows) or self.scores.words
+        return [part for columns in self.scores.tiles for part in cut(columns.start, columns.stop, width)]
+
+    def loss(
+        self, target: Target, vision_pair: Pair, gradient: bool, prototype_gradient: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean over the group's valid rows of the cross-entropy, and the gradients of the local vision features and of the
+        prototypes."""
+        row_weight, tiles, dim = self.row_weight, self.loss_tiles(), self.prototypes.shape[1]
+        losses = self.steps.Losses(self.num_rows, self.scores.widths(tiles), self.like)
+        gradients = self.like.new_empty((self.products.gradient_terms, self.num_rows, dim)) if gradient else None
+        if gradient and not tiles:
+            gradients.zero_()
+        grad_prototypes = self.like.new_empty((self.scores.words, dim) if prototype_gradient else 0)
+        for columns in tiles:
+            vision, text = self.scores.vision_and_text(columns)
+            score_gradients = self.products.score_gradients(vision) if gradient or prototype_gradient else None
+            losses.add(
                 text,
                 vision,
-                col_scale=self.prototypes.scale_of(columns),
+                score_gradients,
+                text_row_scale=self.features.scales[1],
+                vision_row_scale=self.features.scales[0],
+                col_scale=self.scores.scale_of(columns),
                 u2=target.u2,
                 v2=None if target.v2 is None else target.v2[columns],
                 target_weight=target.weight,
                 peaks2=vision_pair[0],
                 sums=vision_pair[1],
                 row_weight=row_weight,
-                row_loss2=row_loss2,
                 text_factor=self.text_factor,
                 vision_factor=self.vision_factor,
                 grad_factor=1.0 / self.settings.temperature,
-                gradient=gradient,
             )
             if gradient:
-                self.steps.add_products(vision, rows, grad_vision)
-        loss = (row_loss2 * row_weight.double()).sum() / LOG2E
+                self.products.add_gradient(score_gradients, columns, gradients, first=columns.start == 0)
+            if prototype_gradient:
+                self.gradient_of_prototypes(score_gradients, columns, grad_prototypes[columns])
+        loss = losses.total(row_weight)
         if self.settings.group is not None:
             dist.all_reduce(loss, group=self.settings.group)
-        return loss.to(features.dtype), grad_vision
+        if not gradient:
+            return loss, self.like.new_empty(0), grad_prototypes
+        return loss, self.steps.through_feature_lengths(gradients, self.features, self.settings), grad_prototypes
 
-    def _empty_pair(self) -> Pair:
-        peaks = self.text.features.new_full(self.valid.shape, -torch.inf)
-        return peaks, torch.zeros_like(peaks)
-
-    def _update_rows(self, scores: Tensor, columns: slice, factor: float, pair: Pair, v2: Tensor | None = None) -> None:
-        self.steps.update_row_statistics(scores, factor, *pair, v2, self.prototypes.scale_of(columns))
-
-
-def _log_sum(pair: Pair) -> Tensor:
-    peaks, sums = pair
-    return peaks + sums.log2()
+    def gradient_of_prototypes(self, score_gradients: Tensor, columns: slice, out: Tensor) -> None:
+        """out [C, D], through the vision scores; the target is a constant."""
+        self.products.prototype_gradient(score_gradients, self.features.vision[0], out)
+        if self.settings.normalize:
+            self.steps.through_prototype_lengths(out, self.prototypes[columns], self.scores.scales[columns])
 
 
 def word_frequency(prior: Tensor | None, like: Tensor, num_words: int) -> Tensor:
-    counts = like.new_ones(num_words) if prior is None else prior.to(like.dtype).clamp(min=1)
-    return counts / counts.sum()
+    if prior is None:
+        return like.new_full((num_words,), 1.0 / max(num_words, 1))
+    counts = prior.to(like.dtype).clamp(min=1)
+    return counts.div_(counts.sum())

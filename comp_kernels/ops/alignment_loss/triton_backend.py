@@ -1,178 +1,352 @@
-"""The steps of alignment_loss over one score tile in Triton. Nothing waits for the device."""
+"""The steps of alignment_loss between its products, in Triton: few launches over large pieces. Nothing waits for the device."""
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from ..._triton import architecture, dot_precision, launch, unavailable_reason
-from .._log_domain import triton_steps
-from .._log_domain.triton_steps import blocks
+from ..._triton import launch, unavailable_reason
+from ..._units import LOG2E
 from . import streaming
 from .call import Call
-from .streaming import TileLimits
+from .features import Features
+from .products import Matmul
+from .reference import NORM_FLOOR, SCALE_DOWN
+from .streaming import Limits, Pair, Settings
 
 __all__ = [
-    "NEEDS_WIDE_PROTOTYPES",
-    "TILE_LIMITS",
+    "LIMITS",
+    "Losses",
+    "RowPairs",
     "RowSums",
-    "add_products",
+    "add_terms",
     "column_statistics",
+    "count_rows",
     "declines",
     "forward",
     "inverse_norms",
-    "iterate",
-    "loss_tile",
-    "products",
-    "scale_rows",
+    "prepare_features",
+    "through_feature_lengths",
+    "through_prototype_lengths",
     "unavailable_reason",
-    "update_row_statistics",
 ]
 
-NEEDS_WIDE_PROTOTYPES = False
-# A score tile stays in the second level cache of a large GPU; fewer, larger tiles mean fewer launches.
-TILE_LIMITS = TileLimits(score_elements=1 << 22, prototype_elements=1 << 25, min_cols=512, max_cols=32768)
+# Scores that are not kept stay in the second level cache of a large GPU; what is kept is filled in one piece.
+LIMITS = Limits(
+    score_elements=1 << 23,
+    prototype_elements=1 << 26,
+    min_cols=512,
+    max_cols=32768,
+    whole_kept=True,
+    pairs=2 / 32,
+    share_of_many=1 / 8,
+)
 
-# Of column and row sums, whatever the rows of a batch: the height that sinkhorn's own choice has from 33 rows on.
-SUM_TILE = dict(BN=64, BK=64)
-PRODUCT_TILE = dict(BN=64, BK=64, BD=32)
-NUM_WARPS, PRODUCT_WARPS = 4, 8  # three TF32 products of a 64 x 64 tile by four warps spill
+STRIPE = 2048  # columns per program of the kernels that go along rows
+ROW_TILE = dict(BN=16, BK=128)
+LOSS_TILE = dict(BN=8, BK=128)  # 16 rows spill on gfx942
+DOWN = SCALE_DOWN[torch.float32]
 
 
 def declines(call: Call) -> str | None:
     return "the Triton kernels have no float64" if call.vision.dtype == torch.float64 else None
 
 
-def forward(call: Call) -> tuple[Tensor, Tensor]:
-    """Loss and gradient of vision."""
+def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, gradients of vision and of prototypes."""
     return streaming.forward(call, steps=sys.modules[__name__])
 
 
-column_statistics = partial(triton_steps.column_statistics, tile=SUM_TILE)
-update_row_statistics = partial(triton_steps.update_row_statistics, tile=SUM_TILE)
+def blocks(size: int, block: int) -> int:
+    return -(-size // block)
 
 
 def alignment(*scores: Tensor) -> int:
     """The largest power of two up to 16 that divides columns and row strides of tiles [n, C] of the same shape."""
-    return math.gcd(16, scores[0].shape[1], *(x.stride(0) for x in scores))
+    return math.gcd(16, scores[0].shape[-1], *(x.stride(-2) for x in scores))
 
 
-def products(features: Tensor, prototypes: Tensor, out: Tensor) -> None:
-    """out [n, C] = features [n, D] @ prototypes [C, D]^T, prototypes of any dtype."""
-    from .triton_kernels import products_kernel
+def power_of_two(size: int, least: int, most: int) -> int:
+    """The smallest power of two that is at least `size`, within the limits."""
+    return min(max(1 << (max(size, 1) - 1).bit_length(), least), most)
 
-    (rows, dim), cols = features.shape, prototypes.shape[0]
+
+def as_bytes(valid: Tensor | None) -> Tensor | None:
+    return None if valid is None else valid.contiguous().view(torch.uint8)
+
+
+def prepare_features(vision: Tensor, text: Tensor, valid: Tensor | None, products: Matmul, settings: Settings) -> Features:
+    from .triton_kernels import features_kernel
+
+    rows, dim = vision.shape
+    stored = vision.new_empty((products.terms, 2 * rows, dim), dtype=products.row_dtype)
+    scale = vision.new_empty(2 * rows, dtype=torch.float32) if products.raw else None
+    inverse = vision.new_empty(2 * rows, dtype=torch.float32)
+    vision, text = (x if x.stride(-1) == 1 else x.contiguous() for x in (vision, text))
     launch(
-        products_kernel,
-        (blocks(rows, PRODUCT_TILE["BN"]), blocks(cols, PRODUCT_TILE["BK"])),
-        features, prototypes, out,
-        rows, cols, dim, prototypes.stride(0), out.stride(0),
-        PRECISION=dot_precision(architecture(out.device), torch.float32),
-        ALIGN=alignment(out),
-        **PRODUCT_TILE,
-        num_warps=PRODUCT_WARPS,
+        features_kernel,
+        (rows, 2),
+        vision, text, as_bytes(valid), stored, scale, inverse,
+        rows, dim, vision.stride(0), text.stride(0), NORM_FLOOR, DOWN,
+        HAS_VALID=valid is not None,
+        NORMALIZE=settings.normalize,
+        RAW=products.raw,
+        TERMS=products.terms,
+        BD=power_of_two(dim, 16, 1024),
     )  # fmt: skip
+    return Features(stored, scale, inverse)
 
 
-def add_products(score_gradients: Tensor, prototypes: Tensor, out: Tensor) -> None:
-    """out [n, D] += score_gradients [n, C] @ prototypes [C, D]."""
-    from .triton_kernels import gradient_kernel
+def count_rows(rows: int, valid: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(number of valid rows, their weights in the mean [n], 0 for each of them and -inf for the others [n])."""
+    from .triton_kernels import count_rows_kernel
 
-    (rows, cols), dim = score_gradients.shape, prototypes.shape[1]
-    tile = dict(BN=PRODUCT_TILE["BN"], BK=PRODUCT_TILE["BD"], BD=PRODUCT_TILE["BK"])
-    launch(
-        gradient_kernel,
-        (blocks(rows, tile["BN"]), blocks(dim, tile["BD"])),
-        score_gradients, prototypes, out,
-        rows, cols, dim, score_gradients.stride(0), prototypes.stride(0),
-        PRECISION=dot_precision(architecture(out.device), torch.float32),
-        ALIGN=alignment(score_gradients),
-        **tile,
-        num_warps=PRODUCT_WARPS,
-    )  # fmt: skip
+    count, weight, start = (like.new_empty(shape) for shape in ((), rows, rows))
+    launch(count_rows_kernel, (1,), as_bytes(valid), count, weight, start, rows, HAS_VALID=valid is not None, BN=1024)
+    return count, weight, start
 
 
-def inverse_norms(prototypes: Tensor, floor: float, out: Tensor) -> None:
-    """out [C] = 1 / max(norm of each row, floor)."""
+def inverse_norms(prototypes: Tensor, out: Tensor) -> None:
+    """out [C] = 1 / norm of each row, 0 for rows without a direction."""
     from .triton_kernels import norms_kernel
 
     cols, dim = prototypes.shape
     launch(
         norms_kernel,
         (blocks(cols, 16),),
-        prototypes, out, cols, dim, prototypes.stride(0), floor,
+        prototypes, out, cols, dim, prototypes.stride(0), NORM_FLOOR, DOWN,
         BK=16,
         BD=128,
-        num_warps=NUM_WARPS,
     )  # fmt: skip
+
+
+def add_terms(products: Tensor, out: Tensor) -> None:
+    """out [m, C] = sum of products [terms, m, C]."""
+    from .triton_kernels import add_terms_kernel
+
+    terms, rows, cols = products.shape
+    launch(
+        add_terms_kernel,
+        (blocks(cols, 256), blocks(rows, 16)),
+        products, out, rows, cols, out.stride(0),
+        TERMS=terms,
+        ALIGN=alignment(out),
+        BN=16,
+        BK=256,
+    )  # fmt: skip
+
+
+class _Pairs:
+    """(maximum, sum) of each row over the blocks of columns seen so far."""
+
+    def __init__(self, rows: int, num_blocks: int, like: Tensor) -> None:
+        self.peaks, self.sums = (like.new_empty((num_blocks, rows), dtype=torch.float32) for _ in range(2))
+        self.seen = 0
+
+    def merge(self, *, valid: Tensor | None = None, u2: Tensor | None = None) -> Pair | Tensor:
+        """The pair over all blocks; with u2, minus its logarithm goes there, -inf for rows that are not valid."""
+        from .triton_kernels import merge_pairs_kernel
+
+        rows = self.peaks.shape[1]
+        out = () if u2 is not None else tuple(self.peaks.new_empty(rows) for _ in range(2))
+        launch(
+            merge_pairs_kernel,
+            (blocks(rows, 8),),
+            self.peaks, self.sums, as_bytes(valid), *(out or (None, None)), u2,
+            rows, self.seen,
+            SCALE=u2 is not None,
+            HAS_VALID=valid is not None,
+            BN=8,
+            BB=64,
+        )  # fmt: skip
+        return u2 if u2 is not None else out
+
+
+class RowPairs:
+    """Per row (maximum, sum of 2^(entry - maximum)) of score tiles of the widths given."""
+
+    def __init__(self, rows: int, widths: Sequence[int], like: Tensor) -> None:
+        self.pairs = _Pairs(rows, sum(blocks(width, STRIPE) for width in widths), like)
+
+    def add(self, scores: Tensor, factor: float, v2: Tensor | None, col_scale: Tensor | None, row_scale: Tensor | None) -> None:
+        from .triton_kernels import row_pairs_kernel
+
+        rows, cols = scores.shape
+        launch(
+            row_pairs_kernel,
+            (blocks(cols, STRIPE), blocks(rows, ROW_TILE["BN"])),
+            scores, row_scale, col_scale, v2, self.pairs.peaks, self.pairs.sums,
+            rows, cols, self.pairs.seen, scores.stride(0), factor,
+            HAS_ROW_SCALE=row_scale is not None,
+            HAS_COL_SCALE=col_scale is not None,
+            HAS_V=v2 is not None,
+            ALIGN=alignment(scores),
+            COLUMNS=STRIPE,
+            **ROW_TILE,
+        )  # fmt: skip
+        self.pairs.seen += blocks(cols, STRIPE)
+
+    def result(self) -> Pair:
+        return self.pairs.merge()
+
+
+def column_tile(num_cols: int) -> dict[str, int]:
+    """Rows and columns per tile, whatever the rows of a batch: 256 bytes of a row, or half of that where there would be too few
+    programs for a large GPU."""
+    return dict(BN=64, BK=64 if num_cols >= 64 * 256 else 32)
 
 
 class RowSums:
-    """What the tiles of one iteration add up: (maximum, sum) of each row of the plan."""
+    """What the tiles of one iteration add up: pairs of each row of the plan."""
 
-    def __init__(self, u2: Tensor) -> None:
-        self.peaks = torch.full_like(u2, -torch.inf)
-        self.sums = torch.zeros_like(u2)
+    def __init__(self, u2: Tensor, widths: Sequence[int]) -> None:
+        rows = u2.shape[0]
+        self.pairs = _Pairs(rows, sum(blocks(width, column_tile(width)["BK"]) for width in widths), u2)
+
+    def iterate(
+        self,
+        scores: Tensor,
+        factor: float,
+        col_scale: Tensor | None,
+        row_scale: Tensor | None,
+        u2: Tensor,
+        v2_old: Tensor | None,
+        targets: Tensor,
+        v2_new: Tensor,
+    ) -> None:
+        """Scale the columns of one tile [n, C] to `targets`, into v2_new, and take the rows of the result along."""
+        _launch_columns(scores, factor, col_scale, row_scale, u2, (targets, v2_new), self.pairs, None)
+        self.pairs.seen += blocks(scores.shape[1], column_tile(scores.shape[1])["BK"])
+
+    def scale(self, u2: Tensor, valid: Tensor | None, row_log_sums: Callable[[], Tensor]) -> Tensor:
+        """The new u2, with which every valid row sums to one; sums in the log domain lose no rows."""
+        return self.pairs.merge(valid=valid, u2=u2)
 
 
-def iterate(
-    scores: Tensor,
-    factor: float,
-    col_scale: Tensor | None,
-    u2: Tensor,
-    v2_old: Tensor | None,
-    targets: Tensor,
-    v2_new: Tensor,
-    row_sums: RowSums,
-) -> None:
-    """Scale the columns of one tile [n, C] to `targets`, into v2_new, and merge the rows of the result into row_sums."""
-    pairs = triton_steps.column_step(scores.unsqueeze(0), factor, u2, None, targets, v2_new, col_scale=col_scale, tile=SUM_TILE)
-    triton_steps.merge_rows(*pairs, peaks=row_sums.peaks, sums=row_sums.sums)
+def column_statistics(scores: Tensor, factor: float, u2: Tensor, col_scale: Tensor | None, row_scale: Tensor | None) -> Pair:
+    """Per column [C] the largest entry plus u2 in bits and the sum of 2^(entry - largest)."""
+    peaks, sums = u2.new_empty(scores.shape[1]), u2.new_empty(scores.shape[1])
+    _launch_columns(scores, factor, col_scale, row_scale, u2, (None, None), None, (peaks, sums))
+    return peaks, sums
 
 
-def scale_rows(u2: Tensor, row_sums: RowSums, row_log_sums: Callable[[], Tensor]) -> Tensor:
-    """The new u2, with which every row that takes part sums to one; sums in the log domain lose no rows."""
-    return torch.where(u2 != -torch.inf, -(row_sums.peaks + row_sums.sums.log2()), -torch.inf)
+def _launch_columns(scores, factor, col_scale, row_scale, u2, scaled, pairs: _Pairs | None, statistics) -> None:
+    from .triton_kernels import columns_kernel
 
-
-def loss_tile(
-    text: Tensor,
-    vision: Tensor,
-    *,
-    col_scale: Tensor | None,
-    u2: Tensor,
-    v2: Tensor | None,
-    target_weight: Tensor,
-    peaks2: Tensor,
-    sums: Tensor,
-    row_weight: Tensor,
-    row_loss2: Tensor,
-    text_factor: float,
-    vision_factor: float,
-    grad_factor: float,
-    gradient: bool,
-) -> None:
-    """Add a tile's loss to row_loss2 and, if wanted, turn its vision scores into the gradient; see the kernel."""
-    from .triton_kernels import loss_tile_kernel
-
-    rows, cols = text.shape
-    tile = dict(BN=16, BK=128)
-    partial_loss2 = u2.new_empty((blocks(cols, tile["BK"]), rows))
+    rows, cols = scores.shape
+    tile = column_tile(cols)
     launch(
-        loss_tile_kernel,
-        (blocks(cols, tile["BK"]), blocks(rows, tile["BN"])),
-        text, vision, col_scale, u2, v2, target_weight, peaks2, sums, row_weight, partial_loss2,
-        rows, cols, text.stride(0), vision.stride(0), text_factor, vision_factor, grad_factor,
+        columns_kernel,
+        (blocks(cols, tile["BK"]),),
+        scores, row_scale, col_scale, u2, *scaled,
+        *((pairs.peaks, pairs.sums) if pairs else (None, None)), *(statistics or (None, None)),
+        rows, cols, pairs.seen if pairs else 0, scores.stride(0), factor,
+        HAS_ROW_SCALE=row_scale is not None,
         HAS_COL_SCALE=col_scale is not None,
-        HAS_V=v2 is not None,
-        GRADIENT=gradient,
-        ALIGN=alignment(text, vision),
+        ITERATE=pairs is not None,
+        ALIGN=alignment(scores),
         **tile,
-        num_warps=NUM_WARPS,
     )  # fmt: skip
-    row_loss2 += partial_loss2.sum(0, dtype=torch.float64)
+
+
+class Losses:
+    """The loss of each row, tile by tile."""
+
+    def __init__(self, rows: int, widths: Sequence[int], like: Tensor) -> None:
+        self.partial = like.new_empty((sum(blocks(width, STRIPE) for width in widths), rows), dtype=torch.float32)
+        self.seen = 0
+
+    def add(
+        self,
+        text: Tensor,
+        vision: Tensor,
+        score_gradients: Tensor | None,
+        *,
+        text_row_scale: Tensor | None,
+        vision_row_scale: Tensor | None,
+        col_scale: Tensor | None,
+        u2: Tensor,
+        v2: Tensor | None,
+        target_weight: Tensor | None,
+        peaks2: Tensor,
+        sums: Tensor,
+        row_weight: Tensor,
+        text_factor: float,
+        vision_factor: float,
+        grad_factor: float,
+    ) -> None:
+        """Add a tile's loss and write its score gradients, if they are wanted; see the kernel."""
+        from .triton_kernels import loss_kernel
+
+        rows, cols = text.shape
+        gradients = vision if score_gradients is None else score_gradients
+        launch(
+            loss_kernel,
+            (blocks(cols, STRIPE), blocks(rows, LOSS_TILE["BN"])),
+            text, vision, gradients, text_row_scale, vision_row_scale, col_scale, u2, v2, target_weight, peaks2, sums,
+            row_weight, self.partial,
+            rows, cols, self.seen, text.stride(0), vision.stride(0), gradients.stride(-2), gradients.stride(0),
+            text_factor, vision_factor, grad_factor,
+            HAS_ROW_SCALE=text_row_scale is not None,
+            HAS_COL_SCALE=col_scale is not None,
+            HAS_V=v2 is not None,
+            HAS_WEIGHT=target_weight is not None,
+            GRADIENT=score_gradients is not None,
+            TERMS=1 if score_gradients is None else score_gradients.shape[0],
+            ALIGN=alignment(text, vision),
+            COLUMNS=STRIPE,
+            **LOSS_TILE,
+        )  # fmt: skip
+        self.seen += blocks(cols, STRIPE)
+
+    def total(self, row_weight: Tensor) -> Tensor:
+        """Weighted sum over the rows, a scalar."""
+        from .triton_kernels import total_kernel
+
+        total = self.partial.new_empty(())
+        rows = self.partial.shape[1]
+        launch(
+            total_kernel,
+            (1,),
+            self.partial, row_weight, total, rows, self.seen, 1.0 / LOG2E,
+            BN=256,
+            BB=16,
+            num_warps=8,
+        )  # fmt: skip
+        return total
+
+
+def through_feature_lengths(gradients: Tensor, features: Features, settings: Settings) -> Tensor:
+    """The gradient of vision [n, D] as it came from that of its rows as they were multiplied, [terms, n, D]."""
+    _, rows, dim = gradients.shape
+    out = gradients.new_empty((rows, dim))
+    scale = features.row_scale
+    _launch_lengths(gradients, features.rows, scale, features.inverse_length, out, dim, settings.normalize)
+    return out
+
+
+def through_prototype_lengths(gradients: Tensor, prototypes: Tensor, scales: Tensor) -> None:
+    """The same for prototypes, in place: gradients [C, D], which have their scales already."""
+    _launch_lengths(gradients.unsqueeze(0), prototypes.unsqueeze(0), scales, None, gradients, prototypes.stride(0), True)
+
+
+def _launch_lengths(gradients, rows, scale, inverse, out, row_stride: int, has_rows: bool) -> None:
+    from .triton_kernels import through_length_kernel
+
+    terms, num_rows, dim = gradients.shape
+    launch(
+        through_length_kernel,
+        (num_rows,),
+        gradients, rows, scale, inverse, out,
+        num_rows, rows.shape[1], dim, row_stride,
+        HAS_ROW_SCALE=scale is not None,
+        HAS_INVERSE=inverse is not None,
+        HAS_ROWS=has_rows,
+        ROW_TERMS=rows.shape[0],
+        TERMS=terms,
+        BD=power_of_two(dim, 16, 1024),
+    )  # fmt: skip

@@ -1,0 +1,237 @@
+"""Products of features with tiles of prototypes, all through torch's matmul: a well-kept BLAS beats kernels of ours here.
+
+    Matmul      the computing dtype; torch.mm follows torch.set_float32_matmul_precision and allow_tf32, float32 is exact by
+                default. Prototypes of another dtype are widened tile by tile.
+    OneDnn      the same on processors with AVX-512, where torch's oneDNN is faster than the BLAS of torch.mm
+    Half        16-bit prototypes on a GPU: 16-bit products with float32 results, no widened prototypes at all
+
+Features are kept as `terms` matrices whose sum they are: one in the computing dtype, one of 16 bits as the user gave them (with
+a float32 factor per row), or up to three of bfloat16, which together hold the 24 bits of a float32.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# Channels per product in oneDNN: it adds up all of them in one register, and in parts of this size its error is the BLAS's
+# (docs/kernels.md).
+ONEDNN_CHANNELS = 320
+ONEDNN_OPERATIONS = 1 << 20  # below, a call costs more than the product
+
+# Elements of prototypes that are widened at a time; on GPUs fewer, larger tiles mean fewer launches.
+WIDE_ELEMENTS = {"cpu": 1 << 22, "cuda": 3 << 24}
+
+# Bytes of products, and of score gradients, that wait to be added up term by term; fewer for many rows.
+TERM_BYTES, GRADIENT_BYTES = 200 << 20, 226 << 20
+MANY_ROWS, TERM_BYTES_OF_MANY = 2048, 48 << 20
+
+BFLOAT16_TERMS = {"highest": 3, "high": 2, "medium": 1}  # by torch.get_float32_matmul_precision(): 24, 16 and 8 bits
+
+
+class Matmul:
+    """torch.mm in the computing dtype."""
+
+    def __init__(self, prototypes: Tensor, dtype: torch.dtype) -> None:
+        self.prototypes, self.dtype = prototypes, dtype
+        self.row_dtype, self.terms = dtype, 1  # of the features
+        self.gradient_dtype, self.gradient_terms = dtype, 1  # of the score gradients
+        self.raw = False  # whether features are as the user gave them, with a factor per row
+        self.wide = prototypes.dtype == dtype
+        self.memory: Tensor | None = None
+
+    def scratch(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Memory that is used again by the next call."""
+        size = math.prod(shape) * dtype.itemsize
+        if self.memory is None or self.memory.numel() < size:
+            self.memory = None
+            self.memory = self.prototypes.new_empty(size, dtype=torch.uint8)
+        return self.memory[:size].view(dtype).view(shape)
+
+    def max_cols(self) -> int | None:
+        """Columns of a tile of scores at most; None: any number."""
+        return self.wide_cols()
+
+    def gradient_cols(self, rows: int) -> int | None:
+        """The same for a tile of score gradients."""
+        return self.wide_cols()
+
+    def extra_elements(self, rows: int, cols: int) -> int:
+        """Memory beside the scores for tiles of `cols`, in elements of the computing dtype."""
+        return 0 if self.wide else cols * self.prototypes.shape[1]
+
+    def wide_cols(self) -> int | None:
+        """Columns that are widened at a time; None: none are."""
+        if self.wide:
+            return None
+        elements = WIDE_ELEMENTS.get(self.prototypes.device.type, WIDE_ELEMENTS["cuda"])
+        return max(elements // max(self.prototypes.shape[1], 1), 256)
+
+    def tile(self, columns: slice) -> Tensor:
+        """Prototypes [C, D] in the computing dtype."""
+        rows = self.prototypes[columns]
+        if self.wide:
+            return rows
+        return self.scratch(tuple(rows.shape), self.dtype).copy_(rows)
+
+    def scores(self, features: Tensor, columns: slice, out: Tensor) -> None:
+        """out [1, m, C] = features [1, m, D] @ prototypes^T."""
+        torch.mm(features[0], self.tile(columns).T, out=out[0])
+
+    def score_gradients(self, scores: Tensor) -> Tensor:
+        """[terms, n, C]: where the gradient of a tile of scores goes; here over the scores themselves."""
+        return scores.unsqueeze(0)
+
+    def add_gradient(self, score_gradients: Tensor, columns: slice, out: Tensor, first: bool) -> None:
+        """out [terms, n, D] (+)= score_gradients [terms, n, C] @ prototypes."""
+        if first:
+            torch.mm(score_gradients[0], self.tile(columns), out=out[0])
+        else:
+            out[0].addmm_(score_gradients[0], self.tile(columns))
+
+    def prototype_gradient(self, score_gradients: Tensor, features: Tensor, out: Tensor) -> None:
+        """out [C, D] = score_gradients [1, n, C]^T @ features [n, D]."""
+        torch.mm(score_gradients[0].T, features, out=out)
+
+
+class OneDnn(Matmul):
+    """float32 through torch's oneDNN, which takes weights without gaps between rows and returns fresh memory."""
+
+    def __init__(self, prototypes: Tensor, dtype: torch.dtype) -> None:
+        super().__init__(prototypes, dtype)
+        self.parts: list[Tensor] = []  # of a tile, by channels
+
+    def scores(self, features: Tensor, columns: slice, out: Tensor) -> None:
+        rows = features[0]
+        if out.numel() * rows.shape[1] < ONEDNN_OPERATIONS:
+            super().scores(features, columns, out)
+            return
+        found = None
+        for begin, part in self.channel_parts(columns):
+            few = rows[:, begin : begin + part.shape[1]]
+            found = _linear(few, part) if found is None else _linear_plus(few, part, found)
+        out[0].copy_(found)
+
+    def extra_elements(self, rows: int, cols: int) -> int:
+        return super().extra_elements(rows, cols) + cols * self.prototypes.shape[1] + rows * cols
+
+    def channel_parts(self, columns: slice):
+        """(first channel, prototypes [C, channels] without gaps) for each part of the channels."""
+        rows = self.prototypes[columns]
+        cols, dim = rows.shape
+        number = -(-dim // ONEDNN_CHANNELS)
+        if number == 1 and self.wide and rows.is_contiguous():
+            yield 0, rows
+            return
+        width = -(-dim // number // 16) * 16
+        if not self.parts or self.parts[0].shape[0] < cols:
+            self.parts = [rows.new_empty((cols, min(width, dim - k)), dtype=self.dtype) for k in range(0, dim, width)]
+        for begin, part in zip(range(0, dim, width), self.parts):
+            yield begin, part[:cols].copy_(rows[:, begin : begin + width])
+
+    def add_gradient(self, score_gradients: Tensor, columns: slice, out: Tensor, first: bool) -> None:
+        tile = self.tile(columns)
+        if score_gradients.numel() * tile.shape[1] < ONEDNN_OPERATIONS or not tile.is_contiguous():
+            super().add_gradient(score_gradients, columns, out, first)
+            return
+        product = _linear(score_gradients[0], tile.T)
+        if first:
+            out[0].copy_(product)
+        else:
+            out[0].add_(product)
+
+    def prototype_gradient(self, score_gradients: Tensor, features: Tensor, out: Tensor) -> None:
+        if out.numel() * features.shape[0] < ONEDNN_OPERATIONS or not features.is_contiguous():
+            super().prototype_gradient(score_gradients, features, out)
+            return
+        out.copy_(_linear(score_gradients[0].T, features.T))
+
+
+class Half(Matmul):
+    """16-bit operands, float32 results."""
+
+    def __init__(self, prototypes: Tensor, dtype: torch.dtype, features_dtype: torch.dtype) -> None:
+        super().__init__(prototypes, dtype)
+        self.row_dtype = prototypes.dtype
+        self.raw = features_dtype == prototypes.dtype
+        self.terms = 1 if self.raw else BFLOAT16_TERMS[torch.get_float32_matmul_precision()]
+        # float16 has not the range of score gradients: there the last product takes widened tiles.
+        self.half_gradients = prototypes.dtype == torch.bfloat16
+        if self.half_gradients:
+            self.gradient_dtype, self.gradient_terms = torch.bfloat16, self.terms
+
+    def max_cols(self) -> int | None:
+        return None
+
+    def gradient_cols(self, rows: int) -> int | None:
+        return self.columns_in(GRADIENT_BYTES, self.gradient_terms * rows * 2) if self.half_gradients else self.wide_cols()
+
+    def term_cols(self, rows: int) -> int:
+        """Columns whose products with all terms of so many rows are made at a time."""
+        return self.columns_in(self.term_bytes(rows), self.terms * rows * 4)
+
+    def term_bytes(self, rows: int) -> int:
+        return TERM_BYTES if rows < MANY_ROWS else TERM_BYTES_OF_MANY
+
+    def columns_in(self, size: int, bytes_per_column: int) -> int:
+        """In equal parts of the prototypes."""
+        cols = max(size // max(bytes_per_column, 1), 512)
+        parts = max(-(-self.prototypes.shape[0] // cols), 1)
+        return -(-self.prototypes.shape[0] // parts)
+
+    def extra_elements(self, rows: int, cols: int) -> int:
+        products = 0 if self.terms == 1 else min(self.term_bytes(2 * rows), self.terms * 2 * rows * cols * 4)
+        gradients = min(GRADIENT_BYTES, self.gradient_terms * rows * cols * 2)
+        return max(products, gradients) // 4
+
+    def scores(self, features: Tensor, columns: slice, out: Tensor) -> None:
+        """out [terms, m, C] = features [terms, m, D] @ prototypes^T, each term by itself."""
+        _wide_mm(features.flatten(0, 1), self.prototypes[columns].T, out.flatten(0, 1))
+
+    def score_gradients(self, scores: Tensor) -> Tensor:
+        if not self.half_gradients:
+            return super().score_gradients(scores)
+        return self.scratch((self.gradient_terms, *scores.shape), self.gradient_dtype)
+
+    def add_gradient(self, score_gradients: Tensor, columns: slice, out: Tensor, first: bool) -> None:
+        if not self.half_gradients:
+            super().add_gradient(score_gradients, columns, out, first)
+            return
+        product = out if first else torch.empty_like(out)
+        _wide_mm(score_gradients.flatten(0, 1), self.prototypes[columns], product.flatten(0, 1))
+        if not first:
+            out += product
+
+
+def choose_products(prototypes: Tensor, dtype: torch.dtype, features_dtype: torch.dtype, prototype_gradient: bool) -> Matmul:
+    """The products for features of `features_dtype` with prototypes, computing in `dtype`."""
+    if prototypes.device.type == "cpu":
+        return (OneDnn if dtype == torch.float32 and onednn_is_faster() else Matmul)(prototypes, dtype)
+    half = prototypes.dtype == torch.bfloat16 or prototypes.dtype == features_dtype == torch.float16
+    if dtype == torch.float32 and half and not prototype_gradient:
+        return Half(prototypes, dtype, features_dtype)
+    return Matmul(prototypes, dtype)
+
+
+def onednn_is_faster() -> bool:
+    """Whether torch has oneDNN and the processor AVX-512. Measured on Zen 5, where the BLAS of torch.mm stays with AVX2."""
+    mkldnn = torch.backends.mkldnn
+    return mkldnn.is_available() and mkldnn.enabled and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
+
+
+def _linear_plus(x: Tensor, weight: Tensor, other: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, None, "add")
+
+
+def _wide_mm(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out float32 = a @ b with 16-bit operands. torch has it for GPUs; elsewhere, in tests, the operands are widened."""
+    if a.device.type == "cpu":
+        torch.mm(a.float(), b.float(), out=out)
+    else:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
