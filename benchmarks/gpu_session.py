@@ -13,7 +13,7 @@ the next. Results are written as they come, one JSON object per line, to OUT/res
                 build of the CUDA library, timed in turn with this one
     kernels     device time of every kernel of those workloads, by torch's profiler
     host        Python and C cost of one call of every operator and backend, without waiting for the device (host_cost)
-    sinkhorn    three shapes beside a copy of the same matrix
+    sinkhorn    three shapes beside a copy of the same matrix, and the projection of hyper-connections
     alignment   two shapes in four precisions beside the plain reference and Liger, with peak memory, and as a CUDA graph
     peers       what gpu_report times: other libraries with a compiled rotation
 
@@ -41,7 +41,8 @@ from comp_kernels import _native
 from comp_kernels.testing import ATTENTION_CASES, AttentionCase, check_median_error, check_rope_attention
 
 SECONDS = {"checks": 120, "attention": 120, "kernels": 60, "host": 30, "sinkhorn": 60, "alignment": 90, "peers": 240}
-TINY = {"sinkhorn": ((4, 33),), "alignment": ((5, 40, 16),)}
+TINY = {"sinkhorn": ((4, 33),), "hyper_connections": (5, 4, 4), "alignment": ((5, 40, 16),)}
+HYPER_CONNECTIONS_SHAPE = (65536, 4, 4)
 SINKHORN_SHAPES = ((64, 151936), (2048, 4096), (64, 128, 4096))
 ALIGNMENT_SHAPES = ((256, 151936, 896), (2048, 49152, 576))  # n, V, D
 ALIGNMENT_PRECISIONS = {  # torch.set_float32_matmul_precision, dtype of features, of prototypes
@@ -249,6 +250,27 @@ def sinkhorn(session: Session) -> None:
             if graph is not None:
                 functions[f"{backend}, graph"] = graph
         session.guarded(f"{shape}", lambda f=functions, shape=shape: session.say(shape=shape, us=session.times(f)))
+    hyper_connections(session)
+
+
+def hyper_connections(session: Session) -> None:
+    """Many small matrices, 20 iterations, beside a copy of them: forward, and with the exact gradient."""
+    shape = TINY["hyper_connections"] if session.tiny else HYPER_CONNECTIONS_SHAPE
+    logits, weights, target = (torch.randn(shape, device=session.device) for _ in range(3))
+    leaf = logits.clone().requires_grad_()
+    functions: dict[str, Callable] = {"copy": lambda: target.copy_(logits)}
+    for backend in backends_of("sinkhorn", session):
+
+        def project(logits, backend=backend):
+            settings = dict(epsilon=1.0, num_iters=20, order="rows_cols", eps=1e-6, gradient="unrolled")
+            return ck.sinkhorn(logits, backend=backend, **settings)
+
+        functions[f"{backend} forward"] = lambda project=project: project(logits)
+        functions[f"{backend} forward + backward"] = lambda project=project: torch.autograd.grad(project(leaf), leaf, weights)
+        graph = session.guarded(f"{shape} {backend} graph", lambda project=project: session.graph(lambda: project(logits)))
+        if graph is not None:
+            functions[f"{backend} forward, graph"] = graph
+    session.guarded(f"{shape}", lambda: session.say(shape=shape, us=session.times(functions)))
 
 
 def alignment(session: Session) -> None:

@@ -95,8 +95,8 @@ def test_sinkhorn(benchmark, shape):
 
 
 def small_operations(shape: tuple[int, ...], backward: bool) -> float:
-    """Floating-point operations of all iterations, two per instruction and lane: two multiply-adds per entry, four
-    instructions for a quotient per row and column. Backwards they run again, and four multiply-adds per entry follow."""
+    """Floating-point operations of all iterations, two per instruction and lane: two multiply-adds per entry, four instructions
+    for a quotient per row and column. Backwards they run again, and four multiply-adds per entry follow."""
     items, rows, cols = shape
     forward = 2 * rows * cols + 4 * (rows + cols)
     instructions = 2 * forward + 4 * rows * cols if backward else forward

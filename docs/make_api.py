@@ -34,6 +34,7 @@ CHAPTERS = [
             "comp_kernels/integrations/transformers.py": "patch_transformers register_attention",
             "comp_kernels/integrations/timm.py": "patch_timm",
             "comp_kernels/integrations/_patching.py": "unpatch UnsupportedCall",
+            "comp_kernels/integrations/hyper_connections.py": "sinkhorn_knopp liger_mhc_coeffs patch_megatron unpatch_megatron",
             "comp_kernels/layers.py": "RopeAttention",
         },
     ),

@@ -21,9 +21,16 @@ INFINITY = tl.constexpr(float("inf"))
 
 
 @triton.jit
-def load_vector(base, items, o, m, item_stride, default):
-    """[BG, B] of a vector per item."""
-    return tl.load(base + items[:, None] * item_stride + o[None, :], mask=m, other=default)
+def load_vector(base, items, o_s, o_f, mask, item_stride, axis: tl.constexpr):
+    """A vector per item, [BG, BS] for axis 2 and [BG, BF] for axis 1; zeros outside. Loaded as part of a tile and summed, it
+    lies where the sums over that axis will, and no iteration moves it."""
+    if axis == 2:
+        o_tile = items[:, None, None] * item_stride + o_s[None, :, None] + 0 * o_f[None, None, :]
+        first = o_f[None, None, :] == 0
+    else:
+        o_tile = items[:, None, None] * item_stride + 0 * o_s[None, :, None] + o_f[None, None, :]
+        first = o_s[None, :, None] == 0
+    return tl.sum(tl.load(base + o_tile, mask=mask & first, other=0.0), axis=axis)
 
 
 @triton.jit
@@ -150,8 +157,8 @@ def small_forward_kernel(
     m_s, m_f = m_g[:, None] & (o_s < num_s)[None, :], m_g[:, None] & (o_f < num_f)[None, :]
     mask = m_s[:, :, None] & m_f[:, None, :]
     raw, e, shift, spread = load_problem(scores, items, o_s, o_f, mask, item_stride, s_stride, f_stride, factor, HAS_EPS)
-    a = load_vector(a_marginals, items, o_s, m_s, a_stride, 0.0)
-    b = load_vector(b_marginals, items, o_f, m_f, b_stride, 0.0)
+    a = load_vector(a_marginals, items, o_s, o_f, mask, a_stride, 2)
+    b = load_vector(b_marginals, items, o_s, o_f, mask, b_stride, 1)
     if HAS_EPS:
         e = tl.where(mask, softmax_over_second(e, m_f) + eps, 0.0)
     x, w = linear_iterations(e, a, b, m_s, m_f, eps, u, v, 0, 0, 0, 0, num_iters, HAS_EPS, False)
@@ -246,18 +253,18 @@ def small_backward_kernel(
     m_g = items < num_items
     m_s, m_f = m_g[:, None] & (o_s < num_s)[None, :], m_g[:, None] & (o_f < num_f)[None, :]
     mask = m_s[:, :, None] & m_f[:, None, :]
-    raw, e, _, spread = load_problem(scores, items, o_s, o_f, mask, item_stride, s_stride, f_stride, factor, HAS_EPS)
-    a = load_vector(a_marginals, items, o_s, m_s, a_stride, 0.0)
-    b = load_vector(b_marginals, items, o_f, m_f, b_stride, 0.0)
+    raw, e, _shift, spread = load_problem(scores, items, o_s, o_f, mask, item_stride, s_stride, f_stride, factor, HAS_EPS)
+    a = load_vector(a_marginals, items, o_s, o_f, mask, a_stride, 2)
+    b = load_vector(b_marginals, items, o_s, o_f, mask, b_stride, 1)
     o_tile = items[:, None, None] * (num_s * num_f) + o_s[None, :, None] * s_stride + o_f[None, None, :] * f_stride
     g = tl.zeros((BG, BS, BF), tl.float32)
     du, dv = tl.zeros((BG, BS), tl.float32), tl.zeros((BG, BF), tl.float32)
     if HAS_GRAD_PLAN:
         g = tl.load(grad_plan + o_tile, mask=mask, other=0.0)
     if HAS_GRAD_U:
-        du = load_vector(grad_u, items, o_s, m_s, num_s, 0.0)
+        du = load_vector(grad_u, items, o_s, o_f, mask, num_s, 2)
     if HAS_GRAD_V:
-        dv = load_vector(grad_v, items, o_f, m_f, num_f, 0.0)
+        dv = load_vector(grad_v, items, o_s, o_f, mask, num_f, 1)
 
     o_xs, o_ws = items[:, None] * BS + o_s[None, :], items[:, None] * BF + o_f[None, :]
     padded_items = tl.num_programs(0).to(tl.int64) * BG
@@ -276,7 +283,7 @@ def small_backward_kernel(
         if tl.min(safe.to(tl.int32), axis=0) == 0:
             bits = tl.where(mask, raw * factor, -INFINITY)
             tl.debug_barrier()
-            _, v = log_iterations(bits, a, b, xs, ws, o_xs, o_ws, xs_stride, ws_stride, num_iters, True)
+            _u, v = log_iterations(bits, a, b, xs, ws, o_xs, o_ws, xs_stride, ws_stride, num_iters, True)
             tl.debug_barrier()
             of_logs = log_gradient(g, bits, a, b, v, du, dv, xs, ws, o_xs, o_ws, xs_stride, ws_stride, num_iters)
             gradient = tl.where(safe[:, None, None], gradient, of_logs)

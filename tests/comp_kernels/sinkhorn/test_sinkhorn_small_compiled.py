@@ -1,4 +1,4 @@
-"""The Triton kernels of sinkhorn over many small matrices as compiled code: no spills, right answers of the executed PTX."""
+"""The Triton kernels of sinkhorn over many small matrices compiled: no spills, right answers when the PTX is executed."""
 
 import pytest
 import torch
