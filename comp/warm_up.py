@@ -9,13 +9,11 @@ beside them, two kernels, is left to the first step.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from comp_kernels import alignment_loss
 from comp_kernels._backends import choose_backend
@@ -34,7 +32,7 @@ ROWS = 64  # samples of the alignment loss; kernels do not depend on it
 
 def attention_calls(config: Config) -> Iterator[Callable[[], None]]:
     """Forward and backward of one attention layer, with and without rotary embedding, as the stages have it."""
-    vision = ViTConfig.from_hugging_face(json.loads((Path(config.vision.path) / "config.json").read_text()))
+    vision = ViTConfig.from_hugging_face(PretrainedConfig.get_config_dict(config.vision.path)[0])
     layer = Attention(vision).to(torch.float32 if config.precision == "fp32" else torch.bfloat16)
     for rope in sorted({stage.rope for stage in config.stages}):
         for images, tokens in BATCHES:
@@ -49,10 +47,15 @@ def attention_calls(config: Config) -> Iterator[Callable[[], None]]:
             yield call
 
 
+def prototype_shape(config: Config) -> tuple[int, int]:
+    """(words, width) of the word embeddings, as comp.build makes them."""
+    words = len(ChatTemplate(load_tokenizer(config.language.tokenizer or config.language.path)).tokenizer)
+    return words, AutoConfig.from_pretrained(config.language.path).get_text_config().hidden_size
+
+
 def alignment_calls(config: Config) -> Iterator[Callable[[], None]]:
     """One step of each alignment loss that the stages have; prototypes in float32, and as FSDP hands them out."""
-    words = len(ChatTemplate(load_tokenizer(config.language.tokenizer or config.language.path)).tokenizer)
-    dim = AutoConfig.from_pretrained(config.language.path).get_text_config().hidden_size
+    words, dim = prototype_shape(config)
     modes = {stage.alignment.mode for stage in config.stages if stage.alignment is not None}
     for mode in sorted(modes - {"contrastive"}):
         for dtype in (torch.float32, torch.bfloat16):
@@ -72,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arch", help='what to compile for: "sm_90", "gfx942", ..; default: the GPU of this machine')
     parser.add_argument("--jobs", type=int, help="processes (default: one per core)")
     parser.add_argument("overrides", nargs="*", metavar="field=value", help="as for train.py")
-    options = parser.parse_intermixed_args(arguments)
+    options = parser.parse_args(arguments)
     try:
         config = apply_overrides(RECIPES[options.recipe](), options.overrides)
         calls: list[Callable[[], None]] = []

