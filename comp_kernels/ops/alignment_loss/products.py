@@ -16,6 +16,8 @@ import math
 import torch
 from torch import Tensor
 
+COLUMNS = 16  # tiles of prototypes begin at multiples of it, whatever the batch: 64 bytes of a row of scores in float32
+
 # Channels per product in oneDNN: it adds up all of them in one register, and in parts of this size its error is the BLAS's
 # (docs/kernels.md).
 ONEDNN_CHANNELS = 320
@@ -67,7 +69,7 @@ class Matmul:
         if self.wide:
             return None
         elements = WIDE_ELEMENTS.get(self.prototypes.device.type, WIDE_ELEMENTS["cuda"])
-        return max(elements // max(self.prototypes.shape[1], 1), 256)
+        return max(elements // max(self.prototypes.shape[1], 1) // COLUMNS * COLUMNS, 256)
 
     def tile(self, columns: slice) -> Tensor:
         """Prototypes [C, D] in the computing dtype."""
@@ -179,7 +181,7 @@ class Half(Matmul):
         """In equal parts of the prototypes."""
         cols = max(size // max(bytes_per_column, 1), 512)
         parts = max(-(-self.prototypes.shape[0] // cols), 1)
-        return -(-self.prototypes.shape[0] // parts)
+        return -(-self.prototypes.shape[0] // parts // COLUMNS) * COLUMNS
 
     def extra_elements(self, rows: int, cols: int) -> int:
         products = 0 if self.terms == 1 else min(self.term_bytes(2 * rows), self.terms * 2 * rows * cols * 4)

@@ -26,7 +26,7 @@ from ..._units import LOG2E
 from .._log_domain.over_group import group_by_name, merge_over_group, scale
 from .call import Call
 from .features import Features
-from .products import Matmul, choose_products
+from .products import COLUMNS, Matmul, choose_products
 
 Pair = tuple[Tensor, Tensor]  # running maximum in bits and sum of 2^(entry - maximum), per row
 
@@ -75,7 +75,7 @@ class Target:
 
 def tile_columns(num_rows: int, dim: int, num_words: int, limits: Limits) -> int:
     cols = min(limits.score_elements // max(num_rows, 1), limits.prototype_elements // max(dim, 1))
-    return min(max(cols, limits.min_cols), limits.max_cols, max(num_words, 1))
+    return min(max(cols, limits.min_cols) // COLUMNS * COLUMNS, limits.max_cols, max(num_words, 1))
 
 
 def kept_columns(num_rows: int, dim: int, num_words: int, tile: int, extra: int, share_of_many: float) -> tuple[int, int]:
