@@ -314,7 +314,7 @@ class Config:
     bad_samples: str = "skip"
     """"skip": leave out samples that cannot be read, name and count them in the summary. "stop": end the run at the first."""
     max_image_pixels: int = MAX_PIXELS
-    """Samples with a larger picture are unusable; found before it is decoded, which takes about 8 bytes per pixel."""
+    """Samples with a larger picture are unusable; found before it is decoded, which takes 8 to 17 bytes per pixel."""
     tensorboard: bool = True
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps
 
 MAX_PIXELS = 64_000_000
-"""The largest picture that is decoded unless a setting says otherwise: a scan of A4 at 800 dpi, 0.5 GB while it is read."""
+"""The largest picture that is decoded unless a setting says otherwise: A4 at 800 dpi, 0.5 to 1 GB while it is read."""
 PILLOW_MAX_PIXELS = 178_956_970
 """Pillow itself opens nothing larger."""
 
