@@ -18,7 +18,7 @@ BEFORE = "before"
 """What results before the first stage are called; no stage may be."""
 
 MAX_PIXELS = 64_000_000
-"""The largest picture that is decoded unless a setting says otherwise: a scan of A4 at 800 dpi, 0.5 GB while it is read."""
+"""The largest picture that is decoded unless a setting says otherwise: A4 at 800 dpi, 0.5 to 1 GB while it is read."""
 PILLOW_MAX_PIXELS = 178_956_970
 """Pillow itself opens nothing larger."""
 
@@ -409,7 +409,7 @@ class Config:
     bad_samples: Literal["skip", "stop"] = "skip"
     """"skip": leave out samples that cannot be read, name and count them in the summary. "stop": end the run at the first."""
     max_image_pixels: int = MAX_PIXELS
-    """Samples with a larger picture are unusable; found before it is decoded, which takes about 8 bytes per pixel."""
+    """Samples with a larger picture are unusable; found before it is decoded, which takes 8 to 17 bytes per pixel."""
     tensorboard: bool = True
 
     def __post_init__(self) -> None:

@@ -77,8 +77,10 @@ def check_integer(name: str, value: object) -> None:
 def check_positive(name: str, value: float) -> float:
     """A positive number, as a float of Python: the kernels' schemas take neither NumPy's nor integers beyond 64 bits."""
     check_number(name, value)
-    if not 0 < value < float("inf"):
-        raise ValueError(f"{name} must be positive and finite, got {value}")
+    if not value > 0:
+        raise ValueError(f"{name} must be positive, got {value}")
+    if value == float("inf"):
+        raise ValueError(f"{name} must be finite, got {value}")
     return float(value) if isinstance(value, numbers.Real) and not isinstance(value, float) else value
 
 
@@ -89,8 +91,10 @@ def check_bool(name: str, value: object) -> None:
 
 def check_num_iters(num_iters: int) -> None:
     check_integer("num_iters", num_iters)
-    if not 1 <= num_iters < 2**31:
-        raise ValueError(f"num_iters must be at least 1 and less than 2**31, got {num_iters}")
+    if num_iters < 1:
+        raise ValueError(f"num_iters must be at least 1, got {num_iters}")
+    if num_iters >= 2**31:
+        raise ValueError(f"num_iters must be less than 2**31, got {num_iters}")
 
 
 def check_group(group: object) -> None:

@@ -103,7 +103,9 @@ def implicit(
     def schur(z: Tensor) -> Tensor:  # (1 - a^-1/2 P b^-1 P^T a^-1/2) z
         return z - root * times(inverse_b * transposed_times(root * z))
 
-    z = _conjugate_gradients(schur, root * (r - times(inverse_b * c)))
+    null = row_marginals.sqrt().expand_as(r)  # schur(null) = 0: x + c, y - c
+    null = null / null.square().sum(-1, keepdim=True).sqrt().clamp(min=torch.finfo(null.dtype).tiny)
+    z = _conjugate_gradients(schur, root * (r - times(inverse_b * c)), null)
     x = root * z
     y = inverse_b * (c - transposed_times(x))
     return (gradient - plan * (x.unsqueeze(-1) + y.unsqueeze(-2))) / epsilon
@@ -153,23 +155,31 @@ def _potential_gradients(gradient: Tensor, grad_u: Tensor | None, grad_v: Tensor
     return du if grad_u is None else du + grad_u, dv if grad_v is None else dv + grad_v
 
 
-def _conjugate_gradients(operator, rhs: Tensor) -> Tensor:
-    """Solve operator(x) = rhs for every batch item, operator symmetric and positive semi-definite, rhs in its range.
+def _conjugate_gradients(operator, rhs: Tensor, null: Tensor) -> Tensor:
+    """Solve operator(x) = rhs for every batch item, operator symmetric and positive semi-definite, rhs in its range but for
+    rounding, which the unit vector `null` of its null space takes.
 
     Items that have converged stand still; on a GPU nothing waits for the device, so all steps run.
     """
-    x, residual = torch.zeros_like(rhs), rhs.clone()
+
+    def in_range(x: Tensor) -> Tensor:
+        return x - (x * null).sum(-1, keepdim=True) * null
+
+    x, residual = torch.zeros_like(rhs), in_range(rhs)
     direction, square = residual.clone(), residual.square().sum(-1, keepdim=True)
     enough = square * torch.finfo(rhs.dtype).eps ** 2
+    smallest = 8 * torch.finfo(rhs.dtype).eps
     for _ in range(min(MAX_CONJUGATE_GRADIENT_STEPS, 2 * rhs.shape[-1])):
         image = operator(direction)
         curvature = (direction * image).sum(-1, keepdim=True)
-        running = (square > enough) & (curvature > 0)
+        # What is left of a rounded residual lies where the operator is zero: a step there is as long as its curvature is small,
+        # and what it adds cancels between x and y to nothing but rounding. Eigenvalues lie in 0 .. 1.
+        running = (square > enough) & (curvature > smallest * direction.square().sum(-1, keepdim=True))
         if rhs.device.type == "cpu" and not bool(running.any()):
             break
         step = torch.where(running, square / torch.where(running, curvature, 1.0), 0.0)
         x = x + step * direction
-        residual = residual - step * image
+        residual = in_range(residual - step * image)
         new_square = residual.square().sum(-1, keepdim=True)
         direction = residual + torch.where(running, new_square / torch.where(running, square, 1.0), 0.0) * direction
         square = new_square
