@@ -38,6 +38,7 @@ def trained_config(run: Path, stage: str | None = None) -> Config:
         ),
         language=dataclasses.replace(config.language, path=str(models / "language"), tokenizer=None),
         stages=[s for s in config.stages if s.name == stage],
+        eval=dataclasses.replace(config.eval, encoder=()),  # names stages that are gone
     )
 
 

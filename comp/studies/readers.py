@@ -41,7 +41,8 @@ def reading_config(config: Config, tower: VisionEncoder, steps: int) -> Config:
         alignment=None,
     )
     vision = dataclasses.replace(config.vision, pos_mode=config.vision.pos_mode if mode == "abs" else mode)
-    return dataclasses.replace(config, vision=vision, stages=[stage])
+    held_out = dataclasses.replace(config.eval, encoder=())  # names stages that are gone
+    return dataclasses.replace(config, vision=vision, stages=[stage], eval=held_out)
 
 
 def reading_loss(
