@@ -9,7 +9,6 @@ from emulation import emulating_launcher, needs_emulator, run_compiled
 import comp_kernels as ck
 from comp_kernels import reference
 from comp_kernels._triton_compile import record, specialization
-from comp_kernels.ops.rope_attention.triton_configs import triton_release
 from comp_kernels.testing import (
     ALIGNMENT_CASES,
     SinkhornCase,
