@@ -38,8 +38,8 @@ def read_config(path: Path) -> Config:
     """The configuration that a run wrote to `path`, in today's names; newer fields have their defaults."""
     try:
         values = json.loads(path.read_text())
-    except ValueError as error:
-        raise ConfigError(f"{path} is not valid JSON ({error})") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
     try:
         return from_dict(_renamed(values))
     except ConfigError as error:

@@ -21,7 +21,7 @@ from comp_kernels.warm_up import BATCHES, this_machine, warm_up
 
 from .config import Config, ConfigError
 from .config_io import apply_overrides
-from .data.template import ChatTemplate, load_tokenizer
+from .data.template import ChatTemplate, load_tokenizer, num_rows
 from .model.positions import rotary_tables
 from .model.vision_encoder import Attention
 from .model.vit_config import ViTConfig
@@ -49,7 +49,7 @@ def attention_calls(config: Config) -> Iterator[Callable[[], None]]:
 
 def prototype_shape(config: Config) -> tuple[int, int]:
     """(words, width) of the word embeddings, as comp.build makes them."""
-    words = len(ChatTemplate(load_tokenizer(config.language.tokenizer or config.language.path)).tokenizer)
+    words = num_rows(ChatTemplate(load_tokenizer(config.language.tokenizer or config.language.path)).tokenizer)
     return words, AutoConfig.from_pretrained(config.language.path).get_text_config().hidden_size
 
 
@@ -62,8 +62,9 @@ def alignment_calls(config: Config) -> Iterator[Callable[[], None]]:
 
             def call(mode=mode, dtype=dtype) -> None:
                 vision, text = torch.zeros(ROWS, dim, requires_grad=True), torch.zeros(ROWS, dim)
-                prototypes = torch.empty(words, dim, dtype=dtype)
-                loss = alignment_loss(vision, text, prototypes, prior=torch.ones(words), mode=mode, backend="triton")
+                prototypes, valid = torch.empty(words, dim, dtype=dtype), torch.ones(ROWS, dtype=torch.bool)
+                prior = torch.ones(words)
+                loss = alignment_loss(vision, text, prototypes, prior=prior, mode=mode, valid=valid, backend="triton")
                 torch.autograd.grad(loss, vision)
 
             yield call

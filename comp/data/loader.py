@@ -110,7 +110,7 @@ class StepDataset(torch.utils.data.Dataset):
 
 
 def iterate_steps(dataset: StepDataset, *, start: int, num_workers: int) -> Iterator[StepData]:
-    """Steps start, start + 1, ... of `dataset`, prepared ahead by `num_workers` processes."""
+    """Steps start, start + 1, ... of `dataset`, prepared ahead by `num_workers` processes, which end when it is closed."""
     loader = DataLoader(
         dataset,
         batch_size=None,
@@ -119,7 +119,12 @@ def iterate_steps(dataset: StepDataset, *, start: int, num_workers: int) -> Iter
         prefetch_factor=2 if num_workers else None,
         worker_init_fn=_ignore_sigterm,
     )
-    return iter(loader)
+    steps = iter(loader)
+    try:
+        yield from steps
+    finally:  # the workers pass over SIGTERM, with which Python would end them when it exits, and wait for them
+        if num_workers:
+            steps._shutdown_workers()
 
 
 def _ignore_sigterm(worker: int) -> None:

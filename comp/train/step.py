@@ -45,7 +45,7 @@ class StepTotals:
     learned_rows: int  # samples with a learned token
 
     @classmethod
-    def gather(cls, data: StepData, world: World, *, notes: int, stop: bool) -> StepTotals:
+    def gather(cls, data: StepData, world: World, *, notes: int = 0, stop: bool) -> StepTotals:
         """Add up the shares of all processes."""
         counts = (
             sum(batch.num_learned_tokens() for batch in data.batches),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -114,13 +114,14 @@ class Trainer:
         self.model.train()
         dataset = self.datasets[index]
         loaded = time.monotonic()
-        for data in iterate_steps(dataset, start=state.step_in_stage, num_workers=config.num_workers):
-            stop = self._step(optimizer, data, begun=loaded)
-            loaded = time.monotonic()
-            if stop or state.step_in_stage % config.checkpoint.every_steps == 0 or state.step_in_stage == len(dataset):
-                self._save(optimizer)
-            if stop:
-                raise StopRequested
+        with closing(iterate_steps(dataset, start=state.step_in_stage, num_workers=config.num_workers)) as steps:
+            for data in steps:
+                stop = self._step(optimizer, data, begun=loaded)
+                loaded = time.monotonic()
+                if stop or state.step_in_stage % config.checkpoint.every_steps == 0 or state.step_in_stage == len(dataset):
+                    self._save(optimizer)
+                if stop:
+                    raise StopRequested
         if state.samples_in_stage == 0:
             raise ConfigError(f"no sample of stage {stage.name} can be learned from; the last: {list(state.skipped)[-3:]}")
         optimizer.zero_grad(set_to_none=True)

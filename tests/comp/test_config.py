@@ -144,5 +144,5 @@ def test_a_run_written_under_older_names_and_with_fewer_fields_reads_as_todays(t
     (tmp_path / "config.json").write_text(json.dumps(values))
     assert read_config(tmp_path / "config.json") == today
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"config\.json is not valid JSON"):
+    with pytest.raises(ConfigError, match=r"config\.json cannot be read"):
         read_config(tmp_path / "config.json")

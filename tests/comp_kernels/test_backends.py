@@ -36,8 +36,8 @@ def example(op: str, dtype=torch.float32):
         rows, cols = torch.ones(4, dtype=dtype), torch.full((6,), 4 / 6, dtype=dtype)
         return SinkhornCall(torch.randn(1, 4, 6, dtype=dtype), rows, cols, 0.5, 3, None, None), [(1, 4, 6), (1, 4), (1, 6)]
     features = torch.nn.functional.normalize(torch.randn(2, 4, 8, dtype=dtype), dim=-1)
-    settings = ("sinkhorn", 0.5, 0.5, 3, 0.05, True, None, True)
-    return AlignmentCall(*features, torch.randn(30, 8, dtype=dtype), None, None, *settings), [(), (4, 8)]
+    settings = ("sinkhorn", 0.5, 0.5, 3, 0.05, True, None, True, False)
+    return AlignmentCall(*features, torch.randn(30, 8, dtype=dtype), None, None, *settings), [(), (4, 8), (0,)]
 
 
 # --- the contract ----------------------------------------------------------------------------------------------------------

@@ -47,6 +47,7 @@ LIMITS = Limits(
 )
 
 STRIPE = 2048  # columns per program of the kernels that go along rows
+COLUMN_TILE = dict(BN=64, BK=32)  # enough programs for a large GPU in tiles of few columns; one tile for batches of any size
 ROW_TILE = dict(BN=16, BK=128)
 LOSS_TILE = dict(BN=8, BK=128)  # 16 rows spill on gfx942
 DOWN = SCALE_DOWN[torch.float32]
@@ -194,18 +195,12 @@ class RowPairs:
         return self.pairs.merge()
 
 
-def column_tile(num_cols: int) -> dict[str, int]:
-    """Rows and columns per tile, whatever the rows of a batch: 256 bytes of a row, or half of that where there would be too few
-    programs for a large GPU."""
-    return dict(BN=64, BK=64 if num_cols >= 64 * 256 else 32)
-
-
 class RowSums:
     """What the tiles of one iteration add up: pairs of each row of the plan."""
 
     def __init__(self, u2: Tensor, widths: Sequence[int]) -> None:
         rows = u2.shape[0]
-        self.pairs = _Pairs(rows, sum(blocks(width, column_tile(width)["BK"]) for width in widths), u2)
+        self.pairs = _Pairs(rows, sum(blocks(width, COLUMN_TILE["BK"]) for width in widths), u2)
 
     def iterate(
         self,
@@ -220,7 +215,7 @@ class RowSums:
     ) -> None:
         """Scale the columns of one tile [n, C] to `targets`, into v2_new, and take the rows of the result along."""
         _launch_columns(scores, factor, col_scale, row_scale, u2, (targets, v2_new), self.pairs, None)
-        self.pairs.seen += blocks(scores.shape[1], column_tile(scores.shape[1])["BK"])
+        self.pairs.seen += blocks(scores.shape[1], COLUMN_TILE["BK"])
 
     def scale(self, u2: Tensor, valid: Tensor | None, row_log_sums: Callable[[], Tensor]) -> Tensor:
         """The new u2, with which every valid row sums to one; sums in the log domain lose no rows."""
@@ -238,10 +233,9 @@ def _launch_columns(scores, factor, col_scale, row_scale, u2, scaled, pairs: _Pa
     from .triton_kernels import columns_kernel
 
     rows, cols = scores.shape
-    tile = column_tile(cols)
     launch(
         columns_kernel,
-        (blocks(cols, tile["BK"]),),
+        (blocks(cols, COLUMN_TILE["BK"]),),
         scores, row_scale, col_scale, u2, *scaled,
         *((pairs.peaks, pairs.sums) if pairs else (None, None)), *(statistics or (None, None)),
         rows, cols, pairs.seen if pairs else 0, scores.stride(0), factor,
@@ -249,7 +243,7 @@ def _launch_columns(scores, factor, col_scale, row_scale, u2, scaled, pairs: _Pa
         HAS_COL_SCALE=col_scale is not None,
         ITERATE=pairs is not None,
         ALIGN=alignment(scores),
-        **tile,
+        **COLUMN_TILE,
     )  # fmt: skip
 
 

@@ -106,18 +106,18 @@ def family(arch: str, dtype: torch.dtype) -> str:
 
 def table_config(kernel: str, arch: str, head_dim: int, dtype: torch.dtype) -> TileConfig:
     """The configuration of `kernel` ("forward", "inline", "query_gradient" or "key_value_gradient") without measuring."""
-    return INTERPRETED if arch == "interpreter" else _table_config(kernel, arch, head_dim, dtype)
+    return INTERPRETED if arch == "interpreter" else _table_config(kernel, arch, head_dim, dtype, triton_release())
 
 
 @functools.cache
-def _table_config(kernel: str, arch: str, head_dim: int, dtype: torch.dtype) -> TileConfig:
+def _table_config(kernel: str, arch: str, head_dim: int, dtype: torch.dtype, release: str) -> TileConfig:
     if dtype == torch.float32:
         table = FLOAT32["forward" if kernel == "inline" else kernel]
     else:
         table = TABLE[kernel]
     padded = -(-head_dim // 16) * 16
     config = next(config for limit, config in table[family(arch, dtype)].items() if padded <= limit)
-    if dtype == torch.float32 and padded <= 128 and family(arch, dtype) in ("sm_80", "sm_86") and triton_release() == "3.8":
+    if dtype == torch.float32 and padded <= 128 and family(arch, dtype) in ("sm_80", "sm_86") and release == "3.8":
         return config._replace(**TRITON_3_8.get(kernel, {}))
     return config
 

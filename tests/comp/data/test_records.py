@@ -8,7 +8,7 @@ from PIL import Image
 from toy import make_tokenizer
 
 from comp.config import SourceConfig
-from comp.data.batch import IGNORED
+from comp.data.batch import IGNORED, Sample
 from comp.data.datasets import BadSampleError, LlavaDataset
 from comp.data.encode import load_image
 from comp.data.mixture import open_sources
@@ -135,7 +135,7 @@ def test_answers_left_out_are_not_learned(template, tmp_path, left_out):
     end = [template.turn_end]
     assert [i for i in labels if i != IGNORED] == template.encode_text("wide") + end + template.encode_text("red") + end
     assert template.encode_text("tall")[0] in ids, "it is read all the same"
-    assert template.answer_text(messages) == "wide red"
+    assert template.alignment_text(Sample(name="x", messages=messages)) == "wide red"
 
 
 def test_an_empty_answer_is_not_learned_as_silence(template, tmp_path):
@@ -143,7 +143,7 @@ def test_an_empty_answer_is_not_learned_as_silence(template, tmp_path):
     _, labels = template.encode(messages, [])
     end = [template.turn_end]
     assert [i for i in labels if i != IGNORED] == template.encode_text("wide") + end + template.encode_text("red") + end
-    assert template.answer_text(messages) == "wide red"
+    assert template.alignment_text(Sample(name="x", messages=messages)) == "wide red"
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def test_records_are_read_as_defined(record, folder, encoder):
     answers = [template.encode_text(text) + [template.turn_end] for _, text, _, flag in expected if flag]
     assert [i for i in labels if i != IGNORED] == [i for answer in answers for i in answer]
     assert all(label in (IGNORED, i) for i, label in zip(ids, labels))
-    assert template.answer_text(sample.messages) == " ".join(text for _, text, _, flag in expected if flag)
+    assert template.alignment_text(sample) == " ".join(text for _, text, _, flag in expected if flag)
 
 
 # --- any JSON, and any bytes -------------------------------------------------------------------------------------------------

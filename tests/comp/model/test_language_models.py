@@ -69,7 +69,7 @@ def test_gradients_are_the_models_own_in_any_number_of_chunks(monkeypatch):
     ids = torch.tensor([sample.input_ids])
     expected = torch.autograd.grad(language_model(input_ids=ids, labels=ids).loss * 23, parameters)
     for logits_at_once in (2**25, 7 * WORDS):
-        monkeypatch.setattr("comp.model.losses.next_token_loss.__defaults__", (logits_at_once,))
+        monkeypatch.setattr("comp.model.losses.next_token_loss.__defaults__", (logits_at_once, False))
         gradients = torch.autograd.grad(model(batch([sample])).token_loss_sum, parameters)
         for gradient, wanted in zip(gradients, expected):
             torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-4)

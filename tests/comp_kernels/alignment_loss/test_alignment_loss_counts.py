@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from comp_kernels._backends import implementation
 from comp_kernels._triton import launches_go_to
 from comp_kernels.ops.alignment_loss import streaming
+from comp_kernels.ops.alignment_loss.call import Call
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -51,15 +52,14 @@ class Counter(TorchDispatchMode):
 
 def count(rows, words, dim, features=torch.float32, prototypes=torch.float32, mode="sinkhorn", masked=False, **gradients):
     """The counter after one forward pass with its gradients."""
-    settings = streaming.Settings(mode, 0.005, 0.005, 3, 0.05, True, None)
     gradients = dict(gradient=True, prototype_gradient=False) | gradients
-    steps = implementation("alignment_loss", "triton")
+    backend = implementation("alignment_loss", "triton")
     vision, text = (torch.empty(rows, dim, dtype=features, device="meta") for _ in range(2))
     matrix = torch.empty(words, dim, dtype=prototypes, device="meta")
     prior = torch.empty(words, dtype=torch.int64, device="meta")
     valid = torch.empty(rows, dtype=torch.bool, device="meta") if masked else None
     with Counter() as counter, launches_go_to(counter.launcher, "sm_90"):
-        streaming.loss_and_gradients(steps, vision, text, matrix, prior, valid, settings, **gradients)
+        backend.forward(Call(vision, text, matrix, prior, valid, mode, 0.005, 0.005, 3, 0.05, True, None, **gradients))
     return counter
 
 
