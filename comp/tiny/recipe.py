@@ -39,7 +39,7 @@ def tiny() -> Config:
                 trainable=("adapter",),
                 rope=False,
                 resolution="pretrain",
-                max_steps=250,
+                max_steps=200,
                 optim=OptimConfig(lr_adapter=4e-3, betas=(0.9, 0.98)),
                 alignment=alignment,
                 data=[short_strips(seed=1)],
@@ -56,7 +56,7 @@ def tiny() -> Config:
             ),
             StageConfig(
                 name="II-b",
-                max_steps=300,
+                max_steps=360,
                 optim=everything,
                 alignment=alignment,
                 data=[short_strips(seed=3), pages(seed=3)],
@@ -64,7 +64,7 @@ def tiny() -> Config:
             ),
             StageConfig(
                 name="III",
-                max_steps=60,
+                max_steps=160,
                 optim=OptimConfig(lr_vision=5e-5, lr_adapter=5e-4, lr_language=5e-4, betas=(0.9, 0.98)),
                 data=[pages(seed=4, transcript=False)],
                 **shared,

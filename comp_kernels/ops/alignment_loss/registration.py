@@ -33,7 +33,9 @@ LIBRARY.define("alignment_loss_backward(Tensor grad_loss, Tensor gradient, Tenso
 
 def forward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     *inputs, backend, fallback = arguments
-    return function_of(OPERATOR, "forward", backend, fallback)(Call(*inputs))
+    call = Call(*inputs)
+    with torch.autocast(call.device.type, enabled=False):  # its products stay in the dtypes that they are asked for
+        return function_of(OPERATOR, "forward", backend, fallback)(call)
 
 
 def forward_fake(*arguments) -> tuple[Tensor, Tensor, Tensor]:

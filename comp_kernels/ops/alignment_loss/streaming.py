@@ -183,9 +183,8 @@ def forward(call: Call, steps: ModuleType) -> tuple[Tensor, Tensor, Tensor]:
         group_by_name(call.group),
     )
     prototypes = call.prototypes if call.prototypes.stride(-1) == 1 else call.prototypes.contiguous()
-    with torch.autocast(call.device.type, enabled=False):
-        streamed = Stream(steps, call.vision, call.text, prototypes, call.valid, settings, call.prototype_gradient)
-        return streamed.loss(*streamed.potentials(call.prior), call.gradient, call.prototype_gradient)
+    streamed = Stream(steps, call.vision, call.text, prototypes, call.valid, settings, call.prototype_gradient)
+    return streamed.loss(*streamed.potentials(call.prior), call.gradient, call.prototype_gradient)
 
 
 class Stream:
