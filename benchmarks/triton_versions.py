@@ -44,7 +44,11 @@ TILES_ONLY = ("sm_100", "sm_86", "sm_120")  # choices that are no tiles are the 
 ROOT = Path(__file__).parent.parent
 DEFAULT_FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "comp_kernels" / "triton"
 NUMPY = "numpy<2.4"  # for the interpreter of 3.6.0: 2.4 refuses int() of the arrays of one element that it keeps scalars in
-INTERPRETED = [f"tests/kernels/test_{name}.py" for name in ("rope_attention_triton", "sinkhorn", "alignment_loss")]
+INTERPRETED = [
+    "tests/comp_kernels/rope_attention/test_rope_attention_triton.py",
+    "tests/comp_kernels/sinkhorn/test_sinkhorn.py",
+    "tests/comp_kernels/alignment_loss/test_alignment_loss.py",
+]
 MAX_TENSOR_MEMORY = 512  # columns, of sm_100
 
 # --- what the operators launch ---------------------------------------------------------------------------------------------

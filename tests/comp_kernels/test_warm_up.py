@@ -1,5 +1,5 @@
 """Compiling ahead: into Triton's cache and found there, once per kernel; errors in words. What models need is in
-tests/integrations/test_warm_up_models.py."""
+tests/comp_kernels/integrations/test_warm_up_models.py."""
 
 import json
 import subprocess
