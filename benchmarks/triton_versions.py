@@ -83,6 +83,8 @@ def calls(arch: str) -> Iterator[tuple[str, Callable[[], object]]]:
                 yield f"{case.name} D={case.head_dim} {case.layout}", attention(case, dtype, everything)
         for rows, tol in itertools.product((8, 20, 300), (None, 0.1)):
             yield f"sinkhorn of {rows} rows, tol {tol}", ot(dtype, rows, tol)
+        for side, order, eps in itertools.product((4, 8, 16, 32), ("rows_cols", "cols_rows"), (0.0, 1e-6)):
+            yield f"sinkhorn of {side} x {side}, {order}, eps {eps}", small_ot(dtype, side, order, eps)
         for mode, normalize, words in itertools.product(("sinkhorn", "literal", "softmax"), (True, False), (4096, 5001)):
             yield f"alignment_loss {mode} V={words}", loss(dtype, mode, normalize, words)
 
@@ -119,6 +121,17 @@ def ot(dtype: torch.dtype, rows: int, tol: float | None) -> Callable[[], object]
     return call
 
 
+def small_ot(dtype: torch.dtype, side: int, order: str, eps: float) -> Callable[[], object]:
+    """Many small matrices, and the gradient of their iterations."""
+    scores = torch.zeros(64, side, side, dtype=dtype, requires_grad=True)
+
+    def call():
+        plan = sinkhorn(scores, epsilon=1.0, num_iters=20, order=order, eps=eps, gradient="unrolled", backend="triton")
+        torch.autograd.grad(plan.sum(), scores)
+
+    return call
+
+
 def loss(dtype: torch.dtype, mode: str, normalize: bool, words: int) -> Callable[[], object]:
     vision, text, prototypes = (torch.zeros(n, 96, dtype=dtype) for n in (64, 64, words))
     vision.requires_grad_()
@@ -151,12 +164,16 @@ def choices(launch: Launch) -> dict[str, object]:
     return found | {"neighbours": found.get("ROPE.pair_stride") == 1}
 
 
+def first_pointer(launch: Launch) -> Pointer:
+    return next(x for x in launch.args if isinstance(x, Pointer))
+
+
 def features(launch: Launch) -> Iterator[tuple]:
     """What is to be compiled once: each choice by itself, and the tile for 16 and for 32 bits."""
     found = choices(launch)
     yield from ((launch.name, *item) for item in found.items() if not item[0].endswith(SIZES))
     tile = tuple(found.get(name) for name in (*TILE, "num_warps", "num_stages"))
-    yield launch.name, "tile", tile, launch.args[0].dtype.itemsize
+    yield launch.name, "tile", tile, first_pointer(launch).dtype.itemsize
 
 
 def covering(launches: Iterable[tuple[str, Launch]], tiles_only: bool = False) -> list[tuple[str, Launch]]:
@@ -185,7 +202,7 @@ def covering(launches: Iterable[tuple[str, Launch]], tiles_only: bool = False) -
 
 
 def compile_row(description: str, launch: Launch, arch: str) -> dict:
-    row = dict(arch=arch, kernel=launch.name, call=description, dtype=str(launch.args[0].dtype).removeprefix("torch."))
+    row = dict(arch=arch, kernel=launch.name, call=description, dtype=str(first_pointer(launch).dtype).removeprefix("torch."))
     started = time.process_time()
     try:
         compiled = compile_launch(launch, arch)

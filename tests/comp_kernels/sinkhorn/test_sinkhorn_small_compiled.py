@@ -22,7 +22,7 @@ def compiled_code(arch: str, shape: tuple[int, ...], dtype: torch.dtype) -> list
 
     def recorder(kernel, grid, *args, num_warps, num_stages, **constexprs):
         key = (kernel.__name__, constexprs["HAS_EPS"])
-        launches.setdefault(key, Launch(kernel, args, constexprs, num_warps, num_stages))
+        launches.setdefault(key, Launch(kernel, grid, args, constexprs, num_warps, num_stages))
 
     with launches_go_to(recorder, arch):
         for eps in (0.0, 1e-6):
