@@ -1,6 +1,7 @@
 """Data: LLaVA records, mixtures, order, encoding under limits, packing, collation, steps over ranks, unusable samples."""
 
 import json
+import multiprocessing
 from types import SimpleNamespace
 
 import numpy as np
@@ -449,6 +450,15 @@ def test_any_step_can_be_entered_with_any_number_of_workers(template, num_worker
     for data in resumed:
         for batch, expected in zip(data.batches, dataset[data.step].batches):
             assert torch.equal(batch.pixel_values, expected.pixel_values) and torch.equal(batch.input_ids, expected.input_ids)
+
+
+def test_steps_that_are_closed_end_their_workers(template):
+    """They pass over SIGTERM: left alive after an exception, they would keep Python from exiting."""
+    prepared = iterate_steps(steps(template), start=0, num_workers=1)
+    next(prepared)
+    assert multiprocessing.active_children()
+    prepared.close()
+    assert not multiprocessing.active_children()
 
 
 def test_bad_samples_are_skipped_by_name(template):
