@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import math
 import os
 from collections.abc import Callable, Iterator
 
@@ -58,6 +59,13 @@ def cdiv(a: int, b: int) -> int:
 def next_power_of_2(n: int) -> int:
     """The smallest power of two that is not less than n; 0 for 0."""
     return 1 << (n - 1).bit_length() if n > 0 else 0
+
+
+def alignment(*tiles: torch.Tensor) -> int:
+    """The largest power of two up to 16 that divides the columns and all strides between rows of tiles of the same width: what
+    kernels whose sizes are not specialised (`do_not_specialize`) have to be told for wide loads."""
+    strides = (stride for x in tiles for size, stride in zip(x.shape[:-1], x.stride()) if size > 1)
+    return math.gcd(16, tiles[0].shape[-1], *strides)
 
 
 def launch(kernel, grid: tuple[int, ...], *args, num_warps: int = 4, num_stages: int = 2, **constexprs) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from ..._triton import launch, unavailable_reason
+from ..._triton import alignment, cdiv, launch, next_power_of_2, unavailable_reason
 from ..._units import LOG2E
 from . import streaming
 from .call import Call
@@ -62,18 +61,9 @@ def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     return streaming.forward(call, steps=sys.modules[__name__])
 
 
-def blocks(size: int, block: int) -> int:
-    return -(-size // block)
-
-
-def alignment(*scores: Tensor) -> int:
-    """The largest power of two up to 16 that divides columns and row strides of tiles [n, C] of the same shape."""
-    return math.gcd(16, scores[0].shape[-1], *(x.stride(-2) for x in scores))
-
-
-def power_of_two(size: int, least: int, most: int) -> int:
-    """The smallest power of two that is at least `size`, within the limits."""
-    return min(max(1 << (max(size, 1) - 1).bit_length(), least), most)
+def channels(dim: int) -> int:
+    """Channels that a program takes at a time."""
+    return min(max(next_power_of_2(dim), 16), 1024)
 
 
 def as_bytes(valid: Tensor | None) -> Tensor | None:
@@ -97,7 +87,7 @@ def prepare_features(vision: Tensor, text: Tensor, valid: Tensor | None, product
         NORMALIZE=settings.normalize,
         RAW=products.raw,
         TERMS=products.terms,
-        BD=power_of_two(dim, 16, 1024),
+        BD=channels(dim),
     )  # fmt: skip
     return Features(stored, scale, inverse)
 
@@ -118,7 +108,7 @@ def inverse_norms(prototypes: Tensor, out: Tensor) -> None:
     cols, dim = prototypes.shape
     launch(
         norms_kernel,
-        (blocks(cols, 16),),
+        (cdiv(cols, 16),),
         prototypes, out, cols, dim, prototypes.stride(0), NORM_FLOOR, DOWN,
         BK=16,
         BD=128,
@@ -132,7 +122,7 @@ def add_terms(products: Tensor, out: Tensor) -> None:
     terms, rows, cols = products.shape
     launch(
         add_terms_kernel,
-        (blocks(cols, 256), blocks(rows, 16)),
+        (cdiv(cols, 256), cdiv(rows, 16)),
         products, out, rows, cols, out.stride(0),
         TERMS=terms,
         ALIGN=alignment(out),
@@ -156,7 +146,7 @@ class _Pairs:
         out = () if u2 is not None else tuple(self.peaks.new_empty(rows) for _ in range(2))
         launch(
             merge_pairs_kernel,
-            (blocks(rows, 8),),
+            (cdiv(rows, 8),),
             self.peaks, self.sums, as_bytes(valid), *(out or (None, None)), u2,
             rows, self.seen,
             SCALE=u2 is not None,
@@ -171,7 +161,7 @@ class RowPairs:
     """Per row (maximum, sum of 2^(entry - maximum)) of score tiles of the widths given."""
 
     def __init__(self, rows: int, widths: Sequence[int], like: Tensor) -> None:
-        self.pairs = _Pairs(rows, sum(blocks(width, STRIPE) for width in widths), like)
+        self.pairs = _Pairs(rows, sum(cdiv(width, STRIPE) for width in widths), like)
 
     def add(self, scores: Tensor, factor: float, v2: Tensor | None, col_scale: Tensor | None, row_scale: Tensor | None) -> None:
         from .triton_kernels import row_pairs_kernel
@@ -179,7 +169,7 @@ class RowPairs:
         rows, cols = scores.shape
         launch(
             row_pairs_kernel,
-            (blocks(cols, STRIPE), blocks(rows, ROW_TILE["BN"])),
+            (cdiv(cols, STRIPE), cdiv(rows, ROW_TILE["BN"])),
             scores, row_scale, col_scale, v2, self.pairs.peaks, self.pairs.sums,
             rows, cols, self.pairs.seen, scores.stride(0), factor,
             HAS_ROW_SCALE=row_scale is not None,
@@ -189,7 +179,7 @@ class RowPairs:
             COLUMNS=STRIPE,
             **ROW_TILE,
         )  # fmt: skip
-        self.pairs.seen += blocks(cols, STRIPE)
+        self.pairs.seen += cdiv(cols, STRIPE)
 
     def result(self) -> Pair:
         return self.pairs.merge()
@@ -200,7 +190,7 @@ class RowSums:
 
     def __init__(self, u2: Tensor, widths: Sequence[int]) -> None:
         rows = u2.shape[0]
-        self.pairs = _Pairs(rows, sum(blocks(width, COLUMN_TILE["BK"]) for width in widths), u2)
+        self.pairs = _Pairs(rows, sum(cdiv(width, COLUMN_TILE["BK"]) for width in widths), u2)
 
     def iterate(
         self,
@@ -215,7 +205,7 @@ class RowSums:
     ) -> None:
         """Scale the columns of one tile [n, C] to `targets`, into v2_new, and take the rows of the result along."""
         _launch_columns(scores, factor, col_scale, row_scale, u2, (targets, v2_new), self.pairs, None)
-        self.pairs.seen += blocks(scores.shape[1], COLUMN_TILE["BK"])
+        self.pairs.seen += cdiv(scores.shape[1], COLUMN_TILE["BK"])
 
     def scale(self, u2: Tensor, valid: Tensor | None, row_log_sums: Callable[[], Tensor]) -> Tensor:
         """The new u2, with which every valid row sums to one; sums in the log domain lose no rows."""
@@ -235,7 +225,7 @@ def _launch_columns(scores, factor, col_scale, row_scale, u2, scaled, pairs: _Pa
     rows, cols = scores.shape
     launch(
         columns_kernel,
-        (blocks(cols, COLUMN_TILE["BK"]),),
+        (cdiv(cols, COLUMN_TILE["BK"]),),
         scores, row_scale, col_scale, u2, *scaled,
         *((pairs.peaks, pairs.sums) if pairs else (None, None)), *(statistics or (None, None)),
         rows, cols, pairs.seen if pairs else 0, scores.stride(0), factor,
@@ -251,7 +241,7 @@ class Losses:
     """The loss of each row, tile by tile."""
 
     def __init__(self, rows: int, widths: Sequence[int], like: Tensor) -> None:
-        self.partial = like.new_empty((sum(blocks(width, STRIPE) for width in widths), rows), dtype=torch.float32)
+        self.partial = like.new_empty((sum(cdiv(width, STRIPE) for width in widths), rows), dtype=torch.float32)
         self.seen = 0
 
     def add(
@@ -280,7 +270,7 @@ class Losses:
         gradients = vision if score_gradients is None else score_gradients
         launch(
             loss_kernel,
-            (blocks(cols, STRIPE), blocks(rows, LOSS_TILE["BN"])),
+            (cdiv(cols, STRIPE), cdiv(rows, LOSS_TILE["BN"])),
             text, vision, gradients, text_row_scale, vision_row_scale, col_scale, u2, v2, target_weight, peaks2, sums,
             row_weight, self.partial,
             rows, cols, self.seen, text.stride(0), vision.stride(0), gradients.stride(-2), gradients.stride(0),
@@ -295,7 +285,7 @@ class Losses:
             COLUMNS=STRIPE,
             **LOSS_TILE,
         )  # fmt: skip
-        self.seen += blocks(cols, STRIPE)
+        self.seen += cdiv(cols, STRIPE)
 
     def total(self, row_weight: Tensor) -> Tensor:
         """Weighted sum over the rows, a scalar."""
@@ -342,5 +332,5 @@ def _launch_lengths(gradients, rows, scale, inverse, out, row_stride: int, has_r
         HAS_ROWS=has_rows,
         ROW_TERMS=rows.shape[0],
         TERMS=terms,
-        BD=power_of_two(dim, 16, 1024),
+        BD=channels(dim),
     )  # fmt: skip

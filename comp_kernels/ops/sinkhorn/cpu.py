@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -29,8 +27,7 @@ def declines(call: Call) -> str | None:
 def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """P [G, n, K], u [G, n], v [G, K]."""
     if small.serves(call):
-        tensors, settings = small.operands(call)
-        return solve_small(*tensors, **settings)
+        return small.solve(_run_small, call)
     scores, compute = call.scores, call.row_marginals.dtype
     plan = scores.new_empty(scores.shape, dtype=compute)
     if call.group is not None:
@@ -48,17 +45,13 @@ def solve_into(plan: Tensor, u: Tensor, v: Tensor, call: Call) -> None:
     _native.cpu_function("sinkhorn_solve", SolveParams)(params)
 
 
-def _call_small(function: str, params: small.SmallParams, scores: Tensor) -> None:
-    _native.cpu_function(function, small.SmallParams)(params)
-
-
-solve_small = functools.partial(small.solve, _call_small)
-
-
 def small_gradient(call: Call, *cotangents: Tensor | None) -> Tensor:
     """Of the scores [G, n, K] of small matrices, from those of plan, u and v: see small.gradient."""
-    tensors, settings = small.operands(call)
-    return small.gradient(_call_small, *tensors, *cotangents, **settings)
+    return small.gradient(_run_small, call, *cotangents)
+
+
+def _run_small(function: str, params: small.SmallParams, scores: Tensor) -> None:
+    _native.cpu_function(function, small.SmallParams)(params)
 
 
 def _solve_over_group(call: Call, plan: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -27,8 +27,7 @@ def declines(call: Call) -> str | None:
 def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """P [G, n, K], u [G, n], v [G, K]."""
     if small.serves(call):
-        tensors, settings = small.operands(call)
-        return small.solve(_call_small, *tensors, **settings)
+        return small.solve(_run_small, call)
     scores = call.scores
     items, rows, cols = scores.shape
     plan = scores.new_empty(scores.shape, dtype=torch.float32)
@@ -60,7 +59,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     return plan, u2 / LOG2E, v2 / LOG2E
 
 
-def _call_small(function: str, params: small.SmallParams, scores: Tensor) -> None:
+def _run_small(function: str, params: small.SmallParams, scores: Tensor) -> None:
     workspace = ()
     if function.endswith("backward"):
         size = _native.cuda_function("sinkhorn_small_workspace", (ctypes.c_void_p,), ctypes.c_int64)
@@ -71,8 +70,7 @@ def _call_small(function: str, params: small.SmallParams, scores: Tensor) -> Non
 
 def small_gradient(call: Call, *cotangents: Tensor | None) -> Tensor:
     """Of the scores [G, n, K] of small matrices, from those of plan, u and v: see small.gradient."""
-    tensors, settings = small.operands(call)
-    return small.gradient(_call_small, *tensors, *cotangents, **settings)
+    return small.gradient(_run_small, call, *cotangents)
 
 
 def _launch(which: str, scores: Tensor, params: ctypes.Structure, *tensors: Tensor | None) -> None:

@@ -44,59 +44,45 @@ def declines(call: Call) -> str | None:
     return f"the kernels serve eps for matrices of at most {MAX_SIDE} x {MAX_SIDE}, got {tuple(call.scores.shape)}"
 
 
-def operands(call: Call) -> tuple[tuple[Tensor, Tensor, Tensor], dict]:
-    """(scores [G, n, K], row marginals, column marginals) and the settings of a flat call as these kernels take them: every
-    matrix contiguous, and one matrix that stands for all where they are expanded."""
-    scores = call.scores if call.scores[0].is_contiguous() else call.scores.contiguous()
-    settings = dict(epsilon=call.epsilon, num_iters=call.num_iters, order=call.order, eps=call.eps)
-    return (scores, call.row_marginals, call.col_marginals), settings
+def contiguous_items(scores: Tensor) -> Tensor:
+    """scores [G, n, K] with every matrix contiguous, and one matrix that stands for all where they are expanded."""
+    return scores if scores[0].is_contiguous() else scores.contiguous()
 
 
-def solve(
-    call: Callable[[str, SmallParams, Tensor], None],
-    scores: Tensor,
-    row_marginals: Tensor,
-    col_marginals: Tensor,
-    **settings,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(P [G, n, K], u [G, n], v [G, K]) by call("sinkhorn_small", params, scores).
-
-    scores [G, n, K], each item contiguous; marginals [n] or [G, n] and [K] or [G, K], contiguous, of the computing dtype.
-    settings: epsilon, num_iters, order, eps as of `comp_kernels.sinkhorn`.
-    """
-    compute = row_marginals.dtype
+def solve(run: Callable[[str, SmallParams, Tensor], None], call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """(P [G, n, K], u [G, n], v [G, K]) of a flat call by run("sinkhorn_small", params, scores)."""
+    scores = contiguous_items(call.scores)
     items, rows, cols = scores.shape
-    plan = scores.new_empty(scores.shape, dtype=compute)
+    plan = scores.new_empty(scores.shape, dtype=call.row_marginals.dtype)
     u, v = plan.new_empty((items, rows)), plan.new_empty((items, cols))
-    params = _params(scores, row_marginals, col_marginals, **settings)
+    params = _params(scores, call)
     params.u, params.v, params.plan = u.data_ptr(), v.data_ptr(), plan.data_ptr()
-    call("sinkhorn_small", params, scores)
+    run("sinkhorn_small", params, scores)
     return plan, u, v
 
 
 def gradient(
-    call: Callable[[str, SmallParams, Tensor], None],
-    scores: Tensor,
-    row_marginals: Tensor,
-    col_marginals: Tensor,
+    run: Callable[[str, SmallParams, Tensor], None],
+    call: Call,
     grad_plan: Tensor | None,
     grad_u: Tensor | None,
     grad_v: Tensor | None,
-    **settings,
 ) -> Tensor:
-    """Gradient of the scores [G, n, K], in their dtype, by call("sinkhorn_small_backward", params, scores).
+    """Gradient of the scores [G, n, K], in their dtype, by run("sinkhorn_small_backward", params, scores).
 
     grad_plan [G, n, K], grad_u [G, n], grad_v [G, K]: of the loss, contiguous, of the computing dtype; None: zeros."""
+    scores = contiguous_items(call.scores)
     found = scores.new_empty(scores.shape)
-    params = _params(scores, row_marginals, col_marginals, **settings)
+    params = _params(scores, call)
     params.grad_plan, params.grad_u, params.grad_v = pointer(grad_plan), pointer(grad_u), pointer(grad_v)
     params.grad_scores = found.data_ptr()
-    call("sinkhorn_small_backward", params, scores)
+    run("sinkhorn_small_backward", params, scores)
     return found
 
 
-def _params(scores, row_marginals, col_marginals, *, epsilon: float, num_iters: int, order: str, eps: float) -> SmallParams:
+def _params(scores: Tensor, call: Call) -> SmallParams:
     items, rows, cols = scores.shape
+    row_marginals, col_marginals = call.row_marginals, call.col_marginals
     return SmallParams(
         scores=scores.data_ptr(),
         row_marginals=row_marginals.data_ptr(),
@@ -107,9 +93,9 @@ def _params(scores, row_marginals, col_marginals, *, epsilon: float, num_iters: 
         num_items=items,
         num_rows=rows,
         num_cols=cols,
-        num_iters=num_iters,
-        rows_first=order == "rows_cols",
-        factor=LOG2E / epsilon,
-        eps=eps,
+        num_iters=call.num_iters,
+        rows_first=call.order == "rows_cols",
+        factor=LOG2E / call.epsilon,
+        eps=call.eps,
         dtype=_native.DTYPE_CODES[scores.dtype],
     )

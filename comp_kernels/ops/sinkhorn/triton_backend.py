@@ -6,21 +6,19 @@ import torch
 from torch import Tensor
 
 from ... import _triton
-from ..._triton import launch
+from ..._triton import alignment, cdiv, launch
 from ..._units import LOG2E
 from .._log_domain.over_group import group_by_name, solve_over_group
-from .._log_domain.triton_steps import (
+from . import small, triton_small
+from .call import Call
+from .triton_steps import (
     NUM_WARPS,
-    alignment,
-    blocks,
     column_statistics,
     column_step,
     column_tile,
     merge_rows,
     row_pairs,
 )
-from . import small, triton_small
-from .call import Call
 
 
 def unavailable_reason(device: torch.device) -> str | None:
@@ -34,8 +32,7 @@ def declines(call: Call) -> str | None:
 def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """P [G, n, K], u [G, n], v [G, K]."""
     if small.serves(call):
-        tensors, settings = small.operands(call)
-        return triton_small.solve_small(*tensors, **settings)
+        return triton_small.solve(call)
     scores, factor = call.scores, LOG2E / call.epsilon
     if call.group is None:
         u2, v2 = _iterate(call, factor)
@@ -51,10 +48,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     return plan(scores, factor, u2, v2), u2 / LOG2E, v2 / LOG2E
 
 
-def small_gradient(call: Call, *cotangents: Tensor | None) -> Tensor:
-    """Of the scores [G, n, K] of small matrices, from those of plan, u and v."""
-    tensors, settings = small.operands(call)
-    return triton_small.small_gradient(*tensors, *cotangents, **settings)
+small_gradient = triton_small.gradient
 
 
 def _iterate(call: Call, factor: float) -> tuple[Tensor, Tensor]:
@@ -67,7 +61,7 @@ def _iterate(call: Call, factor: float) -> tuple[Tensor, Tensor]:
         # The error after an iteration is known once the next one has summed the columns; that one must then leave no trace.
         v2_new = torch.empty_like(v2)
         stop = torch.zeros((), dtype=torch.int32, device=scores.device)
-        errors = scores.new_zeros((items, blocks(cols, column_tile(rows, cols)["BK"])), dtype=torch.float32)
+        errors = scores.new_zeros((items, cdiv(cols, column_tile(rows, cols)["BK"])), dtype=torch.float32)
         allowed = tol * a.sum(-1)
     for iteration in range(num_iters):
         first = iteration == 0
@@ -96,7 +90,7 @@ def plan(scores: Tensor, factor: float, u2: Tensor, v2: Tensor) -> Tensor:
     tile = column_tile(rows, cols)
     launch(
         plan_kernel,
-        (blocks(cols, tile["BK"]), items, blocks(rows, tile["BN"])),
+        (cdiv(cols, tile["BK"]), items, cdiv(rows, tile["BN"])),
         scores, u2, v2, out,
         rows, cols, scores.stride(0), scores.stride(1), factor,
         ALIGN=alignment(scores),

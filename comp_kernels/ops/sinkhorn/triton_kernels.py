@@ -58,25 +58,16 @@ def merge_sums(peak, total, other_peak, other_total):
 
 @triton.jit
 def load_entries(scores, o_n, o_k, m_n, m_k, row_stride, factor):
-    """[BN, BK] entries in bits, -inf outside; factor is a number or one per column [1, BK]."""
+    """[BN, BK] entries in bits, -inf outside."""
     tile = tl.load(scores + o_n.to(tl.int64)[:, None] * row_stride + o_k[None, :], mask=m_n[:, None] & m_k[None, :], other=0.0)
     return tl.where(m_n[:, None] & m_k[None, :], tile.to(tl.float32) * factor, -float("inf"))
 
 
-@triton.jit
-def column_factors(col_scale, o_k, m_k, factor, HAS_COL_SCALE: tl.constexpr, BK: tl.constexpr):
-    """[1, BK] factors that turn scores into bits."""
-    if HAS_COL_SCALE:
-        return (tl.load(col_scale + o_k, mask=m_k, other=0.0) * factor)[None, :]
-    else:
-        return tl.full((1, BK), 1.0, tl.float32) * factor
-
-
 @triton.jit(do_not_specialize=VARYING)
 def column_step_kernel(
-    scores, col_scale, u, v, b, v_new, row_peaks, row_sums, col_peaks, col_sums, errors, stop,
+    scores, u, v, b, v_new, row_peaks, row_sums, col_peaks, col_sums, errors, stop,
     num_rows, num_cols, num_blocks, item_stride, row_stride, b_item_stride, factor,
-    ITERATE: tl.constexpr, FIRST: tl.constexpr, HAS_COL_SCALE: tl.constexpr, HAS_TOL: tl.constexpr,
+    ITERATE: tl.constexpr, FIRST: tl.constexpr, HAS_TOL: tl.constexpr,
     ALIGN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of columns, items). ITERATE: v_new [G, K], and row_peaks, row_sums [G, blocks, pair_stride] of the plan with
@@ -91,14 +82,13 @@ def column_step_kernel(
     m_k = o_k < num_cols
     scores += i_item * multiple(item_stride, ALIGN)
     u += i_item * num_rows
-    scale = column_factors(col_scale, o_k, m_k, factor, HAS_COL_SCALE, BK)
 
     peak = tl.full((BK,), -float("inf"), tl.float32)
     total = tl.zeros((BK,), tl.float32)
     for first in range(0, num_rows, BN):
         o_n = first + tl.arange(0, BN)
         m_n = o_n < num_rows
-        x = load_entries(scores, o_n, o_k, m_n, m_k, row_stride, scale)
+        x = load_entries(scores, o_n, o_k, m_n, m_k, row_stride, factor)
         x += tl.load(u + o_n, mask=m_n, other=-float("inf"))[:, None]
         tile_peak = tl.max(x, axis=0)
         tile_total = tl.sum(tl.exp2(x - finite_or_zero(tile_peak)[None, :]), axis=0)
@@ -123,7 +113,7 @@ def column_step_kernel(
         for first in range(0, num_rows, BN):
             o_n = first + tl.arange(0, BN)
             m_n = o_n < num_rows
-            x = load_entries(scores, o_n, o_k, m_n, m_k, row_stride, scale) + scaled[None, :]
+            x = load_entries(scores, o_n, o_k, m_n, m_k, row_stride, factor) + scaled[None, :]
             row_peak = tl.max(x, axis=1)
             tl.store(row_peaks + o_n, row_peak, mask=m_n)
             tl.store(row_sums + o_n, tl.sum(tl.exp2(x - finite_or_zero(row_peak)[:, None]), axis=1), mask=m_n)
@@ -131,17 +121,16 @@ def column_step_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def row_step_kernel(
-    scores, col_scale, v, row_peaks, row_sums,
+    scores, v, row_peaks, row_sums,
     num_rows, num_cols, num_blocks, item_stride, row_stride, factor,
-    HAS_V: tl.constexpr, HAS_COL_SCALE: tl.constexpr, ALIGN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    HAS_V: tl.constexpr, ALIGN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """row_peaks, row_sums [G, blocks, pair_stride] of the entries plus v. Grid (blocks of columns, items, blocks of rows)."""
     i_block, i_item = tl.program_id(0), tl.program_id(1).to(tl.int64)
     num_cols, row_stride = multiple(num_cols, ALIGN), multiple(row_stride, ALIGN)
     o_n, o_k = tl.program_id(2) * BN + tl.arange(0, BN), i_block * BK + tl.arange(0, BK)
     m_n, m_k = o_n < num_rows, o_k < num_cols
-    scale = column_factors(col_scale, o_k, m_k, factor, HAS_COL_SCALE, BK)
-    x = load_entries(scores + i_item * multiple(item_stride, ALIGN), o_n, o_k, m_n, m_k, row_stride, scale)
+    x = load_entries(scores + i_item * multiple(item_stride, ALIGN), o_n, o_k, m_n, m_k, row_stride, factor)
     if HAS_V:
         x += tl.load(v + i_item * num_cols + o_k, mask=m_k, other=-float("inf"))[None, :]
     row_peak = tl.max(x, axis=1)

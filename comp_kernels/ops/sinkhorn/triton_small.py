@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..._triton import launch
-from .small import LOG2E
+from ..._triton import cdiv, launch, next_power_of_2
+from ..._units import LOG2E
+from . import small
+from .call import Call
 
 NUM_WARPS = 4
 TILE = 1024  # entries per program, 8 a thread: twice as many spill two registers in the backward pass
@@ -14,68 +16,49 @@ TILE = 1024  # entries per program, 8 a thread: twice as many spill two register
 
 def tile_of(second: int, first: int) -> dict[str, int]:
     """Items and sides of a tile, padded to powers of two."""
-    sides = dict(BS=1 << (second - 1).bit_length(), BF=1 << (first - 1).bit_length())
+    sides = dict(BS=next_power_of_2(second), BF=next_power_of_2(first))
     return dict(BG=max(1, TILE // (sides["BS"] * sides["BF"])), **sides)
 
 
-def solve_small(
-    scores: Tensor,
-    row_marginals: Tensor,
-    col_marginals: Tensor,
-    *,
-    epsilon: float,
-    num_iters: int,
-    order: str,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def solve(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """As small.solve, without float64."""
     from .triton_small_kernels import small_forward_kernel
 
+    scores = small.contiguous_items(call.scores)
     items, rows, cols = scores.shape
     plan = scores.new_empty(scores.shape, dtype=torch.float32)
     u, v = plan.new_empty((items, rows)), plan.new_empty((items, cols))
-    sides = _sides(scores, row_marginals, col_marginals, order)
-    second, first = (u, v) if order == "cols_rows" else (v, u)
+    sides = _Sides(scores, call)
+    second, first = (u, v) if call.order == "cols_rows" else (v, u)
     launch(
         small_forward_kernel,
-        (-(-items // sides.tile["BG"]),),
+        (cdiv(items, sides.tile["BG"]),),
         scores, *sides.marginals, plan, second, first,
-        *sides.numbers, num_iters, LOG2E / epsilon, eps,
-        HAS_EPS=eps > 0,
+        *sides.numbers, call.num_iters, LOG2E / call.epsilon, call.eps,
+        HAS_EPS=call.eps > 0,
         **sides.tile,
         num_warps=NUM_WARPS,
     )  # fmt: skip
     return plan, u, v
 
 
-def small_gradient(
-    scores: Tensor,
-    row_marginals: Tensor,
-    col_marginals: Tensor,
-    grad_plan: Tensor | None,
-    grad_u: Tensor | None,
-    grad_v: Tensor | None,
-    *,
-    epsilon: float,
-    num_iters: int,
-    order: str,
-    eps: float,
-) -> Tensor:
+def gradient(call: Call, grad_plan: Tensor | None, grad_u: Tensor | None, grad_v: Tensor | None) -> Tensor:
     """As small.gradient, without float64. Scratch memory: num_iters + 1 vectors per side and matrix."""
     from .triton_small_kernels import small_backward_kernel
 
-    sides = _sides(scores, row_marginals, col_marginals, order)
+    scores = small.contiguous_items(call.scores)
+    sides = _Sides(scores, call)
     found = scores.new_empty(scores.shape)
-    programs, tile = -(-len(scores) // sides.tile["BG"]), sides.tile
-    history = (num_iters + 1, programs * tile["BG"])
+    programs, tile = cdiv(len(scores), sides.tile["BG"]), sides.tile
+    history = (call.num_iters + 1, programs * tile["BG"])
     xs, ws = (scores.new_empty((*history, tile[side]), dtype=torch.float32) for side in ("BS", "BF"))
-    grad_second, grad_first = (grad_u, grad_v) if order == "cols_rows" else (grad_v, grad_u)
+    grad_second, grad_first = (grad_u, grad_v) if call.order == "cols_rows" else (grad_v, grad_u)
     launch(
         small_backward_kernel,
         (programs,),
         scores, *sides.marginals, grad_plan, grad_second, grad_first, xs, ws, found,
-        *sides.numbers, num_iters, LOG2E / epsilon, eps, 1.0 / epsilon,
-        HAS_EPS=eps > 0,
+        *sides.numbers, call.num_iters, LOG2E / call.epsilon, call.eps, 1.0 / call.epsilon,
+        HAS_EPS=call.eps > 0,
         HAS_GRAD_PLAN=grad_plan is not None,
         HAS_GRAD_U=grad_second is not None,
         HAS_GRAD_V=grad_first is not None,
@@ -85,13 +68,16 @@ def small_gradient(
     return found
 
 
-class _sides:
+class _Sides:
     """The arguments of a call by the side that is scaled second and the one that is scaled first."""
 
-    def __init__(self, scores: Tensor, row_marginals: Tensor, col_marginals: Tensor, order: str):
+    def __init__(self, scores: Tensor, call: Call):
         items, rows, cols = scores.shape
-        pairs = ((rows, cols, row_marginals), (cols, 1, col_marginals))  # entries, their stride in a matrix, marginals
-        (second, s_stride, a), (first, f_stride, b) = pairs if order == "cols_rows" else pairs[::-1]
+        pairs = (
+            (rows, cols, call.row_marginals),
+            (cols, 1, call.col_marginals),
+        )  # entries, their stride in a matrix, marginals
+        (second, s_stride, a), (first, f_stride, b) = pairs if call.order == "cols_rows" else pairs[::-1]
         self.marginals = (a, b)
         self.tile = tile_of(second, first)
         strides = (scores.stride(0), s_stride, f_stride)

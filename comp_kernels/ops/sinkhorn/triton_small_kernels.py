@@ -12,12 +12,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ... import _units
 from .triton_kernels import finite_or_zero
 
 # As in csrc/sinkhorn/cpu/kernels/small.cpp: within these, every product of the linear iterations is a normal number.
 SCORE_BITS = tl.constexpr(48.0)
 MARGINAL_RATIO = tl.constexpr(1048576.0)
 INFINITY = tl.constexpr(float("inf"))
+LN2 = tl.constexpr(_units.LN2)
 
 
 @triton.jit
@@ -173,7 +175,6 @@ def small_forward_kernel(
             found = tl.where(safe[:, None, None], found, log_plan(bits, a, v_logs))
             u_bits = tl.where(safe[:, None], u_bits, u_logs)
             v_bits = tl.where(safe[:, None], v_bits, v_logs)
-    LN2: tl.constexpr = 0.6931471805599453
     o_tile = items[:, None, None] * (num_s * num_f) + o_s[None, :, None] * s_stride + o_f[None, None, :] * f_stride
     tl.store(plan + o_tile, found, mask=mask)
     tl.store(u + items[:, None] * num_s + o_s[None, :], u_bits * LN2, mask=m_s)
