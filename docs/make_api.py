@@ -135,9 +135,10 @@ def _command(file: str) -> str:
     """`python train.py`, `python -m comp.answer`; a package is run by its own name."""
     if "/" not in file:
         return f"python {file}"
-    is_package = (REPOSITORY / file).with_name("__main__.py").exists() and file != "comp/fetch/probes.py"
-    module = file.rpartition("/")[0] if is_package else file.removesuffix(".py")
-    return "python -m " + module.replace("/", ".")
+    folder, _, name = file.removesuffix(".py").rpartition("/")
+    entry = REPOSITORY / folder / "__main__.py"
+    is_the_packages = entry.exists() and f"from .{name} import main" in entry.read_text()
+    return "python -m " + (folder if is_the_packages else f"{folder}/{name}").replace("/", ".")
 
 
 def _docstring(node: ast.AST, where: str) -> str:

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from comp_kernels.ops.alignment_loss.reference import target_distribution, unit_rows
+from comp_kernels import alignment_loss
+from comp_kernels.ops.alignment_loss.reference import unit_rows
 
 from ..data.batch import IGNORED
 
@@ -99,7 +100,6 @@ def contrastive_loss(
 
 
 def chunked_alignment_loss(
-    loss: Callable[..., Tensor],
     vision: Tensor,
     text: Tensor,
     prototypes: Tensor,
@@ -109,52 +109,14 @@ def chunked_alignment_loss(
     group: dist.ProcessGroup | None = None,
     **settings: Any,
 ) -> Tensor:
-    """An alignment loss with targets found for `chunk` rows at a time, of this process alone.
-
-    loss:  `comp_kernels.alignment_loss` or `learned_alignment_loss`; `settings` are theirs.
+    """`comp_kernels.alignment_loss` with targets found for `chunk` rows at a time, of this process alone.
 
     The value is still the mean over the valid rows of the group, the gradient that of the local rows, to be summed.
     """
     total = vision.new_zeros((), dtype=torch.float32)
     for rows, texts, counted in zip(vision.split(chunk), text.split(chunk), valid.split(chunk)):
-        total = total + counted.sum() * loss(rows, texts, prototypes, valid=counted, **settings)
+        total = total + counted.sum() * alignment_loss(rows, texts, prototypes, valid=counted, **settings)
     return _mean_over_group(total, valid, group)
-
-
-def learned_alignment_loss(
-    vision: Tensor,
-    text: Tensor,
-    prototypes: Tensor,
-    *,
-    prior: Tensor | None,
-    mode: str,
-    epsilon: float,
-    temperature: float,
-    num_iters: int,
-    prior_temperature: float,
-    valid: Tensor,
-    group: dist.ProcessGroup | None = None,
-) -> Tensor:
-    """The alignment loss with prototypes that learn: the target is fixed as ever, the prediction moves vision and prototypes.
-
-    Arguments as for `comp_kernels.alignment_loss`, in plain PyTorch: both score matrices [n, V] are kept. The gradient is that
-    of the local rows, for the prototypes too, to be summed over the processes.
-    """
-    vision, text = (unit_rows(torch.where(valid.unsqueeze(-1), x.float(), 0.0)) for x in (vision, text.detach()))
-    prototypes = F.normalize(prototypes.float(), dim=1)
-    with torch.no_grad():
-        target = target_distribution(
-            text @ prototypes.T,
-            prior,
-            mode=mode,
-            epsilon=epsilon,
-            num_iters=num_iters,
-            prior_temperature=prior_temperature,
-            valid=valid,
-            group=group,
-        )
-    per_row = -(target * (vision @ prototypes.T / temperature).log_softmax(-1)).sum(-1)
-    return _mean_over_group(torch.where(valid, per_row, 0.0).sum(), valid, group)
 
 
 def _mean_over_group(total: Tensor, valid: Tensor, group: dist.ProcessGroup | None) -> Tensor:

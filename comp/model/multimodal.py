@@ -32,7 +32,6 @@ from .generation import ALONE, continue_rows, plain_config, rows_together, shari
 from .losses import (
     chunked_alignment_loss,
     contrastive_loss,
-    learned_alignment_loss,
     masked_mean,
     mean_by_segment,
     next_token_loss,
@@ -332,9 +331,9 @@ class CoMP(nn.Module):
             if settings.mode == "contrastive":
                 text, valid = step_text.features, step_text.valid
                 return contrastive_loss(vision, text, temperature=settings.temperature, valid=valid, group=group)
-            loss = learned_alignment_loss if settings.prototype_source == "learned" else alignment_loss
+            loss = alignment_loss
             if settings.target_batch is not None:
-                loss = partial(chunked_alignment_loss, loss, chunk=settings.target_batch)
+                loss = partial(chunked_alignment_loss, chunk=settings.target_batch)
             return loss(
                 vision,
                 step_text.features,
@@ -345,6 +344,7 @@ class CoMP(nn.Module):
                 temperature=settings.temperature,
                 num_iters=settings.num_iters,
                 prior_temperature=settings.prior_temperature,
+                prototype_gradient=settings.prototype_source == "learned",
                 valid=step_text.valid,
                 group=group,
             )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from contextlib import closing
 
 import torch
 
@@ -77,13 +78,14 @@ def reading_loss(
         forward_text_tokens=stage.forward_text_tokens,
     )
     model.train()
-    for data in iterate_steps(dataset, start=0, num_workers=config.num_workers):
-        totals = StepTotals.gather(data, world, stop=False)
-        if totals.tokens == 0:
-            continue
-        seed_step(seed, 0, data.step, 0)
-        set_learning_rates(optimizer, lr_multiplier(data.step, len(dataset), stage.optim))
-        train_step(model, optimizer, data, totals, stage, world, pad_id=template.pad_id, bf16=False)
+    with closing(iterate_steps(dataset, start=0, num_workers=config.num_workers)) as prepared:
+        for data in prepared:
+            totals = StepTotals.gather(data, world, stop=False)
+            if totals.tokens == 0:
+                continue
+            seed_step(seed, 0, data.step, 0)
+            set_learning_rates(optimizer, lr_multiplier(data.step, len(dataset), stage.optim))
+            train_step(model, optimizer, data, totals, stage, world, pad_id=template.pad_id, bf16=False)
     held_out = open_sources(config.eval.data, config.seed)
     count = min(num_questions or len(held_out), len(held_out))
     return answer_loss(model, held_out, encoder, indices=range(count), batch_size=config.eval.batch_size)

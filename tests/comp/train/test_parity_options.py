@@ -16,7 +16,7 @@ from comp.data.batch import Message, Sample
 from comp.data.loader import StepDataset
 from comp.data.mixture import open_sources
 from comp.data.packing import collate
-from comp.model.losses import chunked_alignment_loss, learned_alignment_loss, next_token_loss
+from comp.model.losses import chunked_alignment_loss, next_token_loss
 from comp.parallel import World
 from comp.train.optim import build_optimizer, lr_multiplier, set_trainable
 from comp.train.step import StepTotals, accumulate_gradients, train_step
@@ -39,7 +39,7 @@ def rows(n: int = 10, words: int = 30, width: int = 12):
 def test_targets_of_chunks_are_those_of_batches_of_their_own():
     vision, text, words, valid = rows()
     prior = torch.arange(30)
-    loss = chunked_alignment_loss(alignment_loss, vision, text, words, chunk=4, valid=valid, prior=prior, **SETTINGS)
+    loss = chunked_alignment_loss(vision, text, words, chunk=4, valid=valid, prior=prior, **SETTINGS)
     expected = sum(
         valid[part].sum() * alignment_loss(vision[part], text[part], words, valid=valid[part], prior=prior, **SETTINGS)
         for part in (slice(0, 4), slice(4, 8), slice(8, 10))
@@ -47,7 +47,7 @@ def test_targets_of_chunks_are_those_of_batches_of_their_own():
     torch.testing.assert_close(loss, expected / valid.sum())
     whole = alignment_loss(vision, text, words, valid=valid, prior=prior, **SETTINGS)
     assert not torch.allclose(loss, whole, rtol=1e-3), "sinkhorn couples the rows of a batch"
-    everything = chunked_alignment_loss(alignment_loss, vision, text, words, chunk=10, valid=valid, prior=prior, **SETTINGS)
+    everything = chunked_alignment_loss(vision, text, words, chunk=10, valid=valid, prior=prior, **SETTINGS)
     torch.testing.assert_close(everything, whole)
     gradient = torch.autograd.grad(loss, vision)[0]
     assert gradient[~valid].eq(0).all() and gradient[valid].abs().sum(1).gt(0).all()
@@ -136,7 +136,7 @@ def test_learned_prototypes_are_the_same_loss_with_a_gradient_more(mode):
     vision, text, words, valid = rows()
     settings = SETTINGS | dict(mode=mode, prior=torch.arange(30), valid=valid)
     words.requires_grad_()
-    loss = learned_alignment_loss(vision, text, words, **settings)
+    loss = alignment_loss(vision, text, words, prototype_gradient=True, **settings)
     fixed = alignment_loss(vision, text, words, **settings)
     torch.testing.assert_close(loss, fixed, rtol=1e-5, atol=1e-6)
     ours, moved = torch.autograd.grad(loss, (vision, words))
