@@ -2,8 +2,10 @@
 tests/comp_kernels/integrations/test_warm_up_models.py."""
 
 import json
+import os
 import subprocess
 import sys
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -20,17 +22,14 @@ def sinkhorn_call():
 
 def twice_and_as_a_launch_would(folder: str) -> tuple:
     """What is compiled first, what the second time, and what a launch then finds; in a cache of its own, in two processes."""
-    import os
-
-    os.environ["TRITON_CACHE_DIR"] = folder
     launches = record(sinkhorn_call, "sm_80")
-    first, second = (list(compile_ahead(launches, "sm_80", jobs=2)) for _ in range(2))
-    for launch in launches:
-        launch.kernel.device_caches.clear()  # what other tests of this process left in memory
     seen = []
-    with compilations_go_to(lambda *facts: seen.append(facts)):
-        hashes = {launch.name: compile_launch(launch, "sm_80").hash for launch in launches}
-    del os.environ["TRITON_CACHE_DIR"]
+    with patch.dict(os.environ, TRITON_CACHE_DIR=folder):
+        first, second = (list(compile_ahead(launches, "sm_80", jobs=2)) for _ in range(2))
+        for launch in launches:
+            launch.kernel.device_caches.clear()  # what other tests of this process left in memory
+        with compilations_go_to(lambda *facts: seen.append(facts)):
+            hashes = {launch.name: compile_launch(launch, "sm_80").hash for launch in launches}
     return len(launches), first, second, seen, hashes
 
 
@@ -46,13 +45,10 @@ def test_what_was_compiled_ahead_is_found(tmp_path):
 
 
 def say_what_happens(folder: str) -> list[str]:
-    import os
-
-    os.environ["TRITON_CACHE_DIR"] = folder
     lines: list[str] = []
-    assert warm_up.warm_up(sinkhorn_call, "sm_120", jobs=1, say=lines.append) == 3
-    assert warm_up.warm_up(sinkhorn_call, "sm_120", jobs=1, say=lines.append) == 3
-    del os.environ["TRITON_CACHE_DIR"]
+    with patch.dict(os.environ, TRITON_CACHE_DIR=folder):
+        assert warm_up.warm_up(sinkhorn_call, "sm_120", jobs=1, say=lines.append) == 3
+        assert warm_up.warm_up(sinkhorn_call, "sm_120", jobs=1, say=lines.append) == 3
     return lines
 
 

@@ -4,6 +4,8 @@ Every run checks each access against the bounds of its tensor, shared memory for
 asynchronous copies for use before their wait. Bodies run in a process that compiles (tests/helpers/emulation.py).
 """
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from emulation import emulating_launcher, needs_emulator, run_compiled
@@ -22,9 +24,13 @@ from comp_kernels.testing import (
 pytestmark = [pytest.mark.emulated, needs_emulator]
 
 
-def check_cases(cases, dtype, target, inline_length=0):
-    triton_configs.INLINE_LENGTH = inline_length
-    with launches_go_to(emulating_launcher(target=target), f"sm_{target}"):
+def inline_length(tokens):
+    """Within the context, keys are turned in the loop up to that length; the process goes on with other tests."""
+    return patch.object(triton_configs, "INLINE_LENGTH", tokens)
+
+
+def check_cases(cases, dtype, target, inline=0):
+    with inline_length(inline), launches_go_to(emulating_launcher(target=target), f"sm_{target}"):
         for case in cases:
             check_rope_attention(case, dtype, "triton")
 
@@ -56,12 +62,12 @@ def test_float32(target):
 
 
 def test_rotation_in_the_loop():
-    run_compiled(check_cases, [ATTENTION_CASES["layout_partial"]], torch.bfloat16, 80, inline_length=64)
+    run_compiled(check_cases, [ATTENTION_CASES["layout_partial"]], torch.bfloat16, 80, inline=64)
 
 
+@inline_length(0)
 def gradients_under_schedules(seeds):
     """One backward pass per random warp schedule, with the gradients of the tables left to the kernels' epilogues."""
-    triton_configs.INLINE_LENGTH = 0
     inputs = make_attention_inputs(ATTENTION_CASES["cross"], torch.float16)
     leaves = [x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
     results = []
@@ -82,8 +88,8 @@ def test_bit_equal_under_any_warp_schedule():
         assert all((a == b).all() for a, b in zip(first, other))
 
 
+@inline_length(0)
 def forward_reports(target, head_dim):
-    triton_configs.INLINE_LENGTH = 0
     reports = []
     inputs = make_attention_inputs(
         AttentionCase("long", [257, 384], head_dim=head_dim, layout="half_hwhw_halfwidth"), torch.bfloat16

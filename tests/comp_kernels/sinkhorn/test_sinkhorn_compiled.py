@@ -1,6 +1,7 @@
 """The Triton kernels of sinkhorn and alignment_loss as compiled code: no spills, and right answers when the PTX is executed."""
 
 import contextlib
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -51,6 +52,13 @@ def products_of_gpus():
         streaming.choose_products = before
 
 
+def tiles_of(columns: int):
+    """Within the context, alignment_loss has that many prototypes per tile; the process goes on with other tests."""
+    from comp_kernels.ops.alignment_loss import streaming
+
+    return patch.object(streaming, "tile_columns", lambda num_rows, dim, num_words, limits: min(columns, num_words))
+
+
 def compiled_code(arch: str, dtype: torch.dtype) -> list:
     from benchmarks.compile_report import read_code
 
@@ -96,10 +104,8 @@ def emulated_sinkhorn(target: int) -> list[str]:
 
 def emulated_alignment_loss(target: int, dtype: torch.dtype) -> list[str]:
     from comp_kernels._triton import launches_go_to
-    from comp_kernels.ops.alignment_loss import streaming
 
     reports: list = []
-    streaming.tile_columns = lambda num_rows, dim, num_words, limits: min(256, num_words)
     inputs = make_alignment_inputs(ALIGNMENT_CASES["several_tiles"], dtype)
     vision, text, prototypes = inputs.features
     settings = dict(prior=inputs.prior, valid=inputs.valid, epsilon=0.05, temperature=0.05)
@@ -109,7 +115,8 @@ def emulated_alignment_loss(target: int, dtype: torch.dtype) -> list[str]:
         loss = function(leaf, text.to(dtype), prototypes.to(dtype), **settings, **extra)
         return loss.detach(), torch.autograd.grad(loss, leaf)[0]
 
-    with products_of_gpus(), launches_go_to(emulating_launcher(reports, target=target), f"sm_{target}"):
+    emulated = launches_go_to(emulating_launcher(reports, target=target), f"sm_{target}")
+    with tiles_of(256), products_of_gpus(), emulated:
         actual = step(ck.alignment_loss, backend="triton")
     for label, *triple in zip(
         ("loss", "gradient"), actual, step(reference.alignment_loss, torch.float64), step(reference.alignment_loss)
@@ -147,9 +154,7 @@ def test_executed_alignment_loss(target, dtype):
 def results_under_schedules(seeds) -> list:
     """Plan and potentials, loss and gradient per random warp schedule; reads of unwritten registers raise."""
     from comp_kernels._triton import launches_go_to
-    from comp_kernels.ops.alignment_loss import streaming
 
-    streaming.tile_columns = lambda num_rows, dim, num_words, limits: min(128, num_words)
     scores, marginals = make_sinkhorn_inputs(SinkhornCase("", (2, 20, 150), marginals="per_item"), torch.bfloat16)
     inputs = make_alignment_inputs(ALIGNMENT_CASES["several_tiles"], torch.bfloat16)
     vision, *others = inputs.features
@@ -157,7 +162,7 @@ def results_under_schedules(seeds) -> list:
     for seed in seeds:
         leaf = vision.clone().requires_grad_()
         emulated = launches_go_to(emulating_launcher(seed=seed, quantum=7, check_uninit_reg=True), "sm_80")
-        with products_of_gpus(), emulated:
+        with tiles_of(128), products_of_gpus(), emulated:
             solved = ck.sinkhorn(scores, epsilon=0.1, num_iters=2, backend="triton", return_potentials=True, **marginals)
             settings = dict(prior=inputs.prior, valid=inputs.valid, epsilon=0.1, num_iters=2)
             loss = ck.alignment_loss(leaf, *others, backend="triton", **settings)
