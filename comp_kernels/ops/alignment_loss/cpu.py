@@ -18,7 +18,7 @@ from .call import Call
 from .features import Features
 from .products import Matmul
 from .reference import NORM_FLOOR, SCALE_DOWN
-from .streaming import Limits, Pair, Settings
+from .streaming import Limits, Pair
 
 __all__ = [
     "LIMITS",
@@ -79,7 +79,8 @@ class Params(ctypes.Structure):
     ]
 
 
-def prepare_features(vision: Tensor, text: Tensor, valid: Tensor | None, products: Matmul, settings: Settings) -> Features:
+def prepare_features(call: Call, products: Matmul) -> Features:
+    vision, text, valid = call.vision, call.text, call.valid
     rows, dim = vision.shape
     stored = vision.new_empty((1, 2 * rows, dim), dtype=products.dtype)
     inverse = stored.new_ones(2 * rows)
@@ -88,7 +89,7 @@ def prepare_features(vision: Tensor, text: Tensor, valid: Tensor | None, product
         if valid is not None:
             x = torch.where(valid.unsqueeze(-1), x, 0.0)
             inverse_length.copy_(valid)
-        if settings.normalize:
+        if call.normalize:
             scale, x = inverse_lengths(x)
             inverse_length.copy_(scale)
         out.copy_(x)
@@ -239,10 +240,10 @@ class Losses:
         return ((self.row_loss2 * row_weight.double()).sum() / LOG2E).to(self.dtype)
 
 
-def through_feature_lengths(gradients: Tensor, features: Features, settings: Settings) -> Tensor:
+def through_feature_lengths(gradients: Tensor, features: Features, normalize: bool) -> Tensor:
     """The gradient of vision [n, D] as it came from that of its rows as they were multiplied, [1, n, D]."""
     gradient, rows = gradients[0], features.vision[0]
-    if settings.normalize:
+    if normalize:
         gradient = gradient - rows * (gradient * rows).sum(-1, keepdim=True)
     return gradient * features.inverse_length[: features.num_rows].unsqueeze(-1)
 

@@ -52,19 +52,6 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What the target is; the arguments of comp_kernels.alignment_loss."""
-
-    mode: str
-    epsilon: float
-    temperature: float
-    num_iters: int
-    prior_temperature: float
-    normalize: bool
-    group: dist.ProcessGroup | None
-
-
-@dataclass(frozen=True)
 class Target:
     """target_ik = 2^(text_ik + u2_i + v2_k) * weight_i."""
 
@@ -98,7 +85,7 @@ class Scores:
     """Products of the features with all prototypes, in tiles. Vision and text scores of the first `both` columns stay in
     memory, text scores of the first `text_cols`."""
 
-    def __init__(self, steps: ModuleType, products: Matmul, features: Features, words: int, settings: Settings) -> None:
+    def __init__(self, steps: ModuleType, products: Matmul, features: Features, words: int, normalize: bool) -> None:
         rows, dim = features.num_rows, features.rows.shape[-1]
         tile = tile_columns(rows, dim, words, steps.LIMITS)
         widest = min(products.max_cols() or words, words)
@@ -114,7 +101,7 @@ class Scores:
         self.kept_text = new((rows, self.text_cols - self.both))
         self.scratch = new((2 * rows, tile if self.both < words else 0))
         self.filled = 0  # columns whose kept scores are there
-        self.scales = new(words) if settings.normalize else None  # [V], of the prototypes
+        self.scales = new(words) if normalize else None  # [V], of the prototypes
 
     def widths(self, tiles: list[slice]) -> list[int]:
         return [columns.stop - columns.start for columns in tiles]
@@ -173,62 +160,54 @@ class Scores:
 def forward(call: Call, steps: ModuleType) -> tuple[Tensor, Tensor, Tensor]:
     """The loss and its gradients with respect to vision [n, D] and prototypes [V, D], of the computing dtype (empty when not
     wanted), by the steps of a backend."""
-    settings = Settings(
-        call.mode,
-        call.epsilon,
-        call.temperature,
-        call.num_iters,
-        call.prior_temperature,
-        call.normalize,
-        group_by_name(call.group),
-    )
-    prototypes = call.prototypes if call.prototypes.stride(-1) == 1 else call.prototypes.contiguous()
-    streamed = Stream(steps, call.vision, call.text, prototypes, call.valid, settings, call.prototype_gradient)
-    return streamed.loss(*streamed.potentials(call.prior), call.gradient, call.prototype_gradient)
+    if call.prototypes.stride(-1) != 1:
+        call = call._replace(prototypes=call.prototypes.contiguous())
+    streamed = Stream(steps, call)
+    return streamed.loss(*streamed.potentials())
 
 
 class Stream:
     """One evaluation of the loss."""
 
-    def __init__(self, steps, vision, text, prototypes, valid, settings: Settings, prototype_gradient: bool) -> None:
-        dtype = torch.promote_types(vision.dtype, torch.float32)
-        self.steps, self.settings, self.prototypes, self.valid = steps, settings, prototypes, valid
-        features_dtype = vision.dtype if vision.dtype == text.dtype else torch.float32
-        self.products = choose_products(prototypes, dtype, features_dtype, prototype_gradient)
-        self.features = steps.prepare_features(vision, text, valid, self.products, settings)
-        self.scores = Scores(steps, self.products, self.features, prototypes.shape[0], settings)
+    def __init__(self, steps: ModuleType, call: Call) -> None:
+        self.steps, self.call, self.group = steps, call, group_by_name(call.group)
+        dtype = torch.promote_types(call.vision.dtype, torch.float32)
+        features_dtype = call.vision.dtype if call.vision.dtype == call.text.dtype else torch.float32
+        self.products = choose_products(call.prototypes, dtype, features_dtype, call.prototype_gradient)
+        self.features = steps.prepare_features(call, self.products)
+        self.scores = Scores(steps, self.products, self.features, call.prototypes.shape[0], call.normalize)
         self.like = self.features.inverse_length  # for dtype and device
-        self.num_rows = vision.shape[0]
+        self.num_rows = call.vision.shape[0]
         self.num_valid, self.row_weight, self.start = self._rows()
-        self.text_factor, self.vision_factor = LOG2E / settings.epsilon, LOG2E / settings.temperature
+        self.text_factor, self.vision_factor = LOG2E / call.epsilon, LOG2E / call.temperature
 
     def _rows(self) -> tuple[Tensor, Tensor, Tensor]:
         """Valid rows of the whole group, the rows' weights in the loss [n], and u2 [n] before the first iteration: 0, -inf for
         rows that do not count."""
-        num_valid, weight, start = self.steps.count_rows(self.num_rows, self.valid, self.like)
-        if self.settings.group is not None:
-            dist.all_reduce(num_valid, group=self.settings.group)
+        num_valid, weight, start = self.steps.count_rows(self.num_rows, self.call.valid, self.like)
+        if self.group is not None:
+            dist.all_reduce(num_valid, group=self.group)
             weight = (start == 0) / num_valid.clamp(min=1)
         return num_valid, weight, start
 
-    def potentials(self, prior: Tensor | None) -> tuple[Target, Pair]:
+    def potentials(self) -> tuple[Target, Pair]:
         """The target, and (maximum, sum) of each row of the vision scores."""
-        if self.settings.mode != "sinkhorn":
-            v2 = self.prior_bias(prior)
+        if self.call.mode != "sinkhorn":
+            v2 = self.prior_bias(self.call.prior)
             (peaks, sums), vision_pair = self.row_pairs(v2, first=True)
             return Target(self.start - peaks, v2, sums.reciprocal()), vision_pair
-        frequency = word_frequency(prior, self.like, self.scores.words)
+        frequency = word_frequency(self.call.prior, self.like, self.scores.words)
         targets = frequency.mul_(self.num_valid)
-        return self.sinkhorn_over_group(targets) if self.settings.group is not None else self.sinkhorn(targets)
+        return self.sinkhorn_over_group(targets) if self.group is not None else self.sinkhorn(targets)
 
     def prior_bias(self, prior: Tensor | None) -> Tensor | None:
         """What the modes without iterations add to the text logits per word; None when it is the same for all."""
-        if self.settings.mode == "softmax" or prior is None:
+        if self.call.mode == "softmax" or prior is None:
             return None
         counts = prior.to(self.like.dtype)
-        if self.settings.mode == "literal":
+        if self.call.mode == "literal":
             return word_frequency(prior, self.like, len(prior)).log2()
-        strength = self.settings.num_iters / self.settings.prior_temperature * LOG2E
+        strength = self.call.num_iters / self.call.prior_temperature * LOG2E
         return strength * counts.clamp(min=1) / counts.sum()
 
     def text_scores(self, vision_pairs=None) -> Iterator[tuple[slice, Tensor]]:
@@ -265,7 +244,7 @@ class Stream:
     def sinkhorn(self, targets: Tensor) -> tuple[Target, Pair]:
         """Iterations that read the scores once each: every tile scales its columns and returns its share of the row sums."""
         u2, v2, vision_pairs = self.start, torch.empty_like(targets), self.new_pairs(first=True)
-        for iteration in range(self.settings.num_iters):
+        for iteration in range(self.call.num_iters):
             first = iteration == 0
             row_sums = None  # its memory first
             row_sums = self.steps.RowSums(u2, self.scores.widths(self.tiles(first)))
@@ -280,7 +259,7 @@ class Stream:
                     targets[columns],
                     v2[columns],
                 )
-            u2 = row_sums.scale(u2, self.valid, lambda: self.row_log_sums(v2))
+            u2 = row_sums.scale(u2, self.call.valid, lambda: self.row_log_sums(v2))
         return Target(u2, v2, None), vision_pairs.result()
 
     def sinkhorn_over_group(self, targets: Tensor) -> tuple[Target, Pair]:
@@ -288,12 +267,12 @@ class Stream:
         u2 = self.start
         v2, peaks, sums = (torch.empty_like(targets) for _ in range(3))
         vision_pairs = self.new_pairs(first=True)
-        for iteration in range(self.settings.num_iters):
+        for iteration in range(self.call.num_iters):
             for columns, scores in self.text_scores(vision_pairs if iteration == 0 else None):
                 peaks[columns], sums[columns] = self.steps.column_statistics(
                     scores, self.text_factor, u2, self.scores.scale_of(columns), self.features.scales[1]
                 )
-            v2 = scale(targets, merge_over_group(peaks.clone(), sums, self.settings.group))
+            v2 = scale(targets, merge_over_group(peaks.clone(), sums, self.group))
             u2 = self.start - self.row_log_sums(v2)
         return Target(u2, v2, None), vision_pairs.result()
 
@@ -302,12 +281,11 @@ class Stream:
         width = self.products.gradient_cols(self.num_rows) or self.scores.words
         return [part for columns in self.scores.tiles for part in cut(columns.start, columns.stop, width)]
 
-    def loss(
-        self, target: Target, vision_pair: Pair, gradient: bool, prototype_gradient: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def loss(self, target: Target, vision_pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
         """Mean over the group's valid rows of the cross-entropy, and the gradients of the local vision features and of the
         prototypes."""
-        row_weight, tiles, dim = self.row_weight, self.loss_tiles(), self.prototypes.shape[1]
+        row_weight, tiles, dim = self.row_weight, self.loss_tiles(), self.call.prototypes.shape[1]
+        gradient, prototype_gradient = self.call.gradient, self.call.prototype_gradient
         losses = self.steps.Losses(self.num_rows, self.scores.widths(tiles), self.like)
         gradients = self.like.new_empty((self.products.gradient_terms, self.num_rows, dim)) if gradient else None
         if gradient and not tiles:
@@ -331,24 +309,24 @@ class Stream:
                 row_weight=row_weight,
                 text_factor=self.text_factor,
                 vision_factor=self.vision_factor,
-                grad_factor=1.0 / self.settings.temperature,
+                grad_factor=1.0 / self.call.temperature,
             )
             if gradient:
                 self.products.add_gradient(score_gradients, columns, gradients, first=columns.start == 0)
             if prototype_gradient:
                 self.gradient_of_prototypes(score_gradients, columns, grad_prototypes[columns])
         loss = losses.total(row_weight)
-        if self.settings.group is not None:
-            dist.all_reduce(loss, group=self.settings.group)
+        if self.group is not None:
+            dist.all_reduce(loss, group=self.group)
         if not gradient:
             return loss, self.like.new_empty(0), grad_prototypes
-        return loss, self.steps.through_feature_lengths(gradients, self.features, self.settings), grad_prototypes
+        return loss, self.steps.through_feature_lengths(gradients, self.features, self.call.normalize), grad_prototypes
 
     def gradient_of_prototypes(self, score_gradients: Tensor, columns: slice, out: Tensor) -> None:
         """out [C, D], through the vision scores; the target is a constant."""
         self.products.prototype_gradient(score_gradients, self.features.vision[0], out)
-        if self.settings.normalize:
-            self.steps.through_prototype_lengths(out, self.prototypes[columns], self.scores.scales[columns])
+        if self.call.normalize:
+            self.steps.through_prototype_lengths(out, self.call.prototypes[columns], self.scores.scales[columns])
 
 
 def word_frequency(prior: Tensor | None, like: Tensor, num_words: int) -> Tensor:

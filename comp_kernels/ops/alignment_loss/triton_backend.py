@@ -15,7 +15,7 @@ from .call import Call
 from .features import Features
 from .products import Matmul
 from .reference import NORM_FLOOR, SCALE_DOWN
-from .streaming import Limits, Pair, Settings
+from .streaming import Limits, Pair
 
 __all__ = [
     "LIMITS",
@@ -70,9 +70,10 @@ def as_bytes(valid: Tensor | None) -> Tensor | None:
     return None if valid is None else valid.contiguous().view(torch.uint8)
 
 
-def prepare_features(vision: Tensor, text: Tensor, valid: Tensor | None, products: Matmul, settings: Settings) -> Features:
+def prepare_features(call: Call, products: Matmul) -> Features:
     from .triton_kernels import features_kernel
 
+    vision, text, valid = call.vision, call.text, call.valid
     rows, dim = vision.shape
     stored = vision.new_empty((products.terms, 2 * rows, dim), dtype=products.row_dtype)
     scale = vision.new_empty(2 * rows, dtype=torch.float32) if products.raw else None
@@ -84,7 +85,7 @@ def prepare_features(vision: Tensor, text: Tensor, valid: Tensor | None, product
         vision, text, as_bytes(valid), stored, scale, inverse,
         rows, dim, vision.stride(0), text.stride(0), NORM_FLOOR, DOWN,
         HAS_VALID=valid is not None,
-        NORMALIZE=settings.normalize,
+        NORMALIZE=call.normalize,
         RAW=products.raw,
         TERMS=products.terms,
         BD=channels(dim),
@@ -304,12 +305,12 @@ class Losses:
         return total
 
 
-def through_feature_lengths(gradients: Tensor, features: Features, settings: Settings) -> Tensor:
+def through_feature_lengths(gradients: Tensor, features: Features, normalize: bool) -> Tensor:
     """The gradient of vision [n, D] as it came from that of its rows as they were multiplied, [terms, n, D]."""
     _, rows, dim = gradients.shape
     out = gradients.new_empty((rows, dim))
     scale = features.row_scale
-    _launch_lengths(gradients, features.rows, scale, features.inverse_length, out, dim, settings.normalize)
+    _launch_lengths(gradients, features.rows, scale, features.inverse_length, out, dim, normalize)
     return out
 
 
