@@ -83,9 +83,10 @@ def test_short_and_long_sequences_share_all_but_the_forward_kernel():
     assert [name for name, _ in every - long] == ["attention_forward_kernel"]
 
 
-def alignment_keys(num_words, seed, batches, **settings) -> list[set]:
+def alignment_keys(num_words, words_dtype, seed, batches, **settings) -> list[set]:
+    """Features in float32. Prototypes in float16 are widened tile by tile; in bfloat16 they meet features of three terms."""
     rng, dim, found = random.Random(seed), 24, []
-    prototypes, prior = torch.zeros(num_words, dim, dtype=torch.bfloat16), torch.ones(num_words)
+    prototypes, prior = torch.zeros(num_words, dim, dtype=words_dtype), torch.ones(num_words)
     for _ in range(batches):
         rows = rng.choice((1, 16, 31, rng.randint(1, 3000)))
         vision, text = torch.zeros(rows, dim, requires_grad=True), torch.zeros(rows, dim)
@@ -98,18 +99,21 @@ def alignment_keys(num_words, seed, batches, **settings) -> list[set]:
     return found
 
 
+@pytest.mark.parametrize("dtype, more", [(torch.float32, 0), (torch.float16, 0), (torch.bfloat16, 1)])
 @pytest.mark.parametrize("mode, kernels", [("sinkhorn", 10), ("literal", 9), ("softmax", 8)])
-def test_alignment_loss_of_any_batch(mode, kernels):
-    """30 batches of 1 to 3000 rows, in up to three tiles of the vocabulary."""
-    first, *others = run_compiled(alignment_keys, 49152 + 16, 0, 30, mode=mode)
-    assert len(first) == kernels
+def test_alignment_loss_of_any_batch(mode, kernels, dtype, more):
+    """30 batches of 1 to 3000 rows, in up to three tiles of the vocabulary; one kernel more adds the terms up."""
+    first, *others = run_compiled(alignment_keys, 49152 + 16, dtype, 0, 30, mode=mode)
+    assert len(first) == kernels + more
     assert all(keys == first for keys in others)
 
 
-def test_alignment_loss_over_an_odd_vocabulary():
-    """Its last tile has columns that no power of two divides: five kernels have a second form, whatever the rows."""
-    found = run_compiled(alignment_keys, 40001, 1, 30)
-    assert len(set().union(*found)) == 10 + 5
+@pytest.mark.parametrize("dtype, kernels, second_forms", [(torch.float16, 10, 5), (torch.bfloat16, 11, 6)])
+def test_alignment_loss_over_an_odd_vocabulary(dtype, kernels, second_forms):
+    """Its last tile has columns that no power of two divides: five kernels and that of the terms have a second form, whatever
+    the rows."""
+    found = run_compiled(alignment_keys, 40001, dtype, 1, 30)
+    assert len(set().union(*found)) == kernels + second_forms
 
 
 def sinkhorn_keys(seed, batches, tol, shortest, longest, cols=1000) -> list[set]:

@@ -31,6 +31,7 @@ __all__ = [
     "declines",
     "forward",
     "inverse_norms",
+    "on_gpu",
     "prepare_features",
     "through_feature_lengths",
     "through_prototype_lengths",
@@ -60,6 +61,10 @@ def unavailable_reason(device: torch.device) -> str | None:
 
 def declines(call: Call) -> str | None:
     return None
+
+
+def on_gpu(device: torch.device) -> bool:
+    return False
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:

@@ -207,9 +207,11 @@ class Half(Matmul):
             out += product
 
 
-def choose_products(prototypes: Tensor, dtype: torch.dtype, features_dtype: torch.dtype, prototype_gradient: bool) -> Matmul:
+def choose_products(
+    prototypes: Tensor, dtype: torch.dtype, features_dtype: torch.dtype, prototype_gradient: bool, on_gpu: bool
+) -> Matmul:
     """The products for features of `features_dtype` with prototypes, computing in `dtype`."""
-    if prototypes.device.type == "cpu":
+    if not on_gpu:
         return (OneDnn if dtype == torch.float32 and onednn_is_faster() else Matmul)(prototypes, dtype)
     half = prototypes.dtype == torch.bfloat16 or prototypes.dtype == features_dtype == torch.float16
     if dtype == torch.float32 and half and not prototype_gradient:

@@ -173,7 +173,8 @@ class Stream:
         self.steps, self.call, self.group = steps, call, group_by_name(call.group)
         dtype = torch.promote_types(call.vision.dtype, torch.float32)
         features_dtype = call.vision.dtype if call.vision.dtype == call.text.dtype else torch.float32
-        self.products = choose_products(call.prototypes, dtype, features_dtype, call.prototype_gradient)
+        on_gpu = steps.on_gpu(call.device)
+        self.products = choose_products(call.prototypes, dtype, features_dtype, call.prototype_gradient, on_gpu)
         self.features = steps.prepare_features(call, self.products)
         self.scores = Scores(steps, self.products, self.features, call.prototypes.shape[0], call.normalize)
         self.like = self.features.inverse_length  # for dtype and device

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..._triton import alignment, cdiv, launch, next_power_of_2, unavailable_reason
+from ..._triton import alignment, architecture, cdiv, launch, next_power_of_2, unavailable_reason
 from ..._units import LOG2E
 from . import streaming
 from .call import Call
@@ -28,6 +28,7 @@ __all__ = [
     "declines",
     "forward",
     "inverse_norms",
+    "on_gpu",
     "prepare_features",
     "through_feature_lengths",
     "through_prototype_lengths",
@@ -54,6 +55,11 @@ DOWN = SCALE_DOWN[torch.float32]
 
 def declines(call: Call) -> str | None:
     return "the Triton kernels have no float64" if call.vision.dtype == torch.float64 else None
+
+
+def on_gpu(device: torch.device) -> bool:
+    """Whether the steps run on a GPU, or go where one is recorded or emulated with tensors on the CPU."""
+    return device.type != "cpu" or architecture(device) != "interpreter"
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:

@@ -28,19 +28,21 @@ def ahead_and_in_use() -> tuple[set, set]:
         with torch.autocast("cpu", torch.bfloat16):
             encoder(pixels, grids).float().sum().backward()
 
-    def align():
-        vision, text, prototypes = (torch.zeros(n, dim) for n in (32, 32, words))
+    def align(dtype):
+        vision, text, prototypes = torch.zeros(32, dim), torch.zeros(32, dim), torch.zeros(words, dim, dtype=dtype)
         settings = dict(prior=torch.ones(words), valid=torch.ones(32, dtype=torch.bool), backend="triton")
         alignment_loss(vision.requires_grad_(), text, prototypes, **settings).backward()
 
-    return ahead, keys_of(lambda: step("abs"), lambda: step("abs+rope"), align)
+    alone, with_others = (lambda: align(torch.float32)), (lambda: align(torch.bfloat16))  # as FSDP hands prototypes out
+    return ahead, keys_of(lambda: step("abs"), lambda: step("abs+rope"), alone, with_others)
 
 
 def test_default_recipe():
     ahead, in_use = run_compiled(ahead_and_in_use)
     assert in_use <= ahead
-    left = sorted(name for name, _ in ahead - in_use)  # pictures of up to 64 patches; prototypes as FSDP hands them out
-    assert left == [*["attention_forward_kernel"] * 2, "norms_kernel"]
+    assert "add_terms_kernel" in {name for name, _ in in_use}  # of a GPU's products with bfloat16 prototypes
+    left = sorted(name for name, _ in ahead - in_use)  # pictures of up to 64 patches
+    assert left == ["attention_forward_kernel"] * 2
 
 
 def test_command_line_says_what_is_wrong(capsys):

@@ -136,7 +136,7 @@ def test_products_of_16_bits(words, features, mode, monkeypatch):
     """As on a GPU: features as they came or as a sum of terms, float32 results, within the budget of float32 products."""
     chosen = []
 
-    def choose(prototypes, dtype, features_dtype, prototype_gradient):
+    def choose(prototypes, dtype, features_dtype, prototype_gradient, on_gpu):
         chosen.append(products.Half(prototypes, dtype, features_dtype))
         return chosen[-1]
 

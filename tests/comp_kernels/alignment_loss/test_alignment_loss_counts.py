@@ -111,7 +111,7 @@ def test_products_follow_the_precision_the_user_set():
     try:
         for precision, terms in (("highest", 3), ("high", 2), ("medium", 1)):
             torch.set_float32_matmul_precision(precision)
-            assert streaming.choose_products(matrix, torch.float32, torch.float32, False).terms == terms
-            assert streaming.choose_products(matrix, torch.float32, torch.bfloat16, False).terms == 1
+            assert streaming.choose_products(matrix, torch.float32, torch.float32, False, on_gpu=True).terms == terms
+            assert streaming.choose_products(matrix, torch.float32, torch.bfloat16, False, on_gpu=True).terms == 1
     finally:
         torch.set_float32_matmul_precision(before)

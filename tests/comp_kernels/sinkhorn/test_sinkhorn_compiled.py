@@ -1,6 +1,5 @@
 """The Triton kernels of sinkhorn and alignment_loss as compiled code: no spills, and right answers when the PTX is executed."""
 
-import contextlib
 from unittest.mock import patch
 
 import pytest
@@ -27,29 +26,11 @@ def all_kernels(dtype: torch.dtype) -> None:
     ck.sinkhorn(torch.zeros(2, 64, 5000, dtype=dtype), epsilon=0.05, num_iters=2, tol=0.01, backend="triton", **marginals)
     ck.sinkhorn(torch.zeros(64, 5000, dtype=dtype), epsilon=0.05, num_iters=1, backend="triton")
     settings = dict(prior=torch.ones(3000), valid=torch.ones(64, dtype=torch.bool), backend="triton")
-    with products_of_gpus():
-        for features, words in {(dtype, dtype), (torch.float32, torch.bfloat16)}:
-            vision, text = (torch.zeros(64, 576, dtype=features).requires_grad_() for _ in range(2))
-            prototypes = torch.zeros(3000, 576, dtype=words)
-            for mode in ("sinkhorn", "literal"):
-                ck.alignment_loss(vision, text, prototypes, mode=mode, **settings)
-
-
-@contextlib.contextmanager
-def products_of_gpus():
-    """Those that a GPU would take for 16-bit prototypes, here on the CPU's tensors."""
-    from comp_kernels.ops.alignment_loss import streaming
-    from comp_kernels.ops.alignment_loss.products import Half
-
-    def choose(prototypes, dtype, features_dtype, prototype_gradient):
-        chosen = before(prototypes, dtype, features_dtype, prototype_gradient)
-        return chosen if prototypes.dtype == dtype else Half(prototypes, dtype, features_dtype)
-
-    before, streaming.choose_products = streaming.choose_products, choose
-    try:
-        yield
-    finally:
-        streaming.choose_products = before
+    for features, words in {(dtype, dtype), (torch.float32, torch.bfloat16)}:
+        vision, text = (torch.zeros(64, 576, dtype=features).requires_grad_() for _ in range(2))
+        prototypes = torch.zeros(3000, 576, dtype=words)
+        for mode in ("sinkhorn", "literal"):
+            ck.alignment_loss(vision, text, prototypes, mode=mode, **settings)
 
 
 def tiles_of(columns: int):
@@ -116,7 +97,7 @@ def emulated_alignment_loss(target: int, dtype: torch.dtype) -> list[str]:
         return loss.detach(), torch.autograd.grad(loss, leaf)[0]
 
     emulated = launches_go_to(emulating_launcher(reports, target=target), f"sm_{target}")
-    with tiles_of(256), products_of_gpus(), emulated:
+    with tiles_of(256), emulated:
         actual = step(ck.alignment_loss, backend="triton")
     for label, *triple in zip(
         ("loss", "gradient"), actual, step(reference.alignment_loss, torch.float64), step(reference.alignment_loss)
@@ -162,7 +143,7 @@ def results_under_schedules(seeds) -> list:
     for seed in seeds:
         leaf = vision.clone().requires_grad_()
         emulated = launches_go_to(emulating_launcher(seed=seed, quantum=7, check_uninit_reg=True), "sm_80")
-        with tiles_of(128), products_of_gpus(), emulated:
+        with tiles_of(128), emulated:
             solved = ck.sinkhorn(scores, epsilon=0.1, num_iters=2, backend="triton", return_potentials=True, **marginals)
             settings = dict(prior=inputs.prior, valid=inputs.valid, epsilon=0.1, num_iters=2)
             loss = ck.alignment_loss(leaf, *others, backend="triton", **settings)
