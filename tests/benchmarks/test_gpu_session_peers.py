@@ -1,4 +1,4 @@
-"""benchmarks/gpu_report.py, as far as it goes without a GPU: the dry run, and every peer's call against the definition.
+"""benchmarks/gpu_session/peers.py, as far as it goes without a GPU: every peer's call against the definition.
 
 Peers that need CUDA are replaced by functions with the signature of the real one, as documented (flash-attention 2.8.4 and its
 hopper interface at 0251105a, xformers before it moved to mslk) or, for torch, as installed. So a wrong order of arguments, a
@@ -13,9 +13,10 @@ import pytest
 import torch
 
 import comp_kernels as ck
-from benchmarks import gpu_report
+from benchmarks.gpu_session import peers, workloads
+from comp_kernels.testing import cumulative
 
-WORKLOAD = gpu_report.Workload("small", (5, 9, 1), 2, 16)
+WORKLOAD = workloads.Workload("small", (5, 9, 1), 2, 16)
 
 
 @pytest.fixture(autouse=True)
@@ -29,9 +30,9 @@ def packed_attention(q, k, v, cu_seqlens):
 
 
 def assert_is_our_definition(peer):
-    x = gpu_report.make_inputs(WORKLOAD, "cpu", torch.float32)
+    x = workloads.make_inputs(WORKLOAD, "cpu", torch.float32)
     expected = ck.reference.rope_attention(x.q, x.k, x.v, x.cos, x.sin, x.cu_seqlens)
-    attend = gpu_report.PEERS[peer][1]()
+    attend = peers.PEERS[peer][1]()
     torch.testing.assert_close(attend(x), expected)
     torch.testing.assert_close(attend(x), expected)  # with what it prepared in the first call
 
@@ -100,7 +101,7 @@ def test_call_of_xformers(monkeypatch):
         @classmethod
         def from_seqlens(cls, q_seqlen, kv_seqlen=None, *, device=None):
             mask = cls()
-            mask.bounds = gpu_report.cumulative(q_seqlen)
+            mask.bounds = cumulative(q_seqlen)
             return mask
 
     def memory_efficient_attention(query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None, output_dtype=None):
@@ -111,20 +112,6 @@ def test_call_of_xformers(monkeypatch):
     module(monkeypatch, "xformers")
     module(monkeypatch, "xformers.ops", fmha=fmha)
     assert_is_our_definition("xformers")
-
-
-def test_dry_run(tmp_path, monkeypatch, capsys):
-    """The whole command: candidates, correctness, both workloads, table and plot."""
-    monkeypatch.setattr(sys, "argv", ["gpu_report", "--dry-run", "--out", str(tmp_path)])
-    gpu_report.main()
-    text = (tmp_path / "report.md").read_text()
-    assert text in capsys.readouterr().out
-    for workload in gpu_report.TINY_WORKLOADS:
-        for candidate in ("ours (reference)", "nested jagged", "SDPA per image"):
-            assert f"| {workload.name} | {candidate} | " in text
-    assert "reference: 2 of 2 cases within the budget" in text
-    assert "flex: NotImplementedError: FlexAttention does not support backward on CPU" in text
-    assert (tmp_path / "speed.png").stat().st_size > 0
 
 
 def test_candidates_run_in_turn_and_failures_are_lines():
@@ -141,18 +128,7 @@ def test_candidates_run_in_turn_and_failures_are_lines():
         return next(times)
 
     candidates = {"first": attend, "broken": broken, "second": attend}
-    results, failures = gpu_report.measure(WORKLOAD, candidates, clock, "cpu")
+    results, failures = peers.measure(WORKLOAD, candidates, clock, "cpu")
     assert failures == ["small, broken: RuntimeError: cannot serve this"]
     assert [(r.candidate, r.forward, r.both) for r in results] == [("first", 2.0, 9.0), ("second", 4.0, 7.0)]
     assert results[0].error < 0.1  # bfloat16 against float32
-    text = gpu_report.to_markdown(results, failures, "no machine")
-    flops = 4 * 16 * 2 * (25 + 81 + 1)
-    assert f"| small | first | 2.000 | {flops / 2 / 1e9:.3g} | 9.000 | {3.5 * flops / 9 / 1e9:.3g} | - |" in text
-
-
-def test_refuses_without_a_gpu(monkeypatch):
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
-    monkeypatch.setattr(sys, "argv", ["gpu_report"])
-    with pytest.raises(SystemExit, match="--dry-run"):
-        gpu_report.main()
