@@ -17,6 +17,10 @@ from train import read_command_line
 
 REPOSITORY = Path(__file__).parent.parent
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+LINKING = [
+    *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted([*(REPOSITORY / "docs").rglob("*.md"), *(REPOSITORY / "comp_kernels").rglob("README.md")]),
+]
 
 
 def blocks(*languages: str):
@@ -102,6 +106,21 @@ def test_command_is_understood(words, monkeypatch):
         monkeypatch.setattr(sys, "argv", arguments[1:])
         with pytest.raises(Parsed):
             runpy.run_module(arguments[1], run_name="__main__")
+
+
+def anchors(page):
+    """Of the headings of a page, as GitHub and the site make them."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", LINKING, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_links_lead_somewhere(page):
+    for path, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", page.read_text()):
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), path
+        assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
 
 
 def test_there_are_examples():

@@ -102,12 +102,14 @@ def open_benchmark(
 ) -> BenchmarkDataset:
     """The questions of a benchmark as `Sample`s; also for the `factory` of a data source.
 
-    name:       a key of `BENCHMARKS`: chartqa, docvqa, infovqa, textvqa, okvqa, vqav2, gqa, ai2d, realworldqa, seed, mmmu or
-                mmbench.
-    path:       a folder of the Hugging Face `datasets` library: parquet files as on the hub, or what save_to_disk wrote.
-    split:      None: the one that papers report.
-    cache_dir:  where the library keeps its memory-mapped copy of parquet files; None: its own default.
-    images_anywhere:  image cells that name a file may lead out of the folder; otherwise such a sample is unusable.
+    Args:
+        name:  a key of `BENCHMARKS`: chartqa, docvqa, infovqa, textvqa, okvqa, vqav2, gqa, ai2d, realworldqa, seed, mmmu or
+            mmbench.
+        path:  a folder of the Hugging Face `datasets` library: parquet files as on the hub, or what save_to_disk wrote.
+        split:  None: the one that papers report.
+        cache_dir:  where the library keeps its memory-mapped copy of parquet files; None: its own default.
+        images_anywhere:  image cells that name a file may lead out of the folder; otherwise such a sample is unusable.
+
     Raises ConfigError for an unknown name, a folder in neither layout, and missing columns.
     """
     return BenchmarkDataset(name, path, split, cache_dir, images_anywhere)

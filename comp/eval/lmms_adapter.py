@@ -48,11 +48,12 @@ def manifest() -> ModelManifest:
 class CoMPForLmmsEval(lmms):
     """Greedy answers of the model that a stage exported.
 
-    pretrained:         folder with vision/ and language/, runs/NAME/models/STAGE.
-    device:             default: the GPU of this process (LOCAL_RANK), else the CPU.
-    batch_size:         questions answered at a time; answers do not depend on it.
-    min_visual_tokens:  smaller images are scaled up.
-    max_visual_tokens:  of a question, shared by its images.
+    Args:
+        pretrained:  folder with vision/ and language/, runs/NAME/models/STAGE.
+        device:  default: the GPU of this process (LOCAL_RANK), else the CPU.
+        batch_size:  questions answered at a time; answers do not depend on it.
+        min_visual_tokens:  smaller images are scaled up.
+        max_visual_tokens:  of a question, shared by its images.
     """
 
     is_simple = True

@@ -114,9 +114,10 @@ _RESTORED = {
 def vqa_accuracy(prediction: str, answers: Sequence[str], variant: str = "evalai") -> float:
     """Agreement with human annotators (Antol et al. 2015): the mean over annotators of min(1, matches among the rest / 3).
 
-    answers: one per annotator, repeats included; the benchmarks have ten. Fewer than four could not reach 1: ValueError.
-    variant: "evalai" (OK-VQA, TextVQA) normalises both sides always; "vqav2" normalises the references, and drops
-        punctuation and articles from the prediction, only where the annotators disagree.
+    Args:
+        answers:  one per annotator, repeats included; the benchmarks have ten. Fewer than four could not reach 1: ValueError.
+        variant:  "evalai" (OK-VQA, TextVQA) normalises both sides always; "vqav2" normalises the references, and drops
+            punctuation and articles from the prediction, only where the annotators disagree.
     """
     if variant not in ("evalai", "vqav2"):
         raise ValueError(f"variant must be 'evalai' or 'vqav2', got {variant!r}")

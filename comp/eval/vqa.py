@@ -55,12 +55,14 @@ def answer_questions(
 ) -> tuple[list[Prediction], list[str]]:
     """Greedy answers to questions, scored.
 
-    model:        a CoMP, or anything with its `generate`.
-    encoder:      what turns a sample into ids and patches (comp.build.question_encoder).
-    indices:      of the questions in `samples`.
-    metric:       for samples that name none, one of `comp.eval.metrics.METRICS`.
-    after_batch:  called after every batch; true ends the evaluation there.
-    say:          called with what the samples' records hold and nobody reads (`Sample.notes`); None: on stderr, each once.
+    Args:
+        model:  a CoMP, or anything with its `generate`.
+        encoder:  what turns a sample into ids and patches (comp.build.question_encoder).
+        indices:  of the questions in `samples`.
+        metric:  for samples that name none, one of `comp.eval.metrics.METRICS`.
+        after_batch:  called after every batch; true ends the evaluation there.
+        say:  called with what the samples' records hold and nobody reads (`Sample.notes`); None: on stderr, each once.
+
     Returns the predictions in the order of `indices`, and a message for every sample that could not be used.
     Raises ConfigError where a metric does not exist, or cannot score the answers of its sample.
     """

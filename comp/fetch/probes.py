@@ -3,7 +3,7 @@
     python -m comp.fetch.probes data/probes                        # everything, about 200 MB of downloads
     python -m comp.fetch.probes data/probes --only digits fashion-mnist
 
-`digits` and `fashion-mnist` become folders in ImageNet layout, train/CLASS/*.png and val/CLASS/*.png, pixels as published.
+`digits` and `fashion-mnist` become folders in ImageNet layout, `train/CLASS/*.png` and `val/CLASS/*.png`, pixels as published.
 `stamp-segmentation` becomes a folder in ADE20K layout: Tux Paint's stamps pasted on cuttings of R's manuals, with their masks.
 
 Held out are the standard test images of Fashion-MNIST, the scans that the recipe `tiny` holds out, and, of the composites,

@@ -14,9 +14,11 @@ from ..config import AdapterInit, need_choice
 class Adapter(nn.Module):
     """LayerNorm of each patch, concatenation of the merge_size^2 patches of a block, Linear, GELU, Linear.
 
-    vision_width: Dv of the patches. language_width: of the language model's embeddings.
-    init:  weights at first: "lecun" (normal, variance 1 / fan-in; the release with SigLIP) or "truncated" (normal cut at two
-           standard deviations of `std`; the release with DINOv2). Biases start at zero.
+    Args:
+        vision_width:  Dv of the patches.
+        language_width:  of the language model's embeddings.
+        init:  weights at first: "lecun" (normal, variance 1 / fan-in; the release with SigLIP) or "truncated" (normal cut at
+            two standard deviations of `std`; the release with DINOv2). Biases start at zero.
     """
 
     def __init__(

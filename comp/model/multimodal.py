@@ -84,14 +84,17 @@ class StepText:
 class CoMP(nn.Module):
     """The multimodal model.
 
-    encoder:          a VisionEncoder. Its adapter is used where it has one that fits, else a new one is put there.
-    language_model:   any transformers causal language model whose decoder takes `inputs_embeds`.
-    image_token_id:   the placeholder in input_ids; an image of grid (t, h, w) has t * h * w / merge_size^2 of them in a run.
-    position_ids:     "mrope": image tokens carry (time, row, column), identical to "1d" for text (comp.model.mrope); or "1d".
-    adapter_init:     of a new adapter, "lecun" or "truncated" (comp.model.Adapter).
-    dummy_image:      let batches without images push one block of zeros through encoder and adapter, times zero. Every rank
-                      then touches the same parameters whatever its batch holds, as DDP and FSDP need. Off by default: such
-                      a batch costs nothing in the vision tower.
+    Args:
+        encoder:  a VisionEncoder. Its adapter is used where it has one that fits, else a new one is put there.
+        language_model:  any transformers causal language model whose decoder takes `inputs_embeds`.
+        image_token_id:  the placeholder in input_ids; an image of grid (t, h, w) has t * h * w / merge_size^2 of them in a
+            run.
+        position_ids:  "mrope": image tokens carry (time, row, column), identical to "1d" for text (comp.model.mrope); or
+            "1d".
+        adapter_init:  of a new adapter, "lecun" or "truncated" (comp.model.Adapter).
+        dummy_image:  let batches without images push one block of zeros through encoder and adapter, times zero. Every rank
+            then touches the same parameters whatever its batch holds, as DDP and FSDP need. Off by default: such a batch
+            costs nothing in the vision tower.
 
     Parts: `encoder` (which holds `adapter`) and `language_model`; `named_parts` partitions the parameters.
     """
@@ -218,10 +221,12 @@ class CoMP(nn.Module):
     ) -> CoMPOutput:
         """Losses of a batch; every mix of text-only, one-image and several-image samples is legal, and no image at all.
 
-        alignment:  also compute the alignment loss with these settings (comp.config.AlignmentConfig; its weight is not
-                    applied here). All ranks of `group` must then call, each with its share of the global batch.
-        step_text:  where this batch is one of several of an optimiser step: the text side of all of them (StepText).
-        per_sample: sum the mean token losses of the samples in place of the losses of their tokens.
+        Args:
+            alignment:  also compute the alignment loss with these settings (comp.config.AlignmentConfig; its weight is not
+                applied here). All ranks of `group` must then call, each with its share of the global batch.
+            step_text:  where this batch is one of several of an optimiser step: the text side of all of them (StepText).
+            per_sample:  sum the mean token losses of the samples in place of the losses of their tokens.
+
         Raises ValueError where placeholders and images do not match, with the counts.
         """
         token_grids = self.token_grids(batch)
@@ -375,11 +380,13 @@ class CoMP(nn.Module):
     ) -> list[list[int]]:
         """Continuation of every row of batch.input_ids (prompts, right padded) by the language model's own `generate`.
 
-        eos_token_id:  ids that end an answer, default those of the language model's generation config; nothing else of that is
-                       used.
-        streamer:      of transformers; gets the prompt and then the ids of an answer as they come. One row at a time.
-        options:       fields of transformers.GenerationConfig, for example do_sample=True, temperature=0.7, top_p=0.9 or
-                       num_beams=4; without any the answer is greedy.
+        Args:
+            eos_token_id:  ids that end an answer, default those of the language model's generation config; nothing else of
+                that is used.
+            streamer:  of transformers; gets the prompt and then the ids of an answer as they come. One row at a time.
+            options:  fields of transformers.GenerationConfig, for example do_sample=True, temperature=0.7, top_p=0.9 or
+                num_beams=4; without any the answer is greedy.
+
         Returns the new ids of each row, without the one that ended it. Answers do not depend on the other rows: rows of
         different lengths are answered one after another where padding would change them (comp.model.generation).
         """

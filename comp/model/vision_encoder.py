@@ -113,7 +113,9 @@ class VisionEncoder(nn.Module):
 
     Build it with `from_pretrained`, or from a ViTConfig for random weights.
 
-    Attributes that may change at any time, between stages say:
+    These attributes may change at any time, between stages for example.
+
+    Attributes:
         pos_mode:  "abs", "rope" or "abs+rope". "rope" leaves the position table unused (it then gets no gradient).
         gradient_checkpointing:  recompute the blocks in the backward pass instead of keeping their activations.
         backend:  of rope_attention; None chooses by device.
@@ -174,13 +176,14 @@ class VisionEncoder(nn.Module):
         """Load a tower in Hugging Face layout (SigLIP, SigLIP 2, DINOv2, AIMv2, CLIP) or a CoMP checkpoint,
         also out of a whole CoMP-MM (`visual.*` beside the language model, which is left out).
 
-        path:  a directory with config.json and weights (.safetensors, sharded or not, or pytorch_model.bin), or a hub id.
-        dtype:  of the parameters, default that of the file.
-        choices:  pos_mode, abs_pos_order, abs_pos_interp, align_corners, antialias, rope_dtype, keep_prefix_tokens,
-        final_norm, merge_size: fields of comp.config.TowerChoices. None takes the stored choice of a directory that
-        `save_pretrained` wrote, else what the weights were trained with: "abs" for plain towers; for released CoMP checkpoints
-        (`use_rope` in the configuration or `merger.*` among the weights) "abs+rope" and, with a warning, abs_pos_order
-        "raster_legacy".
+        Args:
+            path:  a directory with config.json and weights (.safetensors, sharded or not, or pytorch_model.bin), or a hub id.
+            dtype:  of the parameters, default that of the file.
+            choices:  pos_mode, abs_pos_order, abs_pos_interp, align_corners, antialias, rope_dtype, keep_prefix_tokens,
+                final_norm, merge_size: fields of comp.config.TowerChoices. None takes the stored choice of a directory that
+                `save_pretrained` wrote, else what the weights were trained with: "abs" for plain towers; for released CoMP
+                checkpoints (`use_rope` in the configuration or `merger.*` among the weights) "abs+rope" and, with a warning,
+                abs_pos_order "raster_legacy".
 
         Raises ValueError naming every missing and every unexpected weight; heads that CoMP drops on purpose (pooling heads,
         text towers, and the like: comp.model.weights.DROPPED) are neither. TypeError for a choice of another name.
@@ -210,10 +213,12 @@ class VisionEncoder(nn.Module):
     ) -> Tensor | tuple[Tensor, dict[int, Tensor]]:
         """Features of packed images.
 
-        pixel_values:   [N, C * P * P] patches of all images in merge-block order (comp.data.images.patchify).
-        grid_thw:       [M, 3] integers, frames, rows and columns of patches of each image; sides multiples of merge_size.
-                        Every frame attends to itself only.
-        return_layers:  also return the outputs of these blocks, before the final norm (0-based, negative from the end).
+        Args:
+            pixel_values:  [N, C * P * P] patches of all images in merge-block order (comp.data.images.patchify).
+            grid_thw:  [M, 3] integers, frames, rows and columns of patches of each image; sides multiples of merge_size.
+                Every frame attends to itself only.
+            return_layers:  also return the outputs of these blocks, before the final norm (0-based, negative from the end).
+
         Returns features [N, D] in merge-block order; comp.data.images.to_raster gives maps. With return_layers:
         (features, {layer: [N, D]}).
         """
@@ -252,8 +257,10 @@ class VisionEncoder(nn.Module):
     ) -> list[Tensor]:
         """Feature maps [h, w, D] in raster order, one per image, at native resolution; no gradients.
 
-        min_tokens, max_tokens:  bounds on h * w / merge_size^2; images outside are scaled, keeping the aspect ratio.
-        size:  (height, width) in pixels for a fixed resolution instead.
+        Args:
+            min_tokens:  least h * w / merge_size^2; smaller images are scaled up, keeping the aspect ratio.
+            max_tokens:  most h * w / merge_size^2; larger images are scaled down, keeping the aspect ratio.
+            size:  (height, width) in pixels for a fixed resolution instead.
         """
         images = [images] if isinstance(images, Image.Image) else images
         if not images:

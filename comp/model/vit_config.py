@@ -118,7 +118,9 @@ class ViTConfig:
     def from_hugging_face(cls, config: dict[str, Any], **choices: Any) -> ViTConfig:
         """Read the content of a config.json: of a vision tower, or of a two-tower model that has one as `vision_config`.
 
-        choices: fields of this class that override what the family uses, None leaves the family's value.
+        Args:
+            choices:  fields of this class that override what the family uses, None leaves the family's value.
+
         Missing keys take the defaults of the transformers class of that model_type.
         Raises ValueError for a model_type that is not supported.
         """

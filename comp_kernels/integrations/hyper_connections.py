@@ -51,10 +51,17 @@ def liger_mhc_coeffs(
 
     Args:
         x:  [..., n, C] streams.
-        phi:  [n C, n² + 2 n] projection to the logits; b [n² + 2 n] their bias, alpha_* their scales (one number each).
+        phi:  [n C, n² + 2 n] projection to the logits.
+        b:  [n² + 2 n], bias of the logits.
+        alpha_pre:  scale of the logits of h_pre, one number.
+        alpha_post:  of h_post.
+        alpha_res:  of h_res.
         allow_fp32:  taken for the signature: float32 streams need no permission here.
-        tmax, sinkhorn_eps:  `num_iters` and `eps` of `comp_kernels.sinkhorn`.
-        rms_eps, pre_eps, post_mult:  of the normalisation, added to h_pre, factor of h_post.
+        tmax:  `num_iters` of `comp_kernels.sinkhorn`.
+        rms_eps:  of the normalisation.
+        pre_eps:  is added to h_pre.
+        sinkhorn_eps:  `eps` of `comp_kernels.sinkhorn`.
+        post_mult:  factor of h_post.
         backend:  as of `comp_kernels.sinkhorn`.
 
     Returns:

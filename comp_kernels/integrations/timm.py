@@ -100,9 +100,10 @@ def patch_timm(model: nn.Module, *, backend: str | None = None, on_unsupported: 
     Padding of NaFlex batches is skipped instead of masked: outputs at padding tokens differ (there attention gives zeros),
     those at patches and everything pooled from them do not.
 
-    backend:         as in `comp_kernels.rope_attention`.
-    on_unsupported:  a call that cannot be served (attention dropout while training, a mask that is not made of blocks, a causal
-                     mask) raises UnsupportedCall with "error", and takes the original forward with "original".
+    Args:
+        backend:  as in `comp_kernels.rope_attention`.
+        on_unsupported:  a call that cannot be served (attention dropout while training, a mask that is not made of blocks, a
+            causal mask) raises UnsupportedCall with "error", and takes the original forward with "original".
 
     Returns the names of the patched modules. Raises ValueError, with the list of known classes, if there are none.
     """

@@ -187,11 +187,12 @@ def patch_transformers(model: nn.Module, *, backend: str | None = None, on_unsup
 
     Text towers inside the model (CLIP's, SigLIP's) are left alone. Attention weights are not computed.
 
-    model:           any module that contains vision attention of a known class, the tower alone or the whole VLM.
-    backend:         as in `comp_kernels.rope_attention`.
-    on_unsupported:  a call that cannot be served (attention dropout while training, a mask that is not made of blocks, a
-                     causal mask, output_attentions) raises UnsupportedCall with "error", and takes the original forward
-                     with "original".
+    Args:
+        model:  any module that contains vision attention of a known class, the tower alone or the whole VLM.
+        backend:  as in `comp_kernels.rope_attention`.
+        on_unsupported:  a call that cannot be served (attention dropout while training, a mask that is not made of blocks, a
+            causal mask, output_attentions) raises UnsupportedCall with "error", and takes the original forward with
+            "original".
 
     Returns the names of the patched modules. Raises ValueError, with the list of known classes, if there are none.
     """

@@ -1,8 +1,8 @@
 """Frozen classification: `python -m comp.studies.probes RUN` trains attentive probes on the encoders of a run.
 
 The encoder does not change; the probe is what sees the labels (CoMP, arXiv 2503.18931, Table 3a; the head is AIM's, as the
-paper names none). Data: scikit-learn's digits, or a folder in ImageNet layout: train/CLASS/*.png and val/CLASS/*.png. Writes
-RUN/probes/NAME/table.json, which the report page shows; the encoder that the run started from is always a row.
+paper names none). Data: scikit-learn's digits, or a folder in ImageNet layout: `train/CLASS/*.png` and `val/CLASS/*.png`.
+Writes RUN/probes/NAME/table.json, which the report page shows; the encoder that the run started from is always a row.
 """
 
 from __future__ import annotations

@@ -57,13 +57,17 @@ def alignment_loss(
             `torch.set_float32_matmul_precision`, exact by default. Autocast changes nothing.
         prior:  [V] word counts of the corpus, zeros allowed (not all of them in mode "released"). None: uniform.
         mode:  how the target is made, w = max(prior, 1) / sum max(prior, 1):
-            "sinkhorn"  transport plan of c_t / epsilon: rows sum to 1, columns to n w over the group, num_iters iterations
-            "literal"   softmax(c_t / epsilon + log w), the paper's Eq. 9 as printed
-            "released"  softmax(c_t / epsilon + num_iters * (max(prior, 1) / sum prior) / prior_temperature), what the authors'
-                        code computes in closed form
-            "softmax"   softmax(c_t / epsilon)
-        epsilon, temperature, prior_temperature:  temperatures of text scores, vision scores and prior ("released" only).
-            Numbers, as are all settings: a tensor is refused, for it would receive no gradient.
+
+            - "sinkhorn": transport plan of c_t / epsilon: rows sum to 1, columns to n w over the group, num_iters iterations
+            - "literal": softmax(c_t / epsilon + log w), the paper's Eq. 9 as printed
+            - "released": softmax(c_t / epsilon + num_iters (max(prior, 1) / sum prior) / prior_temperature), what the
+              authors' code computes in closed form
+            - "softmax": softmax(c_t / epsilon)
+        epsilon:  temperature of the text scores. A number, as are all settings: a tensor would receive no gradient and is
+            refused.
+        temperature:  of the vision scores.
+        num_iters:  iterations of the modes "sinkhorn" and "released".
+        prior_temperature:  of the prior, in mode "released" only.
         valid:  [n] bool, rows that count. No valid row: the loss is 0 and still attached to the graph.
         normalize:  L2-normalise the rows of vision, text and prototypes in float32. A row of zeros (shorter than 1e-12) has
             cosine 0 with everything and receives no gradient.

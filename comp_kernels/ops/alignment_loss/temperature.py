@@ -26,7 +26,7 @@ def propose_temperature(width: int, vocabulary: int, *, entropy: float | None = 
         width:  D of features and prototypes, at least 2.
         vocabulary:  V, the number of prototypes, at least 2.
         entropy:  mean entropy of a target in nats, between 0 and log(vocabulary). None: `PAPER_ENTROPY`, for which 9 words are
-        needed.
+            needed.
 
     Returns:
         A temperature for `epsilon` and `temperature` of `comp_kernels.alignment_loss`, by simulation with a fixed seed: the

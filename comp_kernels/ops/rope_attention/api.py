@@ -42,16 +42,19 @@ def rope_attention(
         q:  [T, Hq, D], the query tokens of all sequences, packed. float32, float64, bfloat16 or float16.
         k:  [Tk, Hkv, D]. Hq must be a multiple of Hkv: query head h reads key head h // (Hq / Hkv).
         v:  [Tk, Hkv, D]. q, k, v may be views with any token and head stride (slices of one qkv tensor, say).
-        cos, sin:  [T, R] or, per head, [T, Hq, R] with R = rotary_dim; or half as wide, one value per pair.
+        cos:  [T, R] or, per head, [T, Hq, R] with R = rotary_dim; or half as wide, one value per pair.
             None: no rotation. float32 is best; narrower dtypes are widened. Rows of (1, 0) leave a token as it is
             (CLS, registers). The table need not be a rotation: gradients use the true transpose.
+        sin:  as cos, and given where cos is.
         cu_seqlens:  [B + 1] int32 or int64, sequence b owns rows cu_seqlens[b]:cu_seqlens[b + 1]. Empty sequences are
             fine. Rows from cu_seqlens[-1] on are never read; their out and gradients are zero. None: one sequence of all rows.
-        max_seqlen, max_seqlen_k:  hints, accepted for drop-in use and never needed.
+        max_seqlen:  a hint, accepted for drop-in use and never needed.
         rotary_dim:  channels that turn, default D.
         pair_stride:  channels between the two of a pair: default rotary_dim / 2 ("rotate half"); 1 is "interleaved".
-        cos_k, sin_k:  tables of the keys, [Tk, R] or [Tk, Hkv, R], or half as wide. Default: those of the queries.
+        cos_k:  table of the keys, [Tk, R] or [Tk, Hkv, R], or half as wide. Default: that of the queries.
+        sin_k:  as cos_k.
         cu_seqlens_k:  [B + 1], key sequences for cross attention. Default: those of the queries.
+        max_seqlen_k:  as max_seqlen.
         scale:  softmax scale, default D ** -0.5. A number; for one that is learned multiply q by it.
         return_lse:  also return lse [Hq, T], float32 (float64 for float64 inputs); -inf for rows without keys.
         deterministic:  the gradients are bit-equal from run to run; every backend does this at no extra cost today.

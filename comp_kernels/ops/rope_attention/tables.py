@@ -60,8 +60,10 @@ def axial_freqs(head_dim: int, base: float = 10000.0, layout: str = "hwhw", rota
 def rope_tables(positions: Tensor, freqs: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin of angles = positions @ freqs, for `rope_attention`.
 
-    positions: [T, A], integer or float, A position axes (row and column of a patch, say).
-    freqs:     [A, R] for all heads, or [H, A, R] with one set per head.
+    Args:
+        positions:  [T, A], integer or float, A position axes (row and column of a patch, say).
+        freqs:  [A, R] for all heads, or [H, A, R] with one set per head.
+
     Returns (cos, sin), each [T, R] or [T, H, R], float32 (float64 when freqs is float64). Differentiable in freqs (learnable
     frequencies, as in RoPE-Mixed). The sum over A is written out: autocast and TF32 do not touch it.
     """

@@ -59,14 +59,16 @@ def sinkhorn(
         tol:  stop early once the column marginals' L1 error is at most tol times their sum, in every batch item.
         group:  a process group; the n rows are then this process's share of a batch, and column sums run over all of it.
         gradient:  how the scores receive one (marginals never do):
-            "detach"    not at all; the result is a constant
-            "unrolled"  through the iterations, exactly, whether they converged or not; not with `tol` or `group`
-            "implicit"  of the converged plan (implicit function theorem), at a cost that does not grow with num_iters;
-                        meaningful once the column marginals are met; not with `group` or `eps`
+
+            - "detach": not at all; the result is a constant
+            - "unrolled": through the iterations, exactly, whether they converged or not; not with `tol` or `group`
+            - "implicit": of the converged plan (implicit function theorem), at a cost that does not grow with num_iters;
+              meaningful once the column marginals are met; not with `group` or `eps`
         order:  which side an iteration scales first; the other one is exact after any number of iterations.
-            "cols_rows"  columns, then rows, as in DINO, SwAV and POT
-            "rows_cols"  rows, then columns: T_c(T_r(M)) of mHC (eq. 9), as in Megatron-LM, Liger-Kernel, vLLM; `tol`
-                         then looks at the rows. Not with `group`
+
+            - "cols_rows": columns, then rows, as in DINO, SwAV and POT
+            - "rows_cols": rows, then columns: T_c(T_r(M)) of mHC (eq. 9), as in Megatron-LM, Liger-Kernel, vLLM; `tol`
+              then looks at the rows. Not with `group`
         eps:  not 0: the iteration of Megatron-LM and Liger-Kernel (1e-6 there), which starts from M = softmax + eps along the
             side that is scaled first and divides by sums + eps from then on; P = (softmax + eps) exp(u + v). Neither side is
             exact then. Kernels serve it up to 32 x 32, the reference beyond. Not with `tol` or `group`.
