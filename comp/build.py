@@ -14,7 +14,7 @@ from .data.encode import ImageSettings, SampleEncoder
 from .data.template import ChatTemplate, load_tokenizer, num_rows
 from .limits import position_limit
 from .model import VisionEncoder
-from .model.causal_lm import load_language_model
+from .model.causal_lm import apply_liger, load_language_model
 from .model.multimodal import CoMP
 from .parallel import World, uses_fsdp
 
@@ -34,7 +34,9 @@ def build_model(
     with loading(tokenizer):
         template = ChatTemplate(load_tokenizer(tokenizer))
     with loading(config.language.path):
-        language_model = load_language_model(config.language.path, "float32")
+        language_model = load_language_model(config.language.path, "float32", attention=config.language.attention)
+        if config.language.liger:
+            apply_liger(language_model)
     rows = num_rows(template.tokenizer)
     if language_model.get_input_embeddings().num_embeddings != rows:
         language_model.resize_token_embeddings(rows, mean_resizing=False)
@@ -50,6 +52,7 @@ def build_model(
             position_ids=config.language.position_ids,
             adapter_init=config.vision.adapter_init,
             dummy_image=dummy_image,
+            pack_rows=config.language.pack_rows,
         )
     sources = {stage.alignment.prototype_source for stage in config.stages if stage.alignment is not None}
     if "frozen" in sources:

@@ -131,6 +131,15 @@ class LanguageConfig:
     """Directory of the tokenizer where it is not beside the model."""
     position_ids: PositionIds = "mrope"
     """"mrope": image tokens carry (time, row, column), as Qwen2-VL; "1d": plain running index."""
+    attention: str | None = None
+    """Attention by its name in transformers ("sdpa", "eager", "flash_attention_2", "flex_attention", ...); null: its choice for
+    the model."""
+    pack_rows: bool = True
+    """Put the rows of a forward pass behind each other instead of padding them, where the model keeps them apart
+    (`comp.model.packed_rows`); where it does not, the run says why and pads. The losses are the same up to rounding."""
+    liger: bool = False
+    """Liger's RMSNorm and SwiGLU in the model, from the package liger-kernel; needs a GPU. Its fused cross-entropy is used on
+    GPUs wherever the package is installed."""
 
     def __post_init__(self) -> None:
         need_literals(self, "language.")
@@ -286,7 +295,8 @@ class StageConfig:
     forward_visual_tokens: int | None = None
     """Packing budget: visual tokens of one forward pass of one process; None: no limit."""
     forward_text_tokens: int | None = None
-    """Packing budget: rows x padded length of one forward pass of one process; None: no limit."""
+    """Packing budget: text tokens of one forward pass of one process, visual ones and padding included; None: no limit. Without
+    padding (language.pack_rows) that is the sum of the lengths, else rows x longest."""
     epochs: float = 1.0
     max_steps: int | None = None
     """Stop the stage after this many steps, whatever `epochs` says."""
@@ -403,7 +413,15 @@ class Config:
     parallel: Literal["auto", "fsdp", "replicate"] = "auto"
     """Several processes: "fsdp" shards parameters, "replicate" keeps copies; "auto": fsdp on GPUs, replicate on CPUs."""
     activation_checkpointing: bool = False
-    """Recompute activations in the backward pass instead of keeping them."""
+    """Recompute activations in the backward pass instead of keeping them, in the vision tower and in the language model."""
+    compile: bool = False
+    """torch.compile the blocks of both, once for all sizes of batches."""
+    balance: bool = False
+    """Several processes: share out the samples of a step by the work that they will be (image sizes and lengths of text, which
+    every process then looks up), not by their number."""
+    peak_tflops: float | None = None
+    """What one device can do in the precision of the run, in TFLOP/s, for `mfu` in metrics.jsonl; null: looked up for known
+    GPUs in bfloat16, else there is no `mfu`."""
     num_workers: int = 0
     """Processes per rank that read and resize images ahead of training."""
     bad_samples: Literal["skip", "stop"] = "skip"
@@ -421,6 +439,7 @@ class Config:
         for name in self.eval.encoder:
             need_choice("eval.encoder", name, tuple(names))
         need(self.seed >= 0, f"seed must be at least 0, got {self.seed}")
+        need(self.peak_tflops is None or self.peak_tflops > 0, f"peak_tflops must be positive or null, got {self.peak_tflops}")
         need(self.num_workers >= 0, f"num_workers must be at least 0, got {self.num_workers}")
         need(
             0 < self.max_image_pixels <= PILLOW_MAX_PIXELS,

@@ -94,6 +94,8 @@ class Progress:
             values["align"] = f"{record['alignment_loss']:.3f}"
         values["img/s"] = f"{record['images_per_s']:.1f}"
         values["tok/s"] = f"{record['tokens_per_s']:.0f}"
+        if "mfu" in record:
+            values["mfu"] = f"{100 * record['mfu']:.0f}%"
         values["s/step"] = f"{record['step_time']:.2f}"
         self._bar.set_postfix(values, refresh=False)
         self.advance()

@@ -84,6 +84,8 @@ def uses_bf16(config: Config, world: World) -> bool:
 
 def distribute(model: nn.Module, config: Config, world: World) -> nn.Module:
     """Move the model to the device of this process and shard it, or make all copies equal to that of rank 0."""
+    if config.compile:
+        compile_blocks(model)
     if not uses_fsdp(config, world):
         model.to(world.device)
         if world.group is not None:
@@ -99,6 +101,12 @@ def distribute(model: nn.Module, config: Config, world: World) -> nn.Module:
     for method in ("generate", "step_text"):
         register_fsdp_forward_method(model, method)
     return model
+
+
+def compile_blocks(model: nn.Module, **options: Any) -> None:
+    """torch.compile every block in place (names of parameters stay), sizes of batches left open; options of torch.compile."""
+    for block in transformer_blocks(model):
+        block.compile(dynamic=True, **options)
 
 
 def transformer_blocks(model: nn.Module) -> list[nn.Module]:
@@ -118,8 +126,8 @@ def transformer_blocks(model: nn.Module) -> list[nn.Module]:
             within.update(module.modules())
     if not blocks:
         raise ConfigError(
-            f"parallel=fsdp needs to know the layers of {type(language_model).__name__}, which names none among its modules "
-            f"(_no_split_modules is {sorted(kinds)}); use parallel=replicate"
+            f"parallel=fsdp and compile=true need to know the layers of {type(language_model).__name__}, which names none "
+            f"among its modules (_no_split_modules is {sorted(kinds)}); use parallel=replicate and compile=false"
         )
     return [*model.encoder.blocks, *blocks]
 

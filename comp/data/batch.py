@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import os.path
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -52,6 +53,16 @@ class FileInFolder(str):
         """Reads the disk, so it is done when the file is opened."""
         if not Path(self).resolve().is_relative_to(self.folder.resolve()):
             raise ValueError(f"leads out of {self.folder} by a symbolic link{self.advice}")
+
+
+@dataclass(frozen=True, slots=True)
+class ImageBytes:
+    """An image file in memory, opened when it is needed."""
+
+    data: bytes
+
+    def __call__(self) -> Image.Image:
+        return Image.open(io.BytesIO(self.data))
 
 
 LazyImage = str | Image.Image | Callable[[], Image.Image]

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from ..config import MAX_PIXELS, ConfigError
 from ..limits import NO_LIMIT, count_positions
-from .batch import FileInFolder, LazyImage, Message, Sample
+from .batch import FileInFolder, ImageBytes, LazyImage, Message, Sample
 from .datasets import BadSampleError
 from .decode import to_rgb
-from .images import pad_to_square, prepare_image
+from .images import pad_to_square, prepare_image, sides
 from .packing import EncodedSample
 from .template import ChatTemplate
+
+BYTES_PER_TOKEN = 4  # of English text, for estimates
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -96,6 +98,25 @@ class SampleEncoder:
         patches, grids, counts = self._encode_images(sample, messages)
         ids = self.template.encode_prompt(messages, counts)
         return self._checked(sample, ids, [], [], patches, grids, counts, answer_tokens=self.answer_tokens)
+
+    def estimate(self, sample: Sample) -> tuple[int, list[int]]:
+        """About (tokens of text without the visual ones, patches of each image), without reading pixels or tokenizing.
+
+        Images that are made on demand count as none; what cannot be read counts as none too, here and nowhere else.
+        """
+        settings = self.images
+        factor = settings.patch_size * settings.merge_size
+        lazy = [image for message in sample.messages for image in message.images]
+        share = settings.max_visual_tokens // max(1, len(lazy))
+        fixed = None if settings.resolution is None else (settings.resolution, settings.resolution)
+        patches = []
+        for image in lazy:
+            width, height = image_size(image)
+            if width and height and share:
+                limits = dict(min_tokens=min(settings.min_visual_tokens, share), max_tokens=share)
+                height, width = sides(height, width, factor=factor, **limits, size=fixed)
+                patches.append(height * width // settings.patch_size**2)
+        return sum(len(m.text.encode("utf-8", "replace")) for m in sample.messages) // BYTES_PER_TOKEN, patches
 
     def _alignment_ids(self, sample: Sample, seed: Sequence[int]) -> list[int]:
         rng = np.random.default_rng(list(seed)) if self.shuffle_answers else None
@@ -180,6 +201,21 @@ def reference_answers(sample: Sample) -> list[str]:
     if not sample.messages or sample.messages[-1].role != "assistant":
         raise BadSampleError(f"{sample.name}: no answers, and the last turn is not the assistant's")
     return [sample.messages[-1].text]
+
+
+def image_size(image: LazyImage) -> tuple[int, int]:
+    """(width, height) by the header of a file; (0, 0) for what is made on demand or cannot be opened."""
+    if isinstance(image, Image.Image):
+        return image.size
+    if not isinstance(image, (str, ImageBytes)):
+        return 0, 0
+    try:
+        if isinstance(image, FileInFolder):
+            image.check()
+        with Image.open(image) if isinstance(image, str) else image() as opened:
+            return opened.size
+    except Exception:  # the sample is named when it is read
+        return 0, 0
 
 
 def load_image(image: LazyImage, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:

@@ -47,6 +47,16 @@ def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_p
     return min(new_height, longest), min(new_width, longest)
 
 
+def sides(
+    height: int, width: int, *, factor: int, min_tokens: int, max_tokens: int, size: tuple[int, int] | None
+) -> tuple[int, int]:
+    """(height, width) in pixels that `prepare_image` gives an image of these sides."""
+    if size is not None:
+        return tuple(max(factor, round(side / factor) * factor) for side in size)
+    pixels = factor * factor
+    return smart_resize(height, width, factor=factor, min_pixels=min_tokens * pixels, max_pixels=max_tokens * pixels)
+
+
 def merge_order(height: int, width: int, merge_size: int) -> Tensor:
     """Raster index of each patch in merge-block order: [height * width] int64, for a grid of height x width patches."""
     check_grid(height, width, merge_size)
@@ -122,13 +132,9 @@ def prepare_image(
     Returns pixel_values [h * w, 3 * P * P] float32 in merge-block order and the grid (1, h, w).
     """
     image = to_rgb(image, max_pixels=max_pixels)
-    factor = patch_size * merge_size
-    height, width = (image.height, image.width) if size is None else size
-    if size is None:
-        bounds = (tokens * factor * factor for tokens in (min_tokens, max_tokens))
-        height, width = smart_resize(height, width, factor=factor, **dict(zip(("min_pixels", "max_pixels"), bounds)))
-    else:
-        height, width = (max(factor, round(side / factor) * factor) for side in size)
+    height, width = sides(
+        image.height, image.width, factor=patch_size * merge_size, min_tokens=min_tokens, max_tokens=max_tokens, size=size
+    )
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 255.0

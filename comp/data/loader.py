@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import os
 import signal
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from .batch import Batch
 from .datasets import BadSampleError, Dataset
 from .encode import SampleEncoder
 from .mixture import Mixture, SampleOrder
-from .packing import EncodedSample, collate, pack
+from .packing import EncodedSample, collate, pack, share_out
 
 # Tokenizers with threads of their own warn, and give the threads up, when data workers are forked after them.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -44,10 +45,16 @@ class StepData:
     num_visual_tokens: int
     skipped: list[Skipped]
     notes: list[str]  # what of the samples' records is not read (`Sample.notes`), each once
+    shares: int = 0  # a digest of which process has which samples, where they are shared out by work
 
 
 class StepDataset(torch.utils.data.Dataset):
-    """Item s is the `StepData` of optimiser step s."""
+    """Item s is the `StepData` of optimiser step s.
+
+    padded:  rows of text cost as much as the longest of their forward pass.
+    cost:    (tokens of text, patches per image) -> work; the samples of a step are then shared out among the processes by what
+             `SampleEncoder.estimate` says of them, not by number. Every process estimates all of them.
+    """
 
     def __init__(
         self,
@@ -60,6 +67,8 @@ class StepDataset(torch.utils.data.Dataset):
         max_steps: int | None = None,
         forward_visual_tokens: int | None = None,
         forward_text_tokens: int | None = None,
+        padded: bool = False,
+        cost: Callable[[int, Sequence[int]], float] | None = None,
         rank: int = 0,
         world_size: int = 1,
     ):
@@ -68,7 +77,8 @@ class StepDataset(torch.utils.data.Dataset):
         self.batch_size = batch_size
         self.num_positions = max(1, round(epochs * len(samples)))
         self.num_steps = min(math.ceil(self.num_positions / batch_size), max_steps or math.inf)
-        self.budgets = dict(visual_tokens=forward_visual_tokens, text_tokens=forward_text_tokens)
+        self.budgets = dict(visual_tokens=forward_visual_tokens, text_tokens=forward_text_tokens, padded=padded)
+        self.cost = cost
         self.rank, self.world_size = rank, world_size
         self.order = SampleOrder(len(samples), seed)
 
@@ -79,7 +89,8 @@ class StepDataset(torch.utils.data.Dataset):
         encoded: list[EncodedSample] = []
         skipped: list[Skipped] = []
         notes: dict[str, None] = {}
-        for position in self._positions(step):
+        positions, shares = self._share(step)
+        for position in positions:
             index = self.order[position]
             try:
                 sample = self.samples[index]
@@ -98,15 +109,26 @@ class StepDataset(torch.utils.data.Dataset):
             num_visual_tokens=sum(s.num_visual_tokens for s in encoded),
             skipped=skipped,
             notes=list(notes),
+            shares=shares,
         )
 
     def _place(self, index: int) -> str:
         return self.samples.place(index) if isinstance(self.samples, Mixture) else f"[{index}]"
 
-    def _positions(self, step: int) -> range:
-        """Places of this rank's samples in the shuffled stream; the last step may be smaller."""
+    def _share(self, step: int) -> tuple[Sequence[int], int]:
+        """Places of this rank's samples in the shuffled stream, and a digest of all shares; the last step may be smaller."""
         begin = step * self.batch_size
-        return range(begin + self.rank, min(begin + self.batch_size, self.num_positions), self.world_size)
+        step_positions = range(begin, min(begin + self.batch_size, self.num_positions))
+        if self.cost is None or self.world_size == 1:
+            return step_positions[self.rank :: self.world_size], 0
+        shares = share_out([self._estimate(self.order[p]) for p in step_positions], self.world_size)
+        return [begin + i for i in shares[self.rank]], zlib.crc32(repr(shares).encode())
+
+    def _estimate(self, index: int) -> float:
+        try:
+            return self.cost(*self.encoder.estimate(self.samples[index]))
+        except BadSampleError:
+            return 0.0  # counted by the process that gets it
 
 
 def iterate_steps(dataset: StepDataset, *, start: int, num_workers: int) -> Iterator[StepData]:

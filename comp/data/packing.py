@@ -1,7 +1,8 @@
-"""Encoded samples grouped under token budgets and collated: images without any padding, text padded on the right."""
+"""Encoded samples grouped under token budgets and collated: images without any padding, ids of text padded on the right."""
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,32 +26,71 @@ class EncodedSample:
 
 
 def pack(
-    samples: Sequence[EncodedSample], *, visual_tokens: int | None = None, text_tokens: int | None = None
+    samples: Sequence[EncodedSample],
+    *,
+    visual_tokens: int | None = None,
+    text_tokens: int | None = None,
+    padded: bool = False,
 ) -> list[list[EncodedSample]]:
     """Group samples so that each group stays within both budgets; None is no limit.
 
-    A group costs the sum of its visual tokens, and rows x longest length for the text, padding included. First fit over the
-    samples from long to short (stable, so equal inputs give equal groups). A sample larger than a budget raises ValueError.
+    A group costs the sum of its visual tokens, and the sum of its lengths; where rows are `padded`, rows x longest length. As
+    few groups as first fit over the samples from long to short finds, and without padding as even as they come: the largest
+    one decides how much memory a step takes. Stable, so equal inputs give equal groups. A sample larger than a budget raises
+    ValueError.
     """
+    budget = _Budget(visual_tokens, text_tokens, padded)
+    ordered = sorted(samples, key=lambda s: -len(s.input_ids))
     groups: list[list[EncodedSample]] = []
-    for sample in sorted(samples, key=lambda s: -len(s.input_ids)):
-        if not _fits([sample], visual_tokens, text_tokens):
+    for sample in ordered:
+        if not budget.holds([sample]):
             raise ValueError(
                 f"{sample.name}: {sample.num_visual_tokens} visual and {len(sample.input_ids)} text tokens exceed the budget "
                 f"of one forward pass, {visual_tokens} and {text_tokens}"
             )
-        home = next((group for group in groups if _fits([*group, sample], visual_tokens, text_tokens)), None)
+        home = next((group for group in groups if budget.holds([*group, sample])), None)
         if home is None:
             groups.append([sample])
         else:
             home.append(sample)
+    even = [] if padded else _even_groups(ordered, len(groups))
+    return even if even and all(map(budget.holds, even)) else groups
+
+
+@dataclass(frozen=True)
+class _Budget:
+    visual_tokens: int | None
+    text_tokens: int | None
+    padded: bool
+
+    def holds(self, group: Sequence[EncodedSample]) -> bool:
+        visual = sum(s.num_visual_tokens for s in group)
+        lengths = [len(s.input_ids) for s in group]
+        text = len(group) * max(lengths) if self.padded else sum(lengths)
+        fits = self.visual_tokens is None or visual <= self.visual_tokens
+        return fits and (self.text_tokens is None or text <= self.text_tokens)
+
+
+def _even_groups(ordered: Sequence[EncodedSample], count: int) -> list[list[EncodedSample]]:
+    """The samples, longest first, each into the group that is shortest so far."""
+    groups: list[list[EncodedSample]] = [[] for _ in range(count)]
+    totals = [0] * count
+    for sample in ordered:
+        home = totals.index(min(totals))
+        groups[home].append(sample)
+        totals[home] += len(sample.input_ids)
     return groups
 
 
-def _fits(group: Sequence[EncodedSample], visual_tokens: int | None, text_tokens: int | None) -> bool:
-    visual = sum(s.num_visual_tokens for s in group)
-    text = len(group) * max(len(s.input_ids) for s in group)
-    return (visual_tokens is None or visual <= visual_tokens) and (text_tokens is None or text <= text_tokens)
+def share_out(costs: Sequence[float], count: int) -> list[list[int]]:
+    """Indices of `costs` in `count` shares of about equal sums: the most expensive first, each to the share that has least."""
+    shares: list[list[int]] = [[] for _ in range(count)]
+    totals = [(0.0, 0, number) for number in range(count)]  # (cost, how many, which share)
+    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        cost, size, number = heapq.heappop(totals)
+        shares[number].append(index)
+        heapq.heappush(totals, (cost + costs[index], size + 1, number))
+    return [sorted(share) for share in shares]
 
 
 def collate(samples: Sequence[EncodedSample], *, pad_id: int, patch_features: int) -> Batch:

@@ -3,10 +3,11 @@ a head, from hidden states to logits as the model itself makes them."""
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,8 @@ class Halves:
     """What the decoder returns: a ModelOutput with `last_hidden_state`."""
     vocabulary: int
     """Logits per token."""
+    head_is_linear: bool = False
+    """Logits are `get_output_embeddings()` of the hidden states and nothing else."""
 
     def decoder_of(self, model: PreTrainedModel) -> nn.Module:
         return model.get_submodule(self.decoder)
@@ -47,23 +50,46 @@ class Halves:
         with _returning(self.decoder_of(model), self.output(last_hidden_state=hidden)):
             return model(inputs_embeds=hidden, use_cache=False).logits[0]
 
+    def linear_head(self, model: PreTrainedModel) -> nn.Linear | None:
+        """The layer that makes logits of hidden states, where nothing else has a part in them and nobody has changed it."""
+        head = model.get_output_embeddings()
+        plain = type(head) is nn.Linear and "forward" not in vars(head) and not (head._forward_hooks or head._forward_pre_hooks)
+        return head if self.head_is_linear and plain else None
 
-def load_language_model(path: str | os.PathLike, dtype: torch.dtype | str) -> PreTrainedModel:
-    """The causal language model of a directory or hub id. ValueError with path and cause for what cannot be loaded, weights
-    that lack tensors included; weights that are not finite are warned of."""
+
+def load_language_model(path: str | os.PathLike, dtype: torch.dtype | str, *, attention: str | None = None) -> PreTrainedModel:
+    """The causal language model of a directory or hub id, with an attention of transformers by name. ValueError with path and
+    cause for what cannot be loaded, weights that lack tensors included; weights that are not finite are warned of."""
     from transformers import AutoModelForCausalLM
 
     folder = Path(path)
     if (folder / "config.json").is_file():
         check_weights(folder, quantized=bool(read_object(folder / "config.json").get("quantization_config")))
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation=attention, output_loading_info=True
+        )
     except Exception as error:  # configurations of wrong values and damaged files end in errors of any kind
         raise ValueError(f"{path}: {error or type(error).__name__}") from error
     if missing := sorted(loading["missing_keys"]):
         raise ValueError(f"{path}: the weights of {type(model).__name__} lack {len(missing)} tensors: {', '.join(missing[:5])}")
     warn_of_non_finite(path, model.named_parameters())
     return model
+
+
+def apply_liger(model: PreTrainedModel) -> None:
+    """Put Liger's RMSNorm and SwiGLU into a model. ValueError where the package is missing or does not know the model."""
+    try:
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+    except ImportError as error:
+        raise ValueError("liger=true needs the package liger-kernel (pip install liger-kernel)") from error
+    patch = MODEL_TYPE_TO_APPLY_LIGER_FN.get(model.config.model_type)
+    if patch is None:
+        raise ValueError(f"liger=true: liger-kernel has no kernels for {model.config.model_type!r}")
+    known = inspect.signature(patch).parameters
+    wanted = dict(rms_norm=True, swiglu=True, geglu=True)
+    others = dict(rope=False, cross_entropy=False, fused_linear_cross_entropy=False)  # M-RoPE and the loss are this project's
+    patch(model=model, **{name: value for name, value in {**wanted, **others}.items() if name in known})
 
 
 @torch.no_grad()
@@ -91,7 +117,8 @@ def _checked(model: PreTrainedModel) -> Halves:
         decoder, output = decoders[-1]  # the outermost ends last
         halves = Halves(decoder, output, own.logits.shape[-1])
         embeds = model.get_input_embeddings()(ids)
-        logits = halves.logits(model, halves.decode(model, inputs_embeds=embeds, attention_mask=mask)[0])
+        hidden = halves.decode(model, inputs_embeds=embeds, attention_mask=mask)[0]
+        logits = halves.logits(model, hidden)
         shorter = halves.decode(model, inputs_embeds=embeds[:, :-1], attention_mask=mask[:, :-1])[0]
         causal = halves.logits(model, shorter)
     rounding = max(1e-3, 4 * torch.finfo(logits.dtype).eps) * own.logits.abs().max().item()
@@ -99,13 +126,15 @@ def _checked(model: PreTrainedModel) -> Halves:
         raise ValueError("from embeddings alone its logits are others than from token ids")
     if not _close(causal, logits[:-1], 10 * rounding):  # of other shapes, hence rounded otherwise
         raise ValueError("its logits depend on tokens that follow, it is not causal")
+    head = model.get_output_embeddings()
+    plain = type(head) is nn.Linear and torch.equal(head(hidden), logits)
     loss = F.cross_entropy(own.logits[0, :-1].float(), ids[0, 1:])
     if not _close(loss, own.loss, 1e-4 * max(1.0, loss.item())):
         raise ValueError(
             f"on {ids.shape[1]} tokens its own loss is {own.loss:.4f}, the next-token loss {loss:.4f}; the loss of a router is "
             "not learned (set output_router_logits to false in its config.json), nor one of labels that are shifted beforehand"
         )
-    return halves
+    return replace(halves, head_is_linear=plain)
 
 
 def probe_ids(model: PreTrainedModel, count: int) -> Tensor:

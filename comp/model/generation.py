@@ -106,7 +106,7 @@ def sharing_of(model: PreTrainedModel) -> str:
     recurrent or convolutional layer, positions that count it, states that are mixed up between rows.
     """
     config = model.config.get_text_config(decoder=True)
-    if _caches_by_place(config) and _has_static_rope(config) and _answers_alike(model, [6, 2]):
+    if _caches_by_place(config) and has_static_rope(config) and _answers_alike(model, [6, 2]):
         return PADDED
     return EQUAL_LENGTHS if _answers_alike(model, [4, 4]) else ALONE
 
@@ -117,7 +117,7 @@ def _caches_by_place(config: Any) -> bool:
     return all(type(layer).__name__ in KNOWN_CACHES for layer in DynamicCache(config=config).layers)
 
 
-def _has_static_rope(config: Any) -> bool:
+def has_static_rope(config: Any) -> bool:
     parameters = getattr(config, "rope_parameters", None) or {}
     settings = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]  # one per kind of layer
     return all(s.get("rope_type", "default") in STATIC_ROPE_TYPES for s in settings)

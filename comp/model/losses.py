@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from comp_kernels import alignment_loss
@@ -18,61 +21,159 @@ from comp_kernels.ops.alignment_loss.reference import unit_rows
 
 from ..data.batch import IGNORED
 
-LOGITS_AT_ONCE = 2**25
-"""Elements of the largest [tokens, vocabulary] tensor that is made at a time: 128 MiB in float32."""
+LOGITS_AT_ONCE = 2**24
+"""Elements of the largest [tokens, vocabulary] tensor that is made at a time: 64 MiB in float32."""
 
 
-def next_token_loss(
-    hidden: Tensor,
-    labels: Tensor,
-    lm_head: Callable[[Tensor], Tensor],
-    vocabulary: int,
-    logits_at_once: int = LOGITS_AT_ONCE,
-    per_sample: bool = False,
-) -> tuple[Tensor, int]:
-    """Sum of -log p(label | what precedes it) over the learned positions, and how many they are.
+@dataclass(frozen=True)
+class Learned:
+    """What of a batch is learned: n tokens, each by the token before it."""
 
-    hidden:      [B, L, D] last hidden states.
-    labels:      [B, L] int64, not shifted: hidden[:, i] predicts labels[:, i + 1]. IGNORED is not learned.
-    lm_head:     [n, D] -> [n, vocabulary]. It is applied to learned positions only, in chunks whose logits have at most
-                 `logits_at_once` elements and are recomputed in the backward pass where there is more than one chunk.
-    per_sample:  sum the means of the rows instead, 1/T for each of the T learned positions of a row (Eq. 6).
-    Returns (float32 scalar, count). Without learned positions the loss is 0, still attached to the graph of `hidden`.
+    predictors: Tensor
+    """[T] bool over the tokens of all rows without padding: those that predict a learned one."""
+    targets: Tensor
+    """[n] int64 the learned tokens, in the same order."""
+    shares: Tensor | None = None
+    """[n] float32 what each loss counts; None: all 1."""
+
+    @classmethod
+    def of(cls, labels: Tensor, mask: Tensor, *, per_sample: bool = False) -> Learned:
+        """labels:  [B, L] int64, not shifted: position i predicts labels[:, i + 1]. IGNORED is not learned.
+        mask:       [B, L] bool, True on real tokens, which come first in every row.
+        per_sample: let the losses of a row count 1/T for its T learned positions (Eq. 6).
+        """
+        learned = labels[:, 1:] != IGNORED
+        lengths = learned.sum(1, keepdim=True)
+        shares = (1 / lengths.clamp(min=1)).expand_as(learned)[learned] if per_sample else None
+        return cls(F.pad(learned, (0, 1))[mask.bool()], labels[:, 1:][learned], shares)
+
+
+@dataclass(frozen=True)
+class Head:
+    """How a language model makes logits of hidden states."""
+
+    logits: Callable[[Tensor], Tensor]
+    """[n, D] -> [n, vocabulary]."""
+    vocabulary: int
+    linear: nn.Linear | None = None
+    """The layer that does so alone, where there is one: the loss is then computed with it in one piece."""
+
+
+def next_token_loss(predictors: Tensor, learned: Learned, head: Head, logits_at_once: int = LOGITS_AT_ONCE) -> Tensor:
+    """Sum of -log p(target | what precedes it), times the share of each: a float32 scalar.
+
+    predictors:  [n, D] last hidden states of the tokens before the targets.
+    Logits are made in chunks of at most `logits_at_once` elements. With a linear head their gradients are made with them and no
+    logits are kept: by Liger's kernels on a GPU where they are installed, else by `LinearCrossEntropy`. With any other
+    head chunks are recomputed in the backward pass where there is more than one. Without learned positions the loss is 0, still
+    attached to the graph of `predictors`.
     """
-    targets = labels[:, 1:]
-    learned = targets != IGNORED
-    predictors, targets = hidden[:, :-1][learned], targets[learned]
-    lengths = learned.sum(1, keepdim=True)
-    shares = (1 / lengths.clamp(min=1)).expand_as(learned)[learned] if per_sample else None
+    targets, shares = learned.targets, learned.shares
+    chunk = max(1, logits_at_once // head.vocabulary)
+    if head.linear is not None:
+        return _linear_loss(predictors, head.linear, targets, shares, chunk)
 
     def summed(rows: Tensor, wanted: Tensor, share: Tensor | None) -> Tensor:
         if share is None:
-            return F.cross_entropy(lm_head(rows).float(), wanted, reduction="sum")
-        return (F.cross_entropy(lm_head(rows).float(), wanted, reduction="none") * share).sum()
+            return F.cross_entropy(head.logits(rows).float(), wanted, reduction="sum")
+        return (F.cross_entropy(head.logits(rows).float(), wanted, reduction="none") * share).sum()
 
-    chunk = max(1, logits_at_once // vocabulary)
     if len(targets) <= chunk:
         # also reached without any learned position: the empty sum keeps the graph, on every rank the same one
-        return summed(predictors, targets, shares), len(targets)
+        return summed(predictors, targets, shares)
     share_chunks = itertools.repeat(None) if shares is None else shares.split(chunk)
     parts = [
         checkpoint(summed, rows, wanted, share, use_reentrant=False, preserve_rng_state=False)
         for rows, wanted, share in zip(predictors.split(chunk), targets.split(chunk), share_chunks)
     ]
-    return torch.stack(parts).sum(), len(targets)
+    return torch.stack(parts).sum()
 
 
-def mean_by_segment(x: Tensor, lengths: list[int]) -> Tensor:
+def _linear_loss(rows: Tensor, head: nn.Linear, targets: Tensor, shares: Tensor | None, chunk: int) -> Tensor:
+    weight, bias = head.weight, head.bias
+    device = rows.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        rows, weight, bias = rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    liger = liger_loss() if rows.is_cuda and shares is None and len(targets) else None
+    if liger is not None:
+        return liger(rows, weight, targets, bias=bias, reduction="sum", accum_dtype=torch.float32).float()
+    return LinearCrossEntropy.apply(rows, weight, bias, targets, shares, chunk)
+
+
+@cache
+def liger_loss() -> Callable[..., Tensor] | None:
+    """Liger's fused linear cross-entropy, None where the package `liger-kernel` is not installed."""
+    try:
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+    except ImportError:
+        return None
+    return liger_fused_linear_cross_entropy
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """sum_i share_i * cross_entropy(rows_i @ weight.T + bias, target_i), its gradients made chunk by chunk in the forward pass.
+
+    The head is multiplied three times instead of the four of a recomputed chunk, and one chunk of logits is all that is ever
+    there. rows [n, D], weight [V, D], bias [V] or None, targets [n], shares [n] or None; a float32 scalar. The gradient of
+    the weight is summed in float32.
+    """
+
+    @staticmethod
+    def forward(ctx, rows, weight, bias, targets, shares, chunk):
+        wants_rows, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        loss = rows.new_zeros((), dtype=torch.float32)
+        grad_rows = torch.empty_like(rows) if wants_rows else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
+        for begin in range(0, len(rows), chunk):
+            part = slice(begin, begin + chunk)
+            logits = F.linear(rows[part], weight, bias).float()
+            wanted = targets[part].unsqueeze(1)
+            logits.sub_(logits.amax(1, keepdim=True))
+            at_target = logits.gather(1, wanted)
+            total = logits.exp_().sum(1, keepdim=True)
+            losses = total.log() - at_target
+            share = torch.ones_like(losses) if shares is None else shares[part].unsqueeze(1)
+            loss += (losses * share).sum()
+            if not (wants_rows or wants_weight or wants_bias):
+                continue
+            grads = logits.mul_(share / total)  # the same memory: softmax, minus one at the target
+            grads.scatter_add_(1, wanted, -share)
+            grads_low = grads.to(rows.dtype)
+            if wants_rows:
+                torch.mm(grads_low, weight, out=grad_rows[part])
+            if wants_weight:
+                if rows.dtype == torch.float32:
+                    grad_weight.addmm_(grads_low.T, rows[part])
+                else:
+                    grad_weight += grads_low.T @ rows[part]
+            if wants_bias:
+                grad_bias += grads.sum(0)
+        ctx.save_for_backward(grad_rows, grad_weight, grad_bias)
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        rows, weight, bias = ctx.saved_tensors
+        weight_dtype, bias_dtype = ctx.dtypes
+        return (
+            None if rows is None else rows * grad.to(rows.dtype),
+            None if weight is None else (weight * grad).to(weight_dtype),
+            None if bias is None else (bias * grad).to(bias_dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def mean_by_segment(x: Tensor, lengths: list[int] | Tensor) -> Tensor:
     """Mean of consecutive rows: x [sum(lengths), D] -> [len(lengths), D] float32; zeros where a length is 0."""
-    counts = torch.tensor(lengths, device=x.device)
+    counts = torch.as_tensor(lengths, device=x.device)
     sums = torch.segment_reduce(x.float(), "sum", lengths=counts, axis=0)  # deterministic, unlike index_add on a GPU
     return sums / counts.clamp(min=1).unsqueeze(1)
-
-
-def masked_mean(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the True positions of each row: hidden [B, L, D], mask [B, L] -> [B, D] float32; zeros for empty rows."""
-    weights = mask.unsqueeze(-1).float()
-    return (hidden.float() * weights).sum(1) / weights.sum(1).clamp(min=1)
 
 
 def contrastive_loss(

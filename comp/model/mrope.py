@@ -19,6 +19,7 @@ class MultimodalRotary(nn.Module):
     module is transparent. The positions come through this attribute and not through the model's `position_ids` argument
     because masks and attention kernels of transformers read that argument as a plain [B, L] running index. That index is looked
     up here: token i of a row has position_ids[:, row, i], and those behind the last one count on, as generated tokens do.
+    Rows that are packed into one (`packed`) have a running index that starts again, so their positions are taken as they stand.
     """
 
     def __init__(self, rotary: nn.Module, head_dim: int) -> None:
@@ -26,6 +27,7 @@ class MultimodalRotary(nn.Module):
         self.rotary = rotary
         self.sections = mrope_sections(head_dim)
         self.position_ids: Tensor | None = None
+        self.packed = False
 
     def forward(self, x: Tensor, position_ids: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if self.position_ids is None:
@@ -36,6 +38,8 @@ class MultimodalRotary(nn.Module):
     def _axes(self, index: Tensor) -> Tensor:
         """(time, row, column) of the tokens with this running index [B or 1, n]: [3, B, n]."""
         table = self.position_ids
+        if self.packed:
+            return table
         if len(index) > table.shape[1]:  # several beams of every row
             table = table.repeat_interleave(len(index) // table.shape[1], dim=1)
         inside = index.clamp(max=table.shape[2] - 1).expand(table.shape[1], -1)

@@ -2,7 +2,7 @@
 
 Shape suffixes:
     B  samples   L  text tokens of a row   E  language width   N  patches   D  vision width   M  images
-    V  visual tokens of all images, N / merge_size^2
+    V  visual tokens of all images, N / merge_size^2       T  text tokens of all rows, without padding
 """
 
 from __future__ import annotations
@@ -30,13 +30,15 @@ from .causal_lm import evaluation_mode, load_language_model, split
 from .folder import read_object
 from .generation import ALONE, continue_rows, plain_config, rows_together, sharing_of
 from .losses import (
+    Head,
+    Learned,
     chunked_alignment_loss,
     contrastive_loss,
-    masked_mean,
     mean_by_segment,
     next_token_loss,
 )
 from .mrope import install_mrope, mrope_position_ids
+from .packed_rows import Rows, allow_packing, attention_mask_for_packed
 from .vision_encoder import VisionEncoder
 
 if TYPE_CHECKING:
@@ -95,6 +97,8 @@ class CoMP(nn.Module):
         dummy_image:  let batches without images push one block of zeros through encoder and adapter, times zero. Every rank
             then touches the same parameters whatever its batch holds, as DDP and FSDP need. Off by default: such a batch
             costs nothing in the vision tower.
+        pack_rows:  let the language model's decoder read the rows of a batch one after the other without padding, where it
+            can (comp.model.packed_rows). `padded_because` says why it cannot or may not, None where it does.
 
     Parts: `encoder` (which holds `adapter`) and `language_model`; `named_parts` partitions the parameters.
     """
@@ -108,6 +112,7 @@ class CoMP(nn.Module):
         position_ids: PositionIds = "mrope",
         adapter_init: AdapterInit = "lecun",
         dummy_image: bool = False,
+        pack_rows: bool = True,
     ) -> None:
         super().__init__()
         width = language_model.get_input_embeddings().embedding_dim
@@ -129,6 +134,7 @@ class CoMP(nn.Module):
         self.dummy_image = dummy_image
         self.mrope = position_ids == "mrope"
         self._halves = split(language_model)
+        self.padded_because = allow_packing(language_model, self._halves) if pack_rows else "pack_rows is false"
         self._sharing: str | None = None  # asked of the language model when a batch is answered
         if self.mrope:
             install_mrope(self._decoder)
@@ -233,10 +239,10 @@ class CoMP(nn.Module):
         if alignment is not None and step_text is None:
             step_text = self.step_text([batch])
         visual_VE = self.visual_tokens(batch)
-        hidden_BLE = self.decode(batch, visual_VE, token_grids)
-        loss_sum, num_tokens = next_token_loss(
-            hidden_BLE, batch.labels, self.logits, self._halves.vocabulary, per_sample=per_sample
-        )
+        hidden_TE = self.decode(batch, visual_VE, token_grids)
+        learned = Learned.of(batch.labels, batch.attention_mask, per_sample=per_sample)
+        loss_sum = next_token_loss(hidden_TE[learned.predictors], learned, self.head())
+        num_tokens = len(learned.targets)
         output = CoMPOutput(token_loss_sum=loss_sum, num_tokens=num_tokens, alignment_loss=None)
         if alignment is not None:
             output.alignment_loss = self.align(visual_VE, token_grids, step_text, alignment, group)
@@ -290,30 +296,46 @@ class CoMP(nn.Module):
         return embeds_BLE, mrope_position_ids(batch.input_ids.cpu(), token_grids, self.image_token_id).to(embeds_BLE.device)
 
     def decode(self, batch: Batch, visual_VE: Tensor, token_grids: list[list[Grid]]) -> Tensor:
-        """Last hidden states [B, L, E], after the decoder's final norm."""
+        """Last hidden states [T, E] of all tokens, row after row without padding, after the decoder's final norm."""
         embeds_BLE, position_ids = self.embed(batch, visual_VE, token_grids)
-        with self.multimodal_positions(position_ids):
-            return self.run_decoder(batch.attention_mask, inputs_embeds=embeds_BLE)
+        return self.run_decoder(batch.attention_mask, position_ids, inputs_embeds=embeds_BLE)
+
+    def head(self) -> Head:
+        """How the language model makes logits, for `next_token_loss`."""
+        return Head(self.logits, self._halves.vocabulary, self._halves.linear_head(self.language_model))
 
     def logits(self, hidden_nE: Tensor) -> Tensor:
         """Logits of last hidden states, [n, vocabulary], with all that the language model does to them before its loss."""
         return self._halves.logits(self.language_model, hidden_nE)
 
-    def run_decoder(self, attention_mask: Tensor, **inputs) -> Tensor:
-        """The decoder without its head on right-padded rows: last hidden states [B, L, E]."""
-        return self._halves.decode(self.language_model, attention_mask=attention_mask.long(), **inputs)
+    def run_decoder(self, attention_mask: Tensor, position_ids: Tensor | None = None, **inputs: Tensor) -> Tensor:
+        """The decoder without its head on right-padded rows: last hidden states [T, E] of their tokens.
+
+        position_ids:  of M-RoPE, [3, B, L]; None: the decoder's own.
+        inputs:        inputs_embeds [B, L, E] or input_ids [B, L].
+        """
+        if self.padded_because is not None:
+            with self.multimodal_positions(position_ids):
+                hidden_BLE = self._halves.decode(self.language_model, attention_mask=attention_mask.long(), **inputs)
+            return hidden_BLE[attention_mask.bool()]
+        rows = Rows.of(attention_mask)
+        packed = {name: x[rows.is_token].unsqueeze(0) for name, x in inputs.items()}
+        positions = None if position_ids is None else position_ids[:, rows.is_token].unsqueeze(1)
+        with self.multimodal_positions(positions, packed=True):
+            mask = attention_mask_for_packed(self.language_model)
+            return self._halves.decode(self.language_model, attention_mask=mask, **packed, **rows.arguments()).squeeze(0)
 
     @contextmanager
-    def multimodal_positions(self, position_ids: Tensor | None) -> Iterator[None]:
-        """Let the decoder use these M-RoPE positions [3, B, L]; None leaves its own."""
+    def multimodal_positions(self, position_ids: Tensor | None, *, packed: bool = False) -> Iterator[None]:
+        """Let the decoder use these M-RoPE positions [3, B, L], or [3, 1, T] of packed rows; None leaves its own."""
         rotary = self._decoder.rotary_emb if self.mrope else None
         try:
             if rotary is not None:
-                rotary.position_ids = position_ids
+                rotary.position_ids, rotary.packed = position_ids, packed
             yield
         finally:
             if rotary is not None:
-                rotary.position_ids = None
+                rotary.position_ids, rotary.packed = None, False
 
     def align(
         self,
@@ -365,8 +387,13 @@ class CoMP(nn.Module):
         evaluation mode. Rows without tokens give zeros."""
         if mask.shape[1] == 0:
             return torch.zeros(len(mask), self.adapter.language_width, device=mask.device)
+        lengths = mask.sum(1)
+        if not bool(lengths.any()):  # the decoder runs all the same: sharded, it is waited for by other processes
+            mask = mask.clone()
+            mask[0, 0] = True
         with evaluation_mode(self.language_model):
-            return masked_mean(self.run_decoder(mask, input_ids=ids), mask)
+            hidden_TE = self.run_decoder(mask, input_ids=ids)
+        return mean_by_segment(hidden_TE if bool(lengths.any()) else hidden_TE[:0], lengths)
 
     @torch.no_grad()
     def generate(

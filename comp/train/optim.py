@@ -45,7 +45,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
                 lr = config.lr(part)
                 groups.append(dict(params=params, part=part, peak_lr=lr, lr=lr, weight_decay=weight_decay))
     check_partition(model, groups)
-    return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps)
+    return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=True)
 
 
 def check_partition(model: nn.Module, groups: Iterable[dict]) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import StageConfig
-from ..data.batch import Batch
+from ..data.batch import BadSampleError, Batch
 from ..data.loader import StepData
 from ..data.packing import empty_batch
 from ..parallel import World, loss_scale, sum_gradients, total_norm
@@ -37,6 +37,8 @@ class StepTotals:
     images: int
     text_tokens: int
     visual_tokens: int
+    text_slots: int  # text tokens as the decoder computes them, padding included
+    flops: float  # operations of the step, `comp.train.work`
     skipped: int
     notes: int  # that some process has not said yet
     stop: bool  # some process was asked to stop
@@ -45,14 +47,18 @@ class StepTotals:
     learned_rows: int  # samples with a learned token
 
     @classmethod
-    def gather(cls, data: StepData, world: World, *, notes: int = 0, stop: bool) -> StepTotals:
-        """Add up the shares of all processes."""
+    def gather(
+        cls, data: StepData, world: World, *, padded: bool = False, flops: float = 0.0, notes: int = 0, stop: bool
+    ) -> StepTotals:
+        """Add up the shares of all processes. Raises BadSampleError where they shared out the samples differently."""
         counts = (
             sum(batch.num_learned_tokens() for batch in data.batches),
             data.num_samples,
             data.num_images,
             data.num_text_tokens,
             data.num_visual_tokens,
+            sum(batch.input_ids.numel() for batch in data.batches) if padded else data.num_text_tokens,
+            flops,
             len(data.skipped),
             notes,
             sum(batch.num_aligned_rows() for batch in data.batches),
@@ -60,13 +66,20 @@ class StepTotals:
             int(stop),
         )
         *totals, stops = (int(value) for value in world.sum(counts))
-        num_forwards = int(world.max([len(data.batches)])[0])
+        num_forwards, most, least = (int(value) for value in world.max([len(data.batches), data.shares, -data.shares]))
+        if most != -least:
+            raise BadSampleError(
+                f"step {data.step}: the processes share out its samples differently, so some can read what others cannot; "
+                "look at the storage of the images, or set balance=false"
+            )
         names = (
             "tokens",
             "samples",
             "images",
             "text_tokens",
             "visual_tokens",
+            "text_slots",
+            "flops",
             "skipped",
             "notes",
             "aligned_rows",

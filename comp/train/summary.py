@@ -70,8 +70,8 @@ def _stage_summary(stage: StageConfig, records: Sequence[dict[str, Any]], model:
         values = [r[name] for r in records if name in r]
         if values:
             summary[name] = {"first": mean(values[:tenth]), "last": mean(values[-tenth:])}
-    for name in ("images_per_s", "tokens_per_s", "step_time"):
-        if records:
+    for name in ("images_per_s", "tokens_per_s", "step_time", "padding", "mfu"):
+        if records and name in records[-1]:
             summary[f"median_{name}"] = median(r[name] for r in records)
     summary["seconds_in_steps"] = sum(r["step_time"] for r in records)
     return summary

@@ -7,6 +7,7 @@ holds the model, the optimiser and counters, and a resumed run repeats an unbrok
 from __future__ import annotations
 
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -36,6 +37,7 @@ from .run_state import claim_folder, find_state
 from .startup import Startup
 from .step import StepTotals, seed_step, train_step
 from .summary import result_table, summarize
+from .work import Work, peak_flops
 
 Measure = Callable[[Config, Path, Callable[[str], None]], dict[str, Any]]
 
@@ -72,8 +74,13 @@ class Trainer:
         self.startup.say("data opened")
         torch.manual_seed(config.seed)
         model, self.template = build_model(config, dummy_image=uses_fsdp(config, self.world))
+        self.work = Work.of(model)  # before parameters are sharded
+        self.padded = model.padded_because is not None
+        if self.padded and config.language.pack_rows and self.world.is_main:
+            print(f"rows of text are padded: {model.padded_because}", file=sys.stderr)
         self.model = distribute(model, config, self.world)
         self.bf16 = uses_bf16(config, self.world)
+        self.peak = peak_flops(config.peak_tflops, self.world.device, bf16=self.bf16)
         self.startup.say("models loaded")
         self.datasets = [self._open_stage(index) for index in range(len(config.stages))]
         self._set_prior()
@@ -136,7 +143,8 @@ class Trainer:
         stage, num_steps = self.config.stages[state.stage], len(self.datasets[state.stage])
         data_time = time.monotonic() - begun
         notes = [note for note in data.notes if note not in state.notes]
-        totals = StepTotals.gather(data, self.world, notes=len(notes), stop=self._stop)
+        flops = self.work.step(data.batches, stage.trainable, text_again=stage.alignment is not None)
+        totals = StepTotals.gather(data, self.world, padded=self.padded, flops=flops, notes=len(notes), stop=self._stop)
         if totals.notes:
             self._say_notes(notes)
         if totals.skipped and self.config.bad_samples == "stop":
@@ -171,7 +179,10 @@ class Trainer:
             data_time=data_time,
             images_per_s=totals.images / step_time,
             tokens_per_s=totals.text_tokens / step_time,
+            padding=1 - totals.text_tokens / max(1, totals.text_slots),
         )
+        if self.peak is not None:
+            record["mfu"] = totals.flops / step_time / (self.peak * self.world.size)
         if self.world.is_main:
             self.log.write(record)
             self.progress.update(stage.name, record)
@@ -267,6 +278,8 @@ class Trainer:
             seed=int(np.random.SeedSequence([config.seed, index]).generate_state(1)[0]),
             forward_visual_tokens=stage.forward_visual_tokens,
             forward_text_tokens=stage.forward_text_tokens,
+            padded=self.padded,
+            cost=self.work.sample if config.balance else None,
             rank=self.world.rank,
             world_size=self.world.size,
         )

@@ -12,12 +12,12 @@ from toy import ColouredRectangles, make_tokenizer
 from transformers import BloomConfig, GPT2Config, LlamaConfig, MambaConfig, MptConfig
 
 from comp.config import ConfigError, SourceConfig
-from comp.data.batch import Message, Sample
+from comp.data.batch import ImageBytes, Message, Sample
 from comp.data.datasets import BadSampleError, LlavaDataset
 from comp.data.encode import ImageSettings, SampleEncoder, reference_answers
 from comp.data.loader import StepDataset, iterate_steps
 from comp.data.mixture import SampleOrder, choose_indices, open_sources
-from comp.data.packing import EncodedSample, collate, empty_batch, pack, pad_right
+from comp.data.packing import EncodedSample, collate, empty_batch, pack, pad_right, share_out
 from comp.data.template import ChatTemplate, load_tokenizer
 from comp.limits import NO_LIMIT, count_positions, position_limit
 from comp.model.mrope import mrope_position_ids
@@ -375,21 +375,30 @@ def encoded(name, text, visual=0, answer=1):
 
 def test_packing_by_hand():
     samples = [encoded("a", 4, 2), encoded("b", 10, 5), encoded("c", 9, 5), encoded("d", 3, 1)]
-    groups = pack(samples, visual_tokens=8, text_tokens=20)
+    groups = pack(samples, visual_tokens=8, text_tokens=20, padded=True)
     # longest first: b (10 text, 5 visual); c would make 10 visual; a fits b (7 visual, 2 x 10 text); d goes to c
     assert [[s.name for s in group] for group in groups] == [["b", "a"], ["c", "d"]]
     assert [[s.name for s in g] for g in pack(samples)] == [["b", "c", "a", "d"]]
+    # without padding: 26 text tokens in two groups, each sample to the one that is shorter so far
+    assert [[s.name for s in g] for g in pack(samples, text_tokens=16)] == [["b", "d"], ["c", "a"]]
+    # even groups that break a budget are not taken: first fit instead
+    wide = [encoded("a", 6, 1), encoded("b", 5, 4), encoded("c", 2, 5), encoded("d", 1, 4)]
+    assert [[s.name for s in g] for g in pack(wide, visual_tokens=8, text_tokens=8)] == [["a", "c"], ["b", "d"]]
 
 
 def test_packing_keeps_budgets_and_samples():
     rng = np.random.default_rng(0)
     samples = [encoded(str(i), int(rng.integers(2, 40)), int(rng.integers(0, 12))) for i in range(200)]
-    groups = pack(samples, visual_tokens=32, text_tokens=128)
-    assert sorted(s.name for g in groups for s in g) == sorted(s.name for s in samples)
-    for group in groups:
-        assert sum(s.num_visual_tokens for s in group) <= 32
-        assert len(group) * max(len(s.input_ids) for s in group) <= 128
-    assert len(groups) < 80, "groups are filled, not one sample each"
+    for padded in (True, False):
+        groups = pack(samples, visual_tokens=32, text_tokens=128, padded=padded)
+        assert sorted(s.name for g in groups for s in g) == sorted(s.name for s in samples)
+        for group in groups:
+            assert sum(s.num_visual_tokens for s in group) <= 32
+            lengths = [len(s.input_ids) for s in group]
+            assert (len(group) * max(lengths) if padded else sum(lengths)) <= 128
+        assert len(groups) < 80, "groups are filled, not one sample each"
+    even = [sum(len(s.input_ids) for s in group) for group in pack(samples, text_tokens=256)]
+    assert max(even) - min(even) <= 40, "no group is much larger than the others: the largest decides about memory"
     with pytest.raises(ValueError, match="big: 0 visual and 200 text tokens exceed the budget"):
         pack([encoded("big", 200)], text_tokens=128)
 
@@ -440,6 +449,52 @@ def test_ranks_share_a_step(template):
     shares = [steps(template, rank=r, world_size=4)[2] for r in range(4)]
     assert sorted(n for share in shares for n in names(share)) == names(whole)
     assert [s.num_samples for s in shares] == [2, 2, 1, 1]
+
+
+def test_shares_of_equal_work():
+    assert share_out([5, 1, 1, 1, 1, 1], 2) == [[0], [1, 2, 3, 4, 5]]
+    assert share_out([1, 1], 3) == [[0], [1], []] and share_out([0, 0, 0, 0], 2) == [[0, 2], [1, 3]]
+
+
+class WithOneGiant(ColouredRectangles):
+    """Files on disk, one of them 64 times as large as the others; number 3 cannot be read."""
+
+    def __init__(self, folder):
+        super().__init__(20, mixed=False, broken=(3,))
+        Image.new("RGB", (8, 8)).save(folder / "small.png")
+        Image.new("RGB", (64, 64)).save(folder / "large.png")
+        self.folder = folder
+
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        if index != 3:
+            sample.messages[0].images = [str(self.folder / ("large.png" if index == 7 else "small.png"))]
+        return sample
+
+
+def test_ranks_share_a_step_by_work(template, tmp_path):
+    """Whoever gets the large picture gets little else, nothing is lost or seen twice, and all agree on who has what."""
+    samples = WithOneGiant(tmp_path)
+    settings = dict(batch_size=20, epochs=1, cost=lambda text, patches: sum(patches))
+    shares = [
+        StepDataset(samples, make_encoder(template, max_visual_tokens=64), seed=5, rank=r, world_size=2, **settings)[0]
+        for r in range(2)
+    ]
+    assert sorted(n for share in shares for n in names(share)) == sorted(f"rectangle {i}" for i in range(20) if i != 3)
+    assert [len(share.skipped) for share in shares].count(1) == 1
+    assert sorted(share.num_images for share in shares) == [1, 18]
+    assert shares[0].shares == shares[1].shares != 0
+
+
+def test_estimates_are_those_of_the_encoded_sample(template, tmp_path):
+    Image.new("RGB", (40, 24)).save(tmp_path / "a.png")
+    encoder = make_encoder(template)
+    images = [str(tmp_path / "a.png"), Image.new("RGB", (9, 30)), ImageBytes((tmp_path / "a.png").read_bytes())]
+    sample = Sample(name="x", messages=[Message(role="user", text="What?", images=images)])
+    text, patches = encoder.estimate(sample)
+    assert text == 1 and patches == [h * w for _, h, w in encoder.encode_prompt(sample).grids]
+    for image in (lambda: Image.new("RGB", (8, 8)), str(tmp_path / "absent.png"), ImageBytes(b"no image")):
+        assert encoder.estimate(Sample(name="x", messages=[Message(role="user", text="", images=[image])])) == (0, [])
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

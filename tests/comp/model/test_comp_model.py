@@ -255,7 +255,7 @@ def greedy(model, batch, steps):
             )
             with torch.no_grad():
                 hidden = model.decode(one, model.visual_tokens(one), model.token_grids(one))
-            grown.append(int(model.language_model.lm_head(hidden[0, -1]).argmax()))
+            grown.append(int(model.language_model.lm_head(hidden[-1]).argmax()))
         answers.append(grown)
     return answers
 

@@ -1,9 +1,10 @@
 """Next-token loss and pooling against their plain definitions."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 
-from comp.model.losses import masked_mean, mean_by_segment, next_token_loss
+from comp.model.losses import Head, Learned, mean_by_segment, next_token_loss
 
 
 def example():
@@ -17,29 +18,63 @@ def plain(hidden, labels, lm_head):
     return F.cross_entropy(lm_head(hidden[:, :-1]).flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
 
 
-def test_equals_the_definition_in_any_number_of_chunks():
+def loss_of(hidden, labels, lm_head, logits_at_once=10**6, linear=False, per_sample=False):
+    """Loss and number of learned tokens of rows without padding."""
+    learned = Learned.of(labels, torch.ones_like(labels, dtype=torch.bool), per_sample=per_sample)
+    head = Head(lm_head, 11, lm_head if linear else None)
+    return next_token_loss(hidden.flatten(0, 1)[learned.predictors], learned, head, logits_at_once), len(learned.targets)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_equals_the_definition_in_any_number_of_chunks(linear):
     hidden, labels, lm_head = example()
-    inputs = (hidden, lm_head.weight)
+    inputs = (hidden, lm_head.weight, lm_head.bias)
     exact = plain(hidden, labels, lm_head)
     exact_gradients = torch.autograd.grad(exact, inputs)
     for logits_at_once in (1, 11 * 2, 11 * 3, 10**6):
-        loss, count = next_token_loss(hidden, labels, lm_head, 11, logits_at_once)
+        loss, count = loss_of(hidden, labels, lm_head, logits_at_once, linear)
         assert count == int((labels[:, 1:] != -100).sum()) == 7
         torch.testing.assert_close(loss, exact)
         for gradient, expected in zip(torch.autograd.grad(loss, inputs), exact_gradients):
             torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_means_of_samples_and_a_frozen_head():
+    hidden, labels, lm_head = example()
+    for frozen in (False, True):
+        lm_head.requires_grad_(not frozen)
+        losses = [loss_of(hidden, labels, lm_head, 22, linear, per_sample=True)[0] for linear in (False, True)]
+        torch.testing.assert_close(*losses)
+        torch.testing.assert_close(*(torch.autograd.grad(3 * loss, hidden)[0] for loss in losses))
+
+
+def test_a_linear_head_is_exact_in_float64_and_bounded_in_bfloat16():
+    """The budget of bfloat16 is twice what cross_entropy errs with the same rounded logits."""
+    hidden, labels, lm_head = example()
+    exact = plain(hidden.double(), labels, lm_head.double())
+    (wanted,) = torch.autograd.grad(exact, hidden)
+    lm_head.float()
+    errors = []
+    for linear in (False, True):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, _ = loss_of(hidden, labels, lm_head, 22, linear)
+        (gradient,) = torch.autograd.grad(loss, hidden)
+        errors.append(((loss - exact).abs().item(), (gradient - wanted).abs().max().item()))
+    assert errors[1][0] <= 2 * errors[0][0] + 1e-6 and errors[1][1] <= 2 * errors[0][1] + 1e-6, errors
+
+
 def test_logits_are_made_for_learned_positions_only_and_in_bounds():
     hidden, labels, lm_head = example()
     rows = []
-    next_token_loss(hidden, labels, lambda x: (rows.append(len(x)), lm_head(x))[1], 11, logits_at_once=11 * 3)
+    lm_head.register_forward_hook(lambda module, inputs, output: rows.append(len(inputs[0])))
+    loss_of(hidden, labels, lm_head, logits_at_once=11 * 3)
     assert rows == [3, 3, 1]
 
 
-def test_nothing_to_learn_is_zero_and_keeps_the_graph():
+@pytest.mark.parametrize("linear", [False, True])
+def test_nothing_to_learn_is_zero_and_keeps_the_graph(linear):
     hidden, labels, lm_head = example()
-    loss, count = next_token_loss(hidden, torch.full_like(labels, -100), lm_head, 11)
+    loss, count = loss_of(hidden, torch.full_like(labels, -100), lm_head, linear=linear)
     assert (loss.item(), count) == (0.0, 0)
     loss.backward()
     assert hidden.grad.eq(0).all()
@@ -52,5 +87,3 @@ def test_means():
     means.sum().backward()
     assert x.grad.tolist() == [[0.5, 0.5], [0.5, 0.5], [1, 1]]
     assert mean_by_segment(x[:0], [0, 0]).tolist() == [[0, 0]] * 2
-    mask = torch.tensor([[True, False, True], [False, False, False]])
-    assert masked_mean(x.detach().expand(2, 3, 2), mask).tolist() == [[3, 5.5], [0, 0]]

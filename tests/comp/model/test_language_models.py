@@ -56,7 +56,7 @@ def test_what_comes_after_the_head_counts(family):
     language_model = make_language_model(family)
     model, prompt = make_model(language_model), batch([text(24)])
     with torch.no_grad():
-        hidden = model.decode(prompt, model.visual_tokens(prompt), model.token_grids(prompt))[0]
+        hidden = model.decode(prompt, model.visual_tokens(prompt), model.token_grids(prompt))
         plain = language_model.get_output_embeddings()(hidden)
         assert (model.logits(hidden) - plain).abs().max() > 0.05 * plain.abs().max()
 
@@ -69,7 +69,7 @@ def test_gradients_are_the_models_own_in_any_number_of_chunks(monkeypatch):
     ids = torch.tensor([sample.input_ids])
     expected = torch.autograd.grad(language_model(input_ids=ids, labels=ids).loss * 23, parameters)
     for logits_at_once in (2**25, 7 * WORDS):
-        monkeypatch.setattr("comp.model.losses.next_token_loss.__defaults__", (logits_at_once, False))
+        monkeypatch.setattr("comp.model.losses.next_token_loss.__defaults__", (logits_at_once,))
         gradients = torch.autograd.grad(model(batch([sample])).token_loss_sum, parameters)
         for gradient, wanted in zip(gradients, expected):
             torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-4)
@@ -198,7 +198,7 @@ def test_answers_about_images_do_not_depend_on_the_other_rows(family, position_i
             one = batch([longer])
             with torch.no_grad():
                 hidden = model.decode(one, model.visual_tokens(one), model.token_grids(one))
-                assert model.logits(hidden[0, -1:]).argmax() == token
+                assert model.logits(hidden[-1:]).argmax() == token
             grown.append(token)
 
 

@@ -16,7 +16,7 @@ from comp.data.batch import Message, Sample
 from comp.data.loader import StepDataset
 from comp.data.mixture import open_sources
 from comp.data.packing import collate
-from comp.model.losses import chunked_alignment_loss, next_token_loss
+from comp.model.losses import Head, Learned, chunked_alignment_loss, next_token_loss
 from comp.parallel import World
 from comp.train.optim import build_optimizer, lr_multiplier, set_trainable
 from comp.train.step import StepTotals, accumulate_gradients, train_step
@@ -242,10 +242,11 @@ def test_a_loss_per_sample_by_hand(logits_at_once):
     hidden, labels = torch.randn(3, 7, 8, requires_grad=True), torch.randint(0, 11, (3, 7))
     labels[0, :4] = labels[1, 6:] = labels[2] = -100
     lm_head = torch.nn.Linear(8, 11)
-    loss, count = next_token_loss(hidden, labels, lm_head, 11, logits_at_once, per_sample=True)
+    learned = Learned.of(labels, torch.ones_like(labels, dtype=torch.bool), per_sample=True)
+    loss = next_token_loss(hidden.flatten(0, 1)[learned.predictors], learned, Head(lm_head, 11), logits_at_once)
     means = [torch.nn.functional.cross_entropy(lm_head(hidden[i, :-1]), labels[i, 1:], ignore_index=-100) for i in range(2)]
     torch.testing.assert_close(loss, sum(means))
-    assert count == 3 + 5
+    assert len(learned.targets) == 3 + 5
     for a, b in zip(torch.autograd.grad(loss, hidden), torch.autograd.grad(sum(means), hidden)):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 

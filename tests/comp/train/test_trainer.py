@@ -1,5 +1,6 @@
 """Whole runs of a toy model: files, equality over processes, exact resume after kill -9 and SIGTERM, stops, skipped samples."""
 
+import copy
 import json
 import os
 import random
@@ -14,7 +15,8 @@ from unittest.mock import patch
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy import toy_config
+from torch._dynamo.testing import CompileCounter
+from toy import ColouredRectangles, toy_config
 from transformers import GPT2LMHeadModel, OPTForCausalLM
 
 import comp.train.trainer
@@ -22,15 +24,17 @@ from comp import VisionEncoder
 from comp.build import build_model, sample_encoder
 from comp.config import ConfigError, SourceConfig, VisionConfig
 from comp.config_io import apply_overrides
+from comp.data.packing import collate
 from comp.log import read_records
-from comp.parallel import transformer_blocks
+from comp.parallel import compile_blocks, transformer_blocks
 from comp.train.step import NonFiniteLossError
 from comp.train.trainer import StopRequested, Trainer
+from comp.train.work import Work
 
 REPOSITORY = Path(__file__).parents[3]
 HELPERS = REPOSITORY / "tests" / "helpers"
 NUM_STEPS = 11  # of toy_config: 3 + 3 + 3 + 2
-TIMING = ("step_time", "data_time", "images_per_s", "tokens_per_s")  # what differs between two equal runs
+TIMING = ("step_time", "data_time", "images_per_s", "tokens_per_s", "mfu")  # what differs between two equal runs
 
 
 def run(folder, *overrides, resume=False, plots=False):
@@ -137,6 +141,72 @@ def test_two_processes_equal_one(unbroken, parallel):
         assert torch.allclose(value, weights(folder, parallel)[key], atol=2e-3), key
 
 
+def test_processes_with_shares_of_equal_work_equal_one(unbroken):
+    """Shares differ from those by number, losses do not; padding and utilisation are recorded."""
+    folder, _ = unbroken
+    run_on_two(folder, "name=balanced", "balance=true", "peak_tflops=0.001", "stages.*.max_steps=2", "eval.data=[]")
+    one = {(r["stage"], r["step"]): r for r in records(folder) if r["event"] == "train"}
+    two = [r for r in read_records(folder / "runs" / "balanced" / "metrics.jsonl") if r["event"] == "train"]
+    for r in two[:2]:
+        assert abs(r["loss"] - one[r["stage"], r["step"]]["loss"]) <= 1e-5
+        assert r["samples"] == one[r["stage"], r["step"]]["samples"] and r["padding"] == 0
+    assert all(r["mfu"] > 0 for r in two)
+
+
+def test_padding_is_recorded_and_budgets_count_it(toy_folder):
+    options = ["stages.*.max_steps=1", "eval.data=[]", "stages.*.forward_text_tokens=300"]
+    packed = run(toy_folder, *options, "name=packed")
+    padded = run(toy_folder, *options, "name=padded", "language.pack_rows=false")
+    a, b = ([r for r in records(toy_folder, name) if r["event"] == "train"] for name in ("packed", "padded"))
+    assert all(r["padding"] == 0 for r in a) and all(0 < r["padding"] < 1 for r in b)
+    assert sum(r["forwards"] for r in a) < sum(r["forwards"] for r in b)
+    assert abs(a[0]["loss"] - b[0]["loss"]) <= 1e-5
+    assert packed["stages"][0]["median_padding"] == 0 < padded["stages"][0]["median_padding"]
+
+
+def test_work_of_a_step_by_hand(toy_models):
+    """The toy: width 32, two layers of two heads of 16 (one of keys), MLP 64, 300 words; tower of the same sizes."""
+    config = toy_config(toy_models)
+    model, template = build_model(config)
+    work = Work.of(model)
+    layer = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 64
+    words = model.language_model.get_input_embeddings().num_embeddings
+    assert work.language_token == 2 * 2 * layer and work.logit_row == 2 * 32 * words
+    assert work.language_pair == 4 * 32 * 2 and work.vision_pair == 4 * 32 * 2
+    assert work.vision_patch == 2 * (2 * (4 * 32 * 32 + 2 * 32 * 64) + 48 * 32)
+    encoder = sample_encoder(model, template, config, config.stages[2])
+    samples = [encoder.encode(ColouredRectangles(2, mixed=False)[i]) for i in range(2)]
+    batch = collate(samples, pad_id=0, patch_features=48)
+    tower = sum(work.vision([h * w for _, h, w in s.grids]) for s in samples)
+    adapter = work.visual_token * sum(s.num_visual_tokens for s in samples)
+    language = work.language(len(s.input_ids) for s in samples) + batch.num_learned_tokens() * work.logit_row
+    everything = ("vision", "adapter", "language")
+    assert work.step([batch], everything, text_again=False) == pytest.approx(3 * (tower + adapter + language))
+    again = sum(work.language([len(s.answer_ids)]) for s in samples)
+    expected = tower + 2 * (adapter + language) + again
+    assert work.step([batch], ("adapter",), text_again=True) == pytest.approx(expected)
+
+
+def test_compiled_blocks_serve_all_sizes(toy_models):
+    """Once for a block in every state of training: batches of other sizes, numbers of rows and images compile nothing anew."""
+    config = toy_config(toy_models)
+    model, template = build_model(config)
+    expected, counter = copy.deepcopy(model), CompileCounter()
+    torch._dynamo.reset()
+    compile_blocks(model, backend=counter)
+    encoder = sample_encoder(model, template, config, config.stages[2])
+    encoded = [encoder.encode(ColouredRectangles(12)[i]) for i in range(12)]
+    counts = []
+    for part in (encoded[:3], encoded[3:4], encoded, encoded[5:9], encoded[2:4]):
+        batch = collate(part, pad_id=0, patch_features=48)
+        loss = model(batch).token_loss_sum
+        torch.testing.assert_close(loss, expected(batch).token_loss_sum)
+        loss.backward()
+        counts.append(counter.frame_count)
+    assert counts[0] > 0 and counts[1:] == counts[:1] * 4, counts
+    assert {name for name, _ in model.named_parameters()} == {name for name, _ in expected.named_parameters()}
+
+
 NO_DROPOUT = {  # processes draw their own
     "GPT2": dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
     "OPT": dict(dropout=0.0),
@@ -179,9 +249,7 @@ def test_a_language_model_whose_layers_are_unknown_is_refused(toy_models):
     model, _ = build_model(toy_config(toy_models))
     assert len(transformer_blocks(model)) == 4
     model.language_model._no_split_modules = None
-    with pytest.raises(
-        ConfigError, match=r"parallel=fsdp needs to know the layers of Qwen2ForCausalLM.*use parallel=replicate"
-    ):
+    with pytest.raises(ConfigError, match=r"need to know the layers of Qwen2ForCausalLM.*use parallel=replicate"):
         transformer_blocks(model)
 
 
@@ -386,6 +454,7 @@ def test_a_run_is_not_overwritten_and_resumes_only_itself(toy_folder):
     with pytest.raises(ConfigError, match=r"these differ: seed, stages\.1\.batch_size"):
         run(toy_folder, *short, "seed=1", "stages.1.batch_size=3", resume=True)
     free = ["num_workers=1", "stages.*.forward_text_tokens=256", "eval.batch_size=3", "bad_samples=stop"]
+    free += ["balance=true", "peak_tflops=1", "language.pack_rows=false", "language.attention=eager"]
     assert run(toy_folder, *short, *free, resume=True)["steps"] == 4
     (toy_folder / "runs" / "toy" / "metrics.jsonl").unlink()
     for resume in (False, True):

@@ -1,0 +1,193 @@
+"""An optimiser step of the trainer on rows of mixed lengths: packed and padded rows, and another checkout of this project.
+
+    python -m benchmarks.training_step [--peer FOLDER] [--threads 2] [--layers 30] [--samples 16] [--compile]
+
+The language model has the shape of SmolLM2-135M (30 layers of 576 channels, 49,152 words, random weights), the tower is that of
+the recipe `smollm2`, and so are losses, optimiser and budgets of its stage II-b. Lengths are drawn log-uniformly: images of
+4 to 256 visual tokens, answers of 4 to 256 tokens. Every arm is a process of its own that takes the same samples; arms run in
+turn, `--rounds` times. Printed are medians of seconds per step, tokens per second without padding, and the largest
+resident memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import math
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parents[1]
+PATCHES_PER_TOKEN, PATCH = 4, 8
+
+
+def module(name: str) -> Any:
+    """A module of the trainer by its last name, wherever the checkout at hand keeps it."""
+    for package in ("comp.train", "comp"):
+        try:
+            return importlib.import_module(f"{package}.{name}")
+        except ModuleNotFoundError:
+            continue
+    raise ModuleNotFoundError(name)
+
+
+def make_samples(count: int, vocabulary: int, image_id: int) -> list[Any]:
+    import torch
+
+    from comp.data.packing import EncodedSample
+
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(low: float, high: float) -> float:
+        return math.exp(torch.empty(()).uniform_(math.log(low), math.log(high), generator=generator).item())
+
+    samples = []
+    for number in range(count):
+        rows, columns = (max(2, round(drawn(2, 16))) for _ in range(2))
+        visual, answer = rows * columns, round(drawn(4, 256))
+        grid = (1, 2 * rows, 2 * columns)
+        words = torch.randint(10, vocabulary - 10, (24 + answer,), generator=generator).tolist()
+        ids = [*words[:6], *[image_id] * visual, *words[6:]]
+        labels = [-100] * (len(ids) - answer) + ids[-answer:]
+        patches = torch.rand(PATCHES_PER_TOKEN * visual, 3 * PATCH * PATCH, generator=generator)
+        samples.append(
+            EncodedSample(
+                name=f"{number}",
+                input_ids=ids,
+                labels=labels,
+                answer_ids=words[-answer:],
+                patches=[patches],
+                grids=[grid],
+                num_visual_tokens=visual,
+            )
+        )
+    return samples
+
+
+def work(options: argparse.Namespace) -> dict[str, Any]:
+    """The steps of one arm, in a process of its own."""
+    import inspect
+
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.set_num_threads(options.threads)
+    from comp.data.loader import StepData
+    from comp.data.packing import collate, pack
+    from comp.model import VisionEncoder
+    from comp.model.multimodal import CoMP
+    from comp.recipes import RECIPES
+
+    step_module, optim, parallel = module("step"), module("optim"), module("parallel")
+    torch.manual_seed(0)
+    vocabulary = 49_152
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=options.layers,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+        max_position_embeddings=8192,
+    )
+    stage = next(stage for stage in RECIPES["smollm2"]().stages if stage.name == "II-b")
+    tower = VisionEncoder.from_pretrained(RECIPES["smollm2"]().vision.path).float()
+    arguments = {} if options.arm != "padded" else dict(pack_rows=False)
+    model = CoMP(tower, LlamaForCausalLM(config), image_token_id=vocabulary - 1, **arguments)
+    model.set_word_counts(torch.ones(vocabulary))
+    if options.compile:
+        parallel.compile_blocks(model)
+    optim.set_trainable(model, stage.trainable)
+    model.encoder.pos_mode = "abs+rope"
+    optimizer = optim.build_optimizer(model, stage.optim)
+    model.train()
+    samples = make_samples(options.samples, vocabulary, vocabulary - 1)
+    limits: dict[str, Any] = dict(visual_tokens=stage.forward_visual_tokens, text_tokens=stage.forward_text_tokens)
+    if "padded" in inspect.signature(pack).parameters:
+        limits["padded"] = options.arm == "padded"
+    groups = pack(samples, **limits)
+    fields = dict(
+        step=0,
+        batches=[collate(group, pad_id=0, patch_features=3 * PATCH * PATCH) for group in groups],
+        num_samples=len(samples),
+        num_images=len(samples),
+        num_text_tokens=sum(len(s.input_ids) for s in samples),
+        num_visual_tokens=sum(s.num_visual_tokens for s in samples),
+        skipped=[],
+        notes=[],
+    )
+    data = StepData(**{name: value for name, value in fields.items() if name in StepData.__dataclass_fields__})
+    world = parallel.World(rank=0, size=1, device=torch.device("cpu"), group=None)
+    totals = step_module.StepTotals.gather(data, world, stop=False)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    times, losses = [], []
+    for _ in range(options.steps + 1):
+        begin = time.perf_counter()
+        losses.append(step_module.train_step(model, optimizer, data, totals, stage, world, pad_id=0, bf16=options.bf16).loss)
+        times.append(time.perf_counter() - begin)
+    return dict(
+        seconds=times[1:],
+        first=times[0],
+        losses=losses,
+        tokens=fields["num_text_tokens"],
+        slots=sum(batch.input_ids.numel() for batch in data.batches),
+        forwards=len(groups),
+        peak_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        start_gib=before / 2**20,
+    )
+
+
+def run_arm(arm: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--worker", "--arm", arm, "--samples", f"{options.samples}"]
+    command += ["--layers", f"{options.layers}", "--steps", f"{options.steps}", "--threads", f"{options.threads}"]
+    command += ["--compile"] * (options.compile and arm == "packed") + ["--bf16"] * options.bf16
+    environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": f"{options.threads}"}
+    done = subprocess.run(command, env=environment, cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", type=Path, help="another checkout, with its libraries built")
+    parser.add_argument("--arms", nargs="+", default=["packed", "padded"], choices=["packed", "padded"])
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=1, help="timed steps of each arm in each round, after one that is not")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--compile", action="store_true", help="compile the blocks of the packed arm")
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--arm", default="packed", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        print(json.dumps(work(options)))
+        return 0
+    arms = [(arm, HERE) for arm in options.arms] + ([("peer", options.peer.resolve())] if options.peer else [])
+    found: dict[str, list[dict[str, Any]]] = {arm: [] for arm, _ in arms}
+    for _ in range(options.rounds):
+        for arm, folder in arms:
+            found[arm].append(run_arm(arm, folder, options))
+    print("arm     s/step  tokens/s  padding  forwards  peak GiB  first loss")
+    for arm, runs in found.items():
+        seconds = statistics.median(s for run in runs for s in run["seconds"])
+        one = runs[0]
+        padding = 0.0 if arm == "packed" else 1 - one["tokens"] / one["slots"]
+        peak = statistics.median(run["peak_gib"] for run in runs)
+        print(
+            f"{arm:7} {seconds:6.2f} {one['tokens'] / seconds:9.0f} {100 * padding:7.0f}% {one['forwards']:9} {peak:9.2f}"
+            f"  {one['losses'][0]:.6f}"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

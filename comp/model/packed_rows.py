@@ -1,0 +1,230 @@
+"""Text rows through a decoder of transformers one after the other, without padding: tokens attend within their own row.
+
+transformers hands `cu_seq_lens_q` and its relatives down to the attention function of every layer. Its flash attentions know
+what they mean; its "sdpa" does not (it would build a mask of tokens x tokens), so a model of "sdpa" gets the function below,
+which is "sdpa" itself for every other call.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+try:
+    from torch.nn.attention import varlen
+except ImportError:
+    varlen = None
+
+from .causal_lm import Halves, evaluation_mode, probe_ids
+from .generation import has_static_rope
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NAME = "sdpa_packed"
+VARLEN = getattr(varlen, "varlen_attn", None)
+if VARLEN is not None and "enable_gqa" not in inspect.signature(VARLEN).parameters:
+    VARLEN = None  # before torch 2.13: no windows and no grouped heads
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where the tokens of right-padded rows [B, L] lie once the T real ones are packed."""
+
+    is_token: Tensor
+    """[B, L] bool."""
+    cu_seqlens: Tensor
+    """[rows that are not empty + 1] int32 on the device of the model: row i owns the tokens cu_seqlens[i]:cu_seqlens[i + 1]."""
+    longest: int
+    index: Tensor
+    """[1, T] int64: the place of each token in its row."""
+
+    @classmethod
+    def of(cls, mask: Tensor) -> Rows:
+        """From an attention mask [B, L], True on real tokens, which come first in every row."""
+        is_token = mask.bool()
+        lengths = is_token.sum(1)
+        places = torch.arange(mask.shape[1], device=mask.device).expand_as(is_token)
+        bounds = F.pad(lengths[lengths > 0].cumsum(0), (1, 0)).to(torch.int32)
+        return cls(is_token, bounds, int(lengths.max()), places[is_token].unsqueeze(0))
+
+    def arguments(self) -> dict[str, Any]:
+        """What a decoder of transformers takes to keep the rows apart."""
+        return dict(
+            position_ids=self.index,
+            cu_seq_lens_q=self.cu_seqlens,
+            cu_seq_lens_k=self.cu_seqlens,
+            max_length_q=self.longest,
+            max_length_k=self.longest,
+        )
+
+
+def allow_packing(model: PreTrainedModel, halves: Halves) -> str | None:
+    """Prepare a language model for packed rows; returns why its rows have to be padded, None where they have not.
+
+    The configuration tells what only long rows show: states, attention in chunks, rotary tables that follow the longest row.
+    The rest shows in two short rows decoded together and alone. A model that cannot pack stays as it was.
+    """
+    name = type(model).__name__
+    config = model.config.get_text_config(decoder=True)
+    implementation = config._attn_implementation or "eager"
+    if reason := _state_or_chunks(config):
+        return f"{name} has {reason}"
+    if not has_static_rope(config):
+        return f"the rotary tables of {name} follow the longest row"
+    if implementation not in (NAME, "sdpa") and "flash" not in implementation:
+        return f"attention {implementation!r} cannot keep packed rows apart; sdpa and flash_attention_2 can"
+    if implementation == "sdpa":
+        _register(packed_attention)
+        _set_implementation(model, NAME)
+    reason = _rows_kept_apart(model, halves, config)
+    if reason is not None and implementation == "sdpa":
+        _set_implementation(model, "sdpa")
+    return None if reason is None else f"{name}: {reason}"
+
+
+def attention_mask_for_packed(model: PreTrainedModel) -> Tensor | None:
+    """What to pass as `attention_mask` with packed rows: nothing for flash attention; for the function below a mask that hides
+    nothing, in the shape which transformers hands on as it is instead of making one of its own."""
+    own = model.config.get_text_config(decoder=True)._attn_implementation == NAME
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=model.device) if own else None
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    sliding_window: int | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **settings: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each packed row, in the signature of transformers' attention functions.
+
+    query:  [1, heads, T, head size]; key and value may have fewer heads. Returns [1, T, heads, head size].
+    sliding_window:  tokens that a token sees, itself included.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    settings.pop("cu_seq_lens_k", None), settings.pop("max_length_k", None)
+    settings |= dict(scaling=scaling, dropout=dropout)
+    if cu_seq_lens_q is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+    if _flash_serves(query, value, dropout):
+        return _flash(query, key, value, cu_seq_lens_q, max_length_q, sliding_window, scaling), None
+    return _row_by_row(module, query, key, value, cu_seq_lens_q, sliding_window, settings), None
+
+
+def _flash_serves(query: Tensor, value: Tensor, dropout: float) -> bool:
+    """Whether torch's own flash attention over packed rows takes the call; not run on a GPU by the authors."""
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    return query.is_cuda and half and dropout == 0 and query.shape[-1] == value.shape[-1] <= 256 and VARLEN is not None
+
+
+def _flash(
+    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, window: int | None, scaling: float | None
+) -> Tensor:
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [T, heads, head size]
+    left = -1 if window is None else window - 1
+    out = VARLEN(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(left, 0), enable_gqa=True)
+    return out.unsqueeze(0)
+
+
+@torch.compiler.disable  # the number of rows changes with every batch: one graph cannot hold the loop
+def _row_by_row(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor,
+    window: int | None,
+    settings: dict[str, Any],
+) -> Tensor:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    lengths = bounds.diff().tolist()
+    # split and cat, not slices: the gradient of a slice is as large as the whole tensor
+    pieces = zip(*(x.split(lengths, dim=2) for x in (query, key, value)))
+    outs = []
+    for q, k, v in pieces:
+        mask = None if window is None or q.shape[2] <= window else _window_mask(q.shape[2], window, q.device)
+        outs.append(sdpa_attention_forward(module, q, k, v, mask, **settings)[0])
+    return torch.cat(outs, dim=1)
+
+
+def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
+    """[1, 1, length, length] bool: key j is seen by query i where i - window < j <= i."""
+    return torch.ones(1, 1, length, length, dtype=torch.bool, device=device).tril_().triu_(1 - window)
+
+
+def _register(function: Callable) -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, function)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def _set_implementation(model: PreTrainedModel, name: str) -> None:
+    for config in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values():
+        config._attn_implementation = name
+
+
+def _state_or_chunks(config: Any) -> str | None:
+    from transformers import DynamicCache
+
+    kinds = {type(layer).__name__ for layer in DynamicCache(config=config).layers}
+    if not kinds <= {"DynamicLayer", "DynamicSlidingWindowLayer"}:
+        return "layers that keep a state from token to token"
+    if "chunked_attention" in (getattr(config, "layer_types", None) or ()) or getattr(config, "attention_chunk_size", None):
+        return "attention within chunks"
+    return None
+
+
+@torch.no_grad()
+def _rows_kept_apart(model: PreTrainedModel, halves: Halves, config: Any) -> str | None:
+    """What is wrong with two short rows decoded together; None where they are what they are alone."""
+    from transformers import DynamicCache
+
+    ids = probe_ids(model, 6)
+    first, second = ids.unsqueeze(0), ids.flip(0)[:4].unsqueeze(0)
+    rows = Rows.of(torch.tensor([[1] * 6, [1] * 4 + [0] * 2], device=ids.device))
+    windows: list[int | None] = []
+
+    def noting(*arguments: Any, sliding_window: int | None = None, **settings: Any) -> tuple[Tensor, None]:
+        if "cu_seq_lens_q" in settings:
+            windows.append(sliding_window)
+        return packed_attention(*arguments, sliding_window=sliding_window, **settings)
+
+    _register(noting)
+    try:
+        with evaluation_mode(model):
+            alone = [halves.decode(model, input_ids=row, attention_mask=torch.ones_like(row))[0] for row in (first, second)]
+            together = halves.decode(
+                model,
+                input_ids=torch.cat((first, second), dim=1),
+                attention_mask=attention_mask_for_packed(model),
+                **rows.arguments(),
+            )[0]
+    except Exception as error:  # a decoder that does not take these arguments says so in any way
+        return f"its decoder does not take packed rows ({type(error).__name__}: {error})".splitlines()[0]
+    finally:
+        _register(packed_attention)
+    expected = torch.cat(alone)
+    rounding = max(1e-3, 4 * torch.finfo(expected.dtype).eps) * expected.abs().max().item()
+    if not torch.allclose(together, expected, rtol=0, atol=rounding, equal_nan=True):
+        return "packed rows see each other"
+    sliding = sum(type(layer).__name__ == "DynamicSlidingWindowLayer" for layer in DynamicCache(config=config).layers)
+    if config._attn_implementation == NAME and sum(window is not None for window in windows) != sliding:
+        return "its attention is not told of the window that slides over its rows"
+    return None
