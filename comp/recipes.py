@@ -99,6 +99,7 @@ def paper(name: str, vision: VisionConfig, language: LanguageConfig) -> Config:
         stages=[adapter_only, fixed, native, instruction],  # [P] one epoch each
         checkpoint=CheckpointConfig(every_steps=1000, keep=1),  # [S]
         activation_checkpointing=True,  # [S]
+        balance=True,  # [A]
         num_workers=8,  # [S]
     )
 

@@ -25,7 +25,7 @@ ASSETS = Path(__file__).parent / "assets"
 
 def tiny() -> Config:
     """Handwriting and charts, from a tower that has seen 64 x 64 pixels and a language model that has seen no image."""
-    # rows of one length class per pass: a third of a whole step would be padding
+    # several passes per step: a third of the memory
     shared = dict(max_visual_tokens=128, max_text_tokens=320, batch_size=32, forward_text_tokens=2400)
     alignment = AlignmentConfig(weight=0.2, mode="sinkhorn", epsilon=0.05, temperature=0.05)
     everything = OptimConfig(lr_vision=2e-4, lr_adapter=2e-3, lr_language=5e-4, betas=(0.9, 0.98))
