@@ -26,6 +26,9 @@ from comp_kernels.integrations import patch_transformers
 
 GRIDS = ((50, 36), (24, 42), (16, 60), (32, 24), (14, 20), (10, 10))
 """Rows and columns of patches of a batch at native resolution: a page, photographs, a strip, icons; 4,916 patches."""
+PHOTOGRAPH = (63, 84)
+SQUARES = 8
+"""Images of 384 pixels in a batch of one size."""
 
 
 class Tower(NamedTuple):
@@ -33,6 +36,7 @@ class Tower(NamedTuple):
     inputs: dict[str, Tensor]
     title: str
     patch: Callable = patch_transformers
+    images: int = len(GRIDS)
 
 
 def padded() -> tuple[Tensor, Tensor]:
@@ -41,6 +45,21 @@ def padded() -> tuple[Tensor, Tensor]:
     coordinates = nn.utils.rnn.pad_sequence(grids, batch_first=True)
     lengths = torch.tensor([len(grid) for grid in grids])
     return coordinates, torch.arange(coordinates.shape[1]) < lengths[:, None]
+
+
+def siglip(layers: int) -> Tower:
+    """So400m at its fixed size."""
+    config = transformers.SiglipVisionConfig(
+        hidden_size=1152,
+        intermediate_size=4304,
+        num_attention_heads=16,
+        num_hidden_layers=layers,
+        image_size=384,
+        patch_size=14,
+    )
+    config.vision_use_head = False
+    inputs = dict(pixel_values=torch.randn(SQUARES, 3, 384, 384))
+    return Tower(transformers.SiglipVisionModel(config), inputs, "SigLIP So400m, 384 pixels", images=SQUARES)
 
 
 def siglip2(layers: int) -> Tower:
@@ -63,9 +82,10 @@ def pixtral(layers: int) -> Tower:
 
 
 def qwen2_5_vl(layers: int) -> Tower:
-    """Every second layer attends within windows, the others within images (released: every eighth)."""
+    """Every eighth layer attends within images, the others within windows, as released; of fewer than eight every second."""
+    every = 8 if layers >= 8 else 2
     config = Qwen2_5_VLVisionConfig(
-        depth=layers, hidden_size=1280, fullatt_block_indexes=list(range(1, layers, 2)), out_hidden_size=1280
+        depth=layers, hidden_size=1280, fullatt_block_indexes=list(range(every - 1, layers, every)), out_hidden_size=1280
     )
     grids = torch.tensor([(1, *grid) for grid in GRIDS])
     inputs = dict(hidden_states=torch.randn(int(grids.prod(1).sum()), 3 * 2 * 14 * 14), grid_thw=grids)
@@ -74,9 +94,10 @@ def qwen2_5_vl(layers: int) -> Tower:
 
 def dinov3(layers: int) -> Tower:
     """One photograph of 1008 x 1344 pixels, ViT-S."""
+    height, width = (16 * side for side in PHOTOGRAPH)
     config = transformers.DINOv3ViTConfig(num_hidden_layers=layers, num_register_tokens=4)
-    inputs = dict(pixel_values=torch.randn(1, 3, 1008, 1344))
-    return Tower(transformers.DINOv3ViTModel(config), inputs, "DINOv3 ViT-S, one image of 5292 patches")
+    inputs = dict(pixel_values=torch.randn(1, 3, height, width))
+    return Tower(transformers.DINOv3ViTModel(config), inputs, "DINOv3 ViT-S, one image of 5292 patches", images=1)
 
 
 def naflexvit(layers: int) -> Tower:
@@ -91,19 +112,22 @@ def naflexvit(layers: int) -> Tower:
     return Tower(NaFlexVit(config, num_classes=0), inputs, "timm NaFlexViT base, rotary, padded batch", patch_timm)
 
 
-TOWERS: dict[str, Callable] = {build.__name__: build for build in (siglip2, pixtral, qwen2_5_vl, dinov3, naflexvit)}
+TOWERS: dict[str, Callable] = {build.__name__: build for build in (siglip, siglip2, pixtral, qwen2_5_vl, dinov3, naflexvit)}
 
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def hidden_state(output) -> Tensor:
+    """The tokens that a tower returns, alone or in an output of transformers."""
+    return output if isinstance(output, Tensor) else output.last_hidden_state
 
 
 def forward_backward(model: nn.Module, inputs: dict[str, Tensor], clock: Callable[[], float]) -> float:
     """Seconds of one forward and backward pass."""
     model.zero_grad(set_to_none=True)
     begin = clock()
-    output = model(**inputs)
-    hidden = output if isinstance(output, Tensor) else output.last_hidden_state
-    hidden.float().sum().backward()
+    hidden_state(model(**inputs)).float().sum().backward()
     return clock() - begin
 
 

@@ -133,7 +133,9 @@ def transformer_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def uses_fsdp(config: Config, world: World) -> bool:
-    return world.size > 1 and (config.parallel == "fsdp" or (config.parallel == "auto" and world.device.type == "cuda"))
+    return world.group is not None and (
+        config.parallel == "fsdp" or (config.parallel == "auto" and world.device.type == "cuda")
+    )
 
 
 def note_trainable_changed(model: nn.Module) -> None:

@@ -38,14 +38,6 @@ def attention(session: Session) -> None:
 
 
 def kernels(session: Session) -> None:
-    activity = torch.profiler.ProfilerActivity.CPU if session.tiny else torch.profiler.ProfilerActivity.CUDA
     for workload in session.workloads:
         _, both = calls(session, workload)
-        both()
-        with torch.profiler.profile(activities=[activity]) as profile:
-            for _ in range(5):
-                both()
-            if not session.tiny:
-                torch.cuda.synchronize()
-        found = {event.key[:80]: round(event.self_device_time_total / 5, 1) for event in profile.key_averages()}
-        session.say(workload=workload.name, us={name: us for name, us in found.items() if us > 0})
+        session.say(workload=workload.name, us=session.kernels(both))

@@ -1,48 +1,64 @@
-"""Whether rope_attention is right on this device: against float64 in every 16-bit dtype, equal bits from run to run."""
+"""Whether the operators are right on this device: the tests marked `gpu` (tests/gpu), an operator at a time.
+
+A process that an illegal access has ended tells nothing more, so every operator has a process, and the results of a test
+function are written when it is through.
+"""
 
 from __future__ import annotations
 
-import torch
+from pathlib import Path
 
-from comp_kernels.testing import ATTENTION_CASES, AttentionCase, check_median_error, check_rope_attention
+import pytest
 
-from .attention import calls
-from .session import Session, backend_of
-from .workloads import TINY_CASES
+from .session import Session
 
-
-def long_cases() -> list[AttentionCase]:
-    """Sequences of several tiles at the head sizes that have kernels of their own on sm_90a."""
-    cases = []
-    for d in (64, 72, 80, 96, 128):
-        cases += [
-            AttentionCase(f"mixed_{d}", [1029, 197, 0, 64, 729], head_dim=d, slack=5),
-            AttentionCase(f"edges_{d}", [256, 255, 257, 192, 193], head_dim=d, slack=5),
-            AttentionCase(f"gqa_{d}", [300, 0, 500], heads=6, kv_heads=2, head_dim=d),
-            AttentionCase(f"tables_{d}", [200, 177], heads=4, kv_heads=2, layout="per_head_interleaved", head_dim=d),
-            AttentionCase(f"cross_{d}", [300, 0, 177, 400], lengths_k=[129, 555, 0, 700], head_dim=d, slack=7),
-            AttentionCase(f"views_{d}", [130, 265], packed_qkv=True, heads=4, head_dim=d),
-        ]
-    return cases
+ROOT = Path(__file__).parents[2]
+TINY = "equal_bits or case_dim_72 or (against_float64 and small) or through_the_iterations"  # of the dry run, with -k
 
 
-def checks(session: Session) -> None:
-    cases = [*ATTENTION_CASES.values(), *long_cases()]
-    if session.tiny:
-        cases = [ATTENTION_CASES[name] for name in TINY_CASES]
-    for dtype in (torch.bfloat16, torch.float16):
-        passed = 0
-        for case in cases:
-            try:
-                if case.name == "logits_of_1e4":  # decided by single roundings of q and k: one draw says nothing
-                    check_median_error(case, dtype, backend_of(session), device=session.device)
-                else:
-                    check_rope_attention(case, dtype, backend_of(session), session.device)
-                passed += 1
-            except (AssertionError, RuntimeError) as error:
-                session.say(case=case.name, dtype=str(dtype), error=str(error)[:300])
-        session.say(dtype=str(dtype), passed=passed, of=len(cases))
-    for workload in session.workloads:
-        _, both = calls(session, workload)
-        first = both()
-        session.say(workload=workload.name, equal_bits=all(torch.equal(a, b) for _ in range(2) for a, b in zip(first, both())))
+def rope_attention(session: Session) -> None:
+    run(session, "test_gpu_rope_attention.py")
+
+
+def sinkhorn(session: Session) -> None:
+    run(session, "test_gpu_sinkhorn.py")
+
+
+def alignment_loss(session: Session) -> None:
+    run(session, "test_gpu_alignment_loss.py")
+
+
+def run(session: Session, file: str) -> None:
+    """One file of tests/gpu; ends the process with pytest's exit code unless all pass."""
+    options = ["-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), "-m", "gpu", *(["-k", TINY] if session.tiny else [])]
+    code = pytest.main([str(ROOT / "tests" / "gpu" / file), *options], plugins=[Recorder(session)])
+    if code != 0:
+        raise SystemExit(int(code))
+
+
+class Recorder:
+    """Says what failed as it happens, and how many passed of every test function."""
+
+    def __init__(self, session: Session):
+        self.session, self.test, self.counts, self.seconds = session, None, {}, 0.0
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        test = report.nodeid.split("::")[-1].split("[")[0]
+        if test != self.test:
+            self.flush()
+            self.test, self.counts, self.seconds = test, dict(passed=0, failed=0, skipped=0), 0.0
+        self.seconds += report.duration
+        if report.when == "call" or not report.passed:
+            self.counts[report.outcome] += 1
+        if report.failed:
+            reason = getattr(report.longrepr, "reprcrash", None)
+            self.session.say(
+                failed=report.nodeid.split("::")[-1], error=str(reason.message if reason else report.longrepr)[:300]
+            )
+
+    def pytest_sessionfinish(self) -> None:
+        self.flush()
+
+    def flush(self) -> None:
+        if self.test is not None:
+            self.session.say(test=self.test, **self.counts, seconds=round(self.seconds, 1))

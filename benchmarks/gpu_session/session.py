@@ -64,6 +64,7 @@ class Session:
         events: dict[str, list] = {name: [] for name in functions}
         for function in functions.values():
             function()
+        self.wait()
         for _ in range(rounds):
             for name, function in functions.items():
                 flush.zero_()
@@ -72,8 +73,33 @@ class Session:
                 function()
                 end.record()
                 events[name].append((start, end))
-        torch.cuda.synchronize()
+        self.wait()
         return {n: round(1e3 * statistics.median(a.elapsed_time(b) for a, b in pairs), 1) for n, pairs in events.items()}
+
+    def host_time(self, function: Callable, count: int = 10) -> float:
+        """Microseconds until a call returns, nothing waiting for the device."""
+        self.wait()  # an empty queue: launches never wait for room in it
+        start = time.perf_counter()
+        for _ in range(1 if self.tiny else count):
+            function()
+        elapsed = time.perf_counter() - start
+        self.wait()
+        return round(elapsed / (1 if self.tiny else count) * 1e6, 1)
+
+    def kernels(self, function: Callable, count: int = 3) -> dict[str, float]:
+        """Microseconds on the device of one call, by kernel, in a trace of torch's profiler; nothing on the CPU."""
+        activity = torch.profiler.ProfilerActivity.CPU if self.tiny else torch.profiler.ProfilerActivity.CUDA
+        function()
+        with torch.profiler.profile(activities=[activity]) as profile:
+            for _ in range(count):
+                function()
+            self.wait()
+        found = {event.key[:80]: round(event.self_device_time_total / count, 1) for event in profile.key_averages()}
+        return {name: us for name, us in found.items() if us > 0}
+
+    def wait(self) -> None:
+        if not self.tiny:
+            torch.cuda.synchronize()
 
     def graph(self, function: Callable) -> Callable:
         """Replay of `function` as a CUDA graph; on the CPU the function."""

@@ -25,13 +25,17 @@ class Workload:
         return 4 * self.head_dim * self.heads * sum(n * n for n in self.lengths) * (3.5 if backward else 1.0)
 
 
-WORKLOADS = (
-    Workload("ViT-B/16 224 px", (197,) * 64, 12, 64),
+WORKLOADS = (  # the most important first: a run may end before the last
     Workload("SigLIP So400m 384 px", (729,) * 16, 16, 72),
+    Workload("ViT-B/16 224 px", (197,) * 64, 12, 64),
     Workload("SigLIP NaFlex, mixed", (256, 576, 1024, 729, 400, 1369, 900, 2304), 16, 72),
-    Workload("DINOv3-L 512 px", (1029,) * 16, 16, 64),
     Workload("Qwen2.5-VL windows", (64,) * 256, 16, 80),
+    Workload("Qwen3-VL, one image of 8836", (8836,), 16, 72),
+    Workload("DINOv3-L 512 px", (1029,) * 16, 16, 64),
+    Workload("DINOv3-7B 512 px", (1029,) * 4, 32, 128),
+    Workload("SigLIP 2 NaFlex 256", (256, 252, 255, 240, 247, 253, 250, 256) * 4, 16, 72),  # areas near 256 patches
     Workload("Qwen3-VL 1344 px", (7056, 7056), 16, 72),
+    Workload("Qwen3-VL, one image of 35344", (35344,), 16, 72),
     Workload("head dim 128", (1024,) * 12, 16, 128),
 )
 TINY_WORKLOADS = (Workload("equal lengths", (16, 16), 2, 16), Workload("mixed", (9, 25, 4), 2, 24))  # of the dry run
@@ -67,6 +71,27 @@ def make_inputs(workload: Workload, device: str, dtype: torch.dtype) -> Inputs:
     cos, sin = ck.rope_tables(grid_positions(list(workload.lengths))[:, 1:], freqs)
     bounds = cumulative(list(workload.lengths)).to(device)
     return Inputs(q, k, v, cos.to(device), sin.to(device), bounds, workload.lengths)
+
+
+def own_backends(device: str) -> list[str]:
+    """Backends to report on: the kernels of a GPU; on the CPU, for the dry run, its own and the definition."""
+    wanted = ("triton", "cuda") if device == "cuda" else ("cpu", "reference")
+    return [backend for backend in ck.available_backends("rope_attention", device) if backend in wanted]
+
+
+def largest_error(out: Tensor, x: Inputs, rows: int = 128) -> float:
+    """Of the first `rows` queries of the first, the longest and the last image, against the definition in float32: all scores
+    of an image of 35,344 patches would not fit."""
+    bounds, found = x.cu_seqlens.tolist(), 0.0
+    for image in {0, x.lengths.index(x.longest), len(x.lengths) - 1}:
+        begin, end = bounds[image], bounds[image + 1]
+        some, all = slice(begin, min(end, begin + rows)), slice(begin, end)
+        q, k, v = x.q[some].detach().float(), x.k[all].detach().float(), x.v[all].detach().float()
+        bounds_q, bounds_k = (torch.tensor([0, len(t)], dtype=torch.int32, device=q.device) for t in (q, k))
+        tables = dict(cos_k=x.cos[all], sin_k=x.sin[all], cu_seqlens_k=bounds_k)
+        exact = ck.reference.rope_attention(q, k, v, x.cos[some], x.sin[some], bounds_q, **tables)
+        found = max(found, (out[some].float() - exact).abs().max().item())
+    return found
 
 
 def ours(backend: str) -> Callable:
