@@ -12,8 +12,11 @@ warning says what is missing, `python -m comp_kernels.info` repeats it, and the 
 csrc/*/cuda is compiled where nvcc and a CUDA driver are found; COMP_KERNELS_BUILD_CUDA=1 does without the driver (a build
 machine), =0 leaves it out. Neither torch nor a GPU is needed for that.
 
+A wheel is tagged py3-none-PLATFORM. `.ci/wheel` builds the one that is given away: every architecture, for old systems too.
+
 Environment: CXX (default c++ or g++), CXXFLAGS (appended), MAX_JOBS (compiler processes, default all cores), CUDA_HOME (where
-bin/nvcc is, default PATH), TORCH_CUDA_ARCH_LIST (default "8.0;9.0a+PTX").
+bin/nvcc is, default PATH), TORCH_CUDA_ARCH_LIST (default "8.0;9.0a+PTX"), NVCC_APPEND_FLAGS (nvcc's own;
+-lineinfo for a profiler).
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import Command, setup
+from setuptools import Command, Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 
@@ -41,7 +44,7 @@ known = runpy.run_path(str(ROOT / "comp_kernels" / "_sources.py"))
 fingerprint, INCLUDES = known["fingerprint"], known["INCLUDES"]
 CXX_FLAGS, X86_FLAGS, BFLOAT16_FLAGS = (known[f"{name}_FLAGS"] for name in ("CXX", "X86", "BFLOAT16"))
 
-NVCC_FLAGS = ["-std=c++17", "-O3", "-lineinfo", *INCLUDES, "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
+NVCC_FLAGS = ["-std=c++17", "-O3", *INCLUDES, "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
 CUDA_ARCHITECTURES = "8.0;9.0a+PTX"
 HEAD_SIZES = {
     "forward": (32, 64, 72, 80, 96, 128),
@@ -153,25 +156,38 @@ def find_nvcc() -> str:
     return nvcc
 
 
-def architectures() -> tuple[list[str], bool]:
-    """Compute capabilities of TORCH_CUDA_ARCH_LIST as ["80", "90a"], and whether PTX of the last is kept for later devices."""
-    listed = re.split(r"[;, ]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES)
-    numbers = [re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", item) for item in listed if item]
+def architectures() -> dict[str, bool]:
+    """Compute capabilities of TORCH_CUDA_ARCH_LIST as {"80": False, "90a": True}: whether PTX is kept for later devices too."""
+    listed = [item for item in re.split(r"[;, ]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES) if item]
+    numbers = [re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", item) for item in listed]
     if not numbers or None in numbers:
         raise RuntimeError(f"TORCH_CUDA_ARCH_LIST must hold numbers like 8.0, 9.0a or 9.0+PTX, got {listed}")
-    known = [found[1] + found[2] + found[3] for found in numbers if int(found[1]) >= 8]
+    known = {found[1] + found[2] + found[3]: bool(found[4]) for found in numbers if int(found[1]) >= 8}
     if not known:
         raise RuntimeError(f"TORCH_CUDA_ARCH_LIST must name a compute capability of 8.0 or later, got {listed}")
-    return known, any(found[4] for found in numbers)
+    return known
 
 
-def generated_code(source: Path, capabilities: list[str], ptx: bool) -> list[str]:
+def generated_code(source: Path, capabilities: dict[str, bool]) -> list[str]:
     """nvcc's -gencode flags. Files named *_sm90 use wgmma: sm_90a alone has it. The others run everywhere from sm_80 on."""
     if source.stem.endswith("_sm90"):
         return ["-gencode=arch=compute_90a,code=sm_90a"]
-    numbers = sorted({int(capability.rstrip("af")) for capability in capabilities})
-    flags = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
-    return flags + ([f"-gencode=arch=compute_{numbers[-1]},code=compute_{numbers[-1]}"] if ptx else [])
+    flags = []
+    for capability, ptx in capabilities.items():
+        number = capability.rstrip(
+            "af"
+        )  # code and PTX of 90a run on 9.0 alone, those of 90 on everything of its kind and later
+        flags += [f"-gencode=arch=compute_{number},code=sm_{number}"]
+        flags += [f"-gencode=arch=compute_{number},code=compute_{number}"] if ptx else []
+    return list(dict.fromkeys(flags))
+
+
+def compression(nvcc: str) -> list[str]:
+    """The smallest form of device code that every driver of this CUDA can read. CUDA 12 has it too, from 12.8 on, but its first
+    drivers cannot read it (before 550): there NVCC_APPEND_FLAGS=--compress-mode=size asks for it."""
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release (\d+)", version)
+    return ["--compress-mode=size"] if found and int(found[1]) >= 13 else []
 
 
 def build_cuda(lib: Path, objects: Path) -> None:
@@ -186,17 +202,19 @@ def build_cuda(lib: Path, objects: Path) -> None:
             library.unlink(missing_ok=True)
             raise
         return
-    capabilities, ptx = architectures()
+    capabilities = architectures()
     wgmma = "90a" in capabilities
-    objects = objects / ("_".join(capabilities) + ("_ptx" if ptx else ""))
-    objects.mkdir(exist_ok=True)
-    names = " ".join(f"sm_{capability}" for capability in capabilities) + (" PTX" if ptx else "")
+    names = " ".join(f"sm_{capability}" + (" PTX" if ptx else "") for capability, ptx in capabilities.items())
     defines = [f'-DCOMP_KERNELS_ARCHITECTURES="{names}"', f"-DCOMP_KERNELS_SM90A={int(wgmma)}"]
+    common = [*NVCC_FLAGS, *compression(nvcc), *defines]
+    kept_by = shlex.join([nvcc, *common, os.environ.get("NVCC_APPEND_FLAGS", "")])
+    objects = objects / hashlib.sha256(kept_by.encode()).hexdigest()[:12]
+    objects.mkdir(exist_ok=True)
     jobs: list[tuple[Path, Path, list[str]]] = []
     for source in sorted(CSRC.glob("*/cuda/*.cu")):
         if source.stem.endswith("_sm90") and not wgmma:
             continue
-        flags = [*NVCC_FLAGS, *defines, *generated_code(source, capabilities, ptx)]
+        flags = [*common, *generated_code(source, capabilities)]
         for size in HEAD_SIZES.get(source.stem, ("",)):
             target = objects / f"{name_of(source)}{size}.o"
             jobs.append((source, target, [*flags, f"-DHEAD_DIM={size}"] if size else flags))
@@ -261,17 +279,20 @@ class BuildNative(Command):
         return [str(path.relative_to(ROOT)) for path in CSRC.rglob("*") if path.suffix in (".h", ".cpp", ".cu", ".cuh")]
 
 
+class WithLibraries(Distribution):
+    """What setuptools has to know of the libraries: this is no package for every platform."""
+
+    def has_ext_modules(self) -> bool:
+        return True
+
+
 class PlatformWheel(bdist_wheel):
     """A wheel for this platform that fits every Python 3: the libraries know nothing of Python."""
-
-    def finalize_options(self) -> None:
-        super().finalize_options()
-        self.root_is_pure = False
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]
 
 
-build.sub_commands.append(("build_native", None))
-
-setup(cmdclass={"build_native": BuildNative, "bdist_wheel": PlatformWheel})
+if __name__ == "__main__":
+    build.sub_commands.append(("build_native", None))
+    setup(distclass=WithLibraries, cmdclass={"build_native": BuildNative, "bdist_wheel": PlatformWheel})
