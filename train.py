@@ -84,7 +84,7 @@ def run(trainer: Trainer) -> int:
 
 
 def last_good(trainer: Trainer) -> str:
-    checkpoint = trainer.store.newest_whole()[0]
+    checkpoint = trainer.store.newest_whole()
     return f"The last good checkpoint is {checkpoint}." if checkpoint else "No checkpoint was written before."
 
 

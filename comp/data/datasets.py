@@ -6,15 +6,19 @@ import importlib
 import inspect
 import json
 import mmap
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from ..config import ConfigError
-from .batch import BadSampleError, Sample
+from ..files import is_lfs_pointer
+from .batch import BadSampleError, Sample, printable
 from .records import sample_from_record
+
+_BLANKS, _DECODER = re.compile(r"[ \t\n\r]*"), json.JSONDecoder()
 
 
 class Dataset(Protocol):
@@ -53,6 +57,8 @@ class LlavaDataset:
             raise ConfigError(f"data.path {self.path} is not a file")
         if self.path.suffix not in (".json", ".jsonl"):
             raise ConfigError(f"data.path must end in .json or .jsonl, got {self.path}")
+        if is_lfs_pointer(self.path):
+            raise ConfigError(f"data.path {self.path} is a pointer of git-lfs, not the file itself; `git lfs pull` fetches it")
         self._records = _Records(self.path)
 
     def __len__(self) -> int:
@@ -61,13 +67,22 @@ class LlavaDataset:
     def __getitem__(self, index: int) -> Sample:
         place = f"{self.path.name}[{index}]"
         try:
-            record = json.loads(self._records[index])
+            record = json.loads(self._records[index], object_pairs_hook=_each_field_once)
         except (ValueError, RecursionError) as error:
             raise BadSampleError(f"{place}: not valid JSON ({error})") from error
         try:
             return sample_from_record(record, place, self.images, images_anywhere=self.images_anywhere)
         except RecursionError as error:
             raise BadSampleError(f"{place}: brackets within brackets, too deep to be read ({error})") from error
+
+
+def _each_field_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON keeps the last of equal names; the others would be lost without a word."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"twice the field {printable(next(name for name in names if names.count(name) > 1))!r}")
+    return fields
 
 
 class _Records:
@@ -111,14 +126,32 @@ def _map_lines(path: Path) -> tuple[mmap.mmap | bytes, list[tuple[int, int]]]:
 
 
 def _read_list(path: Path) -> tuple[bytes, list[tuple[int, int]]]:
-    with path.open("rb") as file:
-        try:
-            records = json.load(file)
-            if isinstance(records, list):
-                return _join(json.dumps(record).encode() for record in records)
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"data.path {path} is not valid JSON: {error}") from error
-    raise ConfigError(f"data.path {path} must hold a JSON list, got {type(records).__name__}")
+    content = path.read_bytes()
+    try:
+        text = content.decode(json.detect_encoding(content), "surrogatepass")
+        return _join(element.encode("utf-8", "surrogatepass") for element in _elements(text))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"data.path {path} must hold a JSON list: {error}") from error
+
+
+def _elements(text: str) -> Iterator[str]:
+    """The texts of the elements of a JSON list, as they stand there."""
+    begin, end = _BLANKS.match(text).end(), len(text.rstrip(" \t\n\r"))
+    if text[begin : begin + 1] != "[":
+        raise json.JSONDecodeError("Expecting '['", text, begin)
+    place, closed = _BLANKS.match(text, begin + 1).end(), False
+    if text[place : place + 1] == "]":
+        place, closed = place + 1, True
+    while not closed:
+        _, after = _DECODER.raw_decode(text, place)
+        yield text[place:after]
+        place = _BLANKS.match(text, after).end()
+        if text[place : place + 1] not in (",", "]"):
+            raise json.JSONDecodeError("Expecting ',' delimiter", text, place)
+        closed = text[place] == "]"
+        place = place + 1 if closed else _BLANKS.match(text, place + 1).end()
+    if place != end:
+        raise json.JSONDecodeError("Extra data", text, place)
 
 
 def _join(texts: Iterable[bytes]) -> tuple[bytes, list[tuple[int, int]]]:

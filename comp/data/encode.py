@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from ..config import MAX_PIXELS, ConfigError
+from ..files import is_lfs_pointer
 from ..limits import NO_LIMIT, count_positions
 from .batch import FileInFolder, ImageBytes, LazyImage, Message, Sample
 from .datasets import BadSampleError
@@ -229,4 +231,6 @@ def load_image(image: LazyImage, name: str, max_pixels: int = MAX_PIXELS) -> Ima
         return to_rgb(image() if callable(image) else image, max_pixels=max_pixels)
     except Exception as error:  # decoders raise nearly anything on damaged files
         where = image if isinstance(image, str) else "(made on demand)"
+        if isinstance(error, UnidentifiedImageError) and isinstance(image, str) and is_lfs_pointer(Path(image)):
+            raise BadSampleError(f"{name}: image {where} is a pointer of git-lfs; `git lfs pull` fetches the file") from error
         raise BadSampleError(f"{name}: image {where}: {type(error).__name__}: {error}") from error

@@ -22,20 +22,29 @@ _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "ass
 _READ = {"id", "image", "system", "conversations", "answers", "options", "question_type", "metric"}
 _READ_OF_TURNS = {"from", "value", "weight", "loss", "train"}
 _LEARNED = ("weight", "loss", "train")  # of an answer: OpenAI, mistral-finetune and axolotl; ms-swift; axolotl
+# Other fields that say what is learned: "loss_mask", "train_detail" (axolotl), "loss_scale" (ms-swift), "masked", ...
+_LEARNING_WORDS = {"weight", "weights", "loss", "train", "training", "trainable", "masked"}
+_LEARNING_DETAILS = set("mask masks detail details scale on input inputs prompt response answer turn token tokens is".split())
 # Where a record comes from, and what a picture is like: nothing that training could miss.
 _HARMLESS = set(
     "source dataset data_source dataset_name task task_type type category split model idx index question_id image_id "
     "width height width_list height_list image_width image_height image_size language lang license".split()
 )
-_PICTURE_WORDS = {"image", "images", "img", "imgs", "picture", "pictures", "photo", "photos"}
+_PICTURE_WORDS = set("image images img imgs picture pictures photo photos pixel pixels screenshot screenshots".split())
 _OTHER_MEDIA = {"video", "videos", "audio", "audios", "sound", "sounds", "speech", "vision"}
-_PATH_WORDS = {"path", "paths", "file", "files", "filename", "filenames", "name", "names", "url", "urls", "uri", "src", "link"}
-_MARK_WORDS = set("start end begin bos eos of pad token tokens soft fake around placeholder here patch context".split())
-_SUFFIXES = tuple(
-    ".png .jpg .jpeg .webp .gif .bmp .tif .tiff .heic .avif .svg .pdf .npy "
-    ".mp4 .avi .mov .mkv .webm .wav .mp3 .flac .ogg".split()
+_PATH_WORDS = set(
+    "path paths file files filename filenames name names url urls uri src link "
+    "data bytes base b raw content encoded values array tensor buffer blob".split()  # "base64" and "b64" without their digits
 )
-_MARK = re.compile(r"<(\|?) *([A-Za-z][\w -]*?) */?(\|?)>|\[IMG\]")
+_MARK_WORDS = set("start end begin bos eos of pad token tokens soft fake around placeholder here patch context".split())
+_MEDIA_OF_MARKS = _PICTURE_WORDS | _OTHER_MEDIA | {"frame", "frames", "region", "regions"}
+_SUFFIXES = tuple(
+    ".png .jpg .jpeg .jpe .jfif .jp2 .jxl .webp .gif .bmp .tif .tiff .heic .heif .avif .ico .tga .ppm .pgm .svg .pdf .djvu "
+    ".dcm .npy .npz .mp4 .m4v .avi .mov .mkv .webm .mpg .mpeg .flv .wmv .3gp .wav .mp3 .m4a .aac .opus .flac .ogg".split()
+)
+_MARK = re.compile(r"<(\|?) */? *([A-Za-z][\w -]*?) */?(\|?)>|\[(?:IMG|IMAGE)S?[ _-]*\d*\]")
+# Pictures as HTML and Markdown refer to them. As text they may be what is asked about, so they are only said.
+_PICTURE_IN_TEXT = re.compile(r"<img\s[^>]*>|!\[[^\]]*\]\([^)]*\)", re.IGNORECASE)
 
 
 def sample_from_record(record: Any, place: str, images: Path, *, images_anywhere: bool = False) -> Sample:
@@ -66,6 +75,8 @@ def sample_from_record(record: Any, place: str, images: Path, *, images_anywhere
             raise BadSampleError(f"{name}: more {IMAGE_MARKER} markers than its {num_images} images")
         text = text.replace(IMAGE_MARKER, "").strip()
         _check_marks(text, role, name)
+        if role != "assistant" and _PICTURE_IN_TEXT.search(text):
+            passed_over.append("a picture that a text refers to (<img ...> or ![...](...))")
         messages.append(Message(role=role, text=text, images=waiting[:num_markers], learned=_is_learned(turn, role, name)))
         waiting = waiting[num_markers:]
     messages = _with_system_field(record.get("system"), messages, name)
@@ -93,7 +104,7 @@ def sample_from_record(record: Any, place: str, images: Path, *, images_anywhere
 
 def _texts(record: dict[str, Any], field: str, name: str) -> list[str]:
     """A list of texts; for "image" a single one too. Absent, null and empty are the same."""
-    texts = record.get(field) or []
+    texts = [] if _is_nothing(record.get(field)) else record[field]
     if field == "image" and isinstance(texts, str):
         texts = [texts]
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
@@ -115,8 +126,10 @@ def _check_fields(record: dict[str, Any], has_image: bool, name: str) -> list[st
         instead_of_image = bool(words & _OTHER_MEDIA) or (bool(words) and words <= _PICTURE_WORDS)
         if is_media and field not in _HARMLESS and (instead_of_image or not has_image):
             raise BadSampleError(f'{name}: pictures belong in "image" (a text or a list), got "{field}": {str(value)[:80]}')
-        if field in _LEARNED and value not in (1, True):
+        if _says_what_is_learned(words) and not (field in _LEARNED and value in (1, True)):
             raise BadSampleError(f'{name}: "{field}" belongs to a turn, got {str(value)[:80]} for the whole record')
+        if "system" in words:
+            raise BadSampleError(f'{name}: a system text belongs in "system", got "{field}": {str(value)[:80]}')
         if is_media or field not in (*_HARMLESS, *_LEARNED):
             passed_over.append(f'field "{printable(field)}"')
     return passed_over
@@ -131,7 +144,16 @@ def _check_turn_fields(turn: dict[str, Any], name: str) -> list[str]:
                 f'{name}: pictures belong in "image" of the record (a text or a list), got "{field}" in a turn: '
                 f"{str(turn[field])[:80]}"
             )
+        if _says_what_is_learned(set(_words(field))) or field == "mask":
+            raise BadSampleError(
+                f'{name}: what is learned of a turn is said by {", ".join(_LEARNED)} (0 or 1), got "{field}": '
+                f"{str(turn[field])[:80]}"
+            )
     return [f'field "{printable(field)}" of a turn' for field in fields if field != "id"]
+
+
+def _says_what_is_learned(words: set[str]) -> bool:
+    return bool(words & _LEARNING_WORDS) and words <= _LEARNING_WORDS | _LEARNING_DETAILS
 
 
 def _is_nothing(value: Any) -> bool:
@@ -196,7 +218,7 @@ def _is_mark(inside: str | None) -> bool:
     if inside is None:  # [IMG]
         return True
     words = set(_words(inside))
-    return bool(words & (_PICTURE_WORDS | _OTHER_MEDIA)) and words <= _PICTURE_WORDS | _OTHER_MEDIA | _MARK_WORDS
+    return bool(words & _MEDIA_OF_MARKS) and words <= _MEDIA_OF_MARKS | _MARK_WORDS
 
 
 def _is_learned(turn: dict[str, Any], role: str, name: str) -> bool:

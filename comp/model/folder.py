@@ -12,7 +12,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-LFS_POINTER = b"version https://git-lfs"
+from ..files import is_lfs_pointer
+
 INTEGERS_AND_COMPLEX = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "C64", "C128")
 """Types of a safetensors header that are no weights, unless the configuration names a quantisation."""
 
@@ -99,12 +100,12 @@ def _is_finite(tensor: Tensor) -> bool:
 def pointer_or_size(path: Path) -> str:
     """What can be said of a file that cannot be read."""
     size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(len(LFS_POINTER))
-    if start == LFS_POINTER:
+    if is_lfs_pointer(path):
         return f"is a pointer of git-lfs ({size} bytes), not the file itself; `git lfs pull` fetches it"
     if size == 0:
         return "is empty"
+    with path.open("rb") as file:
+        start = file.read(9)
     if path.suffix == ".safetensors" and len(start) > 8 and 0 < int.from_bytes(start[:8], "little") + 8 > size:
         if start[8:9] == b"{":
             return f"is cut off in its header ({size} bytes)"

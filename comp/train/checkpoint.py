@@ -18,10 +18,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from ..config import ConfigError
-from ..files import sync_folder, write_json
+from ..files import checksum, sync_folder, write_json
 from ..parallel import World
 
-PROGRESS, SIZES = "progress.json", "sizes.json"
+PROGRESS, FILES = "progress.json", "files.json"
+SIZES = "sizes.json"  # what older versions wrote in place of FILES: sizes alone
 UNFINISHED = ".writing-"
 
 
@@ -61,7 +62,11 @@ class CheckpointStore:
         with self._disk_problems_named(temporary):
             if self.world.is_main:
                 write_json(temporary / PROGRESS, progress)
-                write_json(temporary / SIZES, _sizes(temporary))  # last: what has it is complete
+            own = {path.name: _described(path) for path in _files(temporary) if self._wrote(path)}
+        described = {name: file for share in self.world.gather(own) for name, file in share.items()}
+        with self._disk_problems_named(temporary):
+            if self.world.is_main:
+                write_json(temporary / FILES, described)  # last: what has it is complete
                 sync_folder(temporary)
                 shutil.rmtree(final, ignore_errors=True)  # same step, saved before a resume: contents are equal
                 temporary.rename(final)
@@ -77,11 +82,19 @@ class CheckpointStore:
     def latest(self) -> Path | None:
         return next(reversed(self.complete()), None)
 
-    def newest_whole(self) -> tuple[Path | None, list[str]]:
-        """The newest checkpoint that nothing has damaged since, and what is wrong with each newer one."""
+    def newest_whole(self) -> Path | None:
+        """The newest checkpoint of which no file is missing or cut off: a quick look, which any process may take alone."""
+        return next((path for path in reversed(self.complete()) if damage(path) is None), None)
+
+    def newest_intact(self) -> tuple[Path | None, list[str]]:
+        """The newest checkpoint whose files hold what was written, and what is wrong with each newer one.
+
+        Reads them whole, each process a share; all processes call it.
+        """
         problems = []
         for path in reversed(self.complete()):
-            problem = damage(path)
+            found = self.world.gather(damage(path) or changed(path, self.world.rank, self.world.size))
+            problem = next(filter(None, found), None)
             if problem is None:
                 return path, problems
             problems.append(f"checkpoint {path} is damaged: {problem}")
@@ -108,6 +121,11 @@ class CheckpointStore:
             options=StateDictOptions(strict=True),
         )
 
+    def _wrote(self, path: Path) -> bool:
+        """Whether this process wrote a file of a checkpoint: torch names those of rank r __r_0.distcp and so on."""
+        rank = path.name.split("_")[2] if path.name.startswith("__") else "0"
+        return (int(rank) if rank.isdigit() else 0) == self.world.rank
+
     def _later(self, final: Path) -> list[Path]:
         return [path for path in self.folder.glob("step-*") if path.name > final.name]
 
@@ -127,7 +145,7 @@ class CheckpointStore:
             shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
             f"checkpoint {temporary.name.removeprefix(UNFINISHED)} cannot be written to {self.folder}: {causes[0]} "
-            f"({_free_space(self.folder)}). The last good checkpoint is {self.newest_whole()[0] or 'none'}"
+            f"({_free_space(self.folder)}). The last good checkpoint is {self.newest_whole() or 'none'}"
         ) from problem
 
 
@@ -151,26 +169,52 @@ def _free_space(folder: Path) -> str:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a finished checkpoint, None where nothing is: every file has the size it was written with.
+    """What is wrong with a finished checkpoint by its smallest files and the sizes of all, None where nothing is.
 
-    Content of the right size is not read; a checkpoint from before sizes were noted is judged by its progress alone.
+    A checkpoint from before sizes were noted is judged by its progress alone.
     """
     try:
-        progress = json.loads((path / PROGRESS).read_text())
-        sizes = json.loads((path / SIZES).read_text()) if (path / SIZES).is_file() else {}
-        found = _sizes(path)
-    except (OSError, ValueError) as error:
-        return f"{PROGRESS} or {SIZES} cannot be read ({error})"
-    if not isinstance(progress, dict) or not isinstance(sizes, dict):
-        return f"{PROGRESS} or {SIZES} holds no JSON object"
-    for name, size in sizes.items():
-        if found.get(name) != size:
-            return f"{name} is missing" if name not in found else f"{name} has {found[name]} of {size} bytes"
+        progress, noted = json.loads((path / PROGRESS).read_text()), _noted(path)
+        found = {file.name: file.stat().st_size for file in _files(path)}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        return f"{PROGRESS} or {FILES} cannot be read ({type(error).__name__}: {error})"
+    if not isinstance(progress, dict):
+        return f"{PROGRESS} holds no JSON object"
+    for name, file in noted.items():
+        if found.get(name) != file["bytes"]:
+            return f"{name} is missing" if name not in found else f"{name} has {found[name]} of {file['bytes']} bytes"
     return None
 
 
-def _sizes(folder: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.name != SIZES}
+def changed(path: Path, rank: int = 0, size: int = 1) -> str | None:
+    """A file of every `size` of them, from the `rank`th on, whose content is not what was written; None: there is none.
+
+    Checkpoints that older versions wrote have no checksums.
+    """
+    try:
+        for name, file in sorted(_noted(path).items())[rank::size]:
+            if "crc32" in file and checksum(path / name) != file["crc32"]:
+                return f"the content of {name} has changed since it was written"
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def _noted(path: Path) -> dict[str, dict[str, int]]:
+    """What a checkpoint's own list says of its files: "bytes" and, but in those of older versions, "crc32"."""
+    if (path / FILES).is_file():
+        files = json.loads((path / FILES).read_text())
+        return {name: {"bytes": int(file["bytes"]), "crc32": int(file["crc32"])} for name, file in files.items()}
+    sizes = json.loads((path / SIZES).read_text()) if (path / SIZES).is_file() else {}
+    return {name: {"bytes": int(size)} for name, size in sizes.items()}
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.iterdir()) if path.name not in (FILES, SIZES)]
+
+
+def _described(path: Path) -> dict[str, int]:
+    return {"bytes": path.stat().st_size, "crc32": checksum(path)}
 
 
 @contextmanager

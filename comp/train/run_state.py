@@ -58,7 +58,7 @@ class RunState:
 
 
 def find_state(folder: Path, config: Config, store: CheckpointStore, *, resume: bool) -> tuple[RunState, Path | None]:
-    """Where a run in `folder` begins: at its newest whole checkpoint when resuming, else at the start. Damaged ones are named.
+    """Where a run in `folder` begins: at its newest intact checkpoint when resuming, else at the start. Damaged ones are named.
 
     ConfigError: the folder holds results and `resume` is false, the run in it was started with another configuration, its
     records are gone while its checkpoints are there, or all its checkpoints are damaged.
@@ -78,7 +78,7 @@ def find_state(folder: Path, config: Config, store: CheckpointStore, *, resume: 
     changed = [name for name in changed if not {name.split(".")[0], re.sub(r"\.\d+\.", ".*.", name)} & {*MAY_DIFFER_ON_RESUME}]
     if changed:
         raise ConfigError(f"--resume needs the configuration the run was started with; these differ: {', '.join(changed)}")
-    checkpoint, damaged = store.newest_whole()
+    checkpoint, damaged = store.newest_intact()
     if damaged and checkpoint is None:
         raise ConfigError(f"--resume finds no whole checkpoint: {'; '.join(damaged)}")
     if damaged and store.world.is_main:

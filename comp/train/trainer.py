@@ -329,7 +329,7 @@ class Trainer:
         try:
             export_model(self.model, self.template, self.config, self.world, folder)
         except (OSError, SafetensorError) as error:
-            good = self.store.newest_whole()[0]
+            good = self.store.newest_whole()
             raise CheckpointError(f"{folder} cannot be written: {error}. The last good checkpoint is {good}") from error
 
     def _finish(self) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def test_odd_records_are_named(tmp_path, line, message):
 
 def test_brackets_too_deep_for_the_reader_name_the_file(tmp_path):
     (tmp_path / "odd.json").write_text("[" * 100_000 + "]" * 100_000)
-    with pytest.raises(ConfigError, match=r"odd.json is not valid JSON"):
+    with pytest.raises(ConfigError, match=r"odd.json must hold a JSON list"):
         LlavaDataset(tmp_path / "odd.json")
 
 
@@ -164,6 +164,35 @@ def test_wrong_files_are_refused(tmp_path):
     (tmp_path / "object.json").write_text("{}")
     with pytest.raises(ValueError, match="must hold a JSON list"):
         LlavaDataset(tmp_path / "object.json")
+    for name in ("pointer.json", "pointer.jsonl"):
+        (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+        with pytest.raises(ConfigError, match=rf"{name} is a pointer of git-lfs"):
+            LlavaDataset(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", " [ ] ", '[{"a": [1, "]"]} , {"b": "x\\"]"}]\n', "\ufeff[{}\t,\r\n{}]", '["\u00e9\\ud800"]'], ids=repr
+)
+def test_a_list_is_cut_into_its_elements(tmp_path, text):
+    (tmp_path / "list.json").write_text(text)
+    records = LlavaDataset(tmp_path / "list.json")._records
+    assert [json.loads(records[i]) for i in range(len(records))] == json.loads(text.lstrip("\ufeff"))
+
+
+@pytest.mark.parametrize("text", ["", "[", "[1", "[1,", "[1,]", "[,1]", "[1 2]", "[1]]", "[1] x", "{}", "null", "[1}", "1"])
+def test_what_is_no_list_is_refused(tmp_path, text):
+    (tmp_path / "list.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"list\.json must hold a JSON list: "):
+        LlavaDataset(tmp_path / "list.json")
+
+
+@pytest.mark.parametrize("name", ["twice.json", "twice.jsonl"])
+def test_a_field_given_twice_is_named(tmp_path, name):
+    """A reader of JSON keeps the last: one of the pictures would be gone."""
+    text = '{"image": "a.png", "conversations": [], "image": "b.png"}'
+    (tmp_path / name).write_text(f"[{text}]" if name.endswith(".json") else text)
+    with pytest.raises(BadSampleError, match=rf"{name}\[0\]: not valid JSON \(twice the field 'image'\)"):
+        LlavaDataset(tmp_path / name)[0]
 
 
 # --- mixtures and order ---------------------------------------------------------------------------------------------------
@@ -351,10 +380,11 @@ def test_damaged_images_are_named(template, tmp_path):
     Image.new("RGB", (64, 64), "red").save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:60])
     (tmp_path / "text.png").write_text("no picture")
-    for name in ("cut.png", "text.png", "absent.png"):
+    (tmp_path / "pointer.png").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    for name, cause in {"cut.png": "", "text.png": "", "absent.png": "", "pointer.png": " is a pointer of git-lfs"}.items():
         sample = picture_sample((8, 8))
         sample.messages[0].images = [str(tmp_path / name)]
-        with pytest.raises(BadSampleError, match=f"s: image .*{name}"):
+        with pytest.raises(BadSampleError, match=f"s: image .*{name}.*{cause}"):
             make_encoder(template).encode(sample)
 
 

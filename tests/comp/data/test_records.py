@@ -64,6 +64,13 @@ def refusal(record, tmp_path):
         {"blob": "data:image/png;base64,AAAA"},
         {"video": "a"},
         {"audio_path": "a.wav"},
+        {"image_base64": "iVBORw0KGgo="},
+        {"imgB64": "iVBORw0KGgo="},
+        {"pixel_values": [[1, 2], [3, 4]]},
+        {"screenshot": "a"},
+        {"x": "IMG_0001.HEIF"},
+        {"x": "scan.dcm"},
+        {"x": "speech.m4a"},
     ],
     ids=str,
 )
@@ -82,6 +89,17 @@ def test_pictures_of_a_turn_are_refused(tmp_path, fields):
     bad = record()
     bad["conversations"][0] |= fields
     assert f'got "{next(iter(fields))}" in a turn' in refusal(bad, tmp_path)
+
+
+@pytest.mark.parametrize("field", ["image", "answers", "options"])
+@pytest.mark.parametrize("value", [0, False, 3.5, True, {"a": 1}, [None]], ids=str)
+def test_lists_of_texts_that_are_none(tmp_path, field, value):
+    assert f'"{field}" must be a list of texts' in refusal(record(**{field: value}), tmp_path)
+
+
+@pytest.mark.parametrize("field", ["system_prompt", "system_message", "systemPrompt"])
+def test_a_system_text_under_another_name_is_refused(tmp_path, field):
+    assert f'a system text belongs in "system", got "{field}"' in refusal(record(**{field: "In French."}), tmp_path)
 
 
 def test_what_is_passed_over_is_said(tmp_path):
@@ -158,6 +176,14 @@ def test_an_empty_answer_is_not_learned_as_silence(template, tmp_path):
         (record(weight=0), '"weight" belongs to a turn'),
         (record(loss=False), '"loss" belongs to a turn'),
         (record(weight=0.3), '"weight" belongs to a turn'),
+        (conversation(("red", {"loss_mask": 0})), 'is said by weight, loss, train (0 or 1), got "loss_mask": 0'),
+        (conversation(("red", {"train_detail": [{"begin_offset": 0}]})), 'got "train_detail"'),
+        (conversation(("red", {"loss_scale": 0.0})), 'got "loss_scale"'),
+        (conversation(("red", {"training": False})), 'got "training"'),
+        (conversation(("red", {"masked": True})), 'got "masked"'),
+        (conversation(("red", {"mask": 0})), 'got "mask"'),
+        (record(loss_mask=[0, 1]), '"loss_mask" belongs to a turn'),
+        (record(train_on_input=True), '"train_on_input" belongs to a turn'),
     ],
     ids=str,
 )
@@ -177,7 +203,7 @@ def test_fields_of_weight_that_say_what_is_done_anyway(tmp_path):
     "mark",
     "<video> <audio> <image_1> <image1> <IMAGE> <Image> <image/> <img> <|image_pad|> <|image_1|> <|image|> <|vision_start|> "
     "<|video_pad|> <|AUDIO|> <ImageHere> <IMG_CONTEXT> <start_of_image> <image_soft_token> <fake_token_around_image> [IMG] "
-    "<image_placeholder> <speech>".split(),
+    "<image_placeholder> <speech> </image> <frame> <region_1> [IMAGE] [IMG_1] [IMAGE1]".split(),
 )
 def test_marks_of_other_formats_are_refused(tmp_path, mark):
     assert f"the mark {mark} is not read" in refusal(record(f"<image> What is {mark}?", image="a.png"), tmp_path)
@@ -189,10 +215,19 @@ def test_a_mark_with_a_space(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["a < b > c", "<imageUrl>", "<video src='a'>", "x<y and y>image", "<|im_end|>", "<b>", "[img]"]
+    "text",
+    ["a < b > c", "<imageUrl>", "<video src='a'>", "x<y and y>image", "<|im_end|>", "<b>", "[img]", "[IMAGERY]", "{img}"],
 )
 def test_other_text_stays_text(tmp_path, text):
     assert read(record(text), tmp_path).messages[0].text == text
+
+
+@pytest.mark.parametrize("text", ['Explain <img src="a.png">', "See ![a plot](plots/a.png)."])
+def test_pictures_that_a_text_refers_to_are_said(tmp_path, text):
+    """They are not seen, but may be what is asked about."""
+    sample = read(record(text), tmp_path)
+    assert sample.messages[0].text == text and len(sample.notes) == 1 and "a picture that a text refers to" in sample.notes[0]
+    assert read(record(answer=text), tmp_path).notes == []
 
 
 def test_answers_may_hold_html_but_no_marks_of_models(tmp_path):

@@ -1,6 +1,7 @@
 """CheckpointStore by itself: saving changes nothing, a fresh optimiser stays fresh on disk, the newest checkpoints stay, damage
 and full disks are named."""
 
+import json
 import resource
 from contextlib import contextmanager
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from comp.config import ConfigError
 from comp.parallel import start_world
-from comp.train.checkpoint import CheckpointError, CheckpointStore, read_progress
+from comp.train.checkpoint import CheckpointError, CheckpointStore, changed, read_progress
 
 
 def parts(seed=0):
@@ -136,32 +137,70 @@ def cut(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "progress.json", "sizes.json"])
-@pytest.mark.parametrize("damaged", [cut, lambda path: path.unlink(), lambda path: path.write_bytes(b"[1]")])
-def test_the_newest_whole_checkpoint_is_found(store, name, damaged):
+def flip(path):
+    """One bit of a byte in the middle, as discs and memory lose them: the size stays."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def zeros(path):
+    """As a power cut leaves a file whose length reached the disc before its content."""
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "progress.json", "files.json"])
+@pytest.mark.parametrize("damaged", [cut, flip, zeros, lambda path: path.unlink(), lambda path: path.write_bytes(b"[1]")])
+def test_the_newest_intact_checkpoint_is_found(store, name, damaged):
     model, optimizer = parts()
     for step in (1, 2):
         store.save(step, model, optimizer, {"step": step})
     newest = store.folder / "step-00000002"
     damaged(newest / name)
-    path, problems = store.newest_whole()
-    if not (newest / name).exists() and name in ("progress.json", "sizes.json"):
-        # without progress it was never finished; without sizes it is as older versions wrote it
+    path, problems = store.newest_intact()
+    if not (newest / name).exists() and name in ("progress.json", "files.json"):
+        # without progress it was never finished; without the list of files it is as old versions wrote it
         assert path.name == ("step-00000001" if name == "progress.json" else "step-00000002") and not problems
         return
     assert path.name == "step-00000001" and len(problems) == 1
-    assert problems[0].startswith(f"checkpoint {newest} is damaged: ") and name in problems[0]
+    assert problems[0].startswith(f"checkpoint {newest} is damaged: ")
+    assert name in problems[0] or name == "files.json"  # a list that is wrong accuses a file that is right
     damaged(store.folder / "step-00000001" / name)
-    path, problems = store.newest_whole()
+    path, problems = store.newest_intact()
     assert path is None and len(problems) == 2
 
 
-def test_a_checkpoint_that_cannot_be_loaded_is_named(store):
-    """Of the right size, which is all that is looked at before."""
+def test_checkpoints_of_older_versions_are_judged_by_sizes(store):
+    model, optimizer = parts()
+    for step in (1, 2):
+        path = store.save(step, model, optimizer, {})
+        (path / "files.json").unlink()
+        sizes = {file.name: file.stat().st_size for file in path.iterdir()}
+        (path / "sizes.json").write_text(json.dumps(sizes))
+    assert store.newest_intact() == (path, [])
+    store.load(path, model, optimizer)
+    cut(path / ".metadata")
+    assert store.newest_intact()[0].name == store.newest_whole().name == "step-00000001"
+
+
+def test_each_file_is_looked_at_by_one_process(store):
     model, optimizer = parts()
     path = store.save(1, model, optimizer, {})
-    (path / ".metadata").write_bytes(bytes((path / ".metadata").stat().st_size))
-    assert store.newest_whole() == (path, [])
+    names = list(json.loads((path / "files.json").read_text()))
+    assert sorted(names) == sorted(file.name for file in path.iterdir() if file.name != "files.json")
+    flip(path / "__0_0.distcp")
+    found = [changed(path, rank, 3) for rank in range(3)]
+    assert sum(problem is not None for problem in found) == 1
+    assert "the content of __0_0.distcp has changed since it was written" in found
+
+
+def test_a_checkpoint_that_cannot_be_loaded_is_named(store):
+    """Here of an older version, which noted nothing of its files."""
+    model, optimizer = parts()
+    path = store.save(1, model, optimizer, {})
+    (path / "files.json").unlink()
+    zeros(path / ".metadata")
+    assert store.newest_intact() == (path, [])
     with pytest.raises(ConfigError, match=r"checkpoint .*step-00000001 cannot be loaded: "):
         store.load(path, model, optimizer)
 

@@ -191,7 +191,7 @@ def test_resuming_without_a_whole_checkpoint_ends_with_a_message(toy_recipe, cap
     assert train.main([*arguments, "--resume"]) == 2
     said = capsys.readouterr().err
     assert f"train.py: --resume finds no whole checkpoint: checkpoint {checkpoint} is damaged: " in said
-    (checkpoint / "sizes.json").unlink()  # as an older version wrote it: found out when it is loaded
+    (checkpoint / "files.json").unlink()  # as an older version wrote it: found out when it is loaded
     assert train.main([*arguments, "--resume"]) == 2
     assert f"train.py: checkpoint {checkpoint} cannot be loaded: " in capsys.readouterr().err
     (toy_recipe / "runs" / "toy" / "config.json").write_text('{"name": ')

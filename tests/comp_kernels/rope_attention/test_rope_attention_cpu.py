@@ -247,3 +247,18 @@ def test_gradients_of_huge_logits(magnitude):
     peer = attention_with_gradients(inputs, testing.plain_rope_attention)
     for name, value in run(inputs).items():
         testing.assert_within_budget(name, value, exact[name], peer[name])
+
+
+@pytest.mark.parametrize("dtype", (*LOW_PRECISION, torch.float64), ids=str)
+@pytest.mark.parametrize("head_dim", (16, 72, 88, 128))
+def test_scores_learn_nothing_where_one_key_has_all_the_weight(dtype, head_dim):
+    """dP minus delta is zero there in exact numbers. What rounding leaves of it is multiplied with q and k: 1e-7 with 1e18."""
+    torch.manual_seed(0)
+    q, k = torch.zeros(2, 109, 2, head_dim, dtype=dtype)
+    q[..., 0] = 6e4 if dtype == torch.float16 else 1e18
+    k[[7, 103], :, 0] = 1  # one key of each sequence
+    v, grad_out = torch.randn(2, 109, 2, head_dim).to(dtype)
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    out = ck.rope_attention(q, k, v, cu_seqlens=torch.tensor([0, 100, 109]), backend="cpu")
+    dq, dk = torch.autograd.grad(out, (q, k), grad_out)
+    assert dq.count_nonzero() == dk.count_nonzero() == 0

@@ -53,7 +53,7 @@ struct BackwardScratch {
   T* dscores_left;                   // [most queries, most keys / kPack], left operand of dQ
   T *row_lse, *row_lse_rest;         // [most queries], the exponent is (S - lse) scale_log2 - rest
   T *row_delta, *row_dlse;           // [most queries]
-  T *key_rows, *value_rows;          // [kLanes, D], on their way into operands
+  T *key_rows, *value_rows;          // [kLanes, D], on their way into operands; the second for dout, too
   T* out;                            // [kLanes, D], rows of out
   RowsAhead ahead;
   int64_t packed_key = -1, packed_key_end = -1, packed_head = -1;  // what the keys and panels hold
@@ -117,7 +117,13 @@ void load_queries(const Params& p, BackwardScratch<T>& scratch, int64_t token, i
     load_rows<S>(p.grad_out, p.grad_out_stride_token, p.grad_out_stride_head, token + i, rows, head, Tables<T>{}, dout, stride, p);
     load_rows<S>(p.out, p.num_heads * D, D, token + i, rows, head, Tables<T>{}, scratch.out, stride, p);
     // delta in the order in which the products sum dP, so that the two cancel exactly where one key has all the weight.
-    store(scratch.row_delta + i, row_dots(dout, scratch.out, stride, D));
+    if constexpr (kPack > 1) {
+      std::copy_n(dout, L * stride, scratch.value_rows);  // dout itself becomes two operands below
+      dout = scratch.value_rows;
+      as_left_operand(dout, L, D, stride);
+      as_left_operand(scratch.out, L, D, stride);
+    }
+    store(scratch.row_delta + i, row_dots(dout, scratch.out, stride, D / kPack));
   }
   if constexpr (kPack > 1) {
     const int64_t padded = (queries + 1) / 2 * 2;

@@ -173,7 +173,8 @@ CK_INLINE void transpose_square(Vec<T> (&rows)[kLanes<T>]) {
   if constexpr (kBlock > 1) transpose_square<T, kBlock / 2>(rows);
 }
 
-// Dot products of kLanes rows of a and b, [kLanes, depth], each summed from first to last as product_tile does.
+// Dot products of kLanes rows of a and b, [kLanes, depth] (readable up to depth rounded up to whole vectors), operands both, each
+// summed from first to last as product_tile does.
 template <typename T>
 Vec<T> row_dots(const T* a, const T* b, int64_t stride, int64_t depth) {
   constexpr int L = kLanes<T>;
@@ -184,8 +185,12 @@ Vec<T> row_dots(const T* a, const T* b, int64_t stride, int64_t depth) {
     for (int i = 0; i < L; ++i) x[i] = load(a + i * stride + k), y[i] = load(b + i * stride + k);
     transpose_square<T>(x);
     transpose_square<T>(y);
+    if (k + L <= depth) {
 #pragma GCC unroll 16
-    for (int i = 0; i < L; ++i) sum += x[i] * y[i];
+      for (int i = 0; i < L; ++i) sum = multiply_add(x[i], y[i], sum);
+    } else {
+      for (int i = 0; i < depth - k; ++i) sum = multiply_add(x[i], y[i], sum);
+    }
   }
   return sum;
 }
