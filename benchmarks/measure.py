@@ -35,36 +35,43 @@ def compare(
     operations: float | None = None,
     error: float | None = None,
     rounds: int = 7,
+    calls: int = 1,
     dtype: torch.dtype = torch.float32,
     **extra,
 ) -> None:
     """Time `ours` with pytest-benchmark and every peer between its rounds; all results go to `benchmark.extra_info`.
 
     group, case:  row and table of the report. operations: floating-point operations of one call, for the share of the peak.
-    error: the largest error against float64, measured by the caller. dtype: of the operands, for the peak. extra: anything else
+    error: the largest error against float64, measured by the caller. calls: how many in a row one round times, ours and each
+    peer's alike; several where a call is so short that the caches its predecessor left decide. pytest-benchmark's own table
+    then shows the time of them all, everything else that of one. dtype: of the operands, for the peak. extra: anything else
     worth keeping.
     """
     timer = benchmark._timer  # --benchmark-timer: ours and the peers by the same clock
     first_calls = {name: _seconds(function, timer) for name, function in {"ours": ours, **peers}.items()}  # compiles, warms up
-    warm_ours = _seconds(ours, timer)
+    warm_ours = _seconds(ours, timer, calls)
     seconds: dict[str, list[float]] = {name: [] for name in peers}
 
     def time_peers() -> None:
         late = time.monotonic() - begin > CASE_SECONDS
         for name, function in peers.items():
             if len(seconds[name]) < 2 or (not late and statistics.median(seconds[name]) < SLOW_PEER * warm_ours):
-                seconds[name].append(_seconds(function, timer))
+                seconds[name].append(_seconds(function, timer, calls))
+
+    def ours_in_a_row() -> None:
+        for _ in range(calls):
+            ours()
 
     gc.collect()
     begin = time.monotonic()
-    benchmark.pedantic(ours, setup=time_peers, rounds=rounds)
-    milliseconds = benchmark.stats.stats.median * 1e3
+    benchmark.pedantic(ours_in_a_row, setup=time_peers, rounds=rounds)
+    milliseconds = benchmark.stats.stats.median / calls * 1e3
     info = {
         "group": group,
         "case": case,
         "ms": milliseconds,
         "peers_ms": {name: statistics.median(values) * 1e3 for name, values in seconds.items()},
-        "best_ms": {"ours": benchmark.stats.stats.min * 1e3, **{name: min(values) * 1e3 for name, values in seconds.items()}},
+        "best_ms": {"ours": benchmark.stats.stats.min / calls * 1e3, **{name: min(values) * 1e3 for name, values in seconds.items()}},
         "first_call_s": first_calls,
         "memory_mib": {name: peak_memory(function) for name, function in {"ours": ours, **peers}.items()},
         "threads": torch.get_num_threads(),
@@ -97,10 +104,12 @@ def describe(info: dict) -> str:
     return "  ".join(parts)
 
 
-def _seconds(function: Callable[[], object], timer: Callable[[], float]) -> float:
+def _seconds(function: Callable[[], object], timer: Callable[[], float], calls: int = 1) -> float:
+    """Per call, of so many in a row."""
     start = timer()
-    function()
-    return timer() - start
+    for _ in range(calls):
+        function()
+    return (timer() - start) / calls
 
 
 def peak_memory(function: Callable[[], object]) -> float:

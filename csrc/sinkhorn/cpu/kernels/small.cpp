@@ -66,7 +66,9 @@ class Pack {
     const L unit = L::all(static_cast<T>(kLn2));  // potentials leave as natural logarithms
     for (int s = 0; s < second_; ++s) s_.da[s] = log2(s_.x[s]) * unit;
     for (int f = 0; f < first_; ++f) s_.db[f] = (log2(s_.w[f]) - shift_) * unit;
-    for (int i = 0; i < count_; ++i) s_.e[i] = s_.x[i / first_] * s_.e[i] * s_.w[i % first_];
+    for (int s = 0; s < second_; ++s) {
+      for (int f = 0; f < first_; ++f) s_.e[s * first_ + f] = s_.x[s] * s_.e[s * first_ + f] * s_.w[f];
+    }
     if (!safe.all()) {
       const auto logs = iterate_logs(/*keep=*/false);
       for (int s = 0; s < second_; ++s) s_.da[s] = select(safe, s_.da[s], logs.u()[s] * unit);
@@ -112,18 +114,23 @@ class Pack {
     const L factor = L::all(static_cast<T>(p_.factor));
     get(s_.bits, static_cast<const S*>(p_.scores), p_.item_stride, count_, slot_);
     L top = s_.bits[0], bottom = top;
-    for (int i = 1; i < count_; ++i) {
-      top = max(s_.bits[i], top);
-      bottom = min(s_.bits[i], bottom);
-    }
-    shift_ = p_.eps > 0 ? L::all(0) : top * factor;
-    for (int f = 0; f < first_; ++f) {
-      L shift = top;
-      if (p_.eps > 0) {  // a softmax: each has its own maximum
-        shift = s_.bits[f];
-        for (int i = f; i < count_; i += first_) shift = max(s_.bits[i], shift);
+    if (p_.eps > 0) {  // a softmax over each entry of the first side, with its own maximum
+      L tops[kSmallSide];
+      shift_ = L::all(0);
+      std::copy_n(s_.bits, first_, tops);
+      for (int s = 1; s < second_; ++s) {
+        for (int f = 0; f < first_; ++f) tops[f] = max(s_.bits[s * first_ + f], tops[f]);
       }
-      for (int i = f; i < count_; i += first_) s_.e[i] = exp2((s_.bits[i] - shift) * factor);
+      for (int s = 0; s < second_; ++s) {
+        for (int f = 0; f < first_; ++f) s_.e[s * first_ + f] = exp2((s_.bits[s * first_ + f] - tops[f]) * factor);
+      }
+    } else {
+      for (int i = 1; i < count_; ++i) {
+        top = max(s_.bits[i], top);
+        bottom = min(s_.bits[i], bottom);
+      }
+      shift_ = top * factor;
+      for (int i = 0; i < count_; ++i) s_.e[i] = exp2((s_.bits[i] - top) * factor);
     }
     get_marginals(p_.row_marginals, p_.row_marginals_stride, static_cast<int>(p_.num_rows), p_.rows_first ? s_.b : s_.a);
     get_marginals(p_.col_marginals, p_.col_marginals_stride, static_cast<int>(p_.num_cols), p_.rows_first ? s_.a : s_.b);

@@ -96,10 +96,13 @@ struct LinearProblems {
     L sums[kMost];
     weigh(e, sums, [](int) { return L::all(1); });
     for (int f = 0; f < first(); ++f) sums[f] = quotient(L::all(1), sums[f]);
-    for (int i = 0; i < second() * first(); ++i) {
-      const L share = e[i] * sums[i % first()];
-      if (softmax != nullptr) softmax[i] = share;
-      e[i] = share + L::all(eps);
+    for (int s = 0; s < second(); ++s) {
+      for (int f = 0; f < first(); ++f) {
+        const int i = s * first() + f;
+        const L share = e[i] * sums[f];
+        if (softmax != nullptr) softmax[i] = share;
+        e[i] = share + L::all(eps);
+      }
     }
   }
 
