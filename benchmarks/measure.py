@@ -71,7 +71,10 @@ def compare(
         "case": case,
         "ms": milliseconds,
         "peers_ms": {name: statistics.median(values) * 1e3 for name, values in seconds.items()},
-        "best_ms": {"ours": benchmark.stats.stats.min / calls * 1e3, **{name: min(values) * 1e3 for name, values in seconds.items()}},
+        "best_ms": {
+            "ours": benchmark.stats.stats.min / calls * 1e3,
+            **{name: min(values) * 1e3 for name, values in seconds.items()},
+        },
         "first_call_s": first_calls,
         "memory_mib": {name: peak_memory(function) for name, function in {"ours": ours, **peers}.items()},
         "threads": torch.get_num_threads(),
