@@ -27,9 +27,11 @@ def on_page_markdown(markdown, *, page, **_):
     file = FILES.get(here, f"docs/{here}")
 
     def link(match):
+        if match[1] is None:  # code
+            return match[0]
         path, _, anchor = match[1].partition("#")
         target = posixpath.normpath(posixpath.join(posixpath.dirname(file), path))
         target = OUTSIDE.get(target, target.removeprefix("docs/"))
         return f"]({posixpath.relpath(target, posixpath.dirname(here) or '.')}{'#' + anchor if anchor else ''})"
 
-    return re.sub(r"\]\((?!https?:|#)([^)\s]+)\)", link, markdown)
+    return re.sub(r"```.*?```|`[^`]*`|\]\((?!https?:|#)([^)\s]+)\)", link, markdown, flags=re.DOTALL)

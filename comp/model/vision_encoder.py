@@ -81,7 +81,8 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.norm2 = make_norm(config)
         self.mlp = (GatedMLP if config.gated_mlp else MLP)(config)
-        self.scale1, self.scale2 = (nn.Parameter(torch.ones(config.width)) if config.layer_scale else None for _ in range(2))
+        self.scale1 = nn.Parameter(torch.ones(config.width)) if config.layer_scale else None
+        self.scale2 = nn.Parameter(torch.ones(config.width)) if config.layer_scale else None
 
     def forward(
         self, x_TD: Tensor, cos_TR: Tensor | None, sin_TR: Tensor | None, cu_seqlens: Tensor, backend: str | None
@@ -289,7 +290,7 @@ class VisionEncoder(nn.Module):
             raise ValueError(f"pixel_values must be [N, {self.config.patch_dim}], got {tuple(pixel_values.shape)}")
         if grid_thw.dim() != 2 or grid_thw.shape[1] != 3 or grid_thw.is_floating_point():
             raise ValueError(f"grid_thw must be integers [M, 3], got {grid_thw.dtype} {tuple(grid_thw.shape)}")
-        grids = [tuple(grid) for grid in grid_thw.tolist()]  # the one read from the device
+        grids = [tuple(grid) for grid in grid_thw.tolist()]  # waits for the device, where it lies there
         if not grids:
             raise ValueError("grid_thw must describe at least one image, got none")
         for t, h, w in grids:
