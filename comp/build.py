@@ -7,15 +7,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from .config import MAX_PIXELS, AlignmentConfig, Config, ConfigError, StageConfig, VisionConfig
 from .data.encode import ImageSettings, SampleEncoder
 from .data.template import ChatTemplate, load_tokenizer, num_rows
+from .files import write_json
 from .limits import position_limit
 from .model import VisionEncoder
 from .model.causal_lm import apply_liger, load_language_model
 from .model.multimodal import CoMP
+from .model.weights import MODELING_FILE, image_processor
 from .parallel import World, uses_fsdp
 
 
@@ -70,7 +72,9 @@ def build_model(
 
 
 def set_end_ids(language_model: PreTrainedModel, template: ChatTemplate) -> None:
-    """Let config.json and generation_config.json say where answers end and what padding is, for whoever reads the export."""
+    """Let config.json and generation_config.json say where answers end and what padding is, for whoever reads the export, and
+    nothing else: how a released model samples and penalises was tuned for that model."""
+    language_model.generation_config = GenerationConfig()
     for settings in (language_model.config, language_model.generation_config):
         settings.pad_token_id = template.pad_id
         try:
@@ -183,7 +187,8 @@ def longest_answer(model: CoMP) -> int:
 
 
 def export_model(model: CoMP, template: ChatTemplate, config: Config, world: World, folder: Path) -> None:
-    """Write `folder`/vision (with the adapter) and `folder`/language (with the tokenizer) for CoMP.from_pretrained.
+    """Write `folder`/vision (with the adapter) and `folder`/language (with the tokenizer) for CoMP.from_pretrained and for
+    transformers alone.
 
     All processes call it: a sharded model is gathered on the CPU of the first.
     """
@@ -198,4 +203,17 @@ def export_model(model: CoMP, template: ChatTemplate, config: Config, world: Wor
         model.encoder.pos_mode = pos_mode
     if world.is_main:
         model.save_pretrained(folder)
-        template.save_tokenizer(folder / "language")
+        save_processor(model, template, folder)
+
+
+def save_processor(model: CoMP, template: ChatTemplate, folder: Path) -> None:
+    """The tokenizer with its chat template, beside the language model and at the top of `folder`, and there what AutoProcessor
+    needs: images up to 3000 tokens, or three quarters of the language model's positions where those are fewer."""
+    for place in (folder, folder / "language"):
+        template.save_tokenizer(place)
+    most = min(3000, position_limit(model.language_model) * 3 // 4)
+    processor = dict(
+        auto_map={"AutoProcessor": f"{MODELING_FILE.stem}.CompProcessor"},
+        **image_processor(model.encoder.config, max_tokens=most),
+    )
+    write_json(folder / "preprocessor_config.json", processor)

@@ -7,8 +7,8 @@ Shape suffixes:
 
 from __future__ import annotations
 
-import json
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from comp_kernels import alignment_loss
 
 from ..config import AdapterInit, AlignmentConfig, PositionIds, PrototypeSource, need_choice
+from ..files import write_json
 from .adapter import Adapter
 from .causal_lm import evaluation_mode, load_language_model, split
 from .folder import read_object
@@ -40,6 +41,7 @@ from .losses import (
 from .mrope import install_mrope, mrope_position_ids
 from .packed_rows import Rows, allow_packing, attention_mask_for_packed
 from .vision_encoder import VisionEncoder
+from .weights import MODELING_FILE
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
@@ -48,7 +50,10 @@ if TYPE_CHECKING:
     from ..data.batch import Batch
 
 Grid = tuple[int, int, int]
-SETTINGS_FILE = "comp.json"
+SETTINGS_FILE = "config.json"
+OLD_SETTINGS_FILE = "comp.json"
+"""Of models that were saved before transformers could read them."""
+AUTO_CLASSES = {"AutoConfig": "CompConfig", "AutoModelForImageTextToText": "CompForConditionalGeneration"}
 
 
 @dataclass
@@ -149,23 +154,37 @@ class CoMP(nn.Module):
         Raises ValueError with path and cause for a folder that is not what save_pretrained wrote, or is damaged.
         """
         folder = Path(folder)
-        if not (folder / SETTINGS_FILE).is_file():
+        path = next((folder / name for name in (SETTINGS_FILE, OLD_SETTINGS_FILE) if (folder / name).is_file()), None)
+        if path is None or not (folder / "vision").is_dir():
             raise ValueError(f"folder must hold {SETTINGS_FILE}, vision/ and language/ as save_pretrained writes, got {folder}")
-        settings = read_object(folder / SETTINGS_FILE)
-        if settings.keys() != {"image_token_id", "position_ids"} or not isinstance(settings["image_token_id"], int):
-            raise ValueError(f"{folder / SETTINGS_FILE} must hold image_token_id (a number) and position_ids, got {settings}")
+        stored = read_object(path)
+        settings = {name: stored.get(name) for name in ("image_token_id", "position_ids")}
+        if not isinstance(settings["image_token_id"], int) or not isinstance(settings["position_ids"], str):
+            raise ValueError(f"{path} must hold image_token_id (a number) and position_ids, got {settings}")
         encoder = VisionEncoder.from_pretrained(folder / "vision", dtype=dtype)
         language_model = load_language_model(folder / "language", dtype or "auto")
         return cls(encoder, language_model, **settings).eval()
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write `folder`/vision (the encoder with its adapter) and `folder`/language, each in Hugging Face layout, and what
-        joins them in comp.json. The tokenizer goes to `folder`/language by its own save_pretrained."""
+        """Write `folder`/vision (the encoder with its adapter) and `folder`/language, what joins them in config.json, and
+        modeling_comp.py, so that transformers alone runs the whole:
+        AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).
+
+        Tokenizer and processor are comp.build.save_processor's."""
         folder = Path(folder)
         self.encoder.save_pretrained(folder / "vision")
         self.language_model.save_pretrained(folder / "language")
-        settings = dict(image_token_id=self.image_token_id, position_ids="mrope" if self.mrope else "1d")
-        (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+        settings = dict(
+            model_type="comp",
+            architectures=["CompForConditionalGeneration"],
+            auto_map={name: f"{MODELING_FILE.stem}.{cls}" for name, cls in AUTO_CLASSES.items()},
+            image_token_id=self.image_token_id,
+            position_ids="mrope" if self.mrope else "1d",
+            vision_config=read_object(folder / "vision" / "config.json"),
+            text_config=read_object(folder / "language" / "config.json"),
+        )
+        write_json(folder / SETTINGS_FILE, settings)
+        shutil.copyfile(MODELING_FILE, folder / MODELING_FILE.name)
 
     @property
     def adapter(self) -> Adapter:

@@ -205,9 +205,18 @@ class VisionEncoder(nn.Module):
         return encoder.requires_grad_(True).eval()
 
     def save_pretrained(self, path: str | os.PathLike) -> None:
-        """Write config.json and model.safetensors in the tower's Hugging Face layout, the choices of CoMP under "comp" and
-        the adapter as `merger.*`; `from_pretrained` gives the same encoder back."""
+        """Write the encoder with its adapter and modeling_comp.py, so that transformers alone runs it:
+        AutoModel.from_pretrained(path, trust_remote_code=True). `from_pretrained` gives the same encoder back."""
         weights.write_tower(path, self.config, self.state_dict())
+
+    def save_as_transformers(self, path: str | os.PathLike) -> None:
+        """Write the tower, without its adapter, for the class of transformers that it came from (SiglipVisionModel,
+        Dinov2Model ...), which then computes the same.
+
+        Raises ValueError with what is in the way: rotary embedding, prefix tokens or a final norm that were left out, the
+        position table in another order.
+        """
+        weights.write_transformers_tower(path, self.config, self.state_dict())
 
     def forward(
         self, pixel_values: Tensor, grid_thw: Tensor, return_layers: Sequence[int] | None = None

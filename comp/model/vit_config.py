@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -83,7 +83,7 @@ class ViTConfig:
     final_norm: bool = True
     merge_size: int = 2
     hugging_face: dict[str, Any] = field(default_factory=dict)
-    """The configuration this one was read from; written back by save_pretrained."""
+    """The configuration this one was read from; written back by save_as_transformers."""
 
     def __post_init__(self) -> None:
         for name in ("width", "num_layers", "num_heads", "mlp_width", "patch_size", "grid_size", "num_channels", "merge_size"):
@@ -124,15 +124,18 @@ class ViTConfig:
         Missing keys take the defaults of the transformers class of that model_type.
         Raises ValueError for a model_type that is not supported.
         """
+        if config.get("model_type") == "comp_vision":  # what save_pretrained writes: the fields of this class
+            own = {f.name: config[f.name] for f in fields(cls) if f.name in config}
+            return cls(**{**own, **{name: value for name, value in choices.items() if value is not None}})
         vision = dict(config.get("vision_config") or config)
         model_type = vision.setdefault("model_type", f"{config.get('model_type')}_vision_model")
         if model_type not in READERS:
             raise ValueError(
                 f"model_type must be one of {sorted(READERS)} (or a model with such a vision_config), got {model_type!r}"
             )
-        fields = READERS[model_type](vision)
-        fields.update({name: value for name, value in choices.items() if value is not None})
-        return cls(hugging_face=vision, **fields)
+        read = READERS[model_type](vision)
+        read.update({name: value for name, value in choices.items() if value is not None})
+        return cls(hugging_face=vision, **read)
 
 
 def one_side(value: int | list[int] | tuple[int, ...], name: str) -> int:

@@ -1,16 +1,18 @@
 """Weights on disk <-> the parameters of a VisionEncoder: names of every tower family, strict both ways, CoMP's own included.
 
-Each of our parameters is made of one or several tensors of the file (q, k and v become one matrix). Three also change form:
-the patch convolution becomes a matrix, the position table a [G, G, D] grid, CLS and registers one [prefix, D] matrix.
+Each of our parameters is made of one or several tensors of a family's file (q, k and v become one matrix). Three also change
+form: the patch convolution becomes a matrix, the position table a [G, G, D] grid, CLS and registers one [prefix, D] matrix.
+What we write has our own names, those of modeling_comp.py, which stands beside it; `write_transformers_tower` has the family's.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
+import shutil
 import warnings
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import TowerChoices, field_types
+from ..files import write_json
 from .folder import open_weights, read_object, weight_files
 from .vit_config import ViTConfig
 
-# Fields of ViTConfig that config.json keeps under "comp": everything its Hugging Face part does not say.
+MODELING_FILE = Path(__file__).with_name("modeling_comp.py")
+"""Goes with every model that is written: transformers runs it."""
+MODEL_TYPE = "comp_vision"
+AUTO_CLASSES = {"AutoConfig": "CompVisionConfig", "AutoModel": "CompVisionModel"}
+# Fields of ViTConfig that config.json kept under "comp" when towers were written in their families' names.
 STORED = (*field_types(TowerChoices), "rope_base", "image_mean", "image_std")
 
 
@@ -135,6 +142,10 @@ DROPPED = (
     r"(text_model|visual_projection|text_projection|classifier)\..*",  # the rest of a two-tower model or classifier
     r"logit_(scale|bias)",
 )
+OWN_DROPPED = (
+    r"prefix_tokens",
+    r"norm\..*",
+)  # of a file in our own names: what keep_prefix_tokens, final_norm = False leave out
 PREFIXES = (
     "vision_model.",
     "dinov2.",
@@ -167,6 +178,8 @@ class Checkpoint:
         if not (directory / "config.json").is_file():
             raise ValueError(f"path must hold a config.json, {directory} has {sorted(os.listdir(directory))}")
         config = read_object(directory / "config.json")
+        if config.get("model_type") == "comp":  # a whole model of ours: the tower is a folder of its own
+            return cls.open(directory / "vision")
         statistics = {}
         if (directory / "preprocessor_config.json").is_file():
             settings = read_object(directory / "preprocessor_config.json")
@@ -191,7 +204,14 @@ class Checkpoint:
         return tensor
 
     @property
+    def is_own(self) -> bool:
+        """Written by `write_tower`, in our own names."""
+        return self.config.get("model_type") == MODEL_TYPE
+
+    @property
     def tower_prefix(self) -> str:
+        if self.is_own:
+            return ""
         return next((prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in self.files)), "")
 
     @property
@@ -205,6 +225,8 @@ class Checkpoint:
     @property
     def adapter_width(self) -> int | None:
         """Width of the adapter's output, None without an adapter; 1 where the file lacks the weight that says it."""
+        if self.is_own:
+            return self.config.get("adapter_width")
         name = self.merger_name("merger.mlp.2.weight")
         if name not in self:
             return 1 if self.has_adapter else None
@@ -238,6 +260,8 @@ def tower_config(checkpoint: Checkpoint, choices: dict[str, Any], path: str | os
 
 def with_stored_choices(checkpoint: Checkpoint, given: dict[str, Any], path: str | os.PathLike) -> dict[str, Any]:
     """The caller's choices, completed by those in the checkpoint and, for released CoMP checkpoints, by what they need."""
+    if checkpoint.is_own:
+        return given
     if not checkpoint.is_released_comp:
         return {**checkpoint.statistics, **checkpoint.config.get("comp", {}), **given}
     settings = {**checkpoint.config, **(checkpoint.config.get("vision_config") or {})}
@@ -274,7 +298,9 @@ def read_tensors(
         return None
 
     for ours, shape in shapes.items():
-        if ours == "pos_embed":
+        if checkpoint.is_own:
+            parts = [fetch(ours)]
+        elif ours == "pos_embed":
             parts = [fetch(names.table)]
         elif ours == "prefix_tokens":
             parts = [fetch(names.cls_token), *([fetch(names.registers)] if config.num_prefix_tokens > 1 else [])]
@@ -283,13 +309,15 @@ def read_tensors(
             parts = [fetch(name) for name in names.sources(ours)]
         if any(part is None for part in parts):
             continue
-        tensors[ours] = to_ours(ours, parts, config).clone()  # the file stays mapped: own the memory
+        tensor = parts[0] if checkpoint.is_own else to_ours(ours, parts, config)
+        tensors[ours] = tensor.clone()  # the file stays mapped: own the memory
         if tensors[ours].shape != shape:
             raise ValueError(
                 f"{path}: {ours} must be {tuple(shape)} by config.json, the file has {[tuple(part.shape) for part in parts]}"
             )
 
-    unexpected = [name for name in checkpoint.files if name not in checkpoint.read and not is_dropped(name, prefix)]
+    dropped = OWN_DROPPED if checkpoint.is_own else DROPPED
+    unexpected = [name for name in checkpoint.files if name not in checkpoint.read and not is_dropped(name, prefix, dropped)]
     if missing or unexpected:
         raise ValueError(
             f"{path}: the weights do not fit a {config.family} tower. Missing: {sorted(missing) or 'none'}. "
@@ -298,10 +326,10 @@ def read_tensors(
     return tensors
 
 
-def is_dropped(name: str, prefix: str) -> bool:
+def is_dropped(name: str, prefix: str, patterns: Sequence[str] = DROPPED) -> bool:
     if prefix.startswith("visual.") and name.startswith(("model.", "lm_head.")):  # the language model of a CoMP-MM checkpoint
         return True
-    return any(re.fullmatch(pattern, candidate) for pattern in DROPPED for candidate in {name, name.removeprefix(prefix)})
+    return any(re.fullmatch(pattern, candidate) for pattern in patterns for candidate in {name, name.removeprefix(prefix)})
 
 
 def to_ours(ours: str, parts: list[Tensor], config: ViTConfig) -> Tensor:
@@ -349,10 +377,82 @@ def to_theirs(config: ViTConfig, parameters: dict[str, Tensor]) -> dict[str, Ten
 
 
 def write_tower(path: str | os.PathLike, config: ViTConfig, parameters: dict[str, Tensor]) -> None:
-    """config.json, with the choices of CoMP under "comp", and model.safetensors in the family's Hugging Face layout."""
+    """config.json, preprocessor_config.json and model.safetensors in our own names, and modeling_comp.py, which runs them with
+    torch and transformers alone."""
     directory = Path(path)
     directory.mkdir(parents=True, exist_ok=True)
-    stored = {name: getattr(config, name) for name in STORED}
-    written = {**config.hugging_face, "comp": stored}
-    (directory / "config.json").write_text(json.dumps(written, indent=2) + "\n")
-    save_file(to_theirs(config, parameters), directory / "model.safetensors", metadata={"format": "pt"})
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in parameters.items()}
+    written = dict(
+        model_type=MODEL_TYPE,
+        architectures=["CompVisionModel"],
+        auto_map={name: f"{MODELING_FILE.stem}.{cls}" for name, cls in AUTO_CLASSES.items()},
+        dtype=str(state["patch_embed.weight"].dtype).removeprefix("torch."),
+        adapter_width=len(state["adapter.fc2.bias"]) if "adapter.fc2.bias" in state else None,
+        **asdict(config),
+    )
+    write_json(directory / "config.json", written)
+    write_json(directory / "preprocessor_config.json", image_processor(config))
+    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+    shutil.copyfile(MODELING_FILE, directory / MODELING_FILE.name)
+
+
+def image_processor(config: ViTConfig, *, min_tokens: int = 4, max_tokens: int = 3000) -> dict[str, Any]:
+    """preprocessor_config.json: transformers' image processor of Qwen2-VL makes the same patches in the same order."""
+    block = (config.patch_size * config.merge_size) ** 2
+    return dict(
+        image_processor_type="Qwen2VLImageProcessor",
+        patch_size=config.patch_size,
+        temporal_patch_size=1,
+        merge_size=config.merge_size,
+        size=dict(shortest_edge=min_tokens * block, longest_edge=max_tokens * block),  # areas, in pixels
+        resample=3,  # bicubic
+        image_mean=config.image_mean,
+        image_std=config.image_std,
+    )
+
+
+def write_transformers_tower(path: str | os.PathLike, config: ViTConfig, parameters: dict[str, Tensor]) -> None:
+    """config.json and model.safetensors of the family's own class in transformers, without an adapter. ValueError where the
+    tower is not what that class computes."""
+    if config.family == "aimv2_original":
+        config = replace(config, family="aimv2", hugging_face=aimv2_configuration(config))
+    names = FAMILIES[config.family]
+    kept = dict(pos_mode="abs", abs_pos_order="merge", final_norm=True)
+    if names.cls_token:
+        kept["keep_prefix_tokens"] = True
+    other = [
+        f"{name}={getattr(config, name)!r} (needs {value!r})" for name, value in kept.items() if getattr(config, name) != value
+    ]
+    if config.family == "aimv2" and config.proj_bias != config.qkv_bias:
+        other.append(f"proj_bias={config.proj_bias} (needs that of q, k and v)")
+    if other:
+        raise ValueError(f"transformers has no {config.family} class for this tower: {', '.join(other)}; use save_pretrained")
+    directory = Path(path)
+    directory.mkdir(parents=True, exist_ok=True)
+    tower = {name: tensor for name, tensor in parameters.items() if not name.startswith("adapter.")}
+    tensors = to_theirs(config, tower)
+    if config.family == "dinov2":  # of masked pre-training; the classes want it
+        tensors["embeddings.mask_token"] = torch.zeros(1, config.width, dtype=tensors[names.table].dtype)
+    without_heads = {"siglip": "vision_use_head", "siglip2": "vision_use_head", "aimv2": "use_head"}
+    head = {without_heads[config.family]: False} if config.family in without_heads else {}
+    write_json(directory / "config.json", {**config.hugging_face, **head})
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def aimv2_configuration(config: ViTConfig) -> dict[str, Any]:
+    """config.json of transformers' Aimv2VisionModel for a tower in Apple's own layout."""
+    return dict(
+        model_type="aimv2_vision_model",
+        hidden_size=config.width,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        intermediate_size=config.mlp_width,
+        patch_size=config.patch_size,
+        image_size=config.grid_size * config.patch_size,
+        num_channels=config.num_channels,
+        hidden_act=config.activation,
+        rms_norm_eps=config.norm_eps,
+        qkv_bias=config.qkv_bias,
+        mlp_bias=config.mlp_bias,
+        is_native=config.sincos_table,
+    )

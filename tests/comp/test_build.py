@@ -43,6 +43,7 @@ def test_the_export_says_where_answers_end(base_folder):
     for name in ("config.json", "generation_config.json"):
         stored = json.loads((language / name).read_text())
         assert stored["eos_token_id"] == ends and stored["pad_token_id"] == template.pad_id, name
+    assert "temperature" not in stored and not stored.get("do_sample"), "of the base model"
     tokenizer = AutoTokenizer.from_pretrained(language)
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -152,18 +154,21 @@ def save_toy_models(folder: Path) -> None:
     tokenizer.save_pretrained(folder / "language")
 
 
-def export_toy_model(folder: Path) -> Path:
+def export_toy_model(folder: Path, **language: Any) -> Path:
     """folder/export, as a stage exports it, from the models in `folder`; its answers depend on question and images."""
-    from comp.build import build_model
+    from comp.build import build_model, save_processor
 
     torch.manual_seed(0)
-    model, template = build_model(toy_config(folder))
+    config = toy_config(folder)
+    config.language = dataclasses.replace(config.language, **language)
+    model, template = build_model(config)
+    model.encoder.pos_mode = "abs+rope"
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "_proj" in name or "adapter.fc2" in name:  # at their initial size the last token alone decides
                 parameter.mul_(6)
     model.save_pretrained(folder / "export")
-    template.tokenizer.save_pretrained(folder / "export" / "language")
+    save_processor(model, template, folder / "export")
     return folder / "export"
 
 

@@ -1,6 +1,7 @@
 """CoMP: losses and answers of mixed batches, against the same thing done sample by sample with plain transformers calls."""
 
 import dataclasses
+import json
 import re
 
 import pytest
@@ -341,5 +342,10 @@ def test_save_and_load(position_ids, language_model, tmp_path):
     assert torch.equal(loaded(batch).token_loss_sum, model(batch).token_loss_sum)
     assert loaded.encoder.pos_mode == "abs+rope" and not loaded.training
     assert CoMP.from_pretrained(tmp_path, dtype=torch.bfloat16).adapter.fc2.weight.dtype == torch.bfloat16
-    with pytest.raises(ValueError, match=r"folder must hold comp\.json"):
+    with pytest.raises(ValueError, match=r"folder must hold config\.json, vision/ and language/"):
         CoMP.from_pretrained(tmp_path / "vision")
+    tower = VisionEncoder.from_pretrained(tmp_path)  # of the whole
+    assert torch.equal(tower.pos_embed, model.encoder.pos_embed)
+    (tmp_path / "config.json").unlink()  # as it was before transformers could read it
+    (tmp_path / "comp.json").write_text(json.dumps(dict(image_token_id=IMAGE, position_ids=position_ids)))
+    assert torch.equal(CoMP.from_pretrained(tmp_path)(batch).token_loss_sum, model(batch).token_loss_sum)

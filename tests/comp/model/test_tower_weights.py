@@ -12,7 +12,7 @@ from towers import TOWERS, make_tower
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from comp import VisionEncoder
-from comp.model import Adapter
+from comp.model import Adapter, weights
 
 GRID_4x6 = torch.tensor([[1, 4, 6]])
 
@@ -48,19 +48,54 @@ def test_save_and_load_give_the_same_encoder(name, keep, tower_directory, tmp_pa
     assert loaded.adapter is not None
 
 
-@pytest.mark.parametrize("name", ["siglip", "siglip2", "dinov2", "dinov2_registers", "aimv2", "clip"])
-def test_what_is_saved_loads_in_transformers(name, tower_directory, tmp_path):
-    VisionEncoder.from_pretrained(tower_directory(name), keep_prefix_tokens=True).save_pretrained(tmp_path)
+@pytest.mark.parametrize("name", TOWERS)
+def test_saved_as_transformers_it_is_the_same_tower(name, tower_directory, tmp_path):
+    """Loaded by the library's own class: nothing missing, nothing unexpected, and the outputs are those it had."""
+    encoder = VisionEncoder.from_pretrained(tower_directory(name), keep_prefix_tokens=True, final_norm=True)
+    encoder.adapter = Adapter(48, 20)
+    encoder.save_as_transformers(tmp_path)
     original = make_tower(name)
     loaded, report = type(original).from_pretrained(tmp_path, output_loading_info=True)
-    assert all(
-        re.match(r"(vision_model\.)?(head|post_layernorm|embeddings\.mask_token)", key) for key in report["missing_keys"]
-    )
-    assert not report["unexpected_keys"]
-    if name not in ("siglip2", "clip", "siglip"):
-        image = torch.randn(1, 3, 24, 24)
-        with torch.no_grad():
-            torch.testing.assert_close(loaded.eval()(image)[0], original(image)[0], rtol=1e-5, atol=1e-5)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    inputs = dict(pixel_values=torch.randn(1, 3, 24, 24))
+    if name == "siglip2":
+        mask, shape = torch.ones(1, 36, dtype=torch.long), torch.tensor([[6, 6]])
+        inputs = dict(pixel_values=torch.randn(1, 36, 48), pixel_attention_mask=mask, spatial_shapes=shape)
+    with torch.no_grad():
+        found, expected = loaded.eval()(**inputs), original(**inputs)
+    torch.testing.assert_close(found.last_hidden_state, expected.last_hidden_state, rtol=1e-5, atol=1e-5)
+    if name in ("clip", "dinov2"):  # the pooled output has no weights of its own
+        torch.testing.assert_close(found.pooler_output, expected.pooler_output, rtol=1e-5, atol=1e-5)
+
+
+def test_what_transformers_cannot_compute_is_refused(tower_directory, tmp_path):
+    for name, choices, message in (
+        (
+            "siglip",
+            dict(pos_mode="abs+rope", final_norm=True),
+            r"siglip class for this tower: pos_mode='abs\+rope' \(needs 'abs'\)",
+        ),
+        ("siglip", dict(), "final_norm=False"),
+        ("dinov2", dict(), "keep_prefix_tokens=False"),
+        ("aimv2", dict(abs_pos_order="raster_legacy"), "abs_pos_order='raster_legacy'"),
+    ):
+        encoder = VisionEncoder.from_pretrained(tower_directory(name), **choices)
+        with pytest.raises(ValueError, match=message):
+            encoder.save_as_transformers(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_towers_that_were_saved_in_their_familys_names(tower_directory, tmp_path):
+    """What save_pretrained wrote before: names of the family, the choices under "comp", the adapter as merger.*"""
+    encoder = VisionEncoder.from_pretrained(tower_directory("dinov2"), pos_mode="abs+rope", merge_size=1)
+    encoder.adapter = Adapter(48, 20, merge_size=1)
+    stored = {name: getattr(encoder.config, name) for name in weights.STORED}
+    (tmp_path / "config.json").write_text(json.dumps({**encoder.config.hugging_face, "comp": stored}))
+    save_file(weights.to_theirs(encoder.config, encoder.state_dict()), tmp_path / "model.safetensors")
+    loaded, patches = VisionEncoder.from_pretrained(tmp_path), torch.randn(24, 48)
+    assert loaded.pos_mode == "abs+rope" and loaded.config.merge_size == 1
+    assert torch.equal(features(loaded, patches), features(encoder, patches))
+    assert torch.equal(loaded.adapter.fc2.weight, encoder.adapter.fc2.weight)
 
 
 def test_dtype_and_memory_of_their_own(tower_directory):
@@ -181,8 +216,12 @@ def test_aimv2_in_its_original_layout(tower_directory, tmp_path):
     patches = torch.randn(24, 48)
     original = VisionEncoder.from_pretrained(path)
     assert torch.equal(features(original, patches), features(VisionEncoder.from_pretrained(tower_directory("aimv2")), patches))
-    original.save_pretrained(tmp_path / "saved")
-    assert load_file(tmp_path / "saved" / "model.safetensors").keys() == load_file(path / "model.safetensors").keys()
+    original.save_as_transformers(tmp_path / "saved")
+    loaded = transformers.Aimv2VisionModel.from_pretrained(tmp_path / "saved")
+    image = torch.randn(1, 3, 24, 24)
+    with torch.no_grad():
+        expected = make_tower("aimv2")(image).last_hidden_state
+        torch.testing.assert_close(loaded(image).last_hidden_state, expected, rtol=1e-5, atol=1e-5)
 
 
 def released(tensors, config, *, adapter: bool, **settings):
