@@ -315,7 +315,7 @@ def test_choices_of_the_tower_come_from_the_command_line(toy_folder, override, f
     with patch("comp.train.trainer.plot_run"):
         Trainer(apply_overrides(config, ["stages.*.max_steps=1", "eval.data=[]", "name=choice"])).run()
     exported = json.loads((toy_folder / "runs" / "choice" / "models" / "III" / "vision" / "config.json").read_text())
-    assert exported["comp"][field] == value
+    assert exported[field] == value
 
 
 def test_table_2_pads_and_gives_as_many_tokens_as_the_paper(toy_models):
