@@ -21,6 +21,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -30,6 +31,7 @@ from comp_kernels import _native
 from comp_kernels._triton import launches_go_to
 
 CALLS = 100  # per case and round
+LAYERS = 8
 TOKENS, HEADS, HEAD_DIM = 64, 4, 64  # one small image: too little for a GPU to be what is waited for
 ROWS, WORDS = 64, 4096
 
@@ -64,54 +66,70 @@ def cuda_is_built() -> bool:
     return True
 
 
-def attention(backend: str, device: str) -> dict[str, Callable]:
+class Case(NamedTuple):
+    run: Callable  # without its results
+    calls: int = 1  # of the operator, in one run
+
+
+def attention(backend: str, device: str) -> dict[str, Case]:
+    """forward: one call. both: eight, as the layers of a tower make them, and one backward pass through all of them: what torch
+    takes to begin a backward pass is no cost of a call."""
     dtype = torch.float32 if backend == "cpu" else torch.bfloat16
     q, k, v, grad = torch.randn(4, TOKENS, HEADS, HEAD_DIM, device=device, dtype=dtype)
     cos, sin = torch.randn(2, TOKENS, HEAD_DIM // 2, device=device)
     bounds = torch.tensor([0, TOKENS], dtype=torch.int32, device=device)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    calls = [[x.clone().requires_grad_() for x in (q, k, v)] for _ in range(LAYERS)]
+    leaves, cotangents = [x for call in calls for x in call], [grad] * LAYERS
+
+    def both():
+        outs = [ck.rope_attention(*call, cos, sin, bounds, backend=backend) for call in calls]
+        torch.autograd.grad(outs, leaves, cotangents)
+
     return {
-        "forward": lambda: ck.rope_attention(q, k, v, cos, sin, bounds, backend=backend),
-        "both": lambda: torch.autograd.grad(ck.rope_attention(*leaves, cos, sin, bounds, backend=backend), leaves, grad),
+        "forward": Case(lambda: ck.rope_attention(q, k, v, cos, sin, bounds, backend=backend)),
+        "both": Case(both, LAYERS),
     }
 
 
-def sinkhorn(backend: str, device: str) -> dict[str, Callable]:
+def sinkhorn(backend: str, device: str) -> dict[str, Case]:
     scores = torch.randn(ROWS, 128, device=device)
-    return {"forward": lambda: ck.sinkhorn(scores, epsilon=0.05, backend=backend)}
+    return {"forward": Case(lambda: ck.sinkhorn(scores, epsilon=0.05, backend=backend))}
 
 
-def alignment(backend: str, device: str) -> dict[str, Callable]:
+def alignment(backend: str, device: str) -> dict[str, Case]:
     vision, text, prototypes = (torch.randn(rows, HEAD_DIM, device=device) for rows in (ROWS, ROWS, WORDS))
     vision.requires_grad_()
-    return {"both": lambda: torch.autograd.grad(ck.alignment_loss(vision, text, prototypes, backend=backend), vision)}
+    return {"both": Case(lambda: torch.autograd.grad(ck.alignment_loss(vision, text, prototypes, backend=backend), vision))}
 
 
-def cases(device: str = "cpu", cpu: bool = True) -> dict[tuple[str, str, str], Callable]:
-    """(operator, backend, "forward" or "both") -> a call without its results; cpu: with the kernels of the CPU."""
+def cases(device: str = "cpu", cpu: bool = True) -> dict[tuple[str, str, str], Case]:
+    """(operator, backend, "forward" or "both") -> what is timed; cpu: with the kernels of the CPU."""
     found = {}
     for op, make in (("rope_attention", attention), ("sinkhorn", sinkhorn), ("alignment_loss", alignment)):
         for backend in ck.available_backends(op, device):
             if backend != "reference" and (backend != "cpu" or (cpu and op != "alignment_loss")):
-                found |= {(op, backend, which): call for which, call in make(backend, device).items()}
+                found |= {(op, backend, which): case for which, case in make(backend, device).items()}
     return found
 
 
-def microseconds(call: Callable, count: int) -> float:
+def microseconds(case: Case, count: int) -> float:
+    """Per call of the operator."""
+    runs = max(count // case.calls, 1)
     start = time.process_time()
-    for _ in range(count):
-        call()
-    return (time.process_time() - start) / count * 1e6
+    for _ in range(runs):
+        case.run()
+    return (time.process_time() - start) / (runs * case.calls) * 1e6
 
 
 def measure(rounds: int) -> dict[tuple[str, str, str], float]:
     """Median microseconds of every case, with kernels that do nothing."""
     with nothing_runs():
-        calls = cases()
-        for call in calls.values():
-            microseconds(call, max(CALLS // 5, 1))
-        times = [{name: microseconds(call, CALLS) for name, call in calls.items()} for _ in range(rounds)]
-    return {name: statistics.median(row[name] for row in times) for name in calls}
+        found = cases()
+        for case in found.values():
+            microseconds(case, max(CALLS // 5, 1))
+        times = [{name: microseconds(case, CALLS) for name, case in found.items()} for _ in range(rounds)]
+    return {name: statistics.median(row[name] for row in times) for name in found}
 
 
 def main() -> None:

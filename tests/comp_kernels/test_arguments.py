@@ -6,6 +6,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 import comp_kernels as ck
+from comp_kernels.ops.rope_attention import call
 
 Q = torch.randn(4, 2, 16)
 
@@ -148,3 +149,64 @@ def test_compiled_code_refuses_bounds_that_wrap(last):
     compiled = torch.compile(lambda bounds: ck.rope_attention(Q, Q, Q, cu_seqlens=bounds, backend="cpu"), backend="aot_eager")
     with pytest.raises(RuntimeError, match="cu_seqlens must start at 0, never decrease and end at or below the 4 tokens"):
         compiled(bounds)
+
+
+class TestCallsThatPassedBefore:
+    """rope_attention does not check again what it knows by shapes, strides, dtypes and devices: all else it must still see."""
+
+    def make(self):
+        q, k, v = torch.randn(3, 6, 2, 8)
+        cos, sin = torch.randn(2, 6, 8)
+        arguments = dict(q=q, k=k, v=v, cos=cos, sin=sin, cu_seqlens=torch.tensor([0, 2, 6]), rotary_dim=8)
+        ck.rope_attention(**arguments)
+        arguments["cu_seqlens"] = arguments["cu_seqlens"].int()  # int64 is copied, and so not remembered
+        for _ in range(2):
+            ck.rope_attention(**arguments)
+        return arguments
+
+    @pytest.mark.parametrize(
+        "change, message",
+        [
+            (dict(cu_seqlens=torch.tensor([0, 3, 2], dtype=torch.int32)), "never decrease"),
+            (dict(cu_seqlens=torch.tensor([0, 2, 7], dtype=torch.int32)), "at or below the 6 tokens"),
+            (dict(cu_seqlens=torch.tensor([1, 2, 6], dtype=torch.int32)), "start at 0"),
+            (dict(cu_seqlens=torch.tensor([0.0, 2.0, 6.0])), "int32 or int64"),
+            (dict(k=torch.randn(6, 2, 8).double()), "k must have dtype"),
+            (dict(v=torch.randn(7, 2, 8)), "k and v must both be"),
+            (dict(rotary_dim=8.0), "rotary_dim must be an integer"),
+            (dict(sin=torch.randn(6, 4)), "same shape and dtype"),
+            (dict(cos=torch.randn(6, 8).double()), "cos is float64"),
+            (dict(q=[1.0]), r"q must be a tensor \[T, Hq, D\]"),
+            (dict(scale=torch.tensor(1.0)), "scale must be a number"),
+            (dict(q=torch.randn(6, 2, 8).to_sparse()), "q must be dense"),
+        ],
+    )
+    def test_others_are_still_refused(self, change, message):
+        arguments = self.make()
+        with pytest.raises(ValueError, match=message):
+            ck.rope_attention(**arguments | change)
+
+    def test_copies_are_still_made(self):
+        """Of what kernels do not take as it is: tables of another layout, channels that are not contiguous."""
+        arguments = self.make()
+        expected = ck.rope_attention(**arguments)
+        for name, change in (
+            ("cos", lambda x: x.T.contiguous().T),
+            ("q", lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)),
+        ):
+            for _ in range(2):
+                torch.testing.assert_close(ck.rope_attention(**arguments | {name: change(arguments[name])}), expected)
+
+    def test_autocast_still_casts(self):
+        arguments = self.make()
+        for dtype in (torch.bfloat16, torch.float16):
+            with torch.autocast("cpu", dtype):
+                assert ck.rope_attention(**arguments).dtype == dtype
+        assert ck.rope_attention(**arguments).dtype == torch.float32
+
+    def test_the_memory_is_bounded(self, monkeypatch):
+        monkeypatch.setattr(call, "MAX_PASSED", 5)
+        for tokens in range(1, 30):
+            x = torch.randn(tokens, 1, 8)
+            ck.rope_attention(x, x, x)
+            assert len(call._passed) <= 5

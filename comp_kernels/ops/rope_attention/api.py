@@ -78,5 +78,5 @@ def rope_attention(
     if backend == "reference" and has_values(call.q):  # else the operators tell the shapes
         out, lse = reference_backend.forward(call)
     else:
-        out, lse = attention(call, backend, fallback)
+        out, lse = attention(call, backend, fallback, return_lse)
     return (out, lse.to(table_dtype(out.dtype))) if return_lse else out

@@ -52,7 +52,66 @@ def checked_call(
     scale: float | None,
 ) -> Call:
     """Refuse what does not fit together, with a ValueError that names the argument; fill in the defaults, and bring tensors to
-    the layout that kernels rely on."""
+    the layout that kernels rely on.
+
+    A tower makes the same call in every layer: what passed once, and needed no copy, is known by its shapes, strides, dtypes
+    and devices. Only the values of bounds on the CPU are looked at again.
+    """
+    facts = known = None
+    if not torch.compiler.is_compiling():
+        try:
+            if not torch.is_autocast_enabled(q.device.type):
+                facts = (
+                    *(q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, k.device),
+                    *(v.shape, v.stride(), v.dtype, v.device),
+                    None if cos is None else (cos.shape, cos.stride(), cos.dtype, cos.device),
+                    None if sin is None else (sin.shape, sin.stride(), sin.dtype, sin.device),
+                    None if cos_k is None else (cos_k.shape, cos_k.stride(), cos_k.dtype, cos_k.device),
+                    None if sin_k is None else (sin_k.shape, sin_k.stride(), sin_k.dtype, sin_k.device),
+                    *[None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in (cu_seqlens, cu_seqlens_k)],
+                    *(rotary_dim, type(rotary_dim), pair_stride, type(pair_stride), scale, type(scale)),
+                )
+                known = _passed.get(facts)
+        except (AttributeError, RuntimeError, TypeError):  # what is no tensor, symbolic shapes: the checks have words for it
+            facts = None
+    if known is not None:
+        if q.device.type == "cpu":
+            check_bounds_on_cpu("cu_seqlens", cu_seqlens, q.shape[0])
+            check_bounds_on_cpu("cu_seqlens_k", cu_seqlens_k, k.shape[0])
+        if cos_k is None:
+            cos_k, sin_k = cos, sin
+        if cu_seqlens_k is None:
+            cu_seqlens_k = cu_seqlens
+        return Call(q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, *known)
+    given = (q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k)
+    call = check_and_lay_out(*given, rotary_dim, pair_stride, scale)
+    if facts is not None and all(x is None or x is used for x, used in zip(given, call)):
+        if len(_passed) >= MAX_PASSED:
+            _passed.clear()
+        _passed[facts] = call[9:]
+    return call
+
+
+MAX_PASSED = 1024  # every new number of tokens is one more
+_passed: dict[tuple, tuple[int, int, float]] = {}
+"""What the checks look at of calls that passed without a copy -> their settings, defaults filled in."""
+
+
+def check_and_lay_out(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    cos_k: Tensor | None,
+    sin_k: Tensor | None,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    rotary_dim: int | None,
+    pair_stride: int | None,
+    scale: float | None,
+) -> Call:
+    """What checked_call says, for a call that was not seen before."""
     check_tensor("q", q, "[T, Hq, D]", dim=3, floating=True)
     if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
         q, k, v = (autocast(x) for x in (q, k, v))
@@ -192,16 +251,21 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, num_tokens: int, device: tor
     if cu_seqlens.shape[0] == 0:
         raise ValueError(f"{name} must have at least one entry, the leading 0")
     if device.type == "cpu" and not torch.compiler.is_compiling():
-        try:
-            bounds = cu_seqlens.tolist()
-        except RuntimeError as error:
-            if not has_values(cu_seqlens):
-                return
-            raise ValueError(f"{name} must be the same for all of a batch under torch.func transforms: {error}") from None
-        if bounds[0] != 0 or bounds[-1] > num_tokens or any(a > b for a, b in zip(bounds, bounds[1:])):
-            raise ValueError(
-                f"{name} must start at 0, never decrease and end at or below the {num_tokens} tokens, got {bounds}"
-            )
+        check_bounds_on_cpu(name, cu_seqlens, num_tokens)
+
+
+def check_bounds_on_cpu(name: str, cu_seqlens: Tensor | None, num_tokens: int) -> None:
+    """The values, of a tensor on the CPU or None."""
+    if cu_seqlens is None:
+        return
+    try:
+        bounds = cu_seqlens.tolist()
+    except RuntimeError as error:
+        if not has_values(cu_seqlens):
+            return
+        raise ValueError(f"{name} must be the same for all of a batch under torch.func transforms: {error}") from None
+    if bounds[0] != 0 or bounds[-1] > num_tokens or bounds != sorted(bounds):
+        raise ValueError(f"{name} must start at 0, never decrease and end at or below the {num_tokens} tokens, got {bounds}")
 
 
 def contiguous(x: Tensor, dtype: torch.dtype) -> Tensor:

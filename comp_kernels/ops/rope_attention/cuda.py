@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -33,31 +34,45 @@ def declines(call: Call) -> str | None:
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
-    run = functools.partial(_launch, "forward", call.q)
-    out, lse = native.forward(run, LSE_DTYPE, accessible(call))
-    return _narrowed(out, call.q), lse
+    usable = accessible(call)
+    out, lse = native.forward(functools.partial(_launch, "forward", call.q), LSE_DTYPE, usable)
+    return out if usable is call else _narrowed(out, call.q), lse
 
 
 def backward(
     call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, table_grads: bool
 ) -> tuple[Tensor | None, ...]:
+    usable = accessible(call)
+    if usable is not call:
+        out, grad_out = _padded(out), _padded(grad_out)
+    cotangents = (_aligned(grad_out), grad_lse)
     run = functools.partial(_launch, "backward", call.q)
-    cotangents = (_aligned(_padded(grad_out)), grad_lse)
-    dq, dk, dv, *of_tables = native.backward(
-        run, LSE_DTYPE, accessible(call), _padded(out), lse, *cotangents, table_grads
-    )  # fmt: skip
+    found = native.backward(run, LSE_DTYPE, usable, out, lse, *cotangents, table_grads)
+    if usable is call:
+        return found
+    dq, dk, dv, *of_tables = found
     return _narrowed(dq, call.q), _narrowed(dk, call.k), _narrowed(dv, call.v), *of_tables
 
 
 def accessible(call: Call) -> Call:
     """The call with tensors that kernels can read 16 bytes at a time: the same, or copies where a view does not allow it."""
     q, k, v, cos, sin, cos_k, sin_k, *rest = call
-    if q.shape[-1] % CHANNELS:
-        q, k, v = _padded(q), _padded(k), _padded(v)
-    q, k, v = _aligned(q), _aligned(k), _aligned(v)
+    addresses = q.data_ptr() | k.data_ptr() | v.data_ptr()
     if cos is not None:  # contiguous already; a table may still start in the middle of a line
+        addresses |= cos.data_ptr() | sin.data_ptr() | cos_k.data_ptr() | sin_k.data_ptr()
+    if addresses % 16 == 0 and _wide_rows(q.shape[2], q.stride(), k.stride(), v.stride()):
+        return call
+    q, k, v = (_aligned(_padded(x)) for x in (q, k, v))
+    if cos is not None:
         cos, sin, cos_k, sin_k = (x.clone() if x.data_ptr() % 16 else x for x in (cos, sin, cos_k, sin_k))
     return Call(q, k, v, cos, sin, cos_k, sin_k, *rest)
+
+
+@functools.lru_cache(maxsize=1024)
+def _wide_rows(head_dim: int, *strides: tuple[int, int, int]) -> bool:
+    """Whether every row is whole accesses, and begins where one may."""
+    fits = (token % CHANNELS == head % CHANNELS == 0 and channel == 1 for token, head, channel in strides)
+    return head_dim % CHANNELS == 0 and all(fits)
 
 
 def _padded(x: Tensor) -> Tensor:
@@ -80,8 +95,14 @@ def _aligned(x: Tensor) -> Tensor:
 
 def _launch(which: str, q: Tensor, params: native.Params) -> None:
     """One pass on the current stream of q's device, with the workspace that it needs."""
-    size = _native.cuda_function("rope_attention_workspace", (PARAMS, ctypes.c_int32), ctypes.c_int64)
-    function = _native.cuda_function(f"rope_attention_{which}", (PARAMS, ctypes.c_void_p, ctypes.c_void_p))
+    size, function = _functions(_native.cuda(), which)
     with _native.on_device(q):  # the size depends on the device too
         workspace = q.new_empty(size(ctypes.byref(params), which == "backward"), dtype=torch.uint8)
         _native.call(function, params, workspace.data_ptr(), _native.stream(q.device))
+
+
+@functools.cache
+def _functions(library: ctypes.CDLL, which: str) -> tuple[Callable, Callable]:
+    """(what tells the size of a workspace, the pass)."""
+    size = _native.cuda_function("rope_attention_workspace", (PARAMS, ctypes.c_int32), ctypes.c_int64)
+    return size, _native.cuda_function(f"rope_attention_{which}", (PARAMS, ctypes.c_void_p, ctypes.c_void_p))

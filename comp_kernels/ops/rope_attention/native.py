@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Callable
 
 import torch
@@ -29,13 +30,16 @@ class Params(ctypes.Structure):
     ]
 
 
+LAYOUT = struct.Struct("20P 19q d q")  # of Params
+NULL = (0,) * 11  # addresses of results and cotangents that a pass does not have
+
+
 def forward(run: Callable[[Params], None], lse_dtype: torch.dtype, call: Call) -> tuple[Tensor, Tensor]:
     """(out, lse); `run` computes."""
-    out = torch.empty_like(call.q, memory_format=torch.contiguous_format)  # new_empty takes twice as long
-    lse = call.q.new_empty((call.q.shape[1], call.q.shape[0]), dtype=lse_dtype)
-    params = _params(call)
-    params.out, params.lse = out.data_ptr(), lse.data_ptr()
-    run(params)
+    q = call.q
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)  # new_empty takes twice as long
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=lse_dtype)
+    run(_params(call, None, out.data_ptr(), lse.data_ptr()))
     return out, lse
 
 
@@ -52,16 +56,14 @@ def backward(
     """(dq, dk, dv, dcos, dsin, dcos_k, dsin_k); the last four are None without tables or table_grads."""
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
-    lse = lse.to(lse_dtype)  # of another backend, where that one's backward kernels failed
+    if lse.dtype != lse_dtype:
+        lse = lse.to(lse_dtype)  # of another backend, where that one's backward kernels failed
     grad_lse = None if grad_lse is None else grad_lse.to(lse_dtype).contiguous()
     dq = torch.empty_like(call.q, memory_format=torch.contiguous_format)
     dk = torch.empty_like(call.k, memory_format=torch.contiguous_format)
     dv = torch.empty_like(call.v, memory_format=torch.contiguous_format)
-    params = _params(call)
-    params.out, params.lse = out.data_ptr(), lse.data_ptr()
-    params.grad_out, params.grad_lse = grad_out.data_ptr(), pointer(grad_lse)
-    params.grad_out_stride_token, params.grad_out_stride_head, _ = grad_out.stride()
-    params.dq, params.dk, params.dv = dq.data_ptr(), dk.data_ptr(), dv.data_ptr()
+    addresses = (out.data_ptr(), lse.data_ptr(), grad_out.data_ptr(), 0 if grad_lse is None else grad_lse.data_ptr())
+    params = _params(call, grad_out, *addresses, dq.data_ptr(), dk.data_ptr(), dv.data_ptr())
     if not table_grads:
         run(params)
         return dq, dk, dv, None, None, None, None
@@ -73,41 +75,40 @@ def backward(
     return dq, dk, dv, *(g if g is None or table.dim() == 3 else g.sum(1) for g, table in zip(per_head, tables))
 
 
-def _params(call: Call) -> Params:
-    """The inputs that both passes share. The tensors must outlive the call."""
+def _params(call: Call, grad_out: Tensor | None, *outputs: int | None) -> Params:
+    """The struct of a pass; outputs: addresses from `out` on, as far as the pass has them. The tensors must outlive the call.
+
+    One pack of all fields takes half as long as naming them to the constructor.
+    """
     q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, rotary_dim, pair_stride, scale = call
     num_tokens, num_heads, head_dim = q.shape
     num_tokens_k, num_heads_k, _ = k.shape
-    q_stride_token, q_stride_head, _ = q.stride()
-    k_stride_token, k_stride_head, _ = k.stride()
-    v_stride_token, v_stride_head, _ = v.stride()
-    return Params(
-        q=q.data_ptr(),
-        k=k.data_ptr(),
-        v=v.data_ptr(),
-        cos=pointer(cos),
-        sin=pointer(sin),
-        cos_k=pointer(cos_k),
-        sin_k=pointer(sin_k),
-        cu_seqlens=cu_seqlens.data_ptr(),
-        cu_seqlens_k=cu_seqlens_k.data_ptr(),
-        q_stride_token=q_stride_token,
-        q_stride_head=q_stride_head,
-        k_stride_token=k_stride_token,
-        k_stride_head=k_stride_head,
-        v_stride_token=v_stride_token,
-        v_stride_head=v_stride_head,
-        num_tokens=num_tokens,
-        num_tokens_k=num_tokens_k,
-        num_sequences=cu_seqlens.shape[0] - 1,
-        num_heads=num_heads,
-        num_heads_k=num_heads_k,
-        head_dim=head_dim,
-        rotary_dim=rotary_dim,
-        pair_stride=pair_stride,
-        table_width=0 if cos is None else cos.shape[-1],
-        table_heads=1 if cos is None or cos.dim() == 2 else cos.shape[1],
-        table_heads_k=1 if cos_k is None or cos_k.dim() == 2 else cos_k.shape[1],
-        scale=scale,
-        dtype=_native.DTYPE_CODES[q.dtype],
+    q_strides, k_strides, v_strides = q.stride()[:2], k.stride()[:2], v.stride()[:2]
+    grad_out_strides = (0, 0) if grad_out is None else grad_out.stride()[:2]
+    tables, width, heads, heads_k = (0, 0, 0, 0), 0, 1, 1
+    if cos is not None:
+        tables, width = (cos.data_ptr(), sin.data_ptr(), cos_k.data_ptr(), sin_k.data_ptr()), cos.shape[-1]
+        if cos.dim() == 3:
+            heads = num_heads
+        if cos_k.dim() == 3:
+            heads_k = num_heads_k
+    inputs = (q.data_ptr(), k.data_ptr(), v.data_ptr(), *tables, cu_seqlens.data_ptr(), cu_seqlens_k.data_ptr())
+    sizes = (num_tokens, num_tokens_k, cu_seqlens.shape[0] - 1, num_heads, num_heads_k, head_dim)
+    packed = LAYOUT.pack(
+        *inputs,
+        *outputs,
+        *NULL[len(outputs) :],
+        *q_strides,
+        *k_strides,
+        *v_strides,
+        *grad_out_strides,
+        *sizes,
+        rotary_dim,
+        pair_stride,
+        width,
+        heads,
+        heads_k,
+        scale,
+        _native.DTYPE_CODES[q.dtype],
     )
+    return Params.from_buffer_copy(packed)

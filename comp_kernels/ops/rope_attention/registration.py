@@ -88,27 +88,40 @@ def backward_fake(grad_out, grad_lse, q, k, v, out, lse, cos, sin, cos_k, sin_k,
     return *(x.new_empty(x.shape) for x in (q, k, v)), *table_gradients
 
 
+def shared_once(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """The first nine fields of a call, with None for what keys have from the queries: torch takes its time for each."""
+    q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k = tensors
+    if cos_k is cos and sin_k is sin:
+        cos_k = sin_k = None
+    return q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, None if cu_seqlens_k is cu_seqlens else cu_seqlens_k
+
+
 def setup_context(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:9], *output)
+    ctx.save_for_backward(*shared_once(inputs[:9]), *output)
     ctx.settings = inputs[9:]
     ctx.set_materialize_grads(False)  # an unused lse has no gradient, and costs none
 
 
-def autograd(ctx, grad_out, grad_lse) -> tuple[Tensor | None, ...]:
-    *tensors, out, lse = ctx.saved_tensors
+def autograd(ctx, grad_out, grad_lse=None, looked_at: bool = False) -> tuple[Tensor | None, ...]:
+    """looked_at: nothing but autograd followed the forward pass, so that what it saved needs no look."""
+    q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, out, lse = saved = ctx.saved_tensors
     *settings, backend, fallback = ctx.settings
-    call = Call(*tensors, *settings)
-    table_grads = any(ctx.needs_input_grad[3:7])
+    if cos_k is None:
+        cos_k, sin_k = cos, sin
+    if cu_seqlens_k is None:
+        cu_seqlens_k = cu_seqlens
+    call = Call(q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, *settings)
+    wanted = ctx.needs_input_grad
+    table_grads = True in wanted[3:7]
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     # Of a gradient that is to be differentiated again (create_graph), the operator says that it cannot.
-    if torch.is_grad_enabled() or call.q.is_meta or watched((grad_out, grad_lse, *tensors)):
+    if torch.is_grad_enabled() or q.is_meta or watched((grad_out, grad_lse) if looked_at else (grad_out, grad_lse, *saved)):
         found = BACKWARD.default(
-            grad_out, grad_lse, *call[:3], out, lse, *call[3:], backend, fallback, table_grads
+            grad_out, grad_lse, q, k, v, out, lse, *call[3:], backend, fallback, table_grads
         )  # fmt: skip
     else:
         found = gradients(call, out, lse, grad_out, grad_lse, backend, fallback, table_grads)
-    wanted = ctx.needs_input_grad
     return *[gradient if want else None for gradient, want in zip(found, wanted)], *[None] * (len(wanted) - 7)
 
 
@@ -148,28 +161,31 @@ def backward_flops(
 
 
 class DirectAttention(torch.autograd.Function):
-    """The same kernel with the same autograd rule, past the dispatcher. What has no gradient comes as one argument: torch takes
-    half a microsecond for each."""
+    """The same kernel with the same autograd rule, past the dispatcher. What has no gradient comes as one argument, and lse is
+    a result only where it is wanted: torch takes half a microsecond for each."""
 
     @staticmethod
     def forward(ctx, q, k, v, cos, sin, cos_k, sin_k, others):
-        call, backend, fallback = others
+        call, backend, fallback, with_lse = others
         output = forward(call, backend, fallback)
-        setup_context(ctx, (q, k, v, cos, sin, cos_k, sin_k, *call[7:], backend, fallback), output)
-        return output
+        setup_context(ctx, (*call, backend, fallback), output)
+        return output if with_lse else output[0]
 
-    backward = staticmethod(autograd)
+    @staticmethod
+    def backward(ctx, grad_out, grad_lse=None):
+        return autograd(ctx, grad_out, grad_lse, looked_at=True)
 
 
-def attention(call: Call, backend: str, fallback: bool) -> tuple[Tensor, Tensor]:
-    """The differentiable operator."""
+def attention(call: Call, backend: str, fallback: bool, with_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """The differentiable operator; without with_lse, lse may be None."""
     if call.cu_seqlens is None:
         bounds, bounds_k = (bounds_of_all(x.shape[0], x.device) for x in (call.q, call.k))
         call = call._replace(cu_seqlens=bounds, cu_seqlens_k=bounds_k)
-    if call.q.is_meta or watched(call[:9]):
+    if call.q.is_meta or watched(shared_once(call[:9])):
         return FORWARD.default(*call, backend, fallback)
     if torch.is_grad_enabled():
         for x in call[:7]:
             if x is not None and x.requires_grad:
-                return DirectAttention.apply(*call[:7], (call, backend, fallback))
+                output = DirectAttention.apply(*call[:7], (call, backend, fallback, with_lse))
+                return output if with_lse else (output, None)
     return forward(call, backend, fallback)
