@@ -9,8 +9,9 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONTRIBUTING = REPOSITORY / "CONTRIBUTING.md"
-FOLDERS = ("comp", "comp_kernels", "csrc", "benchmarks", "tests/helpers")
-SOURCES = (".py", ".cpp", ".h", ".cu", ".cuh")
+FILES = ("train.py", "setup.py")
+FOLDERS = ("comp", "comp_kernels", "csrc", "benchmarks", "tests/helpers", "docs", ".ci")
+SOURCES = (".py", ".cpp", ".h", ".cu", ".cuh", ".sh")
 BEGIN, END = "<!-- map: written by docs/make_map.py -->\n", "<!-- end of map -->\n"
 
 
@@ -18,8 +19,9 @@ def with_map(text: str) -> str:
     """CONTRIBUTING.md with the map of today's files."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    shown = "\n".join(line.rstrip() for folder in FOLDERS for line in lines(REPOSITORY / folder))
-    return f"{before}{BEGIN}\n```text\n{shown}\n```\n\n{END}{after}"
+    shown = [name.ljust(34) + first_sentence(REPOSITORY / name) for name in FILES]
+    shown += [line.rstrip() for folder in FOLDERS for line in lines(REPOSITORY / folder)]
+    return f"{before}{BEGIN}\n```text\n{chr(10).join(shown)}\n```\n\n{END}{after}"
 
 
 def lines(folder: Path, depth: int = 0) -> Iterator[str]:
@@ -29,21 +31,27 @@ def lines(folder: Path, depth: int = 0) -> Iterator[str]:
     package = folder / "__init__.py"
     yield f"{indent}{name}/".ljust(34) + (first_sentence(package) if package.exists() else "")
     for path in sorted(folder.iterdir()):
-        if path.suffix in SOURCES and not path.name.startswith("__"):
+        if is_source(path) and not path.name.startswith("__"):
             yield f"{indent}  {path.name}".ljust(34) + first_sentence(path)
     for path in sorted(folder.iterdir()):
-        if path.is_dir() and any(source.suffix in SOURCES for source in path.rglob("*")):
+        if path.is_dir() and any(is_source(inner) for inner in path.rglob("*")):
             yield from lines(path, depth + 1)
 
 
+def is_source(path: Path) -> bool:
+    """Programs of .ci have no suffix."""
+    return path.suffix in SOURCES or path.parent == REPOSITORY / ".ci"
+
+
 def first_sentence(path: Path) -> str:
-    """What a file says of itself first."""
+    """What a file says of itself first; the full stop of an abbreviation (Eq. 7) ends no sentence."""
     text = path.read_text()
     if path.suffix == ".py":
         said = (ast.get_docstring(ast.parse(text)) or "").split("\n\n")[0]
     else:
-        said = " ".join(line.removeprefix("//").strip() for line in re.match(r"(//.*\n)*", text)[0].splitlines())
-    return re.split(r"(?<=[^.A-Z])\. |\.?$", " ".join(said.split()), maxsplit=1)[0]
+        comment = re.match(r"(?:#!.*\n)?((?:(?://|#(?!pragma|include)).*\n)*)", text)[1]
+        said = "\n".join(line.lstrip("/#").strip() for line in comment.splitlines()).split("\n\n")[0]
+    return re.split(r"(?<=[^.A-Z])(?<!Eq)(?<!Eqs)\. |[.:]?$", " ".join(said.split()), maxsplit=1)[0]
 
 
 if __name__ == "__main__":

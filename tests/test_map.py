@@ -14,5 +14,5 @@ def test_map_is_current():
 def test_every_file_says_what_it_is():
     for folder in make_map["FOLDERS"]:
         for path in (make_map["REPOSITORY"] / folder).rglob("*"):
-            if path.suffix in make_map["SOURCES"] and path.name != "__main__.py":
+            if make_map["is_source"](path) and path.name != "__main__.py":
                 assert make_map["first_sentence"](path), path
