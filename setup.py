@@ -47,10 +47,13 @@ CXX_FLAGS, X86_FLAGS, BFLOAT16_FLAGS = (known[f"{name}_FLAGS"] for name in ("CXX
 NVCC_FLAGS = ["-std=c++17", "-O3", *INCLUDES, "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
 CUDA_ARCHITECTURES = "8.0;9.0a+PTX"
 HEAD_SIZES = {
-    "forward": (32, 64, 72, 80, 96, 128),
-    "backward": (32, 64, 72, 80, 96, 128),
+    "forward": (32, 64, 72, 80, 96, 128, 192, 256),
+    "backward": (32, 64, 72, 80, 96, 128, 192, 256),
+    "forward_f32": (32, 64, 80, 128, 256),
+    "backward_f32": (32, 64, 80, 128, 256),
     "forward_sm90": (64, 72, 80, 96, 128),
     "backward_sm90": (64, 72, 80, 96, 128),
+    "persistent_sm90": (64, 72, 80, 96, 128),
     "short_forward": (64, 72, 80, 96, 128),
     "short_backward": (64, 72, 80, 96, 128),
 }

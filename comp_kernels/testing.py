@@ -369,7 +369,8 @@ def check_median_error(
 
 def check_huge_logits(dtype: torch.dtype, backend: str, device: str | torch.device = "cpu", magnitude: float = 2.5e4) -> None:
     """Assert that logits of 1e10 (more with `magnitude`), of which neighbouring floats differ by 1000, leave everything finite,
-    and that a query whose best key is clear to `dtype` has that key's value."""
+    and that a query whose best key is clear to `dtype` has that key's value (float32: but for a rounding, for tensor cores
+    multiply numbers of fewer bits)."""
     inputs = make_attention_inputs(AttentionCase("huge", [200], head_dim=64, layout=None, magnitude=magnitude), torch.float64)
     limit = 2.0 * magnitude  # float16 ends at 6.5e4
     inputs.q, inputs.k = inputs.q.clamp(-limit, limit), inputs.k.clamp(-limit, limit)
@@ -387,7 +388,9 @@ def check_huge_logits(dtype: torch.dtype, backend: str, device: str | torch.devi
     clear = best.values[..., 0] - best.values[..., 1] > 1e-4 * best.values[..., 0].abs()
     assert clear.double().mean() > 0.9
     values = inputs.v.transpose(0, 1).gather(1, best.indices[..., :1].expand(-1, -1, inputs.v.shape[-1]))
-    assert torch.equal(found["out"].transpose(0, 1)[clear], values[clear]), "out: not the value of the best key"
+    rounding = torch.finfo(dtype).eps if dtype == torch.float32 and backend != "cpu" else 0.0
+    wrong = (found["out"].transpose(0, 1) - values).abs() > rounding * values.abs()
+    assert not wrong[clear].any(), "out: not the value of the best key"
 
 
 def three_ways(

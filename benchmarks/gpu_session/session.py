@@ -27,7 +27,8 @@ class Session:
         self.workloads = TINY_WORKLOADS if tiny else WORKLOADS
         self.libraries: dict[str, ctypes.CDLL] = {}
         if not tiny and _native.cuda_unavailable_reason(torch.device("cuda")) is None:
-            self.libraries["ours"] = self.libraries["ours, short"] = _native.cuda()
+            for name in ("ours", "ours, short", "ours, persistent"):
+                self.libraries[name] = _native.cuda()
             if baseline is not None:
                 self.libraries["baseline"] = ctypes.CDLL(str(baseline))
 
@@ -52,6 +53,9 @@ class Session:
             _native._cuda = lambda: library
             if hasattr(library, "comp_kernels_cuda_rope_attention_set_short"):  # a baseline may be older
                 library.comp_kernels_cuda_rope_attention_set_short(256 if name == "ours, short" else 0)
+            if hasattr(library, "comp_kernels_cuda_rope_attention_set_persistent"):
+                blocks = torch.cuda.get_device_properties(0).multi_processor_count
+                library.comp_kernels_cuda_rope_attention_set_persistent(blocks if name == "ours, persistent" else 0)
             return function()
 
         return call

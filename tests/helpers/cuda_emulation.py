@@ -53,12 +53,16 @@ class Source(NamedTuple):
 @cache
 def source_of(kernel: str) -> Source:
     """The file of csrc that defines a kernel, from its name."""
-    if found := re.fullmatch(r"rope_attention_((?:forward|backward)_sm90)_\w+?_(\d+)", kernel):
+    if found := re.fullmatch(r"rope_attention_((?:forward|backward|persistent)_sm90)_\w+?_(\d+)", kernel):
         return attention_source(found[1], found[2])
     if found := re.fullmatch(r"rope_attention_(short_(?:forward|backward))_[a-z0-9]+_(\d+)_\d+", kernel):
         return attention_source(found[1], found[2])
+    if found := re.fullmatch(r"rope_attention_(forward|backward)_\w*tf32(?:x3)?_(\d+)", kernel):
+        return attention_source(f"{found[1]}_f32", found[2])
     if found := re.fullmatch(r"rope_attention_(forward|backward)_\w+?_(\d+)", kernel):
         return attention_source(found[1], found[2])
+    if kernel.startswith("rope_attention_prepare_persistent"):
+        return attention_source("prepare_persistent_sm90")
     if found := re.match(r"rope_attention_(prepare_sm90|prepare|images)", kernel):
         return attention_source(found[1])
     file = "small" if kernel.startswith("sinkhorn_small") else "passes"
@@ -88,29 +92,65 @@ def module(source: Source):
     return import_emulator().load(ptx.read_text(), source.path.name)
 
 
+class Launch(NamedTuple):
+    """One launch as the host made it: what a CUDA graph would keep of it."""
+
+    kernel: str
+    grid: tuple[int, int]
+    threads: int
+    shared_bytes: int
+    params: bytes
+
+    def run(self, buffers: list, **options):
+        kernel = module(source_of(self.kernel)).kernel(self.kernel)
+        return kernel.launch(self.grid, self.threads, [self.params], shared=self.shared_bytes, buffers=buffers, **options)
+
+
+class Recording:
+    """The launches of `launches_on_emulator(recording=...)`, to be replayed as a CUDA graph does: the same params, the same
+    addresses, whatever the tensors behind them hold by then."""
+
+    def __init__(self):
+        self.launches: list[Launch] = []
+        self.buffers: dict = {}
+
+    def replay(self, **options) -> None:
+        for launch in self.launches:
+            launch.run(list(self.buffers.values()), **options)
+
+
 @contextmanager
-def launches_on_emulator(reports: list | None = None, capability: int = 80, short: int = 0, **options):
+def launches_on_emulator(
+    reports: list | None = None,
+    capability: int = 80,
+    short: int = 0,
+    recording: Recording | None = None,
+    persistent: int = 0,
+    **options,
+):
     """Within: the cuda backend accepts CPU tensors and its kernels run on the emulator.
 
     A kernel may touch the tensors whose address was taken, and no byte more; memory from new_empty is filled with NaN, so
     that what was not written cannot pass. reports: receives (kernel name, report) of every launch. capability: of the device
     that is pretended, 80 or 90. short: average length up to which the kernels for short sequences
-    serve. options: see ptx_emulator.
+    serve. persistent: blocks of the persistent forward; 0: the other one. recording: receives all launches. options: see
+    ptx_emulator.
     """
-    buffers, failures = {}, []
+    buffers, failures = {} if recording is None else recording.buffers, []
     library = _native.cuda()
     library.comp_kernels_cuda_set_launch_hook.argtypes = [ctypes.c_void_p, ctypes.c_int32]
     set_short = library.comp_kernels_cuda_rope_attention_set_short
-    set_short.argtypes, set_short.restype = [ctypes.c_int32], None
+    set_persistent = library.comp_kernels_cuda_rope_attention_set_persistent
+    for function in (set_short, set_persistent):
+        function.argtypes, function.restype = [ctypes.c_int32], None
 
     def launch(kernel, grid_x, grid_y, threads, shared_bytes, params, params_bytes):
         name = kernel.decode()
-        arguments = [ctypes.string_at(params, params_bytes)]
+        this = Launch(name, (grid_x, grid_y), threads, shared_bytes, ctypes.string_at(params, params_bytes))
+        if recording is not None:
+            recording.launches.append(this)
         try:
-            loaded = module(source_of(name)).kernel(name)
-            report = loaded.launch(
-                (grid_x, grid_y), threads, arguments, shared=shared_bytes, buffers=list(buffers.values()), **options
-            )
+            report = this.run(list(buffers.values()), **options)
         except Exception as error:  # must not pass through C
             failures.append(error)
             return ctypes.cast(REFUSED, ctypes.c_void_p).value
@@ -135,6 +175,7 @@ def launches_on_emulator(reports: list | None = None, capability: int = 80, shor
         patch.setattr(_native, "cuda_unavailable_reason", lambda device: None)
         library.comp_kernels_cuda_set_launch_hook(ctypes.cast(hook, ctypes.c_void_p), capability)
         set_short(short)
+        set_persistent(persistent)
         try:
             yield
         except RuntimeError:
@@ -144,3 +185,4 @@ def launches_on_emulator(reports: list | None = None, capability: int = 80, shor
         finally:
             library.comp_kernels_cuda_set_launch_hook(None, 0)
             set_short(0)
+            set_persistent(0)

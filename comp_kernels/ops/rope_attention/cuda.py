@@ -1,4 +1,4 @@
-"""rope_attention on NVIDIA GPUs by the kernels of csrc/rope_attention/cuda: float16 and bfloat16, head dims up to 128."""
+"""rope_attention on NVIDIA GPUs by the kernels of csrc/rope_attention/cuda: 16-bit types and float32, head dims up to 256."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ... import _native
 from . import native
 from .call import Call
 
-MAX_HEAD_DIM = 128
-LSE_DTYPE = torch.float32
-CHANNELS = 8  # of 16 bits in one 16-byte access
+MAX_HEAD_DIM = 256
+LSE_DTYPE = torch.float64  # see README.md, Backward
+CHANNELS = 8  # head dims are multiples of this
 PARAMS = ctypes.POINTER(native.Params)
 
 
@@ -26,8 +26,8 @@ def unavailable_reason(device: torch.device) -> str | None:
 
 def declines(call: Call) -> str | None:
     dtype, head_dim = call.q.dtype, call.q.shape[-1]
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f"q, k, v must be float16 or bfloat16, got {dtype}: float32 would need tf32 products, which are not built"
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"q, k, v must be float16, bfloat16 or float32, got {dtype}"
     if head_dim > MAX_HEAD_DIM:
         return f"head dims must be at most {MAX_HEAD_DIM}, got {head_dim}"
     return None
@@ -60,7 +60,7 @@ def accessible(call: Call) -> Call:
     addresses = q.data_ptr() | k.data_ptr() | v.data_ptr()
     if cos is not None:  # contiguous already; a table may still start in the middle of a line
         addresses |= cos.data_ptr() | sin.data_ptr() | cos_k.data_ptr() | sin_k.data_ptr()
-    if addresses % 16 == 0 and _wide_rows(q.shape[2], q.stride(), k.stride(), v.stride()):
+    if addresses % 16 == 0 and _wide_rows(q.shape[2], q.element_size(), q.stride(), k.stride(), v.stride()):
         return call
     q, k, v = (_aligned(_padded(x)) for x in (q, k, v))
     if cos is not None:
@@ -69,10 +69,17 @@ def accessible(call: Call) -> Call:
 
 
 @functools.lru_cache(maxsize=1024)
-def _wide_rows(head_dim: int, *strides: tuple[int, int, int]) -> bool:
+def _wide_rows(head_dim: int, element_size: int, *strides: tuple[int, int, int]) -> bool:
     """Whether every row is whole accesses, and begins where one may."""
-    fits = (token % CHANNELS == head % CHANNELS == 0 and channel == 1 for token, head, channel in strides)
+    chunk = 16 // element_size
+    fits = (token % chunk == head % chunk == 0 and channel == 1 for token, head, channel in strides)
     return head_dim % CHANNELS == 0 and all(fits)
+
+
+def tf32_allowed() -> bool:
+    """Whether float32 products may round their factors to TF32: what the user lets torch's own products do on a GPU
+    (`torch.set_float32_matmul_precision`, `torch.backends.cuda.matmul`). Otherwise three products keep float32's accuracy."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def _padded(x: Tensor) -> Tensor:
@@ -89,12 +96,15 @@ def _narrowed(x: Tensor, like: Tensor) -> Tensor:
 def _aligned(x: Tensor) -> Tensor:
     """x with a contiguous last dimension and every row at a multiple of 16 bytes: itself, or a copy where a view does not."""
     token, head, channel = x.stride()
-    rows = channel == 1 and token % CHANNELS == head % CHANNELS == 0
+    chunk = 16 // x.element_size()
+    rows = channel == 1 and token % chunk == head % chunk == 0
     return x if rows and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
 def _launch(which: str, q: Tensor, params: native.Params) -> None:
     """One pass on the current stream of q's device, with the workspace that it needs."""
+    if q.dtype == torch.float32:
+        params.tf32 = tf32_allowed()
     size, function = _functions(_native.cuda(), which)
     with _native.on_device(q):  # the size depends on the device too
         workspace = q.new_empty(size(ctypes.byref(params), which == "backward"), dtype=torch.uint8)

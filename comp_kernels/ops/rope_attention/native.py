@@ -27,10 +27,11 @@ class Params(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("table_width", "table_heads", "table_heads_k")),
         ("scale", ctypes.c_double),
         ("dtype", ctypes.c_int64),
+        ("tf32", ctypes.c_int64),
     ]
 
 
-LAYOUT = struct.Struct("20P 19q d q")  # of Params
+LAYOUT = struct.Struct("20P 19q d 2q")  # of Params
 NULL = (0,) * 11  # addresses of results and cotangents that a pass does not have
 
 
@@ -110,5 +111,6 @@ def _params(call: Call, grad_out: Tensor | None, *outputs: int | None) -> Params
         heads_k,
         scale,
         _native.DTYPE_CODES[q.dtype],
+        0,  # tf32: the cuda backend decides
     )
     return Params.from_buffer_copy(packed)

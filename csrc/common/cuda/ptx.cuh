@@ -19,8 +19,40 @@ __device__ __forceinline__ void unrolled(Body body) {
   }
 }
 
-struct bf16 {};  // tags of the two element types; values travel as bit patterns
+// Tags of how numbers are kept and multiplied. bf16, fp16: 16 bits, which travel as bit patterns. float32 has two: tf32 multiplies
+// what is left of a number when it is rounded to 11 significant bits, tf32x3 takes three such products for each.
+struct bf16 {};
 struct fp16 {};
+struct tf32 {};
+struct tf32x3 {};
+
+template <typename T>
+struct ElementOf {
+  using type = uint16_t;
+};
+template <>
+struct ElementOf<tf32> {
+  using type = float;
+};
+template <>
+struct ElementOf<tf32x3> {
+  using type = float;
+};
+template <typename T>
+using Element = typename ElementOf<T>::type;
+template <typename T>
+constexpr bool kFloat32 = sizeof(Element<T>) == 4;
+template <typename T>
+constexpr int kChunkElements = 16 / static_cast<int>(sizeof(Element<T>));  // of one 16-byte access
+
+template <typename T>
+__device__ __forceinline__ const Element<T>* elements(const void* data) {
+  return static_cast<const Element<T>*>(data);
+}
+template <typename T>
+__device__ __forceinline__ Element<T>* elements(void* data) {
+  return static_cast<Element<T>*>(data);
+}
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
@@ -36,10 +68,21 @@ __device__ __forceinline__ void copy_async_16(uint32_t shared, const void* globa
 __device__ __forceinline__ void copy_async_8(uint32_t shared, const void* global, int bytes) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
 }
+__device__ __forceinline__ void copy_async_4(uint32_t shared, const void* global, int bytes) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
+}
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
 __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// A float at `shared` + kOffset bytes.
+template <int kOffset>
+__device__ __forceinline__ float load_shared(uint32_t shared) {
+  float x;
+  asm volatile("ld.shared.f32 %0, [%1+%2];" : "=f"(x) : "r"(shared), "n"(kOffset) : "memory");
+  return x;
 }
 
 // Four (or two) 8x8 matrices of 16-bit elements at `shared` + kOffset bytes; lanes 8i..8i+7 hold the row addresses of matrix i.
@@ -116,6 +159,13 @@ __device__ __forceinline__ void mma_k8<fp16>(float (&c)[4], uint32_t a0, uint32_
   asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a0), "r"(a1), "r"(b0));
+}
+
+// c[16, 8] += a[16, 8] b[8, 8] of float32 numbers cut to 11 significant bits.
+__device__ __forceinline__ void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 // Two floats rounded to nearest and packed, `low` in the low half.

@@ -27,9 +27,9 @@ typedef struct {
 
   // Written by forward, read by backward. Rows from cu_seqlens[B] on: out = 0, lse = -inf.
   void* out;  // [T, Hq, D] dtype, contiguous
-  // Natural logarithm, scale included. On the CPU it is double for every dtype: at logits of 1e4 the rounding of a float lse
+  // Natural logarithm, scale included. Double for every dtype: at logits of 1e4 the rounding of a float lse
   // would scale whole rows of the recomputed probabilities by 5e-4, in a pass that is otherwise exact to 1e-7.
-  void* lse;  // [Hq, T] contiguous; double on the CPU, compute elsewhere
+  void* lse;  // [Hq, T] contiguous
 
   // Backward only; null in forward.
   const void* grad_out;  // [T, Hq, D] dtype, strides grad_out_stride_*, last dimension contiguous
@@ -61,6 +61,7 @@ typedef struct {
 
   double scale;   // softmax(scale * q . k)
   int64_t dtype;  // of q, k, v, out and their gradients: one of COMP_KERNELS_*
+  int64_t tf32;   // CUDA, float32: whether factors of products may be rounded to TF32 (11 significant bits); 0: float32 accuracy
 } comp_kernels_rope_attention_params;
 
 #ifdef __cplusplus

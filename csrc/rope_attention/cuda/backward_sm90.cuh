@@ -23,6 +23,8 @@ struct BackwardSm90Params {
   const uint16_t *row_one, *row_two;        // images of the side that owns the rows: q, grad_out or k, v
   const uint16_t *column_one, *column_two;  // of the other side
   const RowStats* stats;                    // [Hq, slots of the queries, kImageKeys]
+  const float* low;                         // as stats; this and huge: see StatsJob
+  const int* huge;                          // [Hq, slots of the queries]
   const Tile* tiles;                        // [row_slots]
   GradientParams first;                     // dQ, or dK
   GradientParams second;                    // dV when keys own the rows
@@ -147,8 +149,8 @@ __device__ __forceinline__ void attention_backward_sm90(const BackwardSm90Params
   const Tile tile = params.tiles[slot];
   if (tile.rows == 0) return;
   if (tile.other_rows == 0) {
-    zero_gradient_rows<Config::kThreads>(params.first, tile.rows, tile.row, row_head, kHeadDim);
-    if (kKeyRows) zero_gradient_rows<Config::kThreads>(params.second, tile.rows, tile.row, row_head, kHeadDim);
+    zero_gradient_rows<T, Config::kThreads>(params.first, tile.rows, tile.row, row_head, kHeadDim);
+    if (kKeyRows) zero_gradient_rows<T, Config::kThreads>(params.second, tile.rows, tile.row, row_head, kHeadDim);
     return;
   }
   const int group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);  // the same for the whole warp, and the compiler knows it
@@ -191,6 +193,12 @@ __device__ __forceinline__ void attention_backward_sm90(const BackwardSm90Params
     for (int i = 0; i < 2; ++i) row_stats[i] = params.stats[row_image * kImageKeys + own + i * 8 + lane / 4];
   }
   const float scale_log2 = params.scale * kLog2E;
+  // Whether weights are computed exactly (prepare.cuh). What has to be read for that comes while the first tile does.
+  bool exact = false;
+  for (int head = first_head; head < first_head + (kKeyRows ? heads : 1); ++head) {
+    exact |= kKeyRows ? any_huge(params.huge + static_cast<int64_t>(head) * params.column_slots + tile.other_start, 0, tile.other_rows - 1)
+                      : any_huge(params.huge + row_image, 0, 0);
+  }
   Accumulator<1, kHeadDim / 8> first, second;  // second: dV, unused when queries own the rows
   fill<1, kHeadDim / 8>(first, 0.f);
   if constexpr (kKeyRows) fill<1, kHeadDim / 8>(second, 0.f);
@@ -213,21 +221,39 @@ __device__ __forceinline__ void attention_backward_sm90(const BackwardSm90Params
     pin(first);
     if constexpr (kKeyRows) pin(second);
     if (step > 0 && lane == 0) barrier_arrive(ring.empty(now.before().stage));
-    if (!kKeyRows && exist < Config::kColumns) mask_columns<1, kCount>(p, exist);
+    if (!kKeyRows && exist < Config::kColumns) mask_columns<1, kCount>(p, exist, scale_log2);
     if constexpr (!kKeyRows) exist -= Config::kColumns;
     const RowStats* column_stats =
         reinterpret_cast<const RowStats*>(shared + (ring.stats(now.stage) - ring.base)) + lane % 4 * 2;
+    auto weigh = [&](auto exactly, const float* lows) {  // lows: of the rows, or of the columns of this tile
 #pragma unroll
-    for (int n = 0; n < kCount; ++n) {
-      float lse[4];
-      if constexpr (kKeyRows) {
-        const float4 both = *reinterpret_cast<const float4*>(column_stats + n * 8);
-        lse[0] = lse[2] = both.x, lse[1] = lse[3] = both.z;
-      } else {
-        lse[0] = lse[1] = row_stats[0].lse_log2, lse[2] = lse[3] = row_stats[1].lse_log2;
+      for (int n = 0; n < kCount; ++n) {
+        float lse[4], low[4];
+        if constexpr (kKeyRows) {
+          const float4 both = *reinterpret_cast<const float4*>(column_stats + n * 8);
+          lse[0] = lse[2] = both.x, lse[1] = lse[3] = both.z;
+          if constexpr (exactly) low[0] = low[2] = lows[n * 8 + lane % 4 * 2], low[1] = low[3] = lows[n * 8 + lane % 4 * 2 + 1];
+        } else {
+          lse[0] = lse[1] = row_stats[0].lse_log2, lse[2] = lse[3] = row_stats[1].lse_log2;
+          if constexpr (exactly) low[0] = low[1] = lows[lane / 4], low[2] = low[3] = lows[8 + lane / 4];
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          float& x = p[0][n][i];
+          if constexpr (exactly) {
+            x = exact_weight(x, scale_log2, lse[i], low[i]);
+          } else {
+            x = exp2_approx(fmaf(x, scale_log2, -lse[i]));
+          }
+        }
       }
-#pragma unroll
-      for (int i = 0; i < 4; ++i) p[0][n][i] = exp2_approx(fmaf(p[0][n][i], scale_log2, -lse[i]));
+    };
+    if (exact) {
+      const int64_t column = (static_cast<int64_t>(first_head + step / tiles) * params.column_slots + tile.other_start) * kImageKeys +
+                             step % tiles * Config::kColumns;
+      weigh(Constant<1>{}, params.low + (kKeyRows ? column : row_image * kImageKeys + own));
+    } else {
+      weigh(Constant<0>{}, nullptr);
     }
     wgmma_wait<0>();
     pin(ds);

@@ -36,7 +36,7 @@ struct ForwardSm90Config {
   static constexpr int kQueryLeading = 144;
   static constexpr int kQueryStride = 2 * kSteps * kQueryLeading;
   static constexpr int kQueryBytes = kQueries / 8 * kQueryStride;
-  static constexpr int kOutputBytes = kQueries * kPaddedRowBytes<kHeadDim>;
+  static constexpr int kOutputBytes = kQueries * kPaddedRowBytes<bf16, kHeadDim>;
   static constexpr int kKeyStride = kHeadDim * 16;  // to the next 8 keys of an image
   static constexpr int kTileBytes = kKeys * kHeadDim * 2;
   static constexpr int kBarrierBytes = 256;
@@ -61,15 +61,16 @@ struct Ring {
   __device__ uint32_t empty(int stage, Half half) const { return base + Config::kBarrierBytes / 2 + (stage * 2 + half) * 8; }
 };
 
-template <int kHeadDim>
-__device__ __forceinline__ void produce(const ForwardParams& params, const Tile& tile, int key_head) {
-  using Config = ForwardSm90Config<kHeadDim>;
+// Bring the keys and values of one tile of queries, from this position of the ring on.
+template <typename Config>
+__device__ __forceinline__ void produce(const ForwardParams& params, const Tile& tile, int key_head,
+                                        RingPosition<Config::kStages>& position) {
+  constexpr int kHeadDim = Config::kHeadDim;
   using R = Ring<Config>;
   extern __shared__ __align__(128) char shared[];
   const R ring{shared_address(shared)};
   // The images of a sequence follow one another, so a step may take its keys from any multiple of 8 on.
   const int64_t first = key_head * params.k_stride_head + static_cast<int64_t>(tile.other_start) * kImageKeys * kHeadDim;
-  RingPosition<Config::kStages> position;
   for (int key = 0; key < tile.other_rows; key += Config::kKeys, position.advance()) {
     const int stage = position.stage, parity = position.parity;
     const int keys = min(Config::kKeys, (tile.other_rows - key + kImagePadding - 1) / kImagePadding * kImagePadding);
@@ -80,15 +81,15 @@ __device__ __forceinline__ void produce(const ForwardParams& params, const Tile&
       const auto which = static_cast<typename R::Half>(half);
       barrier_wait(ring.empty(stage, which), parity ^ 1);
       barrier_arrive_expecting(ring.full(stage, which), bytes);
-      copy_bulk(ring.tile(stage, which), (half == 0 ? params.k : params.v) + at, bytes, ring.full(stage, which));
+      copy_bulk(ring.tile(stage, which), elements<bf16>(half == 0 ? params.k : params.v) + at, bytes, ring.full(stage, which));
     }
   }
 }
 
 // One warp of a consumer warpgroup: 16 of its 64 queries.
-template <typename T, int kHeadDim>
-struct ConsumerWarp : SoftmaxRows<T, kHeadDim, 1> {
-  using Config = ForwardSm90Config<kHeadDim>;
+template <typename T, typename Config>
+struct ConsumerWarp : SoftmaxRows<T, Config::kHeadDim, 1> {
+  static constexpr int kHeadDim = Config::kHeadDim;
   static constexpr int kColumns = Config::kKeys / 8;
   using R = Ring<Config>;
   R ring;
@@ -96,12 +97,13 @@ struct ConsumerWarp : SoftmaxRows<T, kHeadDim, 1> {
   int turn, next_turn;  // named barriers: of this warpgroup, and of the one that comes after it
   uint64_t queries;  // descriptor of this warpgroup's rows in the query image
 
-  __device__ ConsumerWarp(uint32_t base, int group, int groups, float scale)
+  // query_image: bytes from base to that of the block.
+  __device__ ConsumerWarp(uint32_t base, int query_image, int group, int groups, float scale)
       : SoftmaxRows<T, kHeadDim, 1>(scale),
         ring{base},
         turn(kFirstTurn + group),
         next_turn(kFirstTurn + (group + 1 < groups ? group + 1 : 0)),
-        queries(matrix_descriptor(base + Config::kBarrierBytes + group * 8 * Config::kQueryStride, Config::kQueryLeading,
+        queries(matrix_descriptor(base + query_image + group * 8 * Config::kQueryStride, Config::kQueryLeading,
                                   Config::kQueryStride)) {}
 
   // Start s = Q K^T for 8 * kCount keys.
@@ -215,7 +217,7 @@ struct ConsumerWarp : SoftmaxRows<T, kHeadDim, 1> {
     }
     pin(s);
     release(now.stage, R::kKeys);
-    if (rest < 8 * kCount) mask_columns<1, kCount>(s, rest);
+    if (rest < 8 * kCount) mask_columns<1, kCount>(s, rest, this->scale_log2);
     weigh<kCount>(s, first);
     wgmma_wait<0>();
     pin(this->accumulator);
@@ -238,6 +240,19 @@ struct ConsumerWarp : SoftmaxRows<T, kHeadDim, 1> {
   __device__ __forceinline__ void last_step(uint32_t (&p)[kColumns / 2][4], bool first, int rest) {
     step<kCount>(p, first, true, rest);
     finish_output<kCount>(p);
+  }
+
+  // The keys of a tile in which this warp has no queries: the slots are released all the same.
+  __device__ __forceinline__ void let_pass(int keys) {
+    for (int key = 0; key < keys; key += Config::kKeys) {
+      if (key > 0) now.advance();
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const auto which = static_cast<typename R::Half>(half);
+        barrier_wait(ring.full(now.stage, which), now.parity);
+        release(now.stage, which);
+      }
+    }
   }
 
   // All keys of the sequence.
@@ -285,7 +300,10 @@ __device__ __forceinline__ void attention_forward_sm90(const ForwardParams& para
 
   if (group == 0) {
     registers_down_to<Config::kProducerRegisters>();
-    if (threadIdx.x == 0) produce<kHeadDim>(params, tile, head / params.heads_per_key_head);
+    if (threadIdx.x == 0) {
+      RingPosition<Config::kStages> start;
+      produce<Config>(params, tile, head / params.heads_per_key_head, start);
+    }
     return;
   }
   registers_up_to<Config::kConsumerRegisters>();
@@ -300,12 +318,12 @@ __device__ __forceinline__ void attention_forward_sm90(const ForwardParams& para
   fence_async_proxy();  // of the thread that wrote ...
   named_barrier<1, Config::kConsumers>();
   fence_async_proxy();  // ... and of the one that lets wgmma read what others wrote
-  ConsumerWarp<T, kHeadDim> warp(shared_address(shared), group - 1, groups, params.scale);
+  ConsumerWarp<T, Config> warp(shared_address(shared), Config::kBarrierBytes, group - 1, groups, params.scale);
   if (group <= groups) warp.consume(tile.other_rows);
   named_barrier<1, Config::kConsumers>();  // no one reads the query image any more: it becomes the way out
   const int first = thread / 32 * 16;
   if (first >= tile.rows) return;
-  warp.finish(params, query_image + first * kPaddedRowBytes<kHeadDim>, tile.row + first, tile.rows - first, head);
+  warp.finish(params, query_image + first * kPaddedRowBytes<bf16, kHeadDim>, tile.row + first, tile.rows - first, head);
 }
 
 }  // namespace comp_kernels

@@ -27,7 +27,7 @@ struct ImageSide {
 
 struct PrepareSm90Params {
   ImageSide queries, keys;
-  StatsJob stats;  // stats.stats: [Hq, slots, kImageKeys]
+  StatsJob stats;  // stats, low: [Hq, slots, kImageKeys]; huge: [Hq, slots]
   int sequences, head_dim;
 };
 
@@ -69,32 +69,42 @@ __device__ __forceinline__ void image_of(const ImageJob& job, const Place& place
   });
 }
 
-// grad_out to its image, and from the same loads delta.
+// grad_out to its image, and from the same loads delta. tile: of all heads.
 template <typename T, typename Place>
-__device__ __forceinline__ void image_with_stats(const StatsJob& job, const ImageJob& image, RowStats* stats,
+__device__ __forceinline__ void image_with_stats(const StatsJob& job, const ImageJob& image, int64_t tile,
                                                  const Place& place, int64_t start, int rows, int head, int head_dim) {
   constexpr int kLanes = 8;  // per row
   const int lane = threadIdx.x % kLanes;
+  bool huge = false;
 #pragma unroll 2
   for (int row = threadIdx.x / kLanes; row < kImageKeys; row += kImageThreads / kLanes) {
     const int64_t token = start + row;
     float delta = 0.f;
     for (int c = lane * 8; c < head_dim; c += kLanes * 8) {
-      Packed<8> g{};
+      Packed<T, 8> g{};
       if (row < rows) {
-        g = *reinterpret_cast<const Packed<8>*>(job.grad_out + token * job.stride_token + head * job.stride_head + c);
-        const Packed<8> o = *reinterpret_cast<const Packed<8>*>(job.out + (token * job.heads + head) * head_dim + c);
+        g = *reinterpret_cast<const Packed<T, 8>*>(elements<T>(job.grad_out) + token * job.stride_token + head * job.stride_head + c);
+        const Packed<T, 8> o = *reinterpret_cast<const Packed<T, 8>*>(elements<T>(job.out) + (token * job.heads + head) * head_dim + c);
         add_product<T>(delta, o, g);
       }
-      *reinterpret_cast<Packed<8>*>(image.images + place(row, c)) = g;
+      *reinterpret_cast<Packed<T, 8>*>(image.images + place(row, c)) = g;
     }
     delta = octet_sum(delta);
     if (lane == 0) {
       const int64_t at = static_cast<int64_t>(head) * job.tokens + token;
-      if (row < rows && job.grad_lse != nullptr) delta -= job.grad_lse[at];
-      stats[row] = row < rows ? RowStats{job.lse[at] * kLog2E, delta} : RowStats{kInfinity, 0.f};
+      RowStats stats{kInfinity, 0.f};
+      float low = 0.f;
+      if (row < rows) {
+        if (job.grad_lse != nullptr) delta -= static_cast<float>(job.grad_lse[at]);
+        stats = row_stats(job.lse[at], delta, low);
+        huge |= fabsf(stats.lse_log2) > kHugeLog2;
+      }
+      job.stats[tile * kImageKeys + row] = stats;
+      job.low[tile * kImageKeys + row] = low;
     }
   }
+  huge = __syncthreads_or(huge);
+  if (threadIdx.x == 0) job.huge[tile] = huge;
 }
 
 // Grid: first tensor and second tensor of every slot and head of the queries, then of the keys.
@@ -131,8 +141,7 @@ __device__ __forceinline__ void prepare_sm90(const PrepareSm90Params& params) {
            (channel & 7);
   };
   if (queries && second) {
-    image_with_stats<T>(params.stats, side.second, params.stats.stats + tile_of_all * kImageKeys, place, start, rows, head,
-                        head_dim);
+    image_with_stats<T>(params.stats, side.second, tile_of_all, place, start, rows, head, head_dim);
   } else {
     image_of<T>(second ? side.second : side.first, place, start, rows, head, head_dim);
   }

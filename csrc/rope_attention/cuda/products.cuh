@@ -1,44 +1,14 @@
 // The two products of attention on one warp's tile: rows times columns transposed, and weights times columns.
-//
-// Tiles lie in shared memory as rows of kRowBytes: an odd number of 16-byte chunks, so that the eight rows of an ldmatrix
-// matrix fall into different banks and all addresses in the loops are a register plus a constant.
 #pragma once
 
-#include "common/cuda/ptx.cuh"
+#include "operands.cuh"
+#include "products_tf32.cuh"
 
 namespace comp_kernels {
 
-// Bytes of a shared-memory row of kHeadDim 16-bit channels.
-template <int kHeadDim>
-constexpr int kPaddedRowBytes = (kHeadDim / 8 | 1) * 16;
-
-// An accumulator of 16 * kBlocks rows and 8 * kColumns columns. Element [m][n][2 i + j] of a lane is row
-// 16 m + 8 i + lane / 4, column 8 n + 2 (lane % 4) + j.
-template <int kBlocks, int kColumns>
-using Accumulator = float[kBlocks][kColumns][4];
-
-// This lane's offset in a tile for ldmatrix of 16 rows x 16 channels: as rows of the first operand (or transposed columns)...
-template <int kRowBytes>
-__device__ __forceinline__ uint32_t lane_offset_of_rows() {
-  const int lane = threadIdx.x % 32;
-  return lane % 16 * kRowBytes + lane / 16 * 16;
-}
-// ... and as columns of the second operand.
-template <int kRowBytes>
-__device__ __forceinline__ uint32_t lane_offset_of_columns() {
-  const int lane = threadIdx.x % 32;
-  return (lane / 16 * 8 + lane % 8) * kRowBytes + lane / 8 % 2 * 16;
-}
-// 16 rows x 8 channels: two matrices, addressed by lanes 0..15.
-template <int kRowBytes>
-__device__ __forceinline__ uint32_t lane_offset_of_half() {
-  return threadIdx.x % 16 * kRowBytes;
-}
-
-// The rows of a warp as first operands. kHeld: their fragments stay in registers, else they are read again for every product.
-template <int kHeadDim, int kBlocks, bool kHeld>
-struct RowOperand {
-  static constexpr int kRowBytes = kPaddedRowBytes<kHeadDim>;
+template <typename T, int kHeadDim, int kBlocks, bool kHeld>
+struct RowOperand<T, kHeadDim, kBlocks, kHeld, false> {
+  static constexpr int kRowBytes = kPaddedRowBytes<T, kHeadDim>;
   static constexpr int kSteps = kHeadDim / 16;  // of 16 channels; eight more remain when kHeadDim is no multiple of 16
   uint32_t address;                             // this lane's, in the warp's first row
   uint32_t full[kBlocks][kHeld ? kSteps : 1][4];
@@ -65,8 +35,8 @@ struct RowOperand {
 // c = rows columns^T over kHeadDim channels, for the 8 * kColumns columns whose rows start at `columns`.
 template <typename T, int kHeadDim, int kBlocks, bool kHeld, int kColumns>
 __device__ __forceinline__ void multiply_transposed(Accumulator<kBlocks, kColumns>& c,
-                                                    RowOperand<kHeadDim, kBlocks, kHeld>& rows, uint32_t columns) {
-  constexpr int kRowBytes = kPaddedRowBytes<kHeadDim>;
+                                                    RowOperand<T, kHeadDim, kBlocks, kHeld, false>& rows, uint32_t columns) {
+  constexpr int kRowBytes = kPaddedRowBytes<T, kHeadDim>;
   const uint32_t address = columns + lane_offset_of_columns<kRowBytes>();
   unrolled<kHeadDim / 16>([&](auto k) {
     if constexpr (!kHeld) rows.template read<k>();
@@ -100,11 +70,11 @@ __device__ __forceinline__ void multiply_transposed(Accumulator<kBlocks, kColumn
   }
 }
 
-// c += weights columns: the weights, rounded to T, are [16 * kBlocks, 8 * kColumns]; the columns [8 * kColumns, kHeadDim].
+// multiply_add, below, of 16-bit elements.
 template <typename T, int kHeadDim, int kBlocks, int kColumns>
-__device__ __forceinline__ void multiply_add(Accumulator<kBlocks, kHeadDim / 8>& c,
-                                             const Accumulator<kBlocks, kColumns>& weights, uint32_t columns) {
-  constexpr int kRowBytes = kPaddedRowBytes<kHeadDim>;
+__device__ __forceinline__ void multiply_add_halves(Accumulator<kBlocks, kHeadDim / 8>& c,
+                                                    const Accumulator<kBlocks, kColumns>& weights, uint32_t columns) {
+  constexpr int kRowBytes = kPaddedRowBytes<T, kHeadDim>;
   const uint32_t address = columns + lane_offset_of_rows<kRowBytes>();
   unrolled<kColumns / 2>([&](auto k) {
     uint32_t a[kBlocks][4];
@@ -136,29 +106,14 @@ __device__ __forceinline__ void multiply_add(Accumulator<kBlocks, kHeadDim / 8>&
   });
 }
 
-template <int kBlocks, int kColumns>
-__device__ __forceinline__ void fill(Accumulator<kBlocks, kColumns>& c, float value) {
-#pragma unroll
-  for (int m = 0; m < kBlocks; ++m) {
-#pragma unroll
-    for (int n = 0; n < kColumns; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) c[m][n][i] = value;
-    }
-  }
-}
-
-// Columns from `exist` on get -infinity: they weigh nothing after exp.
-template <int kBlocks, int kColumns>
-__device__ __forceinline__ void mask_columns(Accumulator<kBlocks, kColumns>& c, int exist) {
-#pragma unroll
-  for (int n = 0; n < kColumns; ++n) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (n * 8 + threadIdx.x % 4 * 2 + i % 2 < exist) continue;
-#pragma unroll
-      for (int m = 0; m < kBlocks; ++m) c[m][n][i] = -kInfinity;
-    }
+// c += weights columns: the weights, rounded to T, are [16 * kBlocks, 8 * kColumns]; the columns [8 * kColumns, kHeadDim].
+template <typename T, int kHeadDim, int kBlocks, int kColumns>
+__device__ __forceinline__ void multiply_add(Accumulator<kBlocks, kHeadDim / 8>& c,
+                                             const Accumulator<kBlocks, kColumns>& weights, uint32_t columns) {
+  if constexpr (kFloat32<T>) {
+    multiply_add_tf32<T, kHeadDim, kBlocks, kColumns>(c, weights, columns);
+  } else {
+    multiply_add_halves<T, kHeadDim, kBlocks, kColumns>(c, weights, columns);
   }
 }
 

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #include "backward.cuh"
@@ -12,6 +13,7 @@
 #include "comp_kernels/export.h"
 #include "comp_kernels/rope_attention.h"
 #include "prepare.cuh"
+#include "persistent_sm90.cuh"
 #include "prepare_sm90.cuh"
 #include "rope_attention.h"
 #include "tile_images.cuh"
@@ -21,25 +23,40 @@ namespace {
 
 using Params = comp_kernels_rope_attention_params;
 
-enum class Pass { kForward, kBackwardQueries, kBackwardKeys };
+enum class Pass { kForward, kBackwardQueries, kBackwardKeys, kBackwardValues };
 
+// kBackwardValues: one without a function where the kernel of kBackwardKeys makes both gradients.
 template <typename T, int kHeadDim>
 Kernel kernel_of(Pass pass) {
   if (pass == Pass::kForward) return forward_kernel<T, kHeadDim>();
-  return pass == Pass::kBackwardQueries ? backward_kernel<T, kHeadDim, false>() : backward_kernel<T, kHeadDim, true>();
+  if (pass == Pass::kBackwardQueries) return backward_kernel<T, kHeadDim, Gradients::kQueries>();
+  if constexpr (kHeadDim <= kSharedKeysHeadDim) {
+    return pass == Pass::kBackwardKeys ? backward_kernel<T, kHeadDim, Gradients::kKeysAndValues>() : Kernel{};
+  } else {
+    return pass == Pass::kBackwardKeys ? backward_kernel<T, kHeadDim, Gradients::kKeys>()
+                                       : backward_kernel<T, kHeadDim, Gradients::kValues>();
+  }
 }
 
 template <typename T>
 Kernel kernel_of(Pass pass, int64_t head_dim) {
+  constexpr bool kHalves = std::is_same_v<T, bf16> || std::is_same_v<T, fp16>;  // float32 has fewer sizes of its own
   if (head_dim <= 32) return kernel_of<T, 32>(pass);
   if (head_dim <= 64) return kernel_of<T, 64>(pass);
-  if (head_dim <= 72) return kernel_of<T, 72>(pass);
+  if (head_dim <= 72) return kernel_of<T, kHalves ? 72 : 80>(pass);
   if (head_dim <= 80) return kernel_of<T, 80>(pass);
-  if (head_dim <= 96) return kernel_of<T, 96>(pass);
-  return kernel_of<T, 128>(pass);
+  if (head_dim <= 96) return kernel_of<T, kHalves ? 96 : 128>(pass);
+  if (head_dim <= 128) return kernel_of<T, 128>(pass);
+  if (head_dim <= 192) return kernel_of<T, kHalves ? 192 : 256>(pass);
+  return kernel_of<T, 256>(pass);
 }
 
+bool is_float32(const Params& p) { return p.dtype == COMP_KERNELS_FLOAT32; }
+
+int64_t element_bytes(const Params& p) { return is_float32(p) ? 4 : 2; }
+
 Kernel kernel_of(const Params& p, Pass pass) {
+  if (is_float32(p)) return p.tf32 ? kernel_of<tf32>(pass, p.head_dim) : kernel_of<tf32x3>(pass, p.head_dim);
   return p.dtype == COMP_KERNELS_BFLOAT16 ? kernel_of<bf16>(pass, p.head_dim) : kernel_of<fp16>(pass, p.head_dim);
 }
 
@@ -59,9 +76,31 @@ Kernel sm90_kernel_of(Pass pass, int64_t head_dim) {
     default: return sm90_kernel_of<T, 128>(pass);
   }
 }
+template <typename T>
+Kernel persistent_kernel_of(int64_t head_dim) {
+  switch (head_dim) {
+    case 64: return persistent_sm90_kernel<T, 64>();
+    case 72: return persistent_sm90_kernel<T, 72>();
+    case 80: return persistent_sm90_kernel<T, 80>();
+    case 96: return persistent_sm90_kernel<T, 96>();
+    default: return persistent_sm90_kernel<T, 128>();
+  }
+}
 #else
 template <typename T>
 Kernel sm90_kernel_of(Pass, int64_t) {
+  return {};
+}
+template <typename T>
+Kernel persistent_kernel_of(int64_t) {
+  return {};
+}
+template <>
+Kernel prepare_persistent_kernel<bf16>() {
+  return {};
+}
+template <>
+Kernel prepare_persistent_kernel<fp16>() {
   return {};
 }
 template <>
@@ -81,13 +120,20 @@ Kernel sm90_kernel_of(const Params& p, Pass pass) {
 // Whether the sm_90a kernels serve: compiled in, on such a device, for this head size.
 bool takes_sm90(const Params& p) {
   const int64_t d = p.head_dim;
-  return COMP_KERNELS_SM90A && compute_capability() == 90 && (d == 64 || d == 72 || d == 80 || d == 96 || d == 128);
+  return COMP_KERNELS_SM90A && !is_float32(p) && compute_capability() == 90 && (d == 64 || d == 72 || d == 80 || d == 96 || d == 128);
 }
 
 // Tiles of the sm_90a backward have 128 rows: for short sequences smaller ones do less in vain (197 tokens: 0.92x measured).
 bool takes_sm90_backward(const Params& p) {
   const int64_t enough = 2 * kImageKeys * p.num_sequences;
   return takes_sm90(p) && p.num_tokens >= enough && p.num_tokens_k >= enough;
+}
+
+// Blocks of the persistent sm_90a forward; 0: it is not used, for it has not run on a GPU yet.
+int persistent_blocks = 0;
+
+Kernel persistent_kernel_of(const Params& p) {
+  return p.dtype == COMP_KERNELS_BFLOAT16 ? persistent_kernel_of<bf16>(p.head_dim) : persistent_kernel_of<fp16>(p.head_dim);
 }
 
 // Calls whose sequences have at most this many rows on average go to the kernels for short sequences. They are right for any
@@ -130,13 +176,14 @@ int most_shared_bytes() {
 // The kernel for short sequences if this call is one for it, else one without a function.
 Kernel short_kernel_of(const Params& p, bool backward) {
   const int64_t length = average_length(p);
-  if (p.num_sequences == 0 || length > short_length) return {};
+  if (p.num_sequences == 0 || length > short_length || is_float32(p)) return {};
   const Kernel kernel = p.dtype == COMP_KERNELS_BFLOAT16 ? short_kernel<bf16>(p.head_dim, backward, length)
                                                          : short_kernel<fp16>(p.head_dim, backward, length);
   return kernel.shared_bytes <= most_shared_bytes() ? kernel : Kernel{};
 }
 
 Kernel prepare_kernel_of(const Params& p) {
+  if (is_float32(p)) return prepare_kernel<tf32>();
   return p.dtype == COMP_KERNELS_BFLOAT16 ? prepare_kernel<bf16>() : prepare_kernel<fp16>();
 }
 
@@ -158,13 +205,18 @@ struct Workspace {
   }
 };
 
+// A copy of a tensor; null while only the size is wanted.
+char* take_copy(Workspace& memory, const Params& p, int64_t tokens, int64_t heads) {
+  return memory.take<char>(tokens * heads * p.head_dim * element_bytes(p));
+}
+
 struct ForwardWorkspace {
   Tile* tiles;
-  uint16_t* turned_k;  // null without rotation, as turned_q
+  void* turned_k;  // null without rotation, as turned_q
 
   ForwardWorkspace(Workspace& memory, const Params& p)
       : tiles(memory.take<Tile>(max_tiles(p.num_tokens, p.num_sequences, kernel_of(p, Pass::kForward).rows))),
-        turned_k(p.cos_k ? memory.take<uint16_t>(p.num_tokens_k * p.num_heads_k * p.head_dim) : nullptr) {}
+        turned_k(p.cos_k ? take_copy(memory, p, p.num_tokens_k, p.num_heads_k) : nullptr) {}
 };
 
 struct ForwardSm90Workspace {
@@ -179,23 +231,44 @@ struct ForwardSm90Workspace {
         v_images(memory.take<uint16_t>(p.num_heads_k * slots * kImageKeys * p.head_dim)) {}
 };
 
+struct PersistentWorkspace {
+  int64_t slots, slots_k, num_tiles;
+  LongestFirstTile* tiles;
+  uint16_t *q, *k, *v;  // images
+
+  PersistentWorkspace(Workspace& memory, const Params& p)
+      : slots(max_tiles(p.num_tokens, p.num_sequences, kImageKeys)),
+        slots_k(max_tiles(p.num_tokens_k, p.num_sequences, kImageKeys)),
+        num_tiles(max_tiles(p.num_tokens, p.num_sequences, persistent_kernel_of(p).rows)),
+        tiles(memory.take<LongestFirstTile>(num_tiles)),
+        q(memory.take<uint16_t>(p.num_heads * slots * kImageKeys * p.head_dim)),
+        k(memory.take<uint16_t>(p.num_heads_k * slots_k * kImageKeys * p.head_dim)),
+        v(memory.take<uint16_t>(p.num_heads_k * slots_k * kImageKeys * p.head_dim)) {}
+};
+
 struct BackwardWorkspace {
   Tile *query_tiles, *key_tiles;
   RowStats* stats;
-  uint16_t *turned_q, *turned_k;
+  float* low;
+  int* huge;
+  void *turned_q, *turned_k;
 
   BackwardWorkspace(Workspace& memory, const Params& p)
       : query_tiles(memory.take<Tile>(max_tiles(p.num_tokens, p.num_sequences, kernel_of(p, Pass::kBackwardQueries).rows))),
         key_tiles(memory.take<Tile>(max_tiles(p.num_tokens_k, p.num_sequences, kernel_of(p, Pass::kBackwardKeys).rows))),
         stats(memory.take<RowStats>(p.num_tokens * p.num_heads)),
-        turned_q(p.cos ? memory.take<uint16_t>(p.num_tokens * p.num_heads * p.head_dim) : nullptr),
-        turned_k(p.cos_k ? memory.take<uint16_t>(p.num_tokens_k * p.num_heads_k * p.head_dim) : nullptr) {}
+        low(memory.take<float>(p.num_tokens * p.num_heads)),
+        huge(memory.take<int>(row_blocks(static_cast<int>(p.num_tokens), static_cast<int>(p.num_heads)))),
+        turned_q(p.cos ? take_copy(memory, p, p.num_tokens, p.num_heads) : nullptr),
+        turned_k(p.cos_k ? take_copy(memory, p, p.num_tokens_k, p.num_heads_k) : nullptr) {}
 };
 
 struct BackwardSm90Workspace {
   int64_t query_slots, key_slots;
   Tile *query_tiles, *key_tiles;
   RowStats* stats;
+  float* low;
+  int* huge;
   uint16_t *q, *grad_out, *k, *v;  // images
 
   BackwardSm90Workspace(Workspace& memory, const Params& p)
@@ -204,6 +277,8 @@ struct BackwardSm90Workspace {
         query_tiles(memory.take<Tile>(query_slots)),
         key_tiles(memory.take<Tile>(key_slots)),
         stats(memory.take<RowStats>(p.num_heads * query_slots * kImageKeys)),
+        low(memory.take<float>(p.num_heads * query_slots * kImageKeys)),
+        huge(memory.take<int>(p.num_heads * query_slots)),
         q(memory.take<uint16_t>(p.num_heads * query_slots * kImageKeys * p.head_dim)),
         grad_out(memory.take<uint16_t>(p.num_heads * query_slots * kImageKeys * p.head_dim)),
         k(memory.take<uint16_t>(p.num_heads_k * key_slots * kImageKeys * p.head_dim)),
@@ -212,15 +287,16 @@ struct BackwardSm90Workspace {
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-const char* check_operand(const char* name, const void* data, int64_t stride_token, int64_t stride_head) {
-  if (aligned(data) && stride_token % 8 == 0 && stride_head % 8 == 0) return nullptr;
-  return failure("%s must start at a multiple of 16 bytes with strides that are multiples of 8, got strides %lld, %lld", name,
-                 static_cast<long long>(stride_token), static_cast<long long>(stride_head));
+const char* check_operand(const Params& p, const char* name, const void* data, int64_t stride_token, int64_t stride_head) {
+  const int64_t chunk = 16 / element_bytes(p);
+  if (aligned(data) && stride_token % chunk == 0 && stride_head % chunk == 0) return nullptr;
+  return failure("%s must start at a multiple of 16 bytes with strides that are multiples of %lld, got strides %lld, %lld", name,
+                 static_cast<long long>(chunk), static_cast<long long>(stride_token), static_cast<long long>(stride_head));
 }
 
 const char* check(const Params& p, bool backward) {
-  if (p.dtype != COMP_KERNELS_BFLOAT16 && p.dtype != COMP_KERNELS_FLOAT16) {
-    return failure("dtype must be bfloat16 or float16, got code %lld", static_cast<long long>(p.dtype));
+  if (p.dtype != COMP_KERNELS_BFLOAT16 && p.dtype != COMP_KERNELS_FLOAT16 && !is_float32(p)) {
+    return failure("dtype must be bfloat16, float16 or float32, got code %lld", static_cast<long long>(p.dtype));
   }
   if (p.head_dim <= 0 || p.head_dim % 8 != 0 || p.head_dim > kMaxHeadDim) {
     return failure("head_dim must be a multiple of 8 and at most %d, got %lld", kMaxHeadDim,
@@ -230,11 +306,11 @@ const char* check(const Params& p, bool backward) {
     return failure("at most %d tokens, got %lld and %lld", INT32_MAX / 2, static_cast<long long>(p.num_tokens),
                    static_cast<long long>(p.num_tokens_k));
   }
-  if (const char* wrong = check_operand("q", p.q, p.q_stride_token, p.q_stride_head)) return wrong;
-  if (const char* wrong = check_operand("k", p.k, p.k_stride_token, p.k_stride_head)) return wrong;
-  if (const char* wrong = check_operand("v", p.v, p.v_stride_token, p.v_stride_head)) return wrong;
+  if (const char* wrong = check_operand(p, "q", p.q, p.q_stride_token, p.q_stride_head)) return wrong;
+  if (const char* wrong = check_operand(p, "k", p.k, p.k_stride_token, p.k_stride_head)) return wrong;
+  if (const char* wrong = check_operand(p, "v", p.v, p.v_stride_token, p.v_stride_head)) return wrong;
   if (backward) {
-    if (const char* wrong = check_operand("grad_out", p.grad_out, p.grad_out_stride_token, p.grad_out_stride_head)) return wrong;
+    if (const char* wrong = check_operand(p, "grad_out", p.grad_out, p.grad_out_stride_token, p.grad_out_stride_head)) return wrong;
   }
   if (!aligned(p.cos) || !aligned(p.sin) || !aligned(p.cos_k) || !aligned(p.sin_k)) {
     return failure("the tables must start at multiples of 16 bytes");
@@ -255,6 +331,10 @@ Tables tables_of(const Params& p, bool keys) {
   return tables;
 }
 
+// As the kernels take it: keys that do not exist are given an infinite score, and 0 times infinity is no number. With this in the
+// place of 0 all weights are equal just as well.
+float scale_of(const Params& p) { return std::abs(p.scale) < 1e-30 ? 1e-30f : static_cast<float>(p.scale); }
+
 ListJob list_of(const Params& p, bool keys, Tile* tiles, int rows) {
   ListJob job{};
   job.tiles = tiles;
@@ -265,9 +345,9 @@ ListJob list_of(const Params& p, bool keys, Tile* tiles, int rows) {
   return job;
 }
 
-RotateJob rotation_of(const Params& p, bool keys, uint16_t* turned) {
+RotateJob rotation_of(const Params& p, bool keys, void* turned) {
   RotateJob job{};
-  job.x = static_cast<const uint16_t*>(keys ? p.k : p.q);
+  job.x = keys ? p.k : p.q;
   job.turned = turned;
   job.cu_seqlens = keys ? p.cu_seqlens_k : p.cu_seqlens;
   job.tables = tables_of(p, keys);
@@ -289,26 +369,26 @@ const char* launch_prepare(const Params& p, PrepareParams& prepare, void* stream
 }
 
 // A tensor, or its turned copy [heads, tokens, head_dim].
-Operand operand(const void* data, int64_t stride_token, int64_t stride_head, const uint16_t* turned, int64_t tokens,
+Operand operand(const void* data, int64_t stride_token, int64_t stride_head, const void* turned, int64_t tokens,
                 int64_t head_dim) {
   if (turned != nullptr) return {turned, head_dim, tokens * head_dim};
-  return {static_cast<const uint16_t*>(data), stride_token, stride_head};
+  return {data, stride_token, stride_head};
 }
 
 // What both forward kernels need, but for their keys and values.
 ForwardParams forward_params(const Params& p, const Tile* tiles) {
   ForwardParams params{};
-  params.q = static_cast<const uint16_t*>(p.q);
+  params.q = p.q;
   params.q_stride_token = p.q_stride_token, params.q_stride_head = p.q_stride_head;
-  params.out = static_cast<uint16_t*>(p.out);
-  params.lse = static_cast<float*>(p.lse);
+  params.out = p.out;
+  params.lse = static_cast<double*>(p.lse);
   params.tiles = tiles;
   params.tables = tables_of(p, false);
   params.num_tokens = static_cast<int>(p.num_tokens);
   params.num_heads = static_cast<int>(p.num_heads);
   params.heads_per_key_head = static_cast<int>(p.num_heads / p.num_heads_k);
   params.head_dim = static_cast<int>(p.head_dim);
-  params.scale = static_cast<float>(p.scale);
+  params.scale = scale_of(p);
   return params;
 }
 
@@ -325,7 +405,7 @@ const char* forward_sm80(const Params& p, void* memory, void* stream) {
   ForwardParams params = forward_params(p, workspace.tiles);
   const Operand k = operand(p.k, p.k_stride_token, p.k_stride_head, workspace.turned_k, p.num_tokens_k, p.head_dim);
   params.k = k.data, params.k_stride_token = k.stride_token, params.k_stride_head = k.stride_head;
-  params.v = static_cast<const uint16_t*>(p.v);
+  params.v = p.v;
   params.v_stride_token = p.v_stride_token, params.v_stride_head = p.v_stride_head;
   return launch(kernel, max_tiles(p.num_tokens, p.num_sequences, kernel.rows), p.num_heads, params, stream);
 }
@@ -355,10 +435,47 @@ const char* forward_sm90(const Params& p, void* memory, void* stream) {
   return launch(kernel, max_tiles(p.num_tokens, p.num_sequences, kernel.rows), p.num_heads, params, stream);
 }
 
+ImageJob image_of(const void* x, int64_t stride_token, int64_t stride_head, const Tables& tables, uint16_t* images) {
+  return {static_cast<const uint16_t*>(x), images, tables, stride_token, stride_head};
+}
+
+const char* forward_persistent(const Params& p, void* memory, void* stream) {
+  Workspace workspace_memory(memory);
+  const PersistentWorkspace workspace(workspace_memory, p);
+  const Kernel kernel = persistent_kernel_of(p);
+
+  PersistentPrepareParams prepare{};
+  prepare.q = image_of(p.q, p.q_stride_token, p.q_stride_head, tables_of(p, false), workspace.q);
+  prepare.k = image_of(p.k, p.k_stride_token, p.k_stride_head, tables_of(p, true), workspace.k);
+  prepare.v = image_of(p.v, p.v_stride_token, p.v_stride_head, {}, workspace.v);
+  prepare.tiles = workspace.tiles;
+  prepare.cu_seqlens = p.cu_seqlens, prepare.cu_seqlens_k = p.cu_seqlens_k;
+  prepare.tokens = static_cast<int>(p.num_tokens);
+  prepare.heads = static_cast<int>(p.num_heads), prepare.heads_k = static_cast<int>(p.num_heads_k);
+  prepare.slots = static_cast<int>(workspace.slots), prepare.slots_k = static_cast<int>(workspace.slots_k);
+  prepare.sequences = static_cast<int>(p.num_sequences);
+  prepare.head_dim = static_cast<int>(p.head_dim);
+  prepare.tile_rows = kernel.rows;
+  const Kernel maker = p.dtype == COMP_KERNELS_BFLOAT16 ? prepare_persistent_kernel<bf16>() : prepare_persistent_kernel<fp16>();
+  const int64_t images = workspace.slots * p.num_heads + 2 * workspace.slots_k * p.num_heads_k;
+  if (const char* wrong = launch(maker, images + 1, 1, prepare, stream)) return wrong;
+
+  PersistentParams params{};
+  params.attention = forward_params(p, nullptr);
+  params.attention.q = workspace.q, params.attention.k = workspace.k, params.attention.v = workspace.v;
+  params.attention.q_stride_head = workspace.slots * kImageKeys * p.head_dim;
+  params.attention.k_stride_head = params.attention.v_stride_head = workspace.slots_k * kImageKeys * p.head_dim;
+  params.tiles = workspace.tiles;
+  params.num_tiles = static_cast<int>(workspace.num_tiles);
+  const int64_t items = workspace.num_tiles * p.num_heads;
+  if (items > INT32_MAX / 2) return failure("at most %d tiles of all heads, got %lld", INT32_MAX / 2, static_cast<long long>(items));
+  return launch(kernel, std::min<int64_t>(persistent_blocks, items), 1, params, stream);
+}
+
 const char* forward_short(const Params& p, const Kernel& kernel, void* stream) {
   ShortForwardParams params{};
   params.attention = forward_params(p, nullptr);
-  params.attention.k = static_cast<const uint16_t*>(p.k), params.attention.v = static_cast<const uint16_t*>(p.v);
+  params.attention.k = p.k, params.attention.v = p.v;
   params.attention.k_stride_token = p.k_stride_token, params.attention.k_stride_head = p.k_stride_head;
   params.attention.v_stride_token = p.v_stride_token, params.attention.v_stride_head = p.v_stride_head;
   params.key_tables = tables_of(p, true);
@@ -370,13 +487,14 @@ const char* forward_short(const Params& p, const Kernel& kernel, void* stream) {
 const char* forward(const Params& p, void* memory, void* stream) {
   if (const char* wrong = check(p, false)) return wrong;
   if (const Kernel kernel = short_kernel_of(p, false); kernel.function != nullptr) return forward_short(p, kernel, stream);
-  return takes_sm90(p) ? forward_sm90(p, memory, stream) : forward_sm80(p, memory, stream);
+  if (!takes_sm90(p)) return forward_sm80(p, memory, stream);
+  return persistent_blocks > 0 ? forward_persistent(p, memory, stream) : forward_sm90(p, memory, stream);
 }
 
 GradientParams gradient_of(const Params& p, bool keys) {
   GradientParams gradient{};
-  gradient.dx = static_cast<uint16_t*>(keys ? p.dk : p.dq);
-  gradient.x = static_cast<const uint16_t*>(keys ? p.k : p.q);
+  gradient.dx = keys ? p.dk : p.dq;
+  gradient.x = keys ? p.k : p.q;
   gradient.x_stride_token = keys ? p.k_stride_token : p.q_stride_token;
   gradient.x_stride_head = keys ? p.k_stride_head : p.q_stride_head;
   gradient.tables = tables_of(p, keys);
@@ -386,22 +504,19 @@ GradientParams gradient_of(const Params& p, bool keys) {
   return gradient;
 }
 
-StatsJob stats_of(const Params& p, RowStats* stats) {
+template <typename Workspace>
+StatsJob stats_of(const Params& p, const Workspace& workspace) {
   StatsJob job{};
-  job.out = static_cast<const uint16_t*>(p.out);
-  job.grad_out = static_cast<const uint16_t*>(p.grad_out);
-  job.lse = static_cast<const float*>(p.lse);
-  job.grad_lse = static_cast<const float*>(p.grad_lse);
-  job.stats = stats;
+  job.out = p.out;
+  job.grad_out = p.grad_out;
+  job.lse = static_cast<const double*>(p.lse);
+  job.grad_lse = static_cast<const double*>(p.grad_lse);
+  job.stats = workspace.stats, job.low = workspace.low, job.huge = workspace.huge;
   job.cu_seqlens = p.cu_seqlens;
   job.stride_token = p.grad_out_stride_token, job.stride_head = p.grad_out_stride_head;
   job.tokens = static_cast<int>(p.num_tokens);
   job.heads = static_cast<int>(p.num_heads);
   return job;
-}
-
-ImageJob image_of(const void* x, int64_t stride_token, int64_t stride_head, const Tables& tables, uint16_t* images) {
-  return {static_cast<const uint16_t*>(x), images, tables, stride_token, stride_head};
 }
 
 const char* backward_sm90(const Params& p, void* memory, void* stream) {
@@ -418,7 +533,7 @@ const char* backward_sm90(const Params& p, void* memory, void* stream) {
   prepare.queries.tokens = static_cast<int>(p.num_tokens), prepare.keys.tokens = static_cast<int>(p.num_tokens_k);
   prepare.queries.heads = static_cast<int>(p.num_heads), prepare.keys.heads = static_cast<int>(p.num_heads_k);
   prepare.queries.slots = static_cast<int>(workspace.query_slots), prepare.keys.slots = static_cast<int>(workspace.key_slots);
-  prepare.stats = stats_of(p, workspace.stats);
+  prepare.stats = stats_of(p, workspace);
   prepare.sequences = static_cast<int>(p.num_sequences);
   prepare.head_dim = static_cast<int>(p.head_dim);
   const Kernel preparation = p.dtype == COMP_KERNELS_BFLOAT16 ? prepare_sm90_kernel<bf16>() : prepare_sm90_kernel<fp16>();
@@ -426,16 +541,16 @@ const char* backward_sm90(const Params& p, void* memory, void* stream) {
   if (const char* wrong = launch(preparation, blocks, 1, prepare, stream)) return wrong;
 
   BackwardSm90Params params{};
-  params.stats = workspace.stats;
+  params.stats = workspace.stats, params.low = workspace.low, params.huge = workspace.huge;
   params.heads_per_key_head = static_cast<int>(p.num_heads / p.num_heads_k);
-  params.scale = static_cast<float>(p.scale);
+  params.scale = scale_of(p);
 
   params.row_one = workspace.k, params.row_two = workspace.v;
   params.column_one = workspace.q, params.column_two = workspace.grad_out;
   params.row_slots = static_cast<int>(workspace.key_slots), params.column_slots = static_cast<int>(workspace.query_slots);
   params.tiles = workspace.key_tiles;
   params.first = gradient_of(p, true);
-  params.second.dx = static_cast<uint16_t*>(p.dv);
+  params.second.dx = p.dv;
   params.second.heads = static_cast<int>(p.num_heads_k);
   if (const char* wrong = launch(sm90_kernel_of(p, Pass::kBackwardKeys), workspace.key_slots, p.num_heads_k, params, stream)) {
     return wrong;
@@ -454,19 +569,19 @@ const char* backward_short(const Params& p, const Kernel& kernel, void* stream) 
   params.k = operand(p.k, p.k_stride_token, p.k_stride_head, nullptr, 0, 0);
   params.v = operand(p.v, p.v_stride_token, p.v_stride_head, nullptr, 0, 0);
   params.grad_out = operand(p.grad_out, p.grad_out_stride_token, p.grad_out_stride_head, nullptr, 0, 0);
-  params.out = static_cast<const uint16_t*>(p.out);
-  params.lse = static_cast<const float*>(p.lse);
-  params.grad_lse = static_cast<const float*>(p.grad_lse);
+  params.out = p.out;
+  params.lse = static_cast<const double*>(p.lse);
+  params.grad_lse = static_cast<const double*>(p.grad_lse);
   params.dq = gradient_of(p, false);
   params.dk = gradient_of(p, true);
-  params.dv.dx = static_cast<uint16_t*>(p.dv);
+  params.dv.dx = p.dv;
   params.dv.heads = static_cast<int>(p.num_heads_k);
   params.cu_seqlens = p.cu_seqlens, params.cu_seqlens_k = p.cu_seqlens_k;
   params.sequences = static_cast<int>(p.num_sequences);
   params.num_tokens = static_cast<int>(p.num_tokens);
   params.num_tokens_k = static_cast<int>(p.num_tokens_k);
   params.heads_per_key_head = static_cast<int>(p.num_heads / p.num_heads_k);
-  params.scale = static_cast<float>(p.scale);
+  params.scale = scale_of(p);
   return launch(kernel, short_blocks(p.num_tokens_k, p.num_sequences, kernel.rows), p.num_heads_k, params, stream);
 }
 
@@ -474,13 +589,14 @@ const char* backward_sm80(const Params& p, void* memory, void* stream) {
   Workspace workspace_memory(memory);
   const BackwardWorkspace workspace(workspace_memory, p);
   const Kernel of_queries = kernel_of(p, Pass::kBackwardQueries), of_keys = kernel_of(p, Pass::kBackwardKeys);
+  const Kernel of_values = kernel_of(p, Pass::kBackwardValues);  // shares the tiles of of_keys
 
   PrepareParams prepare{};
   prepare.lists[prepare.num_lists++] = list_of(p, false, workspace.query_tiles, of_queries.rows);
   prepare.lists[prepare.num_lists++] = list_of(p, true, workspace.key_tiles, of_keys.rows);
   if (p.cos != nullptr) prepare.rotations[prepare.num_rotations++] = rotation_of(p, false, workspace.turned_q);
   if (p.cos_k != nullptr) prepare.rotations[prepare.num_rotations++] = rotation_of(p, true, workspace.turned_k);
-  prepare.stats = stats_of(p, workspace.stats);
+  prepare.stats = stats_of(p, workspace);
   if (const char* wrong = launch_prepare(p, prepare, stream)) return wrong;
 
   BackwardParams params{};
@@ -488,19 +604,21 @@ const char* backward_sm80(const Params& p, void* memory, void* stream) {
   params.k = operand(p.k, p.k_stride_token, p.k_stride_head, workspace.turned_k, p.num_tokens_k, p.head_dim);
   params.v = operand(p.v, p.v_stride_token, p.v_stride_head, nullptr, 0, 0);
   params.grad_out = operand(p.grad_out, p.grad_out_stride_token, p.grad_out_stride_head, nullptr, 0, 0);
-  params.stats = workspace.stats;
+  params.stats = workspace.stats, params.low = workspace.low, params.huge = workspace.huge;
+  params.huge_blocks = row_blocks(static_cast<int>(p.num_tokens), 1);
   params.num_tokens = static_cast<int>(p.num_tokens);
   params.heads_per_key_head = static_cast<int>(p.num_heads / p.num_heads_k);
   params.head_dim = static_cast<int>(p.head_dim);
-  params.scale = static_cast<float>(p.scale);
+  params.scale = scale_of(p);
 
   params.tiles = workspace.key_tiles;
   params.first = gradient_of(p, true);
-  params.second.dx = static_cast<uint16_t*>(p.dv);
+  params.second.dx = p.dv;
   params.second.heads = static_cast<int>(p.num_heads_k);
-  if (const char* wrong =
-          launch(of_keys, max_tiles(p.num_tokens_k, p.num_sequences, of_keys.rows), p.num_heads_k, params, stream)) {
-    return wrong;
+  for (const Kernel& kernel : {of_keys, of_values}) {
+    if (kernel.function == nullptr) continue;
+    const int64_t tiles = max_tiles(p.num_tokens_k, p.num_sequences, kernel.rows);
+    if (const char* wrong = launch(kernel, tiles, p.num_heads_k, params, stream)) return wrong;
   }
   params.tiles = workspace.query_tiles;
   params.first = gradient_of(p, false);
@@ -520,6 +638,12 @@ const char* backward(const Params& p, void* memory, void* stream) {
 // Results agree within rounding. For tests and for measuring the kernels against each other.
 COMP_KERNELS_EXPORT void comp_kernels_cuda_rope_attention_set_short(int32_t rows) { comp_kernels::short_length = rows; }
 
+// Blocks, one per multiprocessor say, of the persistent forward of sm_90a; 0, as it is unless set: the one with a block per tile.
+// Results agree within rounding. For tests and for measuring the kernels against each other.
+COMP_KERNELS_EXPORT void comp_kernels_cuda_rope_attention_set_persistent(int32_t blocks) {
+  comp_kernels::persistent_blocks = blocks;
+}
+
 // Bytes of device memory that a forward or backward call needs besides its arguments; 256-byte aligned.
 COMP_KERNELS_EXPORT int64_t comp_kernels_cuda_rope_attention_workspace(const comp_kernels_rope_attention_params* params,
                                                                        int32_t backward) {
@@ -531,7 +655,11 @@ COMP_KERNELS_EXPORT int64_t comp_kernels_cuda_rope_attention_workspace(const com
   } else if (backward != 0) {
     comp_kernels::BackwardWorkspace(memory, *params);
   } else if (comp_kernels::takes_sm90(*params)) {
-    comp_kernels::ForwardSm90Workspace(memory, *params);
+    if (comp_kernels::persistent_blocks > 0) {
+      comp_kernels::PersistentWorkspace(memory, *params);
+    } else {
+      comp_kernels::ForwardSm90Workspace(memory, *params);
+    }
   } else {
     comp_kernels::ForwardWorkspace(memory, *params);
   }

@@ -1,4 +1,4 @@
-// The rotary rule on rows of 16-bit elements: y = x * cos + swap(x) * sin over the first rotary_dim channels, in float32,
+// The rotary rule on rows: y = x * cos + swap(x) * sin over the first rotary_dim channels, in float32,
 // rounded once. Rows are cut into units; one thread turns one unit, so that rows of any size spread over a block.
 #pragma once
 
@@ -35,20 +35,37 @@ __device__ __forceinline__ Pairing pairing_of(const Tables& tables) {
 template <Pairing kPairing>
 constexpr int kUnitChannels = kPairing == Pairing::kHalf8 ? 16 : kPairing == Pairing::kGeneric ? 2 : 8;
 
-// kCount consecutive 16-bit elements as packed words, moved in one access.
-template <int kCount>
-struct __align__(2 * kCount) Packed {
-  uint32_t word[kCount / 2];
+// kCount consecutive elements as words, moved in one access of 16 bytes or less, or several.
+template <typename T, int kCount>
+struct __align__(sizeof(Element<T>) * kCount < 16 ? sizeof(Element<T>) * kCount : 16) Packed {
+  static constexpr int kWords = static_cast<int>(sizeof(Element<T>)) * kCount / 4;
+  uint32_t word[kWords];
+
+  // Elements 2 i and 2 i + 1.
+  __device__ __forceinline__ void get(int i, float& one, float& two) const {
+    if constexpr (kFloat32<T>) {
+      one = __uint_as_float(word[2 * i]), two = __uint_as_float(word[2 * i + 1]);
+    } else {
+      unpack<T>(word[i], one, two);
+    }
+  }
+  __device__ __forceinline__ void set(int i, float one, float two) {
+    if constexpr (kFloat32<T>) {
+      word[2 * i] = __float_as_uint(one), word[2 * i + 1] = __float_as_uint(two);
+    } else {
+      word[i] = pack<T>(one, two);
+    }
+  }
 };
 
 // sum += a . b
 template <typename T, int kCount>
-__device__ __forceinline__ void add_product(float& sum, const Packed<kCount>& a, const Packed<kCount>& b) {
+__device__ __forceinline__ void add_product(float& sum, const Packed<T, kCount>& a, const Packed<T, kCount>& b) {
 #pragma unroll
-  for (int w = 0; w < kCount / 2; ++w) {
+  for (int i = 0; i < kCount / 2; ++i) {
     float a0, a1, b0, b1;
-    unpack<T>(a.word[w], a0, a1);
-    unpack<T>(b.word[w], b0, b1);
+    a.get(i, a0, a1);
+    b.get(i, b0, b1);
     sum += a0 * b0 + a1 * b1;
   }
 }
@@ -70,10 +87,26 @@ __device__ __forceinline__ void turn(float& first, float& second, float cos1, fl
 }
 
 template <typename T>
-__device__ __forceinline__ float to_float(uint16_t bits) {
-  float low, high;
-  unpack<T>(bits, low, high);
-  return low;
+__device__ __forceinline__ float to_float(Element<T> element) {
+  if constexpr (kFloat32<T>) {
+    return element;
+  } else {
+    float low, high;
+    unpack<T>(element, low, high);
+    return low;
+  }
+}
+
+// Two elements that need not lie side by side.
+template <typename T>
+__device__ __forceinline__ void store_two(Element<T>* one, Element<T>* two, float first, float second) {
+  if constexpr (kFloat32<T>) {
+    *one = first, *two = second;
+  } else {
+    const uint32_t packed = pack<T>(first, second);
+    *one = static_cast<uint16_t>(packed);
+    *two = static_cast<uint16_t>(packed >> 16);
+  }
 }
 
 // One unit of a row between its loads and its store, so that a thread can have the loads of several units under way.
@@ -81,19 +114,21 @@ template <typename T, Pairing kPairing>
 struct RotaryUnit {
   static constexpr bool kNeighbours = kPairing == Pairing::kInterleaved;
   static constexpr int kVec = kNeighbours ? 4 : kUnitChannels<kPairing> / 2;  // pairs
-  uint16_t first_bits, second_bits;  // of kGeneric
-  Packed<kVec < 4 ? 4 : kVec> a, b;  // the first and second channels of the pairs; neighbours: 4 channels each
+  Element<T> first_one, second_one;  // of kGeneric
+  Packed<T, kVec < 4 ? 4 : kVec> a, b;  // the first and second channels of the pairs; neighbours: 4 channels each
   float cos1[kVec], sin1[kVec], cos2[kVec], sin2[kVec];
   int first;
 
   // from: the row; cos, sin: this token's (and head's) row of the tables.
-  __device__ __forceinline__ void load(const uint16_t* from, const float* cos, const float* sin, const Tables& tables,
+  __device__ __forceinline__ void load(const Element<T>* from, const float* cos, const float* sin, const Tables& tables,
                                        int unit) {
     const bool half_width = tables.width != tables.rotary_dim;
     if constexpr (kNeighbours) {
       first = unit * 8;
-      const Packed<8> x = *reinterpret_cast<const Packed<8>*>(from + first);
-      a.word[0] = x.word[0], a.word[1] = x.word[1], b.word[0] = x.word[2], b.word[1] = x.word[3];
+      const Packed<T, 8> x = *reinterpret_cast<const Packed<T, 8>*>(from + first);
+      constexpr int kHalf = Packed<T, 4>::kWords;
+#pragma unroll
+      for (int w = 0; w < kHalf; ++w) a.word[w] = x.word[w], b.word[w] = x.word[kHalf + w];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int one = half_width ? first / 2 + i : first + 2 * i, two = half_width ? one : one + 1;
@@ -107,12 +142,12 @@ struct RotaryUnit {
       const int table_first = half_width ? unit * kVec : first;
       const int table_second = half_width ? table_first : first + stride;
       if constexpr (kPairing == Pairing::kGeneric) {
-        first_bits = from[first], second_bits = from[first + stride];
+        first_one = from[first], second_one = from[first + stride];
         cos1[0] = __ldg(cos + table_first), sin1[0] = __ldg(sin + table_first);
         cos2[0] = __ldg(cos + table_second), sin2[0] = __ldg(sin + table_second);
       } else {
-        a = *reinterpret_cast<const Packed<kVec>*>(from + first);
-        b = *reinterpret_cast<const Packed<kVec>*>(from + first + stride);
+        a = *reinterpret_cast<const Packed<T, kVec>*>(from + first);
+        b = *reinterpret_cast<const Packed<T, kVec>*>(from + first + stride);
         load_floats(cos1, cos + table_first);
         load_floats(sin1, sin + table_first);
         load_floats(cos2, cos + table_second);
@@ -125,34 +160,35 @@ struct RotaryUnit {
   template <typename To>
   __device__ __forceinline__ void store(To to, int stride) {
     if constexpr (kNeighbours) {
-      Packed<8> x{{a.word[0], a.word[1], b.word[0], b.word[1]}};
+      constexpr int kHalf = Packed<T, 4>::kWords;
+      Packed<T, 8> x;
+#pragma unroll
+      for (int w = 0; w < kHalf; ++w) x.word[w] = a.word[w], x.word[kHalf + w] = b.word[w];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float one, two;
-        unpack<T>(x.word[i], one, two);
+        x.get(i, one, two);
         turn(one, two, cos1[i], sin1[i], cos2[i], sin2[i]);
-        x.word[i] = pack<T>(one, two);
+        x.set(i, one, two);
       }
-      *reinterpret_cast<Packed<8>*>(to(first)) = x;
+      *reinterpret_cast<Packed<T, 8>*>(to(first)) = x;
     } else if constexpr (kPairing == Pairing::kGeneric) {
-      float one = to_float<T>(first_bits), two = to_float<T>(second_bits);
+      float one = to_float<T>(first_one), two = to_float<T>(second_one);
       turn(one, two, cos1[0], sin1[0], cos2[0], sin2[0]);
-      const uint32_t packed = pack<T>(one, two);
-      *to(first) = static_cast<uint16_t>(packed);
-      *to(first + stride) = static_cast<uint16_t>(packed >> 16);
+      store_two<T>(to(first), to(first + stride), one, two);
     } else {
 #pragma unroll
       for (int i = 0; i < kVec / 2; ++i) {
         float a0, a1, b0, b1;
-        unpack<T>(a.word[i], a0, a1);
-        unpack<T>(b.word[i], b0, b1);
+        a.get(i, a0, a1);
+        b.get(i, b0, b1);
         turn(a0, b0, cos1[2 * i], sin1[2 * i], cos2[2 * i], sin2[2 * i]);
         turn(a1, b1, cos1[2 * i + 1], sin1[2 * i + 1], cos2[2 * i + 1], sin2[2 * i + 1]);
-        a.word[i] = pack<T>(a0, a1);
-        b.word[i] = pack<T>(b0, b1);
+        a.set(i, a0, a1);
+        b.set(i, b0, b1);
       }
-      *reinterpret_cast<Packed<kVec>*>(to(first)) = a;
-      *reinterpret_cast<Packed<kVec>*>(to(first + stride)) = b;
+      *reinterpret_cast<Packed<T, kVec>*>(to(first)) = a;
+      *reinterpret_cast<Packed<T, kVec>*>(to(first + stride)) = b;
     }
   }
 };
@@ -210,28 +246,28 @@ __device__ __forceinline__ void rotate_rows_as(int thread, int threads, int rows
     for_batches_in_rows<kBatch>(
         thread, threads, rows, units_per_row,
         [&](int slot, int row, int unit) {
-          with_row(row, [&](auto, const uint16_t* from, const float* cos, const float* sin) {
+          with_row(row, [&](auto, const Element<T>* from, const float* cos, const float* sin) {
             units[slot].load(from, cos, sin, tables, unit);
           });
         },
         [&](int slot, int row, int) {
-          with_row(row, [&](auto to, const uint16_t*, const float*, const float*) {
+          with_row(row, [&](auto to, const Element<T>*, const float*, const float*) {
             units[slot].store(to, tables.pair_stride);
           });
         });
   } else {
     for_each_in_rows(thread, threads, rows, units_per_row, [&](int row, int unit) {
-      with_row(row, [&](auto to, const uint16_t* from, const float* cos, const float* sin) {
+      with_row(row, [&](auto to, const Element<T>* from, const float* cos, const float* sin) {
         RotaryUnit<T, kPairing> one;
         one.load(from, cos, sin, tables, unit);
         one.store(to, tables.pair_stride);
       });
     });
   }
-  for_each_in_rows(thread, threads, rows, (head_dim - tables.rotary_dim) / 2, [&](int row, int word) {
-    with_row(row, [&](auto to, const uint16_t* from, const float*, const float*) {
-      const int channel = tables.rotary_dim + 2 * word;
-      *reinterpret_cast<uint32_t*>(to(channel)) = *reinterpret_cast<const uint32_t*>(from + channel);
+  for_each_in_rows(thread, threads, rows, (head_dim - tables.rotary_dim) / 2, [&](int row, int two) {
+    with_row(row, [&](auto to, const Element<T>* from, const float*, const float*) {
+      const int channel = tables.rotary_dim + 2 * two;
+      *reinterpret_cast<Packed<T, 2>*>(to(channel)) = *reinterpret_cast<const Packed<T, 2>*>(from + channel);
     });
   });
 }

@@ -10,8 +10,8 @@ namespace comp_kernels {
 
 // Where the gradients of one packed tensor go.
 struct GradientParams {
-  uint16_t* dx;       // [tokens, heads, head_dim] contiguous
-  const uint16_t* x;  // the tensor itself, needed for the gradients of the tables
+  void* dx;       // [tokens, heads, head_dim] contiguous
+  const void* x;  // the tensor itself, needed for the gradients of the tables
   int64_t x_stride_token, x_stride_head;
   Tables tables;  // cos == nullptr: x was not turned
   float* dcos;    // [tokens, heads, width] contiguous; null: not wanted
@@ -57,7 +57,7 @@ __device__ __forceinline__ void rotate_gradient_unit(const GradientParams& param
     dx1[i] = dy1 * cos1[i] + dy2 * sin2[i];
     dx2[i] = dy2 * cos2[i] - dy1 * sin1[i];
     if (params.dcos == nullptr) continue;
-    const uint16_t* x = params.x + token * params.x_stride_token + head * params.x_stride_head;
+    const Element<T>* x = elements<T>(params.x) + token * params.x_stride_token + head * params.x_stride_head;
     const float x1 = to_float<T>(x[first + i]), x2 = to_float<T>(x[first + stride + i]);
     float* dcos = params.dcos + row * tables.width;
     float* dsin = params.dsin + row * tables.width;
@@ -72,20 +72,18 @@ __device__ __forceinline__ void rotate_gradient_unit(const GradientParams& param
     }
   }
 
-  uint16_t* dx = params.dx + row * head_dim;
+  Element<T>* dx = elements<T>(params.dx) + row * head_dim;
   if constexpr (kVec == 1) {
-    const uint32_t packed = pack<T>(dx1[0], dx2[0]);
-    dx[first] = static_cast<uint16_t>(packed);
-    dx[first + stride] = static_cast<uint16_t>(packed >> 16);
+    store_two<T>(dx + first, dx + first + stride, dx1[0], dx2[0]);
   } else {
-    Packed<kVec> a, b;
+    Packed<T, kVec> a, b;
 #pragma unroll
     for (int i = 0; i < kVec / 2; ++i) {
-      a.word[i] = pack<T>(dx1[2 * i], dx1[2 * i + 1]);
-      b.word[i] = pack<T>(dx2[2 * i], dx2[2 * i + 1]);
+      a.set(i, dx1[2 * i], dx1[2 * i + 1]);
+      b.set(i, dx2[2 * i], dx2[2 * i + 1]);
     }
-    *reinterpret_cast<Packed<kVec>*>(dx + first) = a;
-    *reinterpret_cast<Packed<kVec>*>(dx + first + stride) = b;
+    *reinterpret_cast<Packed<T, kVec>*>(dx + first) = a;
+    *reinterpret_cast<Packed<T, kVec>*>(dx + first + stride) = b;
   }
 }
 
@@ -104,19 +102,21 @@ __device__ void rotate_gradient_rows(const GradientParams& params, const float* 
       rotate_gradient_unit<T, 1>(params, dy + row * row_floats, token + row, head, unit, head_dim);
     });
   }
-  for_each_in_rows(threadIdx.x % 32, 32, rows, (head_dim - rotary_dim) / 2, [&](int row, int word) {
-    const int channel = rotary_dim + 2 * word;
+  for_each_in_rows(threadIdx.x % 32, 32, rows, (head_dim - rotary_dim) / 2, [&](int row, int two) {
+    const int channel = rotary_dim + 2 * two;
     const float2 from = *reinterpret_cast<const float2*>(dy + row * row_floats + channel);
-    *reinterpret_cast<uint32_t*>(params.dx + ((token + row) * params.heads + head) * head_dim + channel) =
-        pack<T>(from.x, from.y);
+    Packed<T, 2> to;
+    to.set(0, from.x, from.y);
+    *reinterpret_cast<Packed<T, 2>*>(elements<T>(params.dx) + ((token + row) * params.heads + head) * head_dim + channel) = to;
   });
 }
 
 // Rows that took part in nothing: zeros, without reading what may lie in their x and tables.
-template <int kThreads>
+template <typename T, int kThreads>
 __device__ void zero_gradient_rows(const GradientParams& params, int rows, int64_t token, int head, int head_dim) {
-  for_each_in_rows(threadIdx.x, kThreads, rows, head_dim / 2, [&](int row, int word) {
-    reinterpret_cast<uint32_t*>(params.dx + ((token + row) * params.heads + head) * head_dim)[word] = 0;
+  for_each_in_rows(threadIdx.x, kThreads, rows, head_dim / 2, [&](int row, int two) {
+    Element<T>* dx = elements<T>(params.dx) + ((token + row) * params.heads + head) * head_dim + 2 * two;
+    *reinterpret_cast<Packed<T, 2>*>(dx) = Packed<T, 2>{};
   });
   if (params.dcos == nullptr) return;
   for_each_in_rows(threadIdx.x, kThreads, rows, params.tables.width, [&](int row, int i) {

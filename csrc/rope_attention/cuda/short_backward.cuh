@@ -16,9 +16,9 @@ namespace comp_kernels {
 
 struct ShortBackwardParams {
   Operand q, k, v, grad_out;  // as given: not turned
-  const uint16_t* out;        // [T, Hq, D] contiguous
-  const float* lse;           // [Hq, T]
-  const float* grad_lse;      // [Hq, T], or null
+  const void* out;            // [T, Hq, D] contiguous
+  const double* lse;          // [Hq, T]
+  const double* grad_lse;     // [Hq, T], or null
   GradientParams dq, dk, dv;
   const int32_t* cu_seqlens;
   const int32_t* cu_seqlens_k;
@@ -37,12 +37,12 @@ struct ShortBackwardConfig {
   static constexpr int kThreads = kSmall ? 128 : 256;
   static constexpr int kKeys = kThreads / 32 * 16 * kBlocks;
   static constexpr int kQueries = kThreads / 32 * 16;  // of a chunk
-  static constexpr int kRowBytes = kPaddedRowBytes<kHeadDim>;
+  static constexpr int kRowBytes = kPaddedRowBytes<bf16, kHeadDim>;
   static constexpr int kKeyBytes = kKeys * kRowBytes;
   static constexpr int kQueryBytes = kQueries * kRowBytes;
-  static constexpr int kScoreRowBytes = kPaddedRowBytes<kQueries>;  // of dS^T: a row per key
+  static constexpr int kScoreRowBytes = kPaddedRowBytes<bf16, kQueries>;  // of dS^T: a row per key
   static constexpr int kScoreBytes = kKeys * kScoreRowBytes;
-  static constexpr int kStatsBytes = kQueries * 8;
+  static constexpr int kStatsBytes = kQueries * (8 + 4);  // RowStats, then what they lack
   static constexpr int kSharedBytes = 2 * kKeyBytes + 2 * kQueryBytes + kScoreBytes + kStatsBytes;
   static constexpr int kBlocksPerSm = !kSmall ? 1 : kHeadDim <= 80 ? 3 : 2;
   static constexpr bool kPairsBesideSums = kSmall || kHeadDim == 80;
@@ -68,8 +68,9 @@ struct ShortBackward {
   __device__ char* queries() const { return shared + 2 * Config::kKeyBytes; }
   __device__ char* scores() const { return queries() + 2 * Config::kQueryBytes; }
   __device__ RowStats* stats() const { return reinterpret_cast<RowStats*>(scores() + Config::kScoreBytes); }
+  __device__ float* lows() const { return reinterpret_cast<float*>(stats() + Config::kQueries); }
   static __device__ int warp() { return threadIdx.x / 32; }
-  static __device__ Rows rows_of(const Operand& x, int head) { return {x.data + head * x.stride_head, x.stride_token}; }
+  static __device__ Rows rows_of(const Operand& x, int head) { return {elements<T>(x.data) + head * x.stride_head, x.stride_token}; }
 
   // Start the copy of keys and values; wait for it with arrive().
   __device__ __forceinline__ void load_keys(int token, int rows, int head) const {
@@ -90,28 +91,31 @@ struct ShortBackward {
     for (int first = 0; first < padded; first += Config::kThreads / kLanes) {
       const int row = first + threadIdx.x / kLanes;
       const int64_t at = token + row;
-      const uint16_t* out = params.out + (at * params.dq.heads + head) * kHeadDim;
-      const uint16_t* grad = params.grad_out.data + at * params.grad_out.stride_token + head * params.grad_out.stride_head;
+      const uint16_t* out = elements<T>(params.out) + (at * params.dq.heads + head) * kHeadDim;
+      const uint16_t* grad = elements<T>(params.grad_out.data) + at * params.grad_out.stride_token + head * params.grad_out.stride_head;
       float delta = 0.f;
 #pragma unroll
       for (int c = lane * 8; c < kHeadDim; c += kLanes * 8) {
         if (row >= padded) continue;
-        Packed<8> o = {}, g = {};
+        Packed<T, 8> o = {}, g = {};
         if (row < rows) {
-          o = *reinterpret_cast<const Packed<8>*>(out + c);
-          g = *reinterpret_cast<const Packed<8>*>(grad + c);
+          o = *reinterpret_cast<const Packed<T, 8>*>(out + c);
+          g = *reinterpret_cast<const Packed<T, 8>*>(grad + c);
         }
-        *reinterpret_cast<Packed<8>*>(to + row * kRowBytes + c * 2) = g;
+        *reinterpret_cast<Packed<T, 8>*>(to + row * kRowBytes + c * 2) = g;
         add_product<T>(delta, o, g);
       }
       delta = octet_sum(delta);
       if (lane == 0 && row < padded) {
         RowStats found{kInfinity, 0.f};
+        float low = 0.f;
         if (row < rows) {
           const int64_t place = static_cast<int64_t>(head) * params.num_tokens + at;
-          found = {params.lse[place] * kLog2E, delta - (params.grad_lse == nullptr ? 0.f : params.grad_lse[place])};
+          if (params.grad_lse != nullptr) delta -= static_cast<float>(params.grad_lse[place]);
+          found = row_stats(params.lse[place], delta, low);
         }
         stats()[row] = found;
+        lows()[row] = low;
       }
     }
   }
@@ -128,7 +132,7 @@ struct ShortBackward {
     const int own = warp() * 16 * kBlocks, lane = threadIdx.x % 32;
     if (own >= keys) return;
     const uint32_t base = shared_address(shared);
-    RowOperand<kHeadDim, kBlocks, false> k(base + own * kRowBytes), v(base + Config::kKeyBytes + own * kRowBytes);
+    RowOperand<T, kHeadDim, kBlocks, false> k(base + own * kRowBytes), v(base + Config::kKeyBytes + own * kRowBytes);
     const uint32_t q = shared_address(queries()), grad = q + Config::kQueryBytes;
     const float scale_log2 = params.scale * kLog2E;
 #pragma unroll 1
@@ -136,14 +140,33 @@ struct ShortBackward {
       Accumulator<kBlocks, 2> p, ds;
       multiply_transposed<T, kHeadDim, kBlocks, false, 2>(p, k, q + at * kRowBytes);
       multiply_transposed<T, kHeadDim, kBlocks, false, 2>(ds, v, grad + at * kRowBytes);
+      float4 of_columns[2];
+      float largest = 0.f;
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
-        const float4 both = *reinterpret_cast<const float4*>(stats() + at + n * 8 + lane % 4 * 2);
+        of_columns[n] = *reinterpret_cast<const float4*>(stats() + at + n * 8 + lane % 4 * 2);
+        if (at + n * 8 + lane % 4 * 2 < query_rows) largest = fmaxf(largest, fabsf(of_columns[n].x));
+        if (at + n * 8 + lane % 4 * 2 + 1 < query_rows) largest = fmaxf(largest, fabsf(of_columns[n].z));
+      }
+      const bool exact = __any_sync(0xffffffffu, largest > kHugeLog2);
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        const float4 both = of_columns[n];
+        if (exact) {
+          const float2 low = *reinterpret_cast<const float2*>(lows() + at + n * 8 + lane % 4 * 2);
+#pragma unroll
+          for (int m = 0; m < kBlocks; ++m) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              p[m][n][i] = exact_weight(p[m][n][i], scale_log2, i % 2 == 0 ? both.x : both.z, i % 2 == 0 ? low.x : low.y);
+            }
+          }
+        }
 #pragma unroll
         for (int m = 0; m < kBlocks; ++m) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            p[m][n][i] = exp2_approx(fmaf(p[m][n][i], scale_log2, -(i % 2 == 0 ? both.x : both.z)));
+            if (!exact) p[m][n][i] = exp2_approx(fmaf(p[m][n][i], scale_log2, -(i % 2 == 0 ? both.x : both.z)));
             ds[m][n][i] = p[m][n][i] * (ds[m][n][i] - (i % 2 == 0 ? both.y : both.w));
           }
           if (!store) continue;
@@ -217,10 +240,10 @@ __device__ __forceinline__ void attention_short_backward(const ShortBackwardPara
   const int key_head = blockIdx.y, first_head = key_head * params.heads_per_key_head;
   const int end_head = first_head + params.heads_per_key_head;
   if (b == params.sequences || queries == 0 || piece.length == 0) {  // nobody meets anybody
-    zero_gradient_rows<Config::kThreads>(params.dk, piece.rows, piece.row, key_head, kHeadDim);
-    zero_gradient_rows<Config::kThreads>(params.dv, piece.rows, piece.row, key_head, kHeadDim);
+    zero_gradient_rows<T, Config::kThreads>(params.dk, piece.rows, piece.row, key_head, kHeadDim);
+    zero_gradient_rows<T, Config::kThreads>(params.dv, piece.rows, piece.row, key_head, kHeadDim);
     for (int head = first_head; head < end_head && piece.index == 0; ++head) {
-      zero_gradient_rows<Config::kThreads>(params.dq, queries, query_start, head, kHeadDim);
+      zero_gradient_rows<T, Config::kThreads>(params.dq, queries, query_start, head, kHeadDim);
     }
     return;
   }

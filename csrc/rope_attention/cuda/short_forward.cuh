@@ -33,7 +33,7 @@ struct ShortForwardConfig {
   static constexpr int kPadding = 16;
   static constexpr int kColumns = 4;                     // of eight keys per step; registers decide
   static constexpr bool kQueriesInRegisters = false;
-  static constexpr int kRowBytes = kPaddedRowBytes<kHeadDim>;
+  static constexpr int kRowBytes = kPaddedRowBytes<bf16, kHeadDim>;
   static constexpr int kTileBytes = kKeys * kRowBytes;
   static constexpr int kWarpBytes = 16 * kRowBytes;  // a warp's queries, then its output
   static constexpr int kSharedBytes = 2 * kTileBytes + kWarps * kWarpBytes;
@@ -44,7 +44,7 @@ struct ShortForwardConfig {
 template <typename T, typename Config>
 struct ShortForwardWarp : SoftmaxRows<T, Config::kHeadDim, 1> {
   static constexpr int kHeadDim = Config::kHeadDim;
-  RowOperand<kHeadDim, 1, Config::kQueriesInRegisters> queries;
+  RowOperand<T, kHeadDim, 1, Config::kQueriesInRegisters> queries;
 
   __device__ ShortForwardWarp(uint32_t rows, float scale) : SoftmaxRows<T, kHeadDim, 1>(scale), queries(rows) {}
 
@@ -54,9 +54,9 @@ struct ShortForwardWarp : SoftmaxRows<T, Config::kHeadDim, 1> {
     float sums[1][2];
     while (true) {
       multiply_transposed<T, kHeadDim, 1, Config::kQueriesInRegisters, kColumns>(s, queries, keys);
-      if constexpr (kMasked) mask_columns<1, kColumns>(s, exist);
+      if constexpr (kMasked) mask_columns<1, kColumns>(s, exist, this->scale_log2);
       if (exact) this->template raise_reference<kColumns>(s);
-      if (!this->template exponentials<kColumns>(s, sums) || exact) break;
+      if (!this->template exponentials<kColumns>(s, sums, exact) || exact) break;
       exact = true;
     }
     this->add(sums);
@@ -95,8 +95,8 @@ __device__ __forceinline__ void attention_short_forward(const ShortForwardParams
   char* own = shared + 2 * Config::kTileBytes + warp_index * Config::kWarpBytes;
   // Keys and values from key `at` on, which no one reads yet or any more.
   auto load_keys = [&](int at, int exist, auto pairs) {
-    const Rows k{params.k + key_head * params.k_stride_head, params.k_stride_token};
-    const Rows v{params.v + key_head * params.v_stride_head, params.v_stride_token};
+    const Rows k{elements<T>(params.k) + key_head * params.k_stride_head, params.k_stride_token};
+    const Rows v{elements<T>(params.v) + key_head * params.v_stride_head, params.v_stride_token};
     copy_rows<T, Config>(v, base + Config::kTileBytes, key_start + at, exist);
     turn_rows<T, Config, Config::kThreads, pairs>(k, shared, key_start + at, exist, key_head, all.key_tables, threadIdx.x);
   };
@@ -105,7 +105,7 @@ __device__ __forceinline__ void attention_short_forward(const ShortForwardParams
   for (int round = 0; round < piece.rows; round += Config::kWarps * 16) {
     const int first = round + warp_index * 16, rows = min(16, piece.rows - first);
     if (keys > 0 && rows > 0) {
-      const Rows q{params.q + head * params.q_stride_head, params.q_stride_token};
+      const Rows q{elements<T>(params.q) + head * params.q_stride_head, params.q_stride_token};
       turn_rows<T, Config, 32, false>(q, own, piece.row + first, rows, head, params.tables, threadIdx.x % 32);
     }
     ShortForwardWarp<T, Config> warp(shared_address(own), params.scale);

@@ -34,10 +34,12 @@ class TileCopy {
   }
 
  public:
-  __device__ TileCopy(const uint16_t* first_row, int64_t stride_token, int head_dim)
-      : source(reinterpret_cast<const char*>(first_row + row() * stride_token + chunk() * 8)),
-        row_bytes(stride_token * 2),
-        exists(chunk() * 8 < head_dim) {}
+  // first_row: of elements of any size; strides and head_dim count elements.
+  template <typename E>
+  __device__ TileCopy(const E* first_row, int64_t stride_token, int head_dim)
+      : source(reinterpret_cast<const char*>(first_row + row() * stride_token) + chunk() * 16),
+        row_bytes(stride_token * static_cast<int>(sizeof(E))),
+        exists(chunk() * 16 < head_dim * static_cast<int>(sizeof(E))) {}
 
   // Start copying the next tile to shared address `tile`; `rows` are left in the sequence, what is missing becomes zero.
   __device__ __forceinline__ void next(uint32_t tile, int rows) {

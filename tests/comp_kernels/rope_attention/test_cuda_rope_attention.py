@@ -20,6 +20,8 @@ from comp_kernels.testing import (
     ATTENTION_CASES,
     AttentionCase,
     assert_within_budget,
+    attention_with_gradients,
+    check_huge_logits,
     check_rope_attention,
     make_attention_inputs,
     plain_rope_attention,
@@ -38,6 +40,13 @@ SIZES = [
     AttentionCase("tiles_128", [130, 0, 47], head_dim=128),
     AttentionCase("cross_128", [40, 9], lengths_k=[5, 90], head_dim=128, slack=3),
     AttentionCase("padded_88", [70, 21], head_dim=88),
+    AttentionCase("wide_192", [70, 0, 37], head_dim=192, heads=2, kv_heads=1, slack=3),
+    AttentionCase("wide_256", [67, 33], head_dim=256, heads=2),
+]
+FLOAT32 = [
+    *SIZES[:4],
+    *SIZES[4:],
+    AttentionCase("cross_256", [40, 9], lengths_k=[5, 90], head_dim=256, heads=2, kv_heads=1),
 ]
 
 
@@ -54,15 +63,52 @@ class TestAgainstTheReference:
         with launches_on_emulator(check_uninit_reg=True):
             check_rope_attention(case, torch.bfloat16, "cuda")
 
-    @pytest.mark.parametrize("case", [SIZES[0], SIZES[2], SIZES[4]], ids=lambda case: case.name)
+    @pytest.mark.parametrize("case", [SIZES[0], SIZES[2], SIZES[4], SIZES[-1]], ids=lambda case: case.name)
     def test_float16(self, case):
         with launches_on_emulator():
             check_rope_attention(case, torch.float16, "cuda")
 
-    def test_large_logits(self):
+    # one_token: of a single key dP - delta is zero but for the rounding of dP, and plain PyTorch has zero
+    @pytest.mark.parametrize(
+        "case", [case for case in [*HOSTILE, *FLOAT32] if case.name != "one_token"], ids=lambda case: case.name
+    )
+    def test_float32(self, case):
+        """Three TF32 products are as exact as float32."""
+        reports = []
+        with launches_on_emulator(reports, check_uninit_reg=True):
+            check_rope_attention(case, torch.float32, "cuda")
+        assert all("tf32x3" in name for name, _ in reports if "prepare" not in name)
+
+    @pytest.mark.parametrize("case", [SIZES[0], SIZES[4], SIZES[-1]], ids=lambda case: case.name)
+    def test_tf32(self, case):
+        """One TF32 product, where torch's own products may: 11 significant bits, those of float16."""
+        inputs = make_attention_inputs(case, torch.float32)
+        reports = []
+        torch.set_float32_matmul_precision("high")
+        try:
+            with launches_on_emulator(reports):
+                actual = attention_with_gradients(
+                    inputs, lambda *args, **kwargs: rope_attention(*args, return_lse=True, backend="cuda", **kwargs)
+                )
+        finally:
+            torch.set_float32_matmul_precision("highest")
+        assert not any("tf32x3" in name for name, _ in reports)
+        exact = attention_with_gradients(inputs, reference_with_lse, torch.float64)
+        peer = attention_with_gradients(inputs, plain_rope_attention, torch.float16)
+        for name, value in exact.items():
+            assert_within_budget(f"{case.name} {name}", actual[name], value, peer[name])
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+    def test_large_logits(self, dtype):
         case = AttentionCase("logits_of_1e4", [40, 9], layout=None, magnitude=50.0)
         with launches_on_emulator():
-            check_rope_attention(case, torch.bfloat16, "cuda")
+            check_rope_attention(case, dtype, "cuda")
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+    @pytest.mark.parametrize(("capability", "short"), [(80, 0), (90, 0), (90, 256)])
+    def test_huge_logits(self, dtype, capability, short):
+        with launches_on_emulator(capability=capability, short=short):
+            check_huge_logits(dtype, "cuda")
 
     def test_scores_that_rise_along_the_keys(self):
         """Every tile outgrows the reference of the tiles before, up and beyond what float16 holds."""
@@ -76,6 +122,18 @@ class TestAgainstTheReference:
         assert_within_budget("out", out, exact, rounded)
         assert_within_budget("lse", lse, exact_lse, rounded_lse.half())
 
+    @pytest.mark.parametrize(("capability", "lengths"), [(80, [40, 9]), (90, [140])])
+    @pytest.mark.parametrize("scale", [-0.3, 0.0])
+    def test_scales_that_are_not_positive(self, scale, capability, lengths):
+        """Keys beyond the end of a sequence weigh nothing all the same."""
+        inputs = make_attention_inputs(AttentionCase("scale", lengths, head_dim=64, heads=1, layout=None), torch.bfloat16)
+        tensors = (inputs.q, inputs.k, inputs.v)
+        with launches_on_emulator(capability=capability):
+            out = rope_attention(*tensors, cu_seqlens=inputs.cu_seqlens, scale=scale, backend="cuda")
+        exact = reference.rope_attention(*(x.double() for x in tensors), cu_seqlens=inputs.cu_seqlens, scale=scale)
+        rounded = reference.rope_attention(*tensors, cu_seqlens=inputs.cu_seqlens, scale=scale)
+        assert_within_budget("out", out, exact, rounded)
+
     def test_gradients_do_not_depend_on_the_schedule(self):
         inputs = make_attention_inputs(AttentionCase("seeds", [70, 33], head_dim=64, kv_heads=1), torch.bfloat16)
         tensors = (inputs.q, inputs.k, inputs.v)
@@ -88,6 +146,10 @@ class TestAgainstTheReference:
 
         for one, two in zip(gradients(1), gradients(2)):
             assert torch.equal(one, two)
+
+
+def reference_with_lse(*args, **kwargs):
+    return reference.rope_attention(*args, return_lse=True, **kwargs)
 
 
 SM90 = [
@@ -225,7 +287,7 @@ class TestShortSequences:
         (_, forward), (_, backward) = reports
         assert forward["tensor_flops"] == 2 * product
         assert backward["tensor_flops"] <= 5.2 * product  # warps of 32 keys
-        tensor, stats = sum(case.lengths) * case.heads * case.head_dim * 2, sum(case.lengths) * case.heads * 4
+        tensor, stats = sum(case.lengths) * case.heads * case.head_dim * 2, sum(case.lengths) * case.heads * 8
         tables = 2 * sum(case.lengths) * inputs.cos.shape[-1] * 4
         assert forward["global"]["unique_load_sectors"] * 32 <= 1.01 * (3 * tensor + tables)
         assert forward["global"]["unique_store_sectors"] * 32 <= 1.01 * (tensor + stats)
@@ -267,7 +329,7 @@ class TestCounters:
 
         tokens, sectors = sum(case.lengths), forward["global"]
         read = 3 * tokens * case.heads * head_dim * 2 + 2 * tokens * inputs.cos.shape[-1] * 4
-        written = tokens * case.heads * (head_dim * 2 + 4)
+        written = tokens * case.heads * (head_dim * 2 + 8)
         assert sectors["unique_load_sectors"] * 32 <= 1.01 * read
         assert sectors["unique_store_sectors"] * 32 <= 1.01 * written
 
@@ -290,6 +352,9 @@ class TestCounters:
 
 
 KINDS = ("forward", "backward", "forward_sm90", "backward_sm90", "short_forward", "short_backward")
+BUILT = [(kind, size) for kind in KINDS for size in (64, 72, 128)]
+BUILT += [(kind, 256) for kind in ("forward", "backward")]
+BUILT += [(kind, size) for kind in ("forward_f32", "backward_f32") for size in (64, 128, 256)]
 
 
 def compiled(file: str, head_size: int, folder: Path) -> tuple[Path, str]:
@@ -300,8 +365,7 @@ def compiled(file: str, head_size: int, folder: Path) -> tuple[Path, str]:
     return folder / "out.cubin", subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
-@pytest.mark.parametrize("head_size", [64, 72, 128])
-@pytest.mark.parametrize("file", KINDS)
+@pytest.mark.parametrize(("file", "head_size"), BUILT)
 @needs_cuda_emulation
 def test_machine_code_has_no_spills_and_no_serialised_products(file, head_size, tmp_path):
     _, remarks = compiled(file, head_size, tmp_path)
@@ -337,7 +401,7 @@ class TestHostCode:
 
     @pytest.mark.parametrize(
         ("head_dim", "dtype", "word"),
-        [(64, torch.bfloat16, None), (10, torch.float16, None), (64, torch.float32, "tf32"), (136, torch.float16, "128")],
+        [(64, torch.bfloat16, None), (10, torch.float32, None), (64, torch.float64, "float64"), (264, torch.float16, "256")],
     )
     def test_declines(self, head_dim, dtype, word):
         q = torch.zeros(4, 2, head_dim, dtype=dtype)
@@ -356,7 +420,7 @@ class TestHostCode:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"dtype": 0}, "dtype must be bfloat16 or float16"),
+            ({"dtype": 1}, "dtype must be bfloat16, float16 or float32"),
             ({"head_dim": 12}, "head_dim must be a multiple of 8"),
             ({"k_stride_token": 12}, "k must start at a multiple of 16 bytes"),
             ({"num_tokens": 2**31}, "at most"),
