@@ -16,6 +16,7 @@ from .files import write_json
 from .limits import position_limit
 from .model import VisionEncoder
 from .model.causal_lm import apply_liger, load_language_model
+from .model.lora import TOWER_TARGETS, add_lora
 from .model.multimodal import CoMP
 from .model.weights import MODELING_FILE, image_processor
 from .parallel import World, uses_fsdp
@@ -61,6 +62,10 @@ def build_model(
         model.freeze_prototypes()
     if "learned" in sources:
         model.learn_prototypes()
+    for part, module, targets in (("vision", encoder, TOWER_TARGETS), ("language", language_model, "all-linear")):
+        settings = getattr(config, part)
+        if settings.lora is not None:
+            add_lora(module, settings.lora, all_targets=targets, base=settings.path, field=f"{part}.lora")
     if config.activation_checkpointing:
         encoder.gradient_checkpointing = True
         if not language_model.supports_gradient_checkpointing:
@@ -188,7 +193,7 @@ def longest_answer(model: CoMP) -> int:
 
 def export_model(model: CoMP, template: ChatTemplate, config: Config, world: World, folder: Path) -> None:
     """Write `folder`/vision (with the adapter) and `folder`/language (with the tokenizer) for CoMP.from_pretrained and for
-    transformers alone.
+    transformers alone; LoRA's updates are merged there, and by themselves in `folder`/lora/{vision, language}.
 
     All processes call it: a sharded model is gathered on the CPU of the first.
     """

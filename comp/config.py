@@ -93,6 +93,25 @@ class TowerChoices:
 
 
 @dataclass(kw_only=True, slots=True)
+class LoRAConfig:
+    """Low-rank updates of a part's matrices, trained in place of all its parameters; needs the extra "lora" (peft)."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    """Updates are scaled by alpha / rank."""
+    dropout: float = 0.0
+    """On the input of an update."""
+    targets: tuple[str, ...] = ()
+    """Last parts of the names of the matrices: q_proj, v_proj of a language model, qkv, proj of a tower, ...; none: all of the
+    blocks."""
+
+    def __post_init__(self) -> None:
+        need(self.rank > 0, f"lora.rank must be positive, got {self.rank}")
+        need(self.alpha > 0, f"lora.alpha must be positive, got {self.alpha}")
+        need(0 <= self.dropout < 1, f"lora.dropout must lie in [0, 1), got {self.dropout}")
+
+
+@dataclass(kw_only=True, slots=True)
 class VisionConfig(TowerChoices):
     """The pre-trained vision tower."""
 
@@ -104,6 +123,8 @@ class VisionConfig(TowerChoices):
     """Side in pixels of the images the tower was pre-trained on; None: what its position table covers."""
     adapter_init: AdapterInit = "lecun"
     """Weights of a new adapter: "lecun" or "truncated" (`comp.model.Adapter`)."""
+    lora: LoRAConfig | None = None
+    """Train low-rank updates of the tower; null: all of it."""
 
     def __post_init__(self) -> None:
         need_literals(self, "vision.")
@@ -140,6 +161,8 @@ class LanguageConfig:
     liger: bool = False
     """Liger's RMSNorm and SwiGLU in the model, from the package liger-kernel; needs a GPU. Its fused cross-entropy is used on
     GPUs wherever the package is installed."""
+    lora: LoRAConfig | None = None
+    """Train low-rank updates of the language model; null: all of it."""
 
     def __post_init__(self) -> None:
         need_literals(self, "language.")

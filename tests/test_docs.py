@@ -60,6 +60,8 @@ def test_python_example_runs(code, tmp_path, monkeypatch):
             pytest.skip("timm is not installed (pip install --no-deps timm)")
     if "from kernels import" in code and importlib.util.find_spec("kernels") is None:
         pytest.skip("kernels is not installed (pip install kernels)")
+    if ".lora=" in code and importlib.util.find_spec("peft") is None:
+        pytest.skip("peft is not installed (pip install 'comp-kernels[lora]')")
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "example", "exec"), {"__name__": "example"})
 

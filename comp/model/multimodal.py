@@ -30,6 +30,7 @@ from .adapter import Adapter
 from .causal_lm import evaluation_mode, load_language_model, split
 from .folder import read_object
 from .generation import ALONE, continue_rows, plain_config, rows_together, sharing_of
+from .lora import has_lora, merged_state, save_adapter
 from .losses import (
     Head,
     Learned,
@@ -168,12 +169,17 @@ class CoMP(nn.Module):
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write `folder`/vision (the encoder with its adapter) and `folder`/language, what joins them in config.json, and
         modeling_comp.py, so that transformers alone runs the whole:
-        AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).
+        AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True). LoRA's updates are merged in both and
+        stand by themselves in `folder`/lora.
 
         Tokenizer and processor are comp.build.save_processor's."""
         folder = Path(folder)
         self.encoder.save_pretrained(folder / "vision")
-        self.language_model.save_pretrained(folder / "language")
+        merged = merged_state(self.language_model) if has_lora(self.language_model) else None
+        self.language_model.save_pretrained(folder / "language", state_dict=merged)
+        for part, module in (("vision", self.encoder), ("language", self.language_model)):
+            if has_lora(module):
+                save_adapter(module, folder / "lora" / part)
         settings = dict(
             model_type="comp",
             architectures=["CompForConditionalGeneration"],

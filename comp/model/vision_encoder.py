@@ -25,6 +25,7 @@ from ..data.images import check_grid, prepare_image, to_raster
 from . import weights
 from .adapter import Adapter
 from .folder import warn_of_non_finite
+from .lora import merged_state
 from .positions import Grids, in_token_order, patch_positions, resample_table, rotary_tables, sincos_table
 from .vit_config import ACTIVATIONS, ViTConfig
 
@@ -207,7 +208,7 @@ class VisionEncoder(nn.Module):
     def save_pretrained(self, path: str | os.PathLike) -> None:
         """Write the encoder with its adapter and modeling_comp.py, so that transformers alone runs it:
         AutoModel.from_pretrained(path, trust_remote_code=True). `from_pretrained` gives the same encoder back."""
-        weights.write_tower(path, self.config, self.state_dict())
+        weights.write_tower(path, self.config, merged_state(self))
 
     def save_as_transformers(self, path: str | os.PathLike) -> None:
         """Write the tower, without its adapter, for the class of transformers that it came from (SiglipVisionModel,
@@ -216,7 +217,7 @@ class VisionEncoder(nn.Module):
         Raises ValueError with what is in the way: rotary embedding, prefix tokens or a final norm that were left out, the
         position table in another order.
         """
-        weights.write_transformers_tower(path, self.config, self.state_dict())
+        weights.write_transformers_tower(path, self.config, merged_state(self))
 
     def forward(
         self, pixel_values: Tensor, grid_thw: Tensor, return_layers: Sequence[int] | None = None

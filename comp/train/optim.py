@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..config import OptimConfig
+from ..model.lora import MARK as LORA
 
 
 @dataclass(kw_only=True, slots=True)
@@ -26,11 +27,13 @@ class PartReport:
 
 
 def set_trainable(model: nn.Module, trainable: Iterable[str]) -> None:
-    """Switch gradients on for the parameters of the named parts, off for all others."""
+    """Switch gradients on for the parameters of the named parts, off for all others. Of a part with LoRA the updates alone
+    train."""
     trainable = set(trainable)
     for part, parameters in model.named_parts().items():
-        for parameter in parameters.values():
-            parameter.requires_grad_(part in trainable)
+        updates = {name for name in parameters if LORA in name}
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(part in trainable and (not updates or name in updates))
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
