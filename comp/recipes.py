@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 from .config import (
     AlignmentConfig,
@@ -23,12 +24,19 @@ from .config import (
 )
 from .tiny.recipe import smollm2, tiny
 
+MIXTURES = Path(__file__).parent / "mixtures"
+
+
+def mixture(name: str) -> str:
+    """A list of files as the paper and its code name them; they are looked for in data/ (docs/checkpoints.md)."""
+    return str(MIXTURES / f"{name}.yaml")
+
+
 # --- the models of the paper ------------------------------------------------------------------------------------------------
 
 
 def paper(name: str, vision: VisionConfig, language: LanguageConfig) -> Config:
-    """The paper's four stages. Data lists are not published: write data/stage{1,2,3}.yaml (docs/training.md) or override
-    `stages.N.data`."""
+    """The paper's four stages, on its mixtures; override `stages.N.data` for others."""
     adapter_only = StageConfig(
         name="I",
         trainable=("adapter",),  # [P]
@@ -47,7 +55,7 @@ def paper(name: str, vision: VisionConfig, language: LanguageConfig) -> Config:
             max_grad_norm=1.0,  # [S] library default
         ),
         alignment=AlignmentConfig(weight=0.05, epsilon=0.005, temperature=0.005),  # [P] section 3.3 and appendix C
-        data=[SourceConfig(path="data/stage1.yaml")],  # [P] LLaVA-Pretrain, 558K
+        data=[SourceConfig(path=mixture("stage1"))],  # [P] LLaVA-Pretrain, 558K
     )
     fixed = StageConfig(
         name="II-a",
@@ -60,7 +68,7 @@ def paper(name: str, vision: VisionConfig, language: LanguageConfig) -> Config:
         forward_text_tokens=24000,  # [A]
         optim=OptimConfig(lr_vision=1e-4, lr_adapter=5e-3, lr_language=2e-5),  # [P]
         alignment=AlignmentConfig(weight=0.05, epsilon=0.005, temperature=0.005),  # [P]
-        data=[SourceConfig(path="data/stage2.yaml")],  # [P] SynthDoG, UReader-TR, recaptioned CC3M, 118K and 558K, DenseFusion
+        data=[SourceConfig(path=mixture("stage2"))],  # [P] SynthDoG, UReader-TR, recaptioned CC3M, 118K and 558K, DenseFusion
     )
     native = StageConfig(
         name="II-b",
@@ -73,7 +81,7 @@ def paper(name: str, vision: VisionConfig, language: LanguageConfig) -> Config:
         forward_text_tokens=24000,  # [A]
         optim=OptimConfig(lr_vision=1e-4, lr_adapter=5e-3, lr_language=2e-5),  # [P]
         alignment=AlignmentConfig(weight=0.05, epsilon=0.005, temperature=0.005),  # [P]
-        data=[SourceConfig(path="data/stage2.yaml")],  # [S] the same set again
+        data=[SourceConfig(path=mixture("stage2"))],  # [S] the same set again
     )
     instruction = StageConfig(
         name="III",
@@ -90,7 +98,7 @@ def paper(name: str, vision: VisionConfig, language: LanguageConfig) -> Config:
             lr_language=1e-5,  # [P]
         ),
         alignment=None,  # [P] Eq. 11: next-token loss only
-        data=[SourceConfig(path="data/stage3.yaml")],  # [P] LLaVA-NeXT and LLaVA-OneVision single image, 3.2M
+        data=[SourceConfig(path=mixture("stage3"))],  # [P] LLaVA-NeXT and LLaVA-OneVision single image, 3.2M
     )
     return Config(
         name=name,
@@ -141,14 +149,11 @@ def siglip_so400m_qwen2_5_7b() -> Config:
     )
 
 
-def comp_siglip_so400m_qwen2_5_0_5b() -> Config:
-    """CoMP-MM-1B that starts from the released CoMP-SigLIP ([S] comp_1b_comp_siglip.sh): the tower knows native resolution and
-    words already, so rotary embedding is on from the first step, Stage II is one native pass, and nothing is aligned."""
-    config = paper(
-        "comp-siglip-so400m_qwen2.5-0.5b",
-        VisionConfig(path="SliMM-X/CoMP-SigLIP-So400M", adapter_init="lecun"),
-        LanguageConfig(path="Qwen/Qwen2.5-0.5B-Instruct"),
-    )
+def from_comp_siglip(name: str, language: str) -> Config:
+    """Starts from the released CoMP-SigLIP ([S] comp_1b_comp_siglip.sh). The tower knows native resolution and words already:
+    rotary embedding is on from the first step, Stage II is one native pass, and nothing is aligned."""
+    vision = VisionConfig(path="SliMM-X/CoMP-SigLIP-So400M", adapter_init="lecun")
+    config = paper(name, vision, LanguageConfig(path=language))
     adapter_only, _, native, instruction = config.stages
     adapter_only.rope, adapter_only.resolution = True, None
     native.name = "II"
@@ -157,6 +162,16 @@ def comp_siglip_so400m_qwen2_5_0_5b() -> Config:
     for stage in config.stages:
         stage.alignment = None
     return config
+
+
+def comp_siglip_so400m_qwen2_5_0_5b() -> Config:
+    """CoMP-MM-1B from CoMP-SigLIP."""
+    return from_comp_siglip("comp-siglip-so400m_qwen2.5-0.5b", "Qwen/Qwen2.5-0.5B-Instruct")
+
+
+def comp_siglip_so400m_qwen2_5_7b() -> Config:
+    """CoMP-MM-7B from CoMP-SigLIP, Table 1; [A] the schedule of the 1B script, there is none for 7B."""
+    return from_comp_siglip("comp-siglip-so400m_qwen2.5-7b", "Qwen/Qwen2.5-7B")
 
 
 def clip_large_qwen2_5_0_5b() -> Config:
@@ -204,7 +219,7 @@ def frozen_tower(name: str, path: str, *, resolution: int, merge_size: int, rope
         forward_visual_tokens=8192,  # [A]
         forward_text_tokens=16384,  # [A]
         optim=OptimConfig(lr_adapter=8e-5, lr_language=1e-5, warmup_ratio=0.05, min_lr_ratio=0.0),  # [P]
-        data=[SourceConfig(path="data/llava_sft.yaml")],  # [P] LLaVA's SFT data, one epoch, 5,197 steps
+        data=[SourceConfig(path=mixture("llava_sft"))],  # [P] LLaVA's SFT data, one epoch, 5,197 steps
     )
     return Config(
         name=name,
@@ -236,6 +251,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "aimv2-large_qwen2.5-0.5b": aimv2_large_qwen2_5_0_5b,
     "comp-siglip-so400m_qwen2.5-0.5b": comp_siglip_so400m_qwen2_5_0_5b,
     "siglip-so400m_qwen2.5-7b": siglip_so400m_qwen2_5_7b,
+    "comp-siglip-so400m_qwen2.5-7b": comp_siglip_so400m_qwen2_5_7b,
     "clip-large_qwen2.5-0.5b": clip_large_qwen2_5_0_5b,
     "siglip-base_qwen2.5-0.5b": siglip_base_qwen2_5_0_5b,
     "siglip2-so400m_qwen2.5-0.5b": siglip2_so400m_qwen2_5_0_5b,

@@ -1,19 +1,23 @@
 """Mixtures: several sources sampled by strategy and joined, and the order in which training visits them.
 
-YAML mixtures use LLaVA's form; `json_path` and `images` are relative to the YAML file:
+YAML mixtures use LLaVA's form; `json_path` and `images` are relative to the YAML file, or to `root` where that is given, a
+folder relative to the one that the run is started in:
 
+    root: data                            # optional
     datasets:
       - json_path: blip558k.json
         sampling_strategy: all            # all, first:N, end:N, random:N; N a count or P%
         images: /data/blip558k            # optional: the folder of json_path without it
         images_anywhere: true             # optional: image names may lead out of it
+        samples, source, licence: ...     # optional: told where the file is missing
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
@@ -21,6 +25,9 @@ import yaml
 from ..config import ConfigError, SourceConfig, parse_sampling
 from .batch import Sample
 from .datasets import Dataset, LlavaDataset, dataset_from_factory
+
+TOLD = ("samples", "source", "licence")
+"""Of an entry of a YAML mixture: nothing reads them but who misses the file."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,7 @@ class Mixture:
 
 def open_sources(sources: Sequence[SourceConfig], seed: int) -> Mixture:
     """The mixture of `sources`; `seed` draws the samples of "random:N"."""
+    check_files(sources)
     parts = []
     for source in sources:
         for name, dataset, sampling in _open_source(source):
@@ -106,7 +114,26 @@ def _open_file(path: Path, images: str | Path | None, images_anywhere: bool, sam
     return str(path.resolve()), LlavaDataset(path, images, images_anywhere=images_anywhere), sampling
 
 
-def _open_yaml(source: SourceConfig) -> Iterator[tuple[str, Dataset, str]]:
+def check_files(sources: Iterable[SourceConfig]) -> None:
+    """ConfigError that names every file that `sources` lack, with what their mixtures say of it, before any is read."""
+    lacking: dict[str, str] = {}
+    for source in sources:
+        if source.path is None or Path(source.path).suffix not in (".yaml", ".yml"):
+            continue
+        root, entries = _read_yaml(source)
+        for entry in entries:
+            path = root / entry["json_path"]
+            if not path.is_file():
+                known = [f"{name} {entry[name]}" for name in TOLD if name in entry]
+                lacking[str(path)] = f"  {path}" + "".join(f"\n      {line}" for line in known)
+    if lacking:
+        raise ConfigError(
+            f"{len(lacking)} files of the mixtures are missing (docs/checkpoints.md):\n" + "\n".join(lacking.values())
+        )
+
+
+def _read_yaml(source: SourceConfig) -> tuple[Path, list[dict[str, Any]]]:
+    """Where the names of a mixture start, and its entries."""
     path = Path(source.path)
     if source.sampling != "all":
         raise ConfigError(f"data.sampling of {path} must be all: the entries of a YAML mixture carry their own strategies")
@@ -122,20 +149,29 @@ def _open_yaml(source: SourceConfig) -> Iterator[tuple[str, Dataset, str]]:
     for number, entry in enumerate(entries):
         if not isinstance(entry, dict):
             raise ConfigError(f"{path}, datasets[{number}] must be a mapping, got {entry!r}")
-        unknown = set(entry) - {"json_path", "sampling_strategy", "images", "images_anywhere"}
-        if unknown or "json_path" not in entry:
+        unknown = set(entry) - {"json_path", "sampling_strategy", "images", "images_anywhere", *TOLD}
+        if unknown or not isinstance(entry.get("json_path"), str):
             raise ConfigError(
-                f"{path}, datasets[{number}]: needs json_path, may have sampling_strategy, images and images_anywhere; "
-                f"got {sorted(map(str, entry))}"
+                f"{path}, datasets[{number}]: needs json_path, may have sampling_strategy, images, images_anywhere and "
+                f"{', '.join(TOLD)}; got {sorted(map(str, entry))}"
             )
         anywhere = entry.get("images_anywhere", source.images_anywhere)
         if not isinstance(anywhere, bool):
             raise ConfigError(f"{path}, datasets[{number}]: images_anywhere must be true or false, got {anywhere!r}")
+    root = content.get("root")
+    if not isinstance(root, str | None):
+        raise ConfigError(f"{path}: root must be the name of a folder, got {root!r}")
+    return path.parent if root is None else Path(root), entries
+
+
+def _open_yaml(source: SourceConfig) -> Iterator[tuple[str, Dataset, str]]:
+    root, entries = _read_yaml(source)
+    for entry in entries:
         images = entry.get("images", source.images)
         yield _open_file(
-            path.parent / entry["json_path"],
-            None if images is None else path.parent / images,
-            anywhere,
+            root / entry["json_path"],
+            None if images is None else root / images,
+            entry.get("images_anywhere", source.images_anywhere),
             str(entry.get("sampling_strategy", "all")),
         )
 

@@ -23,7 +23,7 @@ from ..build import build_model, export_model, sample_encoder, set_position_mode
 from ..config import BEFORE, Config, ConfigError, StageConfig
 from ..data.datasets import BadSampleError
 from ..data.loader import Skipped, StepData, StepDataset, iterate_steps
-from ..data.mixture import open_sources
+from ..data.mixture import check_files, open_sources
 from ..data.template import num_rows
 from ..eval.vqa import answer_questions, blind_baselines, scores_by_type, write_predictions
 from ..files import write_json
@@ -68,6 +68,7 @@ class Trainer:
         self._started = time.monotonic() - self.state.seconds
 
         # data and folder first: a wrong path should not wait for the weights
+        check_files([source for stage in config.stages for source in stage.data] + config.eval.data)
         self.sources = [open_sources(stage.data, config.seed) for stage in config.stages]
         self.held_out = open_sources(config.eval.data, config.seed) if config.eval.data else None
         claim_folder(self.folder, config, self.world)
