@@ -170,11 +170,7 @@ class Checkpoint:
     def open(cls, path: str | os.PathLike) -> Checkpoint:
         directory = Path(path)
         if not directory.is_dir():
-            from huggingface_hub import snapshot_download
-
-            directory = Path(
-                snapshot_download(str(path), allow_patterns=["*.json", "model*.safetensors", "pytorch_model*.bin"])
-            )
+            directory = fetch(str(path))
         if not (directory / "config.json").is_file():
             raise ValueError(f"path must hold a config.json, {directory} has {sorted(os.listdir(directory))}")
         config = read_object(directory / "config.json")
@@ -238,6 +234,17 @@ class Checkpoint:
         """A checkpoint of the released CoMP code: it has a flag `use_rope` or an adapter, and not our "comp" section."""
         settings = {**self.config, **(self.config.get("vision_config") or {})}
         return "comp" not in settings and ("use_rope" in settings or self.has_adapter)
+
+
+def fetch(hub_id: str) -> Path:
+    """The folder of a repository of the hub: its weights as safetensors, or pickled where it has no others; not both."""
+    from huggingface_hub import snapshot_download
+
+    for names in (("model*.safetensors", "vision/model*.safetensors"), ("pytorch_model*.bin",)):
+        folder = Path(snapshot_download(hub_id, allow_patterns=["*.json", *names]))
+        if any(file for name in names for file in folder.glob(name)):
+            break
+    return folder
 
 
 def tower_config(checkpoint: Checkpoint, choices: dict[str, Any], path: str | os.PathLike) -> ViTConfig:

@@ -1,5 +1,6 @@
 """Reading and writing checkpoints: strict both ways, the layouts of transformers and of the released CoMP code."""
 
+import fnmatch
 import json
 import re
 import warnings
@@ -287,6 +288,31 @@ def test_released_layout_without_rope(tower_directory, tmp_path):
     path = rewrite(tower_directory("siglip"), tmp_path / "released", change)
     with pytest.warns(UserWarning, match="raster_legacy"):
         assert VisionEncoder.from_pretrained(path).pos_mode == "abs"
+
+
+@pytest.mark.parametrize("kinds", [("safetensors",), ("bin",), ("safetensors", "bin")])
+def test_of_a_hub_repository_one_kind_of_weights_is_fetched(kinds, tower_directory, tmp_path, monkeypatch):
+    source, cache = tower_directory("siglip"), tmp_path / "cache"
+    cache.mkdir()
+    held = {"config.json": source / "config.json"}
+    if "bin" in kinds:
+        torch.save(load_file(source / "model.safetensors"), tmp_path / "pytorch_model.bin")
+        held["pytorch_model.bin"] = tmp_path / "pytorch_model.bin"
+    if "safetensors" in kinds:
+        held["model.safetensors"] = source / "model.safetensors"
+
+    def snapshot_download(hub_id, allow_patterns):
+        assert hub_id == "somebody/siglip"
+        for name, path in held.items():
+            if any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
+                (cache / name).write_bytes(path.read_bytes())
+        return str(cache)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    encoder = VisionEncoder.from_pretrained("somebody/siglip")
+    assert torch.equal(encoder.pos_embed, VisionEncoder.from_pretrained(source).pos_embed)
+    fetched = "pytorch_model.bin" if kinds == ("bin",) else "model.safetensors"
+    assert {path.name for path in cache.iterdir()} == {"config.json", fetched}
 
 
 def test_a_directory_without_a_checkpoint(tmp_path):
