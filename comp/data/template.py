@@ -49,9 +49,15 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a directory or hub id, with the special tokens of the template added where they are missing.
 
     The word embeddings must have `num_rows(tokenizer)` rows afterwards. Padding is <|endoftext|>, an answer ends at <|im_end|>.
+
+    Raises ValueError where there are no words: transformers makes an empty tokenizer of a folder that holds none
+    (findings/transformers_empty_tokenizer.sh).
     """
     tokenizer = AutoTokenizer.from_pretrained(path)
     known = tokenizer.get_vocab()
+    ids = tokenizer("a picture", add_special_tokens=False)["input_ids"]
+    if not ids or set(ids) == {tokenizer.unk_token_id}:
+        raise ValueError(f"{path} has no tokenizer.json, or one without words: text becomes {ids} by its {len(known)} words")
     tokenizer.add_tokens([token for token in SPECIAL_TOKENS if token not in known], special_tokens=True)
     _check_ids(tokenizer, known)
     tokenizer.pad_token, tokenizer.eos_token = END_OF_TEXT, TURN_END

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..config import Config, ConfigError
 from ..config_io import differences, read_config, to_dict
-from ..files import write_json
+from ..files import checksum, write_json
 from ..parallel import World
 from .checkpoint import CheckpointStore, read_progress
 
@@ -55,13 +55,14 @@ class RunState:
     notes: list[str] = field(default_factory=list)  # what of the records is not read
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     metrics_bytes: int = 0  # length of metrics.jsonl that belongs to this state
+    checksums: dict[str, int] = field(default_factory=dict)  # of that and of other files beside the checkpoints that it needs
 
 
 def find_state(folder: Path, config: Config, store: CheckpointStore, *, resume: bool) -> tuple[RunState, Path | None]:
     """Where a run in `folder` begins: at its newest intact checkpoint when resuming, else at the start. Damaged ones are named.
 
     ConfigError: the folder holds results and `resume` is false, the run in it was started with another configuration, its
-    records are gone while its checkpoints are there, or all its checkpoints are damaged.
+    records are gone or changed while its checkpoints are there, or all its checkpoints are damaged.
     """
     metrics, stored = folder / "metrics.jsonl", folder / "config.json"
     holds_results = stored.is_file() and metrics.is_file() and metrics.stat().st_size > 0
@@ -86,9 +87,20 @@ def find_state(folder: Path, config: Config, store: CheckpointStore, *, resume: 
     if checkpoint is None:
         return RunState(), None
     try:
-        return RunState(**read_progress(checkpoint)), checkpoint
+        state = RunState(**read_progress(checkpoint))
     except TypeError as error:
         raise ConfigError(f"checkpoint {checkpoint} is of another version: {error}") from error
+    if metrics.stat().st_size < state.metrics_bytes or not is_unchanged(metrics, state, state.metrics_bytes):
+        raise ConfigError(
+            f"{metrics} is not what it was when {checkpoint} was written ({metrics.stat().st_size} bytes, it had "
+            f"{state.metrics_bytes}); restore it, or choose another name=NAME"
+        )
+    return state, checkpoint
+
+
+def is_unchanged(path: Path, state: RunState, num_bytes: int | None = None) -> bool:
+    """Whether a file, or its first `num_bytes`, is what it was when the state was saved; older versions did not note it."""
+    return state.checksums.get(path.name) in (None, checksum(path, num_bytes))
 
 
 def claim_folder(folder: Path, config: Config, world: World) -> None:

@@ -26,14 +26,14 @@ from ..data.loader import Skipped, StepData, StepDataset, iterate_steps
 from ..data.mixture import check_files, open_sources
 from ..data.template import num_rows
 from ..eval.vqa import answer_questions, blind_baselines, scores_by_type, write_predictions
-from ..files import write_json
+from ..files import checksum, write_json
 from ..log import MetricsLog, Progress, table
 from ..parallel import distribute, gathered, note_trainable_changed, start_world, uses_bf16, uses_fsdp
 from .checkpoint import CheckpointError, CheckpointStore
 from .optim import build_optimizer, lr_multiplier, part_reports, set_learning_rates, set_trainable
 from .plots import plot_run
 from .prior import count_words
-from .run_state import claim_folder, find_state
+from .run_state import claim_folder, find_state, is_unchanged
 from .startup import Startup
 from .step import StepTotals, seed_step, train_step
 from .summary import result_table, summarize
@@ -291,23 +291,28 @@ class Trainer:
         if not aligned:
             return
         path = self.folder / "word_counts.npy"
-        counts = self._stored_counts(path) if self._checkpoint is not None else None
+        rows = num_rows(self.template.tokenizer)
+        counts = self._stored_counts(path, rows) if self._checkpoint is not None else None
         if counts is None:
-            counts = count_words(self.sources[aligned[-1]], self.template, num_rows(self.template.tokenizer), self.world)
+            counts = count_words(self.sources[aligned[-1]], self.template, rows, self.world)
             if self.world.is_main:
                 temporary = path.with_name(".writing-word_counts.npy")
                 np.save(temporary, counts.numpy())
                 temporary.rename(path)
+        if self.world.is_main:
+            self.state.checksums[path.name] = checksum(path)
         self.model.set_word_counts(counts)
         self.startup.say("words counted")
 
-    def _stored_counts(self, path: Path) -> torch.Tensor | None:
-        """The counts of the run that is continued; None on every process where one cannot read them: they are counted again."""
+    def _stored_counts(self, path: Path, rows: int) -> torch.Tensor | None:
+        """The counts of the run that is continued; None on every process where one cannot read them, or they have changed: they
+        are counted again."""
         try:
-            counts = torch.from_numpy(np.load(path))
+            stored = np.load(path) if is_unchanged(path, self.state) else None
         except (OSError, ValueError, EOFError):
-            counts = None
-        return counts if all(self.world.gather(counts is not None)) else None
+            stored = None
+        is_whole = stored is not None and stored.shape == (rows,) and stored.dtype == np.int64
+        return torch.from_numpy(stored) if all(self.world.gather(is_whole)) else None
 
     def _open_log(self) -> MetricsLog:
         return MetricsLog(
@@ -322,6 +327,7 @@ class Trainer:
         state.seconds = time.monotonic() - self._started
         if self.world.is_main:
             state.metrics_bytes = self.log.num_bytes()
+            state.checksums[self.log.path.name] = checksum(self.log.path)
         self.store.save(state.step, self.model, optimizer, asdict(state))
 
     def _export(self, stage: StageConfig) -> None:

@@ -112,7 +112,7 @@ def inverse_lengths(x: Tensor) -> tuple[Tensor, Tensor]:
     """One over the lengths [n] of the rows of x [n, D], 0 for those without a direction, and the rows of length one."""
     length = torch.linalg.vector_norm(x, dim=-1)
     too_long = length == torch.inf  # in the squares
-    factor = torch.where(too_long, SCALE_DOWN[x.dtype], 1.0).to(x.dtype)
+    factor = torch.ones_like(length).masked_fill_(too_long, SCALE_DOWN[x.dtype])
     if bool(too_long.any()):
         x = x * factor.unsqueeze(-1)
         length = torch.where(too_long, torch.linalg.vector_norm(x, dim=-1), length)

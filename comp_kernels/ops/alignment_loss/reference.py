@@ -9,8 +9,9 @@ from torch import Tensor
 from ..sinkhorn.reference import sinkhorn
 
 MODES = ("sinkhorn", "literal", "released", "softmax")
-SCALE_DOWN = {torch.float32: 2.0**-80, torch.float64: 2.0**-600}  # the largest number's square is in range, sums of them too
 NORM_FLOOR = 1e-12  # rows shorter than this count as zero; torch.nn.functional.normalize divides by it
+# For rows whose squares are beyond the range: sums of squares are within it then, and no row falls below the floor.
+SCALE_DOWN = {torch.float32: 2.0**-80, torch.float64: 2.0**-540}
 
 
 def unit_rows(x: Tensor) -> Tensor:

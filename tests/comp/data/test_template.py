@@ -2,6 +2,7 @@
 
 import pytest
 from toy import make_tokenizer
+from transformers import Qwen2Config
 
 from comp.data.batch import Message, Sample
 from comp.data.template import SPECIAL_TOKENS, ChatTemplate, load_tokenizer
@@ -22,6 +23,13 @@ def test_missing_special_tokens_are_added_and_named(template):
     assert all(token in template.tokenizer.get_vocab() for token in SPECIAL_TOKENS)
     with pytest.raises(ValueError, match="lacks <\\|vision_start\\|>, <\\|vision_end\\|>, <\\|image_pad\\|>"):
         ChatTemplate(make_tokenizer())
+
+
+def test_a_tokenizer_without_words_is_refused(tmp_path):
+    """transformers makes an empty one of a folder that has config.json alone; every text would be nothing."""
+    Qwen2Config(vocab_size=300).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"has no tokenizer\.json, or one without words"):
+        load_tokenizer(str(tmp_path))
 
 
 def test_two_turn_chat_by_hand(template):

@@ -280,12 +280,17 @@ def test_nan_reaches_the_loss(mode, normalize, backend):
 
 @pytest.mark.parametrize("backend", ("reference", "cpu"))
 @pytest.mark.parametrize("mode", MODES)
-def test_squares_beyond_the_range_of_float32(mode, backend):
+@pytest.mark.parametrize(
+    ("dtype", "scales"),
+    [(torch.float32, (2.0**63, 2.0**100, 2.0**124, 2.0**-26)), (torch.float64, (2.0**511, 2.0**530, 2.0**800, 2.0**1020))],
+    ids=str,
+)
+def test_squares_beyond_the_range(dtype, scales, mode, backend):
     """Directions do not depend on lengths, 1e30 or 1e-8."""
-    vision, text, prototypes = (torch.randn(n, 8) for n in (5, 5, 300))
+    vision, text, prototypes = (torch.randn(n, 8, dtype=dtype).clamp(-4, 4) for n in (5, 5, 300))
     settings = dict(mode=mode, epsilon=0.05, temperature=0.05, backend=backend)
     expected = ck.alignment_loss(vision, text, prototypes, **settings)
-    for scale in (2.0**100, 2.0**-26):
+    for scale in scales:
         scaled = [
             x.index_fill(0, torch.tensor(1), 0.0).index_add(0, torch.tensor([1]), x[1:2] * scale)
             for x in (vision, text, prototypes)

@@ -97,6 +97,36 @@ def test_rows_beyond_the_range_of_a_float(backend):
         assert_within_budget(label, *triple, factor=4.0)
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64), ids=str)
+@pytest.mark.parametrize("order", ("cols_rows", "rows_cols"))
+@pytest.mark.parametrize("tol", (None, 1e-3))
+@pytest.mark.parametrize("bits", (20, 27, 30, 40))
+def test_exponents_without_digits_left(bits, tol, order, dtype):
+    """At 2^27 neighbouring float32 numbers are 16 nats apart: potentials of that size need double, or plans end as NaN."""
+    torch.manual_seed(bits)
+    scores = (torch.randn(2, 40, 50) * 2.0**bits).to(dtype)
+    scores[1] *= 2.0**-bits  # beside an ordinary one
+    settings = dict(epsilon=1.0, num_iters=6, tol=tol, order=order)
+    exact = reference.sinkhorn(scores.double(), **settings)
+    plan = ck.sinkhorn(scores, **settings, backend="cpu")
+    torch.testing.assert_close(plan.double(), exact, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize("places", [(slice(None), slice(None)), (3, slice(None)), (slice(None), 300), (3, 300)], ids=str)
+def test_plans_are_plans_however_large_the_scores(places, dtype):
+    """Where not even double has digits left, rows still sum to their marginals; infinite and undefined scores stay visible."""
+    torch.manual_seed(0)
+    for size in (1e6, 1e9, 1e20, 1e37):
+        scores = torch.randn(40, 400, dtype=dtype)
+        scores[places] *= size
+        plan = ck.sinkhorn(scores, epsilon=0.05, backend="cpu")
+        torch.testing.assert_close(plan.sum(-1), torch.ones(40, dtype=dtype), rtol=1e-5, atol=0)
+        assert plan.amax() <= 1 + 1e-6
+        scores[7, 9] = torch.nan
+        assert ck.sinkhorn(scores, epsilon=0.05, backend="cpu").isnan().any()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_columns_beyond_the_range_of_a_float(backend):
     """Row masses that span 30 orders of magnitude take whole columns below the range between two half steps."""

@@ -7,7 +7,8 @@
 // The first E has no potentials: it is taken as it is where its column sums stay well inside the range of floating point, else with
 // each column's maximum subtracted. It is written to the memory of a result and serves all iterations, each of which reads it once:
 // rows that were scaled are still at hand for the column sums of the next iteration, or for the plan. Where x grows too uneven for
-// E to hold every term that counts, E is taken again with the potentials reached, u_i + log2 x_i and v_k + log2 w_k.
+// E to hold every term that counts, E is taken again with the potentials reached, u_i + log2 x_i and v_k + log2 w_k. Where those
+// are too large for their digits, the item starts again in double (wide.h).
 #include "../sinkhorn.h"
 
 #include <algorithm>
@@ -18,6 +19,7 @@
 #include "blocks.h"
 #include "loops.h"
 #include "range.h"
+#include "wide.h"
 
 namespace comp_kernels::COMP_KERNELS_ISA {
 namespace {
@@ -35,8 +37,9 @@ int64_t row_chunks(int64_t num_rows, int64_t row_bytes) {
 }
 
 // An item between its half steps. Its potentials u, v are in the memory of the results: those of E while that is kept, in bits.
-template <typename T>
+template <typename S>
 struct Item {
+  using T = Compute<S>;
   Item(int64_t rows, int64_t cols, int64_t chunks) : x(rows), w(cols), sums(new T[chunks * cols]), row_sums(rows) {}
   T* e = nullptr;  // [n, K] memory of E: of this plan, or of one whose turn comes later
   std::vector<T> x, w;           // [n], [K]
@@ -46,6 +49,7 @@ struct Item {
   int64_t iter = 0;      // iterations done
   bool kept = false;     // the plan is x E w, and sums are current
   bool written = false;  // the memory of the result holds the plan already
+  std::unique_ptr<WideItem<S>> wide;  // in place of all that
 };
 
 template <typename S>
@@ -69,9 +73,9 @@ class Solve {
     // A batch beyond the cache keeps E apart from its plans, which are written past the cache: their lines are not read first and
     // do not drive out E. Its memory is that of the last plans, which are then made in place.
     const int64_t apart = one_fits && p_.num_items * bytes > kCacheBytes ? p_.num_items - teams : 0;
-    std::vector<std::unique_ptr<Item<T>>> item(teams);  // made by the thread that uses it
+    std::vector<std::unique_ptr<Item<S>>> item(teams);  // made by the thread that uses it
     auto run_on = [&](int64_t t, int64_t g, int64_t place) {
-      if (!item[t]) item[t] = std::make_unique<Item<T>>(p_.num_rows, p_.num_cols, chunks_);
+      if (!item[t]) item[t] = std::make_unique<Item<S>>(p_.num_rows, p_.num_cols, chunks_);
       item[t]->e = plan(place);
       run_item(g, *item[t], workers / teams);
     };
@@ -90,17 +94,17 @@ class Solve {
   T* v(int64_t g) const { return static_cast<T*>(p_.v) + g * p_.num_cols; }
   T* plan(int64_t g) const { return static_cast<T*>(p_.plan) + g * p_.num_rows * p_.num_cols; }
 
-  void run_item(int64_t g, Item<T>& item, int64_t workers) {
+  void run_item(int64_t g, Item<S>& item, int64_t workers) {
     begin(g, item);
     while (item.iter < p_.num_iters) {
-      if (!item.kept) take_exponentials(g, item, workers);
+      prepare(g, item, workers);
       iterate(g, item, workers, /*last=*/item.iter + 1 == p_.num_iters);
     }
     finish(g, item, workers);
   }
 
   void run_until_converged(int64_t workers) {
-    std::vector<Item<T>> items;
+    std::vector<Item<S>> items;
     for (int64_t g = 0; g < p_.num_items; ++g) {
       items.emplace_back(p_.num_rows, p_.num_cols, chunks_);
       items[g].e = plan(g);
@@ -111,8 +115,8 @@ class Solve {
       for (int64_t g = 0; g < p_.num_items; ++g) {
         double mass = 0;
         for (int64_t i = 0; i < p_.num_rows; ++i) mass += a(g)[i];
-        if (!items[g].kept) take_exponentials(g, items[g], workers);
-        converged = converged && column_error(items[g].sums.get(), items[g].w.data(), b(g), p_.num_cols) <= p_.tol * mass;
+        prepare(g, items[g], workers);
+        converged = converged && error_of_columns(g, items[g]) <= p_.tol * mass;
       }
       if (converged) break;
       for (int64_t g = 0; g < p_.num_items; ++g) iterate(g, items[g], workers, /*last=*/false);
@@ -120,15 +124,44 @@ class Solve {
     for (int64_t g = 0; g < p_.num_items; ++g) finish(g, items[g], workers);
   }
 
-  void begin(int64_t g, Item<T>& item) {
+  void begin(int64_t g, Item<S>& item) {
     item.iter = 0;
     item.kept = item.written = false;
+    item.wide.reset();
     for (int64_t i = 0; i < p_.num_rows; ++i) u(g)[i] = a(g)[i] > 0 ? T(0) : kMinusInfinity<T>;
     std::fill_n(v(g), p_.num_cols, T(0));
   }
 
+  // Column sums for the coming iteration, where the last one did not leave them.
+  void prepare(int64_t g, Item<S>& item, int64_t workers) {
+    if (!item.kept && !item.wide) take_exponentials(g, item, workers);
+    if (item.wide) item.wide->sum_columns(workers);
+  }
+
+  double error_of_columns(int64_t g, const Item<S>& item) const {
+    return item.wide ? item.wide->column_error() : column_error(item.sums.get(), item.w.data(), b(g), p_.num_cols);
+  }
+
+  // Where a potential reached, of what is to have mass, has no digits left or is beyond the range: from the beginning, in double.
+  bool start_wide(int64_t g, Item<S>& item, const T* potentials, const T* marginals, int64_t count, int64_t workers) {
+    bool is_wide = false;
+    for (int64_t i = 0; i < count; ++i) is_wide |= marginals[i] > 0 && !(std::abs(static_cast<double>(potentials[i])) <= kWideBits<T>);
+    if (!is_wide) return false;
+    item.wide = std::make_unique<WideItem<S>>(scores(g), a(g), b(g), p_.factor);
+    for (int64_t done = 0; done < item.iter; ++done) {
+      item.wide->sum_columns(workers);
+      item.wide->iterate(workers);
+    }
+    return true;
+  }
+
   // One iteration on E that is kept; on the way the next column sums or, with `last`, the plan.
-  void iterate(int64_t g, Item<T>& item, int64_t workers, bool last) {
+  void iterate(int64_t g, Item<S>& item, int64_t workers, bool last) {
+    if (item.wide) {
+      item.wide->iterate(workers);
+      item.iter += 1;
+      return;
+    }
     weigh_columns(g, item, workers);
     const int64_t cols = p_.num_cols;
     const bool streaming = item.e != plan(g) && cols % kLanes<T> == 0 && streamable(plan(g));
@@ -144,7 +177,7 @@ class Solve {
 
   // f(first row, rows, column sums of the chunk). Each pass begins where the one before ended.
   template <typename F>
-  void for_row_chunks(Item<T>& item, int64_t workers, bool backwards, F&& f) {
+  void for_row_chunks(Item<S>& item, int64_t workers, bool backwards, F&& f) {
     parallel_shares(workers, chunks_, backwards, [&](int64_t, int64_t chunk) {
       const int64_t first = chunk * p_.num_rows / chunks_, end = (chunk + 1) * p_.num_rows / chunks_;
       f(first, end - first, item.sums.get() + chunk * p_.num_cols);
@@ -160,7 +193,7 @@ class Solve {
   }
 
   template <typename F>
-  void merge_sums(Item<T>& item, int64_t workers, F&& merge) {
+  void merge_sums(Item<S>& item, int64_t workers, F&& merge) {
     if (chunks_ == 1) return;
     for_column_blocks(workers, [&](int64_t first, int64_t cols) {
       merge_parts(item.sums.get() + first, chunks_, p_.num_cols, cols, merge);
@@ -168,7 +201,7 @@ class Solve {
   }
 
   // E and its column sums from the potentials. The plan stays what it was, so that a solve may end after it.
-  void take_exponentials(int64_t g, Item<T>& item, int64_t workers) {
+  void take_exponentials(int64_t g, Item<S>& item, int64_t workers) {
     const bool first = item.iter == 0;
     std::fill(item.x.begin(), item.x.end(), T(1));
     std::fill(item.w.begin(), item.w.end(), T(1));
@@ -183,6 +216,7 @@ class Solve {
       peak_rows(s.data + row * s.row_stride, s.row_stride, count, p_.num_cols, s.factor, u(g) + row, peaks);
     });
     merge_sums(item, workers, [](Vec<T> x, Vec<T> y) { return max<T>(x, y); });
+    if (start_wide(g, item, item.sums.get(), b(g), p_.num_cols, workers)) return;
     for_column_blocks(workers, [&](int64_t begin, int64_t cols) {
       for (int64_t k = begin; k < begin + cols; ++k) {
         const T shift = std::isfinite(item.sums[k]) ? -item.sums[k] : T(0);
@@ -193,7 +227,7 @@ class Solve {
     exponentials(g, item, workers, /*shifted=*/true);
   }
 
-  void exponentials(int64_t g, Item<T>& item, int64_t workers, bool shifted) {
+  void exponentials(int64_t g, Item<S>& item, int64_t workers, bool shifted) {
     const Scores<S> s = scores(g);
     const int64_t cols = p_.num_cols;
     for_row_chunks(item, workers, /*backwards=*/false, [&](int64_t first, int64_t count, T* sums) {
@@ -207,7 +241,7 @@ class Solve {
     merge_sums(item, workers, [](Vec<T> x, Vec<T> y) { return x + y; });
   }
 
-  void weigh_columns(int64_t g, Item<T>& item, int64_t workers) {
+  void weigh_columns(int64_t g, Item<S>& item, int64_t workers) {
     std::vector<T> largest((p_.num_cols + kMergeCols - 1) / kMergeCols);
     for_column_blocks(workers, [&](int64_t first, int64_t cols) {
       T& of_block = largest[first / kMergeCols];
@@ -218,7 +252,7 @@ class Solve {
 
   // x_i = a_i / r_i. Where E does not serve on, both go into the potentials; rows whose sum is not to be trusted are summed in the
   // log domain.
-  void weigh_rows(int64_t g, Item<T>& item, int64_t workers) {
+  void weigh_rows(int64_t g, Item<S>& item, int64_t workers) {
     std::vector<int64_t> lost;
     double least = std::numeric_limits<double>::infinity(), largest = 0;
     for (int64_t i = 0; i < p_.num_rows; ++i) {
@@ -244,10 +278,13 @@ class Solve {
       update_row_statistics(scores(g), i, v(g), peak, sum);
       u(g)[i] = std::log2(a(g)[i]) - (peak + std::log2(sum));
     });
+    if (!start_wide(g, item, u(g), a(g), p_.num_rows, workers)) start_wide(g, item, v(g), b(g), p_.num_cols, workers);
   }
 
-  void finish(int64_t g, const Item<T>& item, int64_t workers) {
-    if (item.kept) {
+  void finish(int64_t g, const Item<S>& item, int64_t workers) {
+    if (item.wide) {
+      item.wide->write(u(g), v(g), plan(g), workers);
+    } else if (item.kept) {
       for (int64_t i = 0; i < p_.num_rows; ++i) u(g)[i] += std::log2(item.x[i]);
       for_column_blocks(workers, [&](int64_t first, int64_t cols) { add_log2(item.w.data() + first, v(g) + first, cols); });
       if (!item.written) scale_plan(item, plan(g), workers);
@@ -261,7 +298,7 @@ class Solve {
   }
 
   // P_ik = x_i E_ik w_k, in the place of E.
-  void scale_plan(const Item<T>& item, T* plan, int64_t workers) const {
+  void scale_plan(const Item<S>& item, T* plan, int64_t workers) const {
     const int64_t cols = p_.num_cols;
     parallel_items(workers, p_.num_rows, [&](int64_t, int64_t i) {
       scale_row(item.e + i * cols, item.w.data(), item.x[i], cols, plan + i * cols);
