@@ -195,7 +195,7 @@ def compression(nvcc: str) -> list[str]:
 
 def build_cuda(lib: Path, objects: Path) -> None:
     """csrc/*/cuda -> libcomp_kernels_cuda.so, CUDA runtime inside; objects newer than their sources are kept."""
-    headers = [*CSRC.glob("include/**/*.h"), *CSRC.glob("*/cuda/*.h"), *CSRC.glob("*/cuda/*.cuh"), Path(__file__)]
+    shared = [*CSRC.glob("include/**/*.h"), *CSRC.glob("common/cuda/*.*h"), Path(__file__)]
     library = lib / "libcomp_kernels_cuda.so"
     try:
         nvcc = find_nvcc()
@@ -225,7 +225,7 @@ def build_cuda(lib: Path, objects: Path) -> None:
         [
             [nvcc, *flags, "-c", str(source), "-o", str(target)]
             for source, target, flags in jobs
-            if not newer(target, [source, *headers])
+            if not newer(target, [source, *source.parent.glob("*.*h"), *shared])
         ]
     )
     run_all([[nvcc, "-shared", "-cudart=static", *(str(target) for _, target, _ in jobs), "-o", str(library)]])

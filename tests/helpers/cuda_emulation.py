@@ -22,8 +22,10 @@ from comp_kernels import _native
 from comp_kernels._sources import CSRC, INCLUDES
 
 HOOK = ctypes.CFUNCTYPE(
-    ctypes.c_void_p, ctypes.c_char_p, *[ctypes.c_int64] * 4, ctypes.c_void_p, ctypes.c_int64
+    ctypes.c_void_p, ctypes.c_char_p, *[ctypes.c_int64] * 5, ctypes.c_void_p, ctypes.c_int64
 )  # LaunchHook of csrc/common/cuda/launch.cu
+
+SMALL = (8, 100 * 1024, True)  # a device whose blocks the emulator can hold all at once; those of today have a hundred
 
 REFUSED = ctypes.c_char_p(b"the emulator refused the kernel")
 
@@ -65,7 +67,7 @@ def source_of(kernel: str) -> Source:
         return attention_source("prepare_persistent_sm90")
     if found := re.match(r"rope_attention_(prepare_sm90|prepare|images)", kernel):
         return attention_source(found[1])
-    file = "small" if kernel.startswith("sinkhorn_small") else "passes"
+    file = next((name for name in ("small", "resident") if kernel.startswith(f"sinkhorn_{name}")), "passes")
     return Source(CSRC / "sinkhorn" / "cuda" / f"{file}.cu", "sm_80")
 
 
@@ -99,11 +101,23 @@ class Launch(NamedTuple):
     grid: tuple[int, int]
     threads: int
     shared_bytes: int
+    cooperative: bool  # all blocks at once
     params: bytes
 
     def run(self, buffers: list, **options):
         kernel = module(source_of(self.kernel)).kernel(self.kernel)
-        return kernel.launch(self.grid, self.threads, [self.params], shared=self.shared_bytes, buffers=buffers, **options)
+        options |= dict(shared=self.shared_bytes, buffers=buffers, cooperative=self.cooperative)
+        return kernel.launch(self.grid, self.threads, [self.params], **options)
+
+
+class Clear(NamedTuple):
+    """Zeros that the host orders in the stream."""
+
+    address: int
+    size: int
+
+    def run(self, buffers: list, **options) -> None:
+        ctypes.memset(self.address, 0, self.size)
 
 
 class Recording:
@@ -111,7 +125,7 @@ class Recording:
     addresses, whatever the tensors behind them hold by then."""
 
     def __init__(self):
-        self.launches: list[Launch] = []
+        self.launches: list[Launch | Clear] = []
         self.buffers: dict = {}
 
     def replay(self, **options) -> None:
@@ -126,15 +140,16 @@ def launches_on_emulator(
     short: int = 0,
     recording: Recording | None = None,
     persistent: int = 0,
+    device: tuple[int, int, bool] = SMALL,
     **options,
 ):
     """Within: the cuda backend accepts CPU tensors and its kernels run on the emulator.
 
     A kernel may touch the tensors whose address was taken, and no byte more; memory from new_empty is filled with NaN, so
     that what was not written cannot pass. reports: receives (kernel name, report) of every launch. capability: of the device
-    that is pretended, 80 or 90. short: average length up to which the kernels for short sequences
-    serve. persistent: blocks of the persistent forward; 0: the other one. recording: receives all launches. options: see
-    ptx_emulator.
+    that is pretended, 80 or 90. short: average length up to which the kernels for short sequences serve. persistent: blocks of
+    the persistent forward; 0: the other one. device: its multiprocessors, shared bytes per block, and whether it has
+    cooperative launches, whose blocks all run interleaved. recording: receives all launches. options: see ptx_emulator.
     """
     buffers, failures = {} if recording is None else recording.buffers, []
     library = _native.cuda()
@@ -144,9 +159,14 @@ def launches_on_emulator(
     for function in (set_short, set_persistent):
         function.argtypes, function.restype = [ctypes.c_int32], None
 
-    def launch(kernel, grid_x, grid_y, threads, shared_bytes, params, params_bytes):
+    def launch(kernel, grid_x, grid_y, threads, shared_bytes, cooperative, params, params_bytes):
         name = kernel.decode()
-        this = Launch(name, (grid_x, grid_y), threads, shared_bytes, ctypes.string_at(params, params_bytes))
+        if name == "clear":
+            this = Clear(params, params_bytes)
+        else:
+            this = Launch(
+                name, (grid_x, grid_y), threads, shared_bytes, bool(cooperative), ctypes.string_at(params, params_bytes)
+            )
         if recording is not None:
             recording.launches.append(this)
         try:
@@ -154,7 +174,7 @@ def launches_on_emulator(
         except Exception as error:  # must not pass through C
             failures.append(error)
             return ctypes.cast(REFUSED, ctypes.c_void_p).value
-        if reports is not None:
+        if reports is not None and report is not None:
             reports.append((name, report))
         return None
 
@@ -174,6 +194,7 @@ def launches_on_emulator(
         patch.setattr(torch.Tensor, "new_empty", new_empty)
         patch.setattr(_native, "cuda_unavailable_reason", lambda device: None)
         library.comp_kernels_cuda_set_launch_hook(ctypes.cast(hook, ctypes.c_void_p), capability)
+        library.comp_kernels_cuda_set_hook_device(*device)
         set_short(short)
         set_persistent(persistent)
         try:

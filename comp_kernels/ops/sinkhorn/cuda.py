@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     params = SolveParams.of(call, plan)
     size = _native.cuda_function("sinkhorn_workspace", (ctypes.c_void_p,), ctypes.c_int64)
     workspace = scores.new_empty(size(ctypes.byref(params)), dtype=torch.uint8)
-    if call.tol is None and call.group is None:
+    if call.group is None and (call.tol is None or split(params) is not None):
         u, v = plan.new_empty((items, rows)), plan.new_empty((items, cols))
         params.u, params.v = u.data_ptr(), v.data_ptr()
         _launch("solve", scores, params, workspace)
@@ -57,6 +58,26 @@ def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     )  # fmt: skip
     _launch("plan", scores, params, u2.contiguous(), v2.contiguous())
     return plan, u2 / LOG2E, v2 / LOG2E
+
+
+class Split(NamedTuple):
+    """How the one launch of a solve is split over the current device, see comp_kernels_cuda_sinkhorn_split."""
+
+    blocks_per_item: int
+    items_at_a_time: int
+    tile_columns: int
+    shared_bytes: int  # per block
+    score_bytes: int  # of them for scores, which stay there over the iterations
+    merged_by_all: int
+    nanoseconds: int  # by the model of csrc/sinkhorn/cuda/split.h
+
+
+def split(params: SolveParams) -> Split | None:
+    """None where several launches serve the problem; they know no tol."""
+    numbers = (ctypes.c_int64 * len(Split._fields))()
+    _native.cuda_function("sinkhorn_split", (ctypes.c_void_p, ctypes.c_void_p), None)(ctypes.byref(params), numbers)
+    found = Split(*numbers)
+    return found if found.blocks_per_item else None
 
 
 def _run_small(function: str, params: small.SmallParams, scores: Tensor) -> None:

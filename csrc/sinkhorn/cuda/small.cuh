@@ -7,7 +7,7 @@
 #pragma once
 
 #include "common/cuda/ptx.cuh"
-#include "passes.cuh"
+#include "entries.cuh"
 #include "small.h"
 
 namespace comp_kernels {
