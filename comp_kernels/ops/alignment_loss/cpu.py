@@ -25,7 +25,6 @@ __all__ = [
     "Losses",
     "RowPairs",
     "RowSums",
-    "add_terms",
     "column_statistics",
     "count_rows",
     "declines",
@@ -87,9 +86,9 @@ class Params(ctypes.Structure):
 def prepare_features(call: Call, products: Matmul) -> Features:
     vision, text, valid = call.vision, call.text, call.valid
     rows, dim = vision.shape
-    stored = vision.new_empty((1, 2 * rows, dim), dtype=products.dtype)
+    stored = vision.new_empty((2 * rows, dim), dtype=products.dtype)
     inverse = stored.new_ones(2 * rows)
-    for x, out, inverse_length in zip((vision, text), stored[0].split(max(rows, 1)), inverse.split(max(rows, 1))):
+    for x, out, inverse_length in zip((vision, text), stored.split(max(rows, 1)), inverse.split(max(rows, 1))):
         x = x.to(products.dtype)
         if valid is not None:
             x = torch.where(valid.unsqueeze(-1), x, 0.0)
@@ -132,11 +131,6 @@ def inverse_norms(prototypes: Tensor, out: Tensor) -> None:
         again = torch.linalg.vector_norm(prototypes[too_long].to(out.dtype) * down, dim=1)
         # One beyond the largest number has no scale that could be multiplied by: NaN, not a cosine of zero.
         out[too_long] = torch.where((again / down).isfinite(), again.reciprocal() * down, torch.nan)
-
-
-def add_terms(products: Tensor, out: Tensor) -> None:
-    """out [m, C] = sum of products [terms, m, C]; there is one term here."""
-    out.copy_(products.sum(0))
 
 
 class RowPairs:
@@ -247,7 +241,7 @@ class Losses:
 
 def through_feature_lengths(gradients: Tensor, features: Features, normalize: bool) -> Tensor:
     """The gradient of vision [n, D] as it came from that of its rows as they were multiplied, [1, n, D]."""
-    gradient, rows = gradients[0], features.vision[0]
+    gradient, rows = gradients[0], features.vision
     if normalize:
         gradient = gradient - rows * (gradient * rows).sum(-1, keepdim=True)
     return gradient * features.inverse_length[: features.num_rows].unsqueeze(-1)

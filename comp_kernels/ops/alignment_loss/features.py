@@ -11,24 +11,24 @@ from torch import Tensor
 class Features:
     """Rows of vision and text, one below the other; those that do not count are zero."""
 
-    rows: Tensor  # [terms, 2 n, D]; their sum over the terms, times row_scale, has length one where it should
+    rows: Tensor  # [2 n, terms D], the smallest term first; their sum, times row_scale, has length one where it should
     row_scale: Tensor | None  # [2 n]; None: ones
     inverse_length: Tensor  # [2 n] one over the lengths of the rows as they came; 0: no gradient reaches the row
 
     @property
     def num_rows(self) -> int:
         """n"""
-        return self.rows.shape[1] // 2
+        return self.rows.shape[0] // 2
 
     @property
     def text(self) -> Tensor:
-        """[terms, n, D]"""
-        return self.rows[:, self.num_rows :]
+        """[n, terms D]"""
+        return self.rows[self.num_rows :]
 
     @property
     def vision(self) -> Tensor:
-        """[terms, n, D]"""
-        return self.rows[:, : self.num_rows]
+        """[n, terms D]"""
+        return self.rows[: self.num_rows]
 
     @property
     def scales(self) -> tuple[Tensor | None, Tensor | None]:

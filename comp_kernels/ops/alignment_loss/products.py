@@ -5,8 +5,9 @@
     OneDnn      the same on processors with AVX-512, where torch's oneDNN is faster than the BLAS of torch.mm
     Half        16-bit prototypes on a GPU: 16-bit products with float32 results, no widened prototypes at all
 
-Features are kept as `terms` matrices whose sum they are: one in the computing dtype, one of 16 bits as the user gave them (with
-a float32 factor per row), or up to three of bfloat16, which together hold the 24 bits of a float32.
+Features are kept as `terms` numbers whose sum they are: one in the computing dtype, one of 16 bits as the user gave it (with a
+float32 factor per row), or up to three of bfloat16, which together hold the 24 bits of a float32. Terms lie side by side along
+the channels, the smallest first, so one product with prototypes that are repeated as often adds them up.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ ONEDNN_OPERATIONS = 1 << 20  # below, a call costs more than the product
 # Elements of prototypes that are widened at a time; on GPUs fewer, larger tiles mean fewer launches.
 WIDE_ELEMENTS = {"cpu": 1 << 22, "cuda": 3 << 24}
 
-# Bytes of products, and of score gradients, that wait to be added up term by term; fewer for many rows.
-TERM_BYTES, GRADIENT_BYTES = 200 << 20, 226 << 20
-MANY_ROWS, TERM_BYTES_OF_MANY = 2048, 48 << 20
+# Bytes of repeated prototypes, and of the terms of score gradients; fewer of the first for many rows.
+REPEATED_BYTES, GRADIENT_BYTES = 200 << 20, 226 << 20
+MANY_ROWS, REPEATED_BYTES_OF_MANY = 2048, 48 << 20
 
 BFLOAT16_TERMS = {"highest": 3, "high": 2, "medium": 1}  # by torch.get_float32_matmul_precision(): 24, 16 and 8 bits
 
@@ -79,8 +80,12 @@ class Matmul:
         return self.scratch(tuple(rows.shape), self.dtype).copy_(rows)
 
     def scores(self, features: Tensor, columns: slice, out: Tensor) -> None:
-        """out [1, m, C] = features [1, m, D] @ prototypes^T."""
-        torch.mm(features[0], self.tile(columns).T, out=out[0])
+        """out [m, C] = features [m, terms D] @ prototypes^T, summed over the terms."""
+        torch.mm(features, self.tile(columns).T, out=out)
+
+    def repeated_cols(self, rows: int) -> int | None:
+        """Columns whose prototypes are repeated for the terms at a time, with so many rows; None: none are."""
+        return None
 
     def score_gradients(self, scores: Tensor) -> Tensor:
         """[terms, n, C]: where the gradient of a tile of scores goes; here over the scores themselves."""
@@ -106,15 +111,14 @@ class OneDnn(Matmul):
         self.parts: list[Tensor] = []  # of a tile, by channels
 
     def scores(self, features: Tensor, columns: slice, out: Tensor) -> None:
-        rows = features[0]
-        if out.numel() * rows.shape[1] < ONEDNN_OPERATIONS:
+        if out.numel() * features.shape[1] < ONEDNN_OPERATIONS:
             super().scores(features, columns, out)
             return
         found = None
         for begin, part in self.channel_parts(columns):
-            few = rows[:, begin : begin + part.shape[1]]
+            few = features[:, begin : begin + part.shape[1]]
             found = _linear(few, part) if found is None else _linear_plus(few, part, found)
-        out[0].copy_(found)
+        out.copy_(found)
 
     def extra_elements(self, rows: int, cols: int) -> int:
         return super().extra_elements(rows, cols) + cols * self.prototypes.shape[1] + rows * cols
@@ -170,12 +174,13 @@ class Half(Matmul):
     def gradient_cols(self, rows: int) -> int | None:
         return self.columns_in(GRADIENT_BYTES, self.gradient_terms * rows * 2) if self.half_gradients else self.wide_cols()
 
-    def term_cols(self, rows: int) -> int:
-        """Columns whose products with all terms of so many rows are made at a time."""
-        return self.columns_in(self.term_bytes(rows), self.terms * rows * 4)
+    def repeated_cols(self, rows: int) -> int | None:
+        if self.terms == 1:
+            return None
+        return self.columns_in(self.repeated_bytes(rows), self.terms * self.prototypes.shape[1] * 2)
 
-    def term_bytes(self, rows: int) -> int:
-        return TERM_BYTES if rows < MANY_ROWS else TERM_BYTES_OF_MANY
+    def repeated_bytes(self, rows: int) -> int:
+        return REPEATED_BYTES if rows < MANY_ROWS else REPEATED_BYTES_OF_MANY
 
     def columns_in(self, size: int, bytes_per_column: int) -> int:
         """In equal parts of the prototypes."""
@@ -184,13 +189,16 @@ class Half(Matmul):
         return -(-self.prototypes.shape[0] // parts // COLUMNS) * COLUMNS
 
     def extra_elements(self, rows: int, cols: int) -> int:
-        products = 0 if self.terms == 1 else min(self.term_bytes(2 * rows), self.terms * 2 * rows * cols * 4)
+        repeated = 0 if self.terms == 1 else min(self.repeated_bytes(rows), self.terms * cols * self.prototypes.shape[1] * 2)
         gradients = min(GRADIENT_BYTES, self.gradient_terms * rows * cols * 2)
-        return max(products, gradients) // 4
+        return max(repeated, gradients) // 4
 
     def scores(self, features: Tensor, columns: slice, out: Tensor) -> None:
-        """out [terms, m, C] = features [terms, m, D] @ prototypes^T, each term by itself."""
-        _wide_mm(features.flatten(0, 1), self.prototypes[columns].T, out.flatten(0, 1))
+        tile = self.prototypes[columns]
+        if self.terms > 1:
+            cols, dim = tile.shape
+            tile = self.scratch((cols, self.terms, dim), tile.dtype).copy_(tile.unsqueeze(1)).view(cols, -1)
+        _wide_mm(features, tile.T, out)
 
     def score_gradients(self, scores: Tensor) -> Tensor:
         if not self.half_gradients:

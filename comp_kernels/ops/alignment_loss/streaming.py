@@ -86,7 +86,7 @@ class Scores:
     memory, text scores of the first `text_cols`."""
 
     def __init__(self, steps: ModuleType, products: Matmul, features: Features, words: int, normalize: bool) -> None:
-        rows, dim = features.num_rows, features.rows.shape[-1]
+        rows, dim = features.num_rows, products.prototypes.shape[1]
         tile = tile_columns(rows, dim, words, steps.LIMITS)
         widest = min(products.max_cols() or words, words)
         self.steps, self.products, self.features, self.words = steps, products, features, words
@@ -147,14 +147,10 @@ class Scores:
         return self.kept_text[:, columns.start - self.both : columns.stop - self.both]
 
     def _multiply(self, features: Tensor, columns: slice, out: Tensor) -> None:
-        """out [m, C] = features [terms, m, D] @ prototypes^T."""
-        if features.shape[0] == 1:
-            self.products.scores(features, columns, out.unsqueeze(0))
-            return
-        for part in cut(columns.start, columns.stop, self.products.term_cols(len(out))):
-            terms = self.products.scratch((len(features), len(out), part.stop - part.start), out.dtype)
-            self.products.scores(features, part, terms)
-            self.steps.add_terms(terms, out[:, part.start - columns.start : part.stop - columns.start])
+        """out [m, C] = the sum of features [m, terms D] @ prototypes^T."""
+        width = self.products.repeated_cols(self.features.num_rows) or columns.stop - columns.start
+        for part in cut(columns.start, columns.stop, width):
+            self.products.scores(features, part, out[:, part.start - columns.start : part.stop - columns.start])
 
 
 def forward(call: Call, steps: ModuleType) -> tuple[Tensor, Tensor, Tensor]:
@@ -325,7 +321,7 @@ class Stream:
 
     def gradient_of_prototypes(self, score_gradients: Tensor, columns: slice, out: Tensor) -> None:
         """out [C, D], through the vision scores; the target is a constant."""
-        self.products.prototype_gradient(score_gradients, self.features.vision[0], out)
+        self.products.prototype_gradient(score_gradients, self.features.vision, out)
         if self.call.normalize:
             self.steps.through_prototype_lengths(out, self.call.prototypes[columns], self.scores.scales[columns])
 

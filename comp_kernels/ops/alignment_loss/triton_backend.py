@@ -22,7 +22,6 @@ __all__ = [
     "Losses",
     "RowPairs",
     "RowSums",
-    "add_terms",
     "column_statistics",
     "count_rows",
     "declines",
@@ -81,7 +80,7 @@ def prepare_features(call: Call, products: Matmul) -> Features:
 
     vision, text, valid = call.vision, call.text, call.valid
     rows, dim = vision.shape
-    stored = vision.new_empty((products.terms, 2 * rows, dim), dtype=products.row_dtype)
+    stored = vision.new_empty((2 * rows, products.terms * dim), dtype=products.row_dtype)
     scale = vision.new_empty(2 * rows, dtype=torch.float32) if products.raw else None
     inverse = vision.new_empty(2 * rows, dtype=torch.float32)
     vision, text = (x if x.stride(-1) == 1 else x.contiguous() for x in (vision, text))
@@ -119,22 +118,6 @@ def inverse_norms(prototypes: Tensor, out: Tensor) -> None:
         prototypes, out, cols, dim, prototypes.stride(0), NORM_FLOOR, DOWN,
         BK=16,
         BD=128,
-    )  # fmt: skip
-
-
-def add_terms(products: Tensor, out: Tensor) -> None:
-    """out [m, C] = sum of products [terms, m, C]."""
-    from .triton_kernels import add_terms_kernel
-
-    terms, rows, cols = products.shape
-    launch(
-        add_terms_kernel,
-        (cdiv(cols, 256), cdiv(rows, 16)),
-        products, out, rows, cols, out.stride(0),
-        TERMS=terms,
-        ALIGN=alignment(out),
-        BN=16,
-        BK=256,
     )  # fmt: skip
 
 
@@ -316,16 +299,16 @@ def through_feature_lengths(gradients: Tensor, features: Features, normalize: bo
     _, rows, dim = gradients.shape
     out = gradients.new_empty((rows, dim))
     scale = features.row_scale
-    _launch_lengths(gradients, features.rows, scale, features.inverse_length, out, dim, normalize)
+    _launch_lengths(gradients, features.rows, scale, features.inverse_length, out, normalize)
     return out
 
 
 def through_prototype_lengths(gradients: Tensor, prototypes: Tensor, scales: Tensor) -> None:
     """The same for prototypes, in place: gradients [C, D], which have their scales already."""
-    _launch_lengths(gradients.unsqueeze(0), prototypes.unsqueeze(0), scales, None, gradients, prototypes.stride(0), True)
+    _launch_lengths(gradients.unsqueeze(0), prototypes, scales, None, gradients, True)
 
 
-def _launch_lengths(gradients, rows, scale, inverse, out, row_stride: int, has_rows: bool) -> None:
+def _launch_lengths(gradients, rows, scale, inverse, out, has_rows: bool) -> None:
     from .triton_kernels import through_length_kernel
 
     terms, num_rows, dim = gradients.shape
@@ -333,11 +316,11 @@ def _launch_lengths(gradients, rows, scale, inverse, out, row_stride: int, has_r
         through_length_kernel,
         (num_rows,),
         gradients, rows, scale, inverse, out,
-        num_rows, rows.shape[1], dim, row_stride,
+        num_rows, dim, rows.stride(0),
         HAS_ROW_SCALE=scale is not None,
         HAS_INVERSE=inverse is not None,
         HAS_ROWS=has_rows,
-        ROW_TERMS=rows.shape[0],
+        ROW_TERMS=rows.shape[1] // max(dim, 1),
         TERMS=terms,
         BD=channels(dim),
     )  # fmt: skip

@@ -15,7 +15,7 @@ import triton.language as tl
 from ..sinkhorn.triton_kernels import VARYING, finite_or_zero, merge_sums, multiple
 
 # What changes with every batch: no kernel is compiled again for it.
-SIZES = (*VARYING, "first_block", "gradient_stride", "term_stride", "total_rows")
+SIZES = (*VARYING, "first_block", "gradient_stride", "term_stride")
 
 
 @triton.jit
@@ -88,9 +88,9 @@ def features_kernel(
     num_rows, dim, vision_stride, text_stride, floor, down,
     HAS_VALID: tl.constexpr, NORMALIZE: tl.constexpr, RAW: tl.constexpr, TERMS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """rows [TERMS, 2 n, D], vision above text [n, D]: of length one, or RAW as they are but for a power of two, and then
-    row_scale [2 n] makes their length one. inverse_length [2 n]: one over the lengths that they had, 0 for rows that do not
-    count or have no direction. Grid (n, 2)."""
+    """rows [2 n, TERMS D], vision above text [n, D], the smallest term first: of length one, or RAW as they are but for a power
+    of two, and then row_scale [2 n] makes their length one. inverse_length [2 n]: one over the lengths that they had, 0 for
+    rows that do not count or have no direction. Grid (n, 2)."""
     i_row, is_text = tl.program_id(0).to(tl.int64), tl.program_id(1) == 1
     i_out = tl.program_id(1) * num_rows + i_row
     readable = dim  # channels; a row that does not count is not read
@@ -125,7 +125,7 @@ def features_kernel(
             x = x * scale
         for term in tl.static_range(TERMS):
             part = x.to(rows.dtype.element_ty)
-            tl.store(rows + (term * 2 * num_rows + i_out) * dim + o_d, part, mask=m_d)
+            tl.store(rows + (i_out * TERMS + TERMS - 1 - term) * dim + o_d, part, mask=m_d)
             x = x - part.to(tl.float32)
     if RAW:
         tl.store(row_scale + i_out, scale)
@@ -152,23 +152,6 @@ def norms_kernel(
     beyond = (factor < 1.0) & (length / factor == float("inf"))
     scale = tl.where(length <= floor, 0.0, factor / length)
     tl.store(scales + o_k, tl.where(beyond, float("nan"), scale), mask=m_k)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def add_terms_kernel(
-    products, out, num_rows, num_cols, out_stride,
-    TERMS: tl.constexpr, ALIGN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """out [m, C] = sum of products [TERMS, m, C], the smallest first. Grid (blocks of columns, blocks of rows)."""
-    num_cols, out_stride = multiple(num_cols, ALIGN), multiple(out_stride, ALIGN)
-    o_n = (tl.program_id(1) * BN + tl.arange(0, BN)).to(tl.int64)
-    o_k = tl.program_id(0) * BK + tl.arange(0, BK)
-    mask = (o_n < num_rows)[:, None] & (o_k < num_cols)[None, :]
-    b_sum = tl.zeros((BN, BK), tl.float32)
-    for term in tl.static_range(TERMS):
-        o_term = ((TERMS - 1 - term) * num_rows + o_n)[:, None] * num_cols + o_k[None, :]
-        b_sum += tl.load(products + o_term, mask=mask, other=0.0)
-    tl.store(out + o_n[:, None] * out_stride + o_k[None, :], b_sum, mask=mask)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -356,35 +339,38 @@ def total_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def through_length_kernel(
     gradients, rows, row_scale, inverse_length, out,
-    num_rows, total_rows, dim,
-    row_stride, HAS_ROW_SCALE: tl.constexpr, HAS_INVERSE: tl.constexpr, HAS_ROWS: tl.constexpr,
+    num_rows, dim, row_stride,
+    HAS_ROW_SCALE: tl.constexpr, HAS_INVERSE: tl.constexpr, HAS_ROWS: tl.constexpr,
     ROW_TERMS: tl.constexpr, TERMS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """out [n, D] = inverse_length (g - e (e . g)): the gradient through e = x / |x|, with g the sum of gradients [TERMS, n, D]
-    and e that of rows [ROW_TERMS, total_rows, D] times row_scale. Without rows: inverse_length g. Grid (n)."""
+    and e that of rows [n, ROW_TERMS D] times row_scale. Without rows: inverse_length g. Grid (n)."""
     i_row = tl.program_id(0).to(tl.int64)
+    term_stride = num_rows.to(tl.int64) * dim
+    gradients += i_row * dim
+    if HAS_ROWS:
+        rows += i_row * row_stride
     along = tl.zeros((BD,), tl.float32)
     scale = tl.load(row_scale + i_row) if HAS_ROW_SCALE else 1.0
     inverse = tl.load(inverse_length + i_row) if HAS_INVERSE else 1.0
     if HAS_ROWS:
         for first in range(0, dim, BD):
             o_d = first + tl.arange(0, BD)
-            g = sum_of_terms(gradients, i_row, num_rows, dim, dim, o_d, TERMS)
-            along += g * (sum_of_terms(rows, i_row, total_rows, dim, row_stride, o_d, ROW_TERMS) * scale)
+            g = sum_of_terms(gradients + (TERMS - 1) * term_stride, -term_stride, o_d, dim, TERMS)
+            along += g * (sum_of_terms(rows, dim, o_d, dim, ROW_TERMS) * scale)
     projection = tl.sum(along)
     for first in range(0, dim, BD):
         o_d = first + tl.arange(0, BD)
-        g = sum_of_terms(gradients, i_row, num_rows, dim, dim, o_d, TERMS)
+        g = sum_of_terms(gradients + (TERMS - 1) * term_stride, -term_stride, o_d, dim, TERMS)
         if HAS_ROWS:
-            g -= (sum_of_terms(rows, i_row, total_rows, dim, row_stride, o_d, ROW_TERMS) * scale) * projection
+            g -= (sum_of_terms(rows, dim, o_d, dim, ROW_TERMS) * scale) * projection
         tl.store(out + i_row * dim + o_d, g * inverse, mask=o_d < dim)
 
 
 @triton.jit
-def sum_of_terms(x, i_row, num_rows, dim, row_stride, o_d, TERMS: tl.constexpr):
-    """[BD] sum of x [TERMS, num_rows, D] at one row, the smallest term first."""
+def sum_of_terms(x, term_stride, o_d, dim, TERMS: tl.constexpr):
+    """[BD] sum of the terms of a row at x, the smallest, and term_stride from it on."""
     total = tl.zeros(o_d.shape, tl.float32)
     for term in tl.static_range(TERMS):
-        o_term = ((TERMS - 1 - term) * num_rows + i_row) * row_stride
-        total += tl.load(x + o_term + o_d, mask=o_d < dim, other=0.0).to(tl.float32)
+        total += tl.load(x + term * term_stride + o_d, mask=o_d < dim, other=0.0).to(tl.float32)
     return total
