@@ -141,6 +141,22 @@ def test_two_processes_equal_one(unbroken, parallel):
         assert torch.allclose(value, weights(folder, parallel)[key], atol=2e-3), key
 
 
+def test_lora_sharded_over_two_processes_equals_one(toy_folder):
+    """FSDP over frozen matrices with updates beside them; the export gathers and merges."""
+    pytest.importorskip("peft", reason="pip install 'comp-kernels[lora]'")
+    options = ["vision.lora={rank: 3}", "language.lora={rank: 3}", "eval.data=[]", "stages.*.max_steps=1"]
+    run(toy_folder, *options, "name=one")
+    run_on_two(toy_folder, *options, "name=two", "parallel=fsdp")
+    one, two = (weights(toy_folder, name) for name in ("one", "two"))
+    assert one.keys() == two.keys() and all(torch.allclose(one[key], two[key], atol=2e-3) for key in one)
+    for part in ("vision", "language"):
+        a, b = (
+            load_file(toy_folder / "runs" / name / "models" / "III" / "lora" / part / "adapter_model.safetensors")
+            for name in ("one", "two")
+        )
+        assert a.keys() == b.keys() and all(torch.allclose(a[key], b[key], atol=2e-3) for key in a)
+
+
 def test_processes_with_shares_of_equal_work_equal_one(unbroken):
     """Shares differ from those by number, losses do not; padding and utilisation are recorded."""
     folder, _ = unbroken
