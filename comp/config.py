@@ -10,8 +10,11 @@ import functools
 import types
 import typing
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 PARTS = ("vision", "adapter", "language")
 BEFORE = "before"
@@ -51,13 +54,13 @@ def alternatives(kind: Any) -> tuple[Any, ...]:
 
 
 @functools.cache
-def field_types(cls: type) -> dict[str, Any]:
+def field_types(cls: type[DataclassInstance]) -> dict[str, Any]:
     """The annotations of a dataclass, by field."""
     hints = typing.get_type_hints(cls)
-    return {name: hints[name] for name in cls.__dataclass_fields__}
+    return {f.name: hints[f.name] for f in fields(cls)}
 
 
-def need_literals(settings: Any, owner: str = "") -> None:
+def need_literals(settings: DataclassInstance, owner: str = "") -> None:
     """Fields annotated `Literal[...]` hold one of its values; `owner` comes before the name in the message."""
     for name, kind in field_types(type(settings)).items():
         literals = [k for k in alternatives(kind) if typing.get_origin(k) is Literal]

@@ -9,11 +9,14 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
 from .config import Config, ConfigError, alternatives, field_types, need
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 _MISSING = object()
 
@@ -95,11 +98,11 @@ def _dotted(where: str, name: object) -> str:
     return f"{where}.{name}" if where else str(name)
 
 
-def _dataclass_in(kind: Any) -> type | None:
-    return next((k for k in alternatives(kind) if dataclasses.is_dataclass(k)), None)
+def _dataclass_in(kind: Any) -> type[DataclassInstance] | None:
+    return next((k for k in alternatives(kind) if isinstance(k, type) and dataclasses.is_dataclass(k)), None)
 
 
-def _check_field(cls: type, name: str, where: str) -> None:
+def _check_field(cls: type[DataclassInstance], name: str, where: str) -> None:
     valid = field_types(cls)
     owner = where or "the configuration"
     need(name in valid, f"unknown field {_dotted(where, name)!r}; {owner} has: {', '.join(valid)}")
@@ -121,7 +124,7 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     raise ConfigError(f"{where} must be {names}, got {value!r}")
 
 
-def _build_dataclass(cls: type, value: Any, where: str) -> Any:
+def _build_dataclass(cls: type[DataclassInstance], value: Any, where: str) -> Any:
     if not isinstance(value, dict):
         raise ConfigError(f"{where or 'the configuration'} must be a mapping of fields, got {value!r}")
     for name in value:

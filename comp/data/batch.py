@@ -46,8 +46,8 @@ class FileInFolder(str):
         self.name, self.folder, self.advice = name, folder, advice
         return self
 
-    def __getnewargs__(self) -> tuple[str, Path, str]:
-        return self.name, self.folder, self.advice  # for workers that are spawned
+    def __reduce__(self) -> tuple[type[FileInFolder], tuple[str, Path, str]]:
+        return FileInFolder, (self.name, self.folder, self.advice)  # for workers that are spawned
 
     def check(self) -> None:
         """Reads the disk, so it is done when the file is opened."""

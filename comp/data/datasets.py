@@ -105,11 +105,8 @@ class _Records:
         begin, end = self._spans[index]
         return self._data[begin:end]
 
-    def __getstate__(self) -> Path:
-        return self._path  # a memory map cannot be pickled: a spawned worker reads the file again
-
-    def __setstate__(self, path: Path) -> None:
-        self.__init__(path)
+    def __reduce__(self) -> tuple[type[_Records], tuple[Path]]:
+        return _Records, (self._path,)  # a memory map cannot be pickled: a spawned worker reads the file again
 
 
 def _map_lines(path: Path) -> tuple[mmap.mmap | bytes, list[tuple[int, int]]]:

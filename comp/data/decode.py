@@ -7,11 +7,13 @@ grey, transparency, orientation, and colour profiles.
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps
+from PIL.TiffImagePlugin import TiffImageFile
 
 from ..config import MAX_PIXELS
 
@@ -38,9 +40,10 @@ def to_rgb(image: Image.Image, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     rawmode = _rawmode(image)
     _load(image)
     _check_size(image, max_pixels)  # icons hold files of their own
+    file_format, tags = image.format, image.tag_v2 if isinstance(image, TiffImageFile) else {}
     image = _upright(image)
     if image.mode.startswith("I") or image.mode == "F":
-        image = _grey_of_8_bits(image)
+        image = _grey_of_8_bits(image, file_format, tags)
     image, alpha = _split_alpha(image, rawmode)
     image = _to_srgb(image)
     if alpha is not None:
@@ -58,13 +61,15 @@ def _check_size(image: Image.Image, max_pixels: int) -> None:
 def _check_single(image: Image.Image) -> None:
     if image.format in _ONE_PICTURE:
         return
-    pages = _tiff_pages(image) if image.format == "TIFF" else getattr(image, "n_frames", 1)
-    if pages > 1:
-        kind = "pages" if image.format == "TIFF" else "frames"
-        raise ValueError(f"the file holds {pages} {kind}, and a picture is one; store each by itself")
+    if isinstance(image, TiffImageFile):
+        count, kind = _tiff_pages(image), "pages"
+    else:
+        count, kind = getattr(image, "n_frames", 1), "frames"
+    if count > 1:
+        raise ValueError(f"the file holds {count} {kind}, and a picture is one; store each by itself")
 
 
-def _tiff_pages(image: Image.Image) -> int:
+def _tiff_pages(image: TiffImageFile) -> int:
     """Pages of a TIFF file that are no smaller copies of others."""
     subfiles = []
     current = image.tell()
@@ -90,11 +95,10 @@ def _rawmode(image: Image.Image) -> str:
 def _load(image: Image.Image) -> None:
     """Pillow maps uncompressed TIFF files that it opened by name into memory, with the sides of the picture already turned:
     grey pixels are scrambled where EXIF turns by a quarter (findings/pillow_turns_a_mapped_tiff.sh)."""
-    name = getattr(image, "filename", None)
-    if image.format != "TIFF" or not name:
+    if not isinstance(image, TiffImageFile) or not image.filename:
         image.load()
         return
-    image.filename = ""  # read, not mapped
+    name, image.filename = image.filename, ""  # read, not mapped
     try:
         image.load()
     finally:
@@ -102,21 +106,14 @@ def _load(image: Image.Image) -> None:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turned as EXIF says; grey of several bytes keeps what its file says about it."""
-    if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
-        return image
-    upright = ImageOps.exif_transpose(image)
-    upright.format = image.format
-    if hasattr(image, "tag_v2"):
-        upright.tag_v2 = image.tag_v2
-    return upright
+    """Turned as EXIF says."""
+    return image if image.getexif().get(ExifTags.Base.Orientation, 1) == 1 else ImageOps.exif_transpose(image)
 
 
-def _grey_of_8_bits(image: Image.Image) -> Image.Image:
-    """Grey of 12 or 16 bits as L, or LA where one shade is transparent."""
-    tags: Any = getattr(image, "tag_v2", {})
-    deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
-    if not deep or image.format not in _FULL_RANGE:
+def _grey_of_8_bits(image: Image.Image, file_format: str | None, tags: Mapping[int, Any]) -> Image.Image:
+    """Grey of 12 or 16 bits as L, or LA where one shade is transparent. tags: of a TIFF file, else none."""
+    deep = image.mode.startswith("I;16") or (image.mode == "I" and file_format == "PPM")
+    if not deep or file_format not in _FULL_RANGE:
         raise ValueError(f"pixels of mode {image.mode} have no fixed range; store 8 or 16 bits per channel")
     values = np.asarray(image).astype(np.uint32)
     largest = 4095 if tags.get(_BITS) in (12, (12,)) else 65535

@@ -29,8 +29,8 @@ class ImageSettings:
 
     patch_size: int
     merge_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     resolution: int | None
     """Side of square images in pixels; None: native size and aspect ratio."""
     min_visual_tokens: int
@@ -42,14 +42,16 @@ class ImageSettings:
     """Pad to a square before the resize to `resolution`."""
 
     def __post_init__(self) -> None:
-        if self.resolution is not None and self.tokens_at_resolution() > self.max_visual_tokens:
+        if self.tokens_per_image() > self.max_visual_tokens:
             raise ConfigError(
-                f"resolution {self.resolution} gives {self.tokens_at_resolution()} visual tokens per image, "
+                f"resolution {self.resolution} gives {self.tokens_per_image()} visual tokens per image, "
                 f"max_visual_tokens allows {self.max_visual_tokens}"
             )
 
-    def tokens_at_resolution(self) -> int:
-        """Visual tokens of one square image; the side is rounded to patch_size * merge_size pixels."""
+    def tokens_per_image(self) -> int:
+        """Visual tokens of a square image, its side rounded to patch_size * merge_size pixels; at native size the fewest."""
+        if self.resolution is None:
+            return 1
         return max(1, round(self.resolution / (self.patch_size * self.merge_size))) ** 2
 
 
@@ -166,7 +168,7 @@ class SampleEncoder:
             return [], [], []
         settings = self.images
         share = settings.max_visual_tokens // len(lazy)
-        needed = 1 if settings.resolution is None else settings.tokens_at_resolution()
+        needed = settings.tokens_per_image()
         if share < needed:
             raise BadSampleError(
                 f"{sample.name}: {len(lazy)} images of at least {needed} visual tokens exceed "

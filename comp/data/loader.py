@@ -9,12 +9,14 @@ import math
 import os
 import signal
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from .batch import Batch
 from .datasets import BadSampleError, Dataset
@@ -24,6 +26,10 @@ from .packing import EncodedSample, collate, pack, share_out
 
 # Tokenizers with threads of their own warn, and give the threads up, when data workers are forked after them.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+Cost = Callable[[int, Sequence[int]], float]
+"""(Tokens of text, patches of each image) of a sample -> work."""
 
 
 class Skipped(NamedTuple):
@@ -52,7 +58,7 @@ class StepDataset(torch.utils.data.Dataset):
     """Item s is the `StepData` of optimiser step s.
 
     padded:  rows of text cost as much as the longest of their forward pass.
-    cost:    (tokens of text, patches per image) -> work; the samples of a step are then shared out among the processes by what
+    cost:    the samples of a step are then shared out among the processes by what
              `SampleEncoder.estimate` says of them, not by number. Every process estimates all of them.
     """
 
@@ -68,7 +74,7 @@ class StepDataset(torch.utils.data.Dataset):
         forward_visual_tokens: int | None = None,
         forward_text_tokens: int | None = None,
         padded: bool = False,
-        cost: Callable[[int, Sequence[int]], float] | None = None,
+        cost: Cost | None = None,
         rank: int = 0,
         world_size: int = 1,
     ):
@@ -76,8 +82,9 @@ class StepDataset(torch.utils.data.Dataset):
         self.encoder = encoder
         self.batch_size = batch_size
         self.num_positions = max(1, round(epochs * len(samples)))
-        self.num_steps = min(math.ceil(self.num_positions / batch_size), max_steps or math.inf)
-        self.budgets = dict(visual_tokens=forward_visual_tokens, text_tokens=forward_text_tokens, padded=padded)
+        whole = math.ceil(self.num_positions / batch_size)
+        self.num_steps = min(whole, max_steps or whole)
+        self.pack = partial(pack, visual_tokens=forward_visual_tokens, text_tokens=forward_text_tokens, padded=padded)
         self.cost = cost
         self.rank, self.world_size = rank, world_size
         self.order = SampleOrder(len(samples), seed)
@@ -98,7 +105,7 @@ class StepDataset(torch.utils.data.Dataset):
                 encoded.append(self.encoder.encode(sample, seed=(self.order.seed, position)))
             except BadSampleError as error:
                 skipped.append(Skipped(self._place(index), str(error)))
-        groups = pack(encoded, **self.budgets)
+        groups = self.pack(encoded)
         pad_id, patch_features = self.encoder.template.pad_id, self.encoder.patch_features
         return StepData(
             step=step,
@@ -119,19 +126,20 @@ class StepDataset(torch.utils.data.Dataset):
         """Places of this rank's samples in the shuffled stream, and a digest of all shares; the last step may be smaller."""
         begin = step * self.batch_size
         step_positions = range(begin, min(begin + self.batch_size, self.num_positions))
-        if self.cost is None or self.world_size == 1:
+        cost = self.cost
+        if cost is None or self.world_size == 1:
             return step_positions[self.rank :: self.world_size], 0
-        shares = share_out([self._estimate(self.order[p]) for p in step_positions], self.world_size)
+        shares = share_out([self._estimate(self.order[p], cost) for p in step_positions], self.world_size)
         return [begin + i for i in shares[self.rank]], zlib.crc32(repr(shares).encode())
 
-    def _estimate(self, index: int) -> float:
+    def _estimate(self, index: int, cost: Cost) -> float:
         try:
-            return self.cost(*self.encoder.estimate(self.samples[index]))
+            return cost(*self.encoder.estimate(self.samples[index]))
         except BadSampleError:
             return 0.0  # counted by the process that gets it
 
 
-def iterate_steps(dataset: StepDataset, *, start: int, num_workers: int) -> Iterator[StepData]:
+def iterate_steps(dataset: StepDataset, *, start: int, num_workers: int) -> Generator[StepData, None, None]:
     """Steps start, start + 1, ... of `dataset`, prepared ahead by `num_workers` processes, which end when it is closed."""
     loader = DataLoader(
         dataset,
@@ -145,7 +153,7 @@ def iterate_steps(dataset: StepDataset, *, start: int, num_workers: int) -> Iter
     try:
         yield from steps
     finally:  # the workers pass over SIGTERM, with which Python would end them when it exits, and wait for them
-        if num_workers:
+        if isinstance(steps, _MultiProcessingDataLoaderIter):
             steps._shutdown_workers()
 
 

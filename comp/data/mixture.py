@@ -75,7 +75,7 @@ class Mixture:
 def open_sources(sources: Sequence[SourceConfig], seed: int) -> Mixture:
     """The mixture of `sources`; `seed` draws the samples of "random:N"."""
     check_files(sources)
-    parts = []
+    parts: list[Part] = []
     for source in sources:
         for name, dataset, sampling in _open_source(source):
             rng = np.random.default_rng([seed, len(parts)])
@@ -104,10 +104,13 @@ def _open_source(source: SourceConfig) -> Iterator[tuple[str, Dataset, str]]:
     if source.factory is not None:
         name = f"{source.factory}({source.arguments})"
         yield name, dataset_from_factory(source.factory, source.arguments), source.sampling
-    elif Path(source.path).suffix in (".yaml", ".yml"):
-        yield from _open_yaml(source)
+        return
+    assert source.path is not None  # SourceConfig: one of the two
+    path = Path(source.path)
+    if path.suffix in (".yaml", ".yml"):
+        yield from _open_yaml(path, source)
     else:
-        yield _open_file(Path(source.path), source.images, source.images_anywhere, source.sampling)
+        yield _open_file(path, source.images, source.images_anywhere, source.sampling)
 
 
 def _open_file(path: Path, images: str | Path | None, images_anywhere: bool, sampling: str) -> tuple[str, Dataset, str]:
@@ -120,7 +123,7 @@ def check_files(sources: Iterable[SourceConfig]) -> None:
     for source in sources:
         if source.path is None or Path(source.path).suffix not in (".yaml", ".yml"):
             continue
-        root, entries = _read_yaml(source)
+        root, entries = _read_yaml(Path(source.path), source)
         for entry in entries:
             path = root / entry["json_path"]
             if not path.is_file():
@@ -132,9 +135,8 @@ def check_files(sources: Iterable[SourceConfig]) -> None:
         )
 
 
-def _read_yaml(source: SourceConfig) -> tuple[Path, list[dict[str, Any]]]:
+def _read_yaml(path: Path, source: SourceConfig) -> tuple[Path, list[dict[str, Any]]]:
     """Where the names of a mixture start, and its entries."""
-    path = Path(source.path)
     if source.sampling != "all":
         raise ConfigError(f"data.sampling of {path} must be all: the entries of a YAML mixture carry their own strategies")
     if not path.is_file():
@@ -164,8 +166,8 @@ def _read_yaml(source: SourceConfig) -> tuple[Path, list[dict[str, Any]]]:
     return path.parent if root is None else Path(root), entries
 
 
-def _open_yaml(source: SourceConfig) -> Iterator[tuple[str, Dataset, str]]:
-    root, entries = _read_yaml(source)
+def _open_yaml(path: Path, source: SourceConfig) -> Iterator[tuple[str, Dataset, str]]:
+    root, entries = _read_yaml(path, source)
     for entry in entries:
         images = entry.get("images", source.images)
         yield _open_file(

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .batch import BadSampleError, FileInFolder, Message, Sample, printable
+from .batch import BadSampleError, FileInFolder, LazyImage, Message, Sample, printable
 
 IMAGE_MARKER = "<image>"
 
@@ -64,7 +64,7 @@ def sample_from_record(record: Any, place: str, images: Path, *, images_anywhere
         if not isinstance(record.get(field), str | None):
             raise BadSampleError(f'{name}: "{field}" must be a text or absent, got {str(record[field])[:80]}')
         _check_characters(record.get(field) or "", field, name)
-    waiting = [_image_file(image, images, name, images_anywhere) for image in image_names]
+    waiting: list[LazyImage] = [_image_file(image, images, name, images_anywhere) for image in image_names]
     num_images = len(waiting)
     messages = []
     for turn in record["conversations"]:

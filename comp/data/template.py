@@ -118,7 +118,7 @@ class ChatTemplate:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of an answer, special tokens left out."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+        return self.tokenizer.batch_decode([list(ids)], skip_special_tokens=True)[0].strip()
 
     def encode(self, messages: Sequence[Message], visual_tokens: Sequence[int]) -> tuple[list[int], list[int]]:
         """(input ids, labels) of a conversation; `visual_tokens` counts the tokens of its images, in order.

@@ -67,13 +67,13 @@ def download(package: Package, folder: Path) -> Path:
         place.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             _run(package.command(), Path(scratch))
-            archives = [shutil.move(path, place) for path in Path(scratch).iterdir()]
+            archives = [Path(shutil.move(path, place)) for path in Path(scratch).iterdir()]
     if len(archives) != 1:
         raise FetchError(f"{place} should hold one archive, found {len(archives)}; remove the folder and try again")
-    found = hashlib.sha256(Path(archives[0]).read_bytes()).hexdigest()
+    found = hashlib.sha256(archives[0].read_bytes()).hexdigest()
     if found != package.sha256:
         raise FetchError(f"{archives[0]} has SHA-256 {found}, manifest.json says {package.sha256}")
-    return Path(archives[0])
+    return archives[0]
 
 
 def unpack(archive: Path, folder: Path) -> Path:

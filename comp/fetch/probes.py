@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -147,7 +148,7 @@ def composite(rng: np.random.Generator, page: Image.Image, stamps: list[list[Ima
 # --- program -----------------------------------------------------------------------------------------------------------------
 
 
-def save(image: Image.Image, path: Path, **options: int) -> None:
+def save(image: Image.Image, path: Path, **options: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path, **options)
 

@@ -100,7 +100,7 @@ def _weights(reader, config: LlamaConfig) -> dict[str, Tensor]:
     """State dict of transformers' Llama in float32."""
     from gguf import dequantize
 
-    heads = dict(attn_q=config.num_attention_heads, attn_k=config.num_key_value_heads)
+    heads = dict(attn_q=config.num_attention_heads, attn_k=config.num_key_value_heads or config.num_attention_heads)
     weights = {}
     for tensor in reader.tensors:
         block = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", tensor.name)

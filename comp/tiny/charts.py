@@ -106,7 +106,8 @@ def _questions(rng: np.random.Generator, numbers: list[int], colours: list[str])
 
 
 def _dark(colour: tuple[int, int, int]) -> tuple[int, int, int]:
-    return tuple(int(0.7 * c) for c in colour)
+    red, green, blue = colour
+    return int(0.7 * red), int(0.7 * green), int(0.7 * blue)
 
 
 def _ticks(longest: int) -> list[int]:

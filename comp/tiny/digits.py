@@ -71,8 +71,8 @@ def _draw_strip(seed: int, split: str, digits: list[int]) -> Drawing:
     vertical = rng.random() < 1 / 3
     page = Page(rng, split, *((across, along) if vertical else (along, across)))
     if rng.random() < 0.5:  # a ruled sheet
-        for line in np.arange(rng.integers(6, 12), page.image.height, rng.integers(10, 16)):
-            page.draw.line((0, line, page.image.width, line), fill=(205, 215, 230))
+        for height in range(int(rng.integers(6, 12)), page.image.height, int(rng.integers(10, 16))):
+            page.draw.line((0, height, page.image.width, height), fill=(205, 215, 230))
     for i, digit in enumerate(digits):
         a, b = margin + pitch * (i + 0.5), across / 2 + rng.uniform(-2, 2)
         x, y, line = (b, a, i) if vertical else (a, b, 0)

@@ -7,7 +7,7 @@ every kind equally often.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
@@ -43,7 +43,7 @@ TRANSCRIPT = "What is written?"
 """The question for the whole text of a page."""
 
 
-class TinyPages(Sequence):
+class TinyPages:
     """`size` samples of a split ("train" or "heldout").
 
     transcript: ask training pages for their whole text in the last turn, and let it be the text of the alignment loss.
@@ -68,7 +68,7 @@ class TinyPages(Sequence):
         return _sample(f"tiny/{self.split}/{index}", scene, [question])
 
 
-class ShortStrips(Sequence):
+class ShortStrips:
     """`size` training strips of two or three digits with their questions: the easy data that adapters start on, as captions
     come before documents. Squeezed into a small square they stay readable. transcript: see `TinyPages`."""
 

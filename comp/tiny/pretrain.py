@@ -17,7 +17,7 @@ import argparse
 import itertools
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,14 @@ import torch.nn.functional as F
 from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from ..data.batch import IGNORED, Message
 from ..data.packing import pad_right
@@ -208,13 +215,12 @@ def type_out(marks: tuple[Mark, ...], rng: np.random.Generator) -> str:
     return text
 
 
-def add_words(tokenizer: PreTrainedTokenizerFast, model: Qwen2ForCausalLM, words: Sequence[str]) -> None:
+def add_words(tokenizer: PreTrainedTokenizerBase, model: Qwen2ForCausalLM, words: Sequence[str]) -> None:
     """Give each word that is several tokens one of its own, which begins as the mean of their embeddings."""
     pieces = {word: tokenizer(word, add_special_tokens=False)["input_ids"] for word in words}
     new = [word for word, ids in pieces.items() if len(ids) > 1]
     tokenizer.add_tokens(new)
-    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    rows = model.get_input_embeddings().weight
+    rows = model.resize_token_embeddings(len(tokenizer), mean_resizing=False).weight
     with torch.no_grad():
         for word in new:
             rows[tokenizer.convert_tokens_to_ids(word)] = rows[pieces[word]].mean(0)
@@ -248,7 +254,14 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 # --- shared ------------------------------------------------------------------------------------------------------------------
 
 
-def optimise(name: str, parameters: list[Tensor], step, steps: int, lr: float, warmup: int = 50) -> None:
+def optimise(
+    name: str,
+    parameters: Sequence[nn.Parameter],
+    step: Callable[[int], tuple[Tensor, dict[str, float]]],
+    steps: int,
+    lr: float,
+    warmup: int = 50,
+) -> None:
     """AdamW with warm-up and cosine decay; a printed line now and then."""
     optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.05, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(

@@ -6,6 +6,7 @@ rotary embedding from Stage II on, the alignment loss in Stages I and II alone) 
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from ..config import (
@@ -26,7 +27,7 @@ ASSETS = Path(__file__).parent / "assets"
 def tiny() -> Config:
     """Handwriting and charts, from a tower that has seen 64 x 64 pixels and a language model that has seen no image."""
     # several passes per step: a third of the memory
-    shared = dict(max_visual_tokens=128, max_text_tokens=320, batch_size=32, forward_text_tokens=2400)
+    stage = partial(StageConfig, max_visual_tokens=128, max_text_tokens=320, batch_size=32, forward_text_tokens=2400)
     alignment = AlignmentConfig(weight=0.2, mode="sinkhorn", epsilon=0.05, temperature=0.05)
     everything = OptimConfig(lr_vision=2e-4, lr_adapter=2e-3, lr_language=5e-4, betas=(0.9, 0.98))
     return Config(
@@ -34,7 +35,7 @@ def tiny() -> Config:
         vision=VisionConfig(path=str(ASSETS / "vision")),
         language=LanguageConfig(path=str(ASSETS / "language")),
         stages=[
-            StageConfig(
+            stage(
                 name="I",
                 trainable=("adapter",),
                 rope=False,
@@ -43,31 +44,27 @@ def tiny() -> Config:
                 optim=OptimConfig(lr_adapter=4e-3, betas=(0.9, 0.98)),
                 alignment=alignment,
                 data=[short_strips(seed=1)],
-                **shared,
             ),
-            StageConfig(
+            stage(
                 name="II-a",
                 resolution=96,
                 max_steps=80,
                 optim=everything,
                 alignment=alignment,
                 data=[short_strips(seed=2), pages(seed=2)],
-                **shared,
             ),
-            StageConfig(
+            stage(
                 name="II-b",
                 max_steps=360,
                 optim=everything,
                 alignment=alignment,
                 data=[short_strips(seed=3), pages(seed=3)],
-                **shared,
             ),
-            StageConfig(
+            stage(
                 name="III",
                 max_steps=160,
                 optim=OptimConfig(lr_vision=5e-5, lr_adapter=5e-4, lr_language=5e-4, betas=(0.9, 0.98)),
                 data=[pages(seed=4, transcript=False)],
-                **shared,
             ),
         ],
         eval=EvalConfig(
@@ -100,7 +97,8 @@ def smollm2(data: str = "data/smollm2") -> Config:
     folder with SigLIP, DINOv2 or AIMv2 weights. Learning rates are the paper's (arXiv 2503.18931v2, Table 11) but for the tower
     and the adapter of stages with a small tower, which start from less.
     """
-    shared = dict(
+    stage = partial(
+        StageConfig,
         max_visual_tokens=256,
         max_text_tokens=512,
         batch_size=32,
@@ -115,18 +113,17 @@ def smollm2(data: str = "data/smollm2") -> Config:
         vision=VisionConfig(path=str(ASSETS / "vision")),
         language=LanguageConfig(path=f"{data}/language"),
         stages=[
-            StageConfig(
+            stage(
                 name="I",
                 trainable=("adapter",),
                 rope=False,
                 resolution="pretrain",
                 optim=OptimConfig(lr_adapter=1e-3),
                 alignment=alignment,
-                **shared,
             ),
-            StageConfig(name="II-a", resolution=192, optim=everything, alignment=alignment, **shared),
-            StageConfig(name="II-b", optim=everything, alignment=alignment, **shared),
-            StageConfig(name="III", optim=OptimConfig(lr_vision=2e-5, lr_adapter=1e-5, lr_language=1e-5), **shared),
+            stage(name="II-a", resolution=192, optim=everything, alignment=alignment),
+            stage(name="II-b", optim=everything, alignment=alignment),
+            stage(name="III", optim=OptimConfig(lr_vision=2e-5, lr_adapter=1e-5, lr_language=1e-5)),
         ],
         eval=EvalConfig(
             data=[SourceConfig(path=f"{data}/heldout.yaml")],
