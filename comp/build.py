@@ -15,7 +15,7 @@ from .data.template import ChatTemplate, load_tokenizer, num_rows
 from .files import write_json
 from .limits import position_limit
 from .model import VisionEncoder
-from .model.causal_lm import apply_liger, load_language_model
+from .model.causal_lm import apply_liger, load_language_model, word_embeddings
 from .model.lora import TOWER_TARGETS, add_lora
 from .model.multimodal import CoMP
 from .model.weights import MODELING_FILE, image_processor
@@ -41,7 +41,7 @@ def build_model(
         if config.language.liger:
             apply_liger(language_model)
     rows = num_rows(template.tokenizer)
-    if language_model.get_input_embeddings().num_embeddings != rows:
+    if word_embeddings(language_model).num_embeddings != rows:
         language_model.resize_token_embeddings(rows, mean_resizing=False)
     set_end_ids(language_model, template)
     if encoder is None:
@@ -112,7 +112,7 @@ def set_position_mode(model: CoMP, config: Config, stage: StageConfig) -> None:
 def sample_encoder(model: CoMP, template: ChatTemplate, config: Config, stage: StageConfig) -> SampleEncoder:
     """Turns samples into what the model eats, at the resolution of the stage."""
     resolution = stage.resolution
-    if resolution == "pretrain":
+    if isinstance(resolution, str):  # "pretrain"
         vision = model.encoder.config
         resolution = config.vision.pretrain_resolution or vision.grid_size * vision.patch_size
     return make_sample_encoder(
@@ -151,8 +151,8 @@ def make_sample_encoder(
     images = ImageSettings(
         patch_size=vision.patch_size,
         merge_size=vision.merge_size,
-        mean=tuple(vision.image_mean),
-        std=tuple(vision.image_std),
+        mean=vision.image_mean,
+        std=vision.image_std,
         resolution=resolution,
         pad_to_square=pad_to_square,
         min_visual_tokens=min_visual_tokens,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from torch import nn
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 NO_LIMIT = 2**31
 """For models that say none: recurrent ones, and those with distances instead of positions."""
@@ -20,7 +22,7 @@ _NAMES = (
 )
 
 
-def position_limit(language_model: nn.Module) -> int:
+def position_limit(language_model: PreTrainedModel) -> int:
     """Positions that the model was made for. Beyond them a table of learned positions ends with an IndexError, and a rotary
     embedding turns by angles that were never trained, without a word."""
     config = language_model.config.get_text_config()

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from .config import Config, ConfigError
+
+if TYPE_CHECKING:
+    from .model.multimodal import CoMP
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -82,7 +85,7 @@ def uses_bf16(config: Config, world: World) -> bool:
     return config.precision == "bf16" or (config.precision == "auto" and world.device.type == "cuda")
 
 
-def distribute(model: nn.Module, config: Config, world: World) -> nn.Module:
+def distribute(model: CoMP, config: Config, world: World) -> CoMP:
     """Move the model to the device of this process and shard it, or make all copies equal to that of rank 0."""
     if config.compile:
         compile_blocks(model)
@@ -103,13 +106,13 @@ def distribute(model: nn.Module, config: Config, world: World) -> nn.Module:
     return model
 
 
-def compile_blocks(model: nn.Module, **options: Any) -> None:
+def compile_blocks(model: CoMP, **options: Any) -> None:
     """torch.compile every block in place (names of parameters stay), sizes of batches left open; options of torch.compile."""
     for block in transformer_blocks(model):
         block.compile(dynamic=True, **options)
 
 
-def transformer_blocks(model: nn.Module) -> list[nn.Module]:
+def transformer_blocks(model: CoMP) -> list[nn.Module]:
     """The layers of vision encoder and language model: the units that are gathered one at a time.
 
     Those of the language model are what it says must not be split, without what holds a table of words: that is used from
@@ -161,13 +164,17 @@ def sum_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
 
     The list is the same everywhere whatever a process computed, so a process without images cannot hold up the others.
     """
-    parameters = [p for p in parameters if p.requires_grad]
+    replicated: list[Tensor] = []
     for parameter in parameters:
+        if not parameter.requires_grad:
+            continue
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
+        if not isinstance(parameter, DTensor):
+            replicated.append(parameter.grad)
     if world.group is None:
         return
-    for bucket in _buckets([p.grad for p in parameters if not isinstance(p, DTensor)]):
+    for bucket in _buckets(replicated):
         flat = torch.cat([g.flatten() for g in bucket])
         dist.all_reduce(flat, group=world.group)
         for gradient, summed in zip(bucket, flat.split([g.numel() for g in bucket])):
@@ -205,4 +212,4 @@ def gathered(model: nn.Module) -> Iterator[None]:
     finally:
         for module in sharded:
             module.reshard()
-            module.set_reshard_after_forward(module is not model, recurse=False)
+            module.set_reshard_after_forward(module is not sharded[0], recurse=False)  # the first is the model

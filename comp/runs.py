@@ -44,7 +44,7 @@ def trained_config(run: Path, stage: str | None = None) -> Config:
 
 def encoders_of(run: Path, stages: Sequence[str] | None = None) -> Iterator[tuple[str, VisionEncoder]]:
     """The encoder that the run in folder `run` started from, then those that `stages` (default: the last) made; float32."""
-    trained = [trained_config(run, stage) for stage in stages or [None]]
+    trained = [trained_config(run, stage) for stage in stages] if stages else [trained_config(run)]
     yield BEFORE, load_tower(run_config(run).vision).eval()
     for config in trained:
         yield config.stages[0].name, VisionEncoder.from_pretrained(config.vision.path).float().eval()

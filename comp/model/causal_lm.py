@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -66,11 +66,13 @@ def load_language_model(path: str | os.PathLike, dtype: torch.dtype | str, *, at
     if (folder / "config.json").is_file():
         check_weights(folder, quantized=bool(read_object(folder / "config.json").get("quantization_config")))
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        # a pair, which transformers' annotations do not know
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, attn_implementation=attention, output_loading_info=True
         )
     except Exception as error:  # configurations of wrong values and damaged files end in errors of any kind
         raise ValueError(f"{path}: {error or type(error).__name__}") from error
+    model, loading = loaded
     if missing := sorted(loading["missing_keys"]):
         raise ValueError(f"{path}: the weights of {type(model).__name__} lack {len(missing)} tensors: {', '.join(missing[:5])}")
     warn_of_non_finite(path, model.named_parameters())
@@ -90,6 +92,11 @@ def apply_liger(model: PreTrainedModel) -> None:
     wanted = dict(rms_norm=True, swiglu=True, geglu=True)
     others = dict(rope=False, cross_entropy=False, fused_linear_cross_entropy=False)  # M-RoPE and the loss are this project's
     patch(model=model, **{name: value for name, value in {**wanted, **others}.items() if name in known})
+
+
+def word_embeddings(model: PreTrainedModel) -> nn.Embedding:
+    """The table of words, [vocabulary, E]."""
+    return cast(nn.Embedding, model.get_input_embeddings())
 
 
 @torch.no_grad()
@@ -116,7 +123,7 @@ def _checked(model: PreTrainedModel) -> Halves:
             raise ValueError("none of its modules returns last_hidden_state")
         decoder, output = decoders[-1]  # the outermost ends last
         halves = Halves(decoder, output, own.logits.shape[-1])
-        embeds = model.get_input_embeddings()(ids)
+        embeds = word_embeddings(model)(ids)
         hidden = halves.decode(model, inputs_embeds=embeds, attention_mask=mask)[0]
         logits = halves.logits(model, hidden)
         shorter = halves.decode(model, inputs_embeds=embeds[:, :-1], attention_mask=mask[:, :-1])[0]
@@ -139,10 +146,10 @@ def _checked(model: PreTrainedModel) -> Halves:
 
 def probe_ids(model: PreTrainedModel, count: int) -> Tensor:
     """Token ids spread over the vocabulary, without those of padding and the like where there are others."""
-    embedding = model.get_input_embeddings()
+    embedding = word_embeddings(model)
     config = model.config.get_text_config()
-    special = [getattr(config, f"{kind}_token_id", None) for kind in ("pad", "bos", "eos")]
-    special = {i for ids in special for i in (ids if isinstance(ids, (list, tuple)) else [ids])}
+    named = [getattr(config, f"{kind}_token_id", None) for kind in ("pad", "bos", "eos")]
+    special = {i for ids in named for i in (ids if isinstance(ids, (list, tuple)) else [ids])}
     ordinary = [i for i in range(embedding.num_embeddings) if i not in special] or [0]
     spread = [ordinary[i * (len(ordinary) - 1) // (count - 1)] for i in range(count)]
     return torch.tensor(spread, device=embedding.weight.device)

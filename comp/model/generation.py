@@ -54,6 +54,10 @@ def continue_rows(
     input_ids:  [B, L]; processors of logits and streamers read them.
     lengths:    [B] on the device of the ids.
     """
+    from transformers import GenerationMixin
+
+    if not isinstance(model, GenerationMixin):
+        raise ValueError(f"{type(model).__name__} has no generate")
     longest = int(lengths.max())
     # where a row has no token it shows one of its own: a model that sees through the mask is found out by sharing_of
     places = torch.arange(longest, device=lengths.device) - (longest - lengths).unsqueeze(1)
@@ -128,14 +132,14 @@ def _answers_alike(model: PreTrainedModel, lengths: list[int]) -> bool:
     """Whether the second of two prompts gets the logits that it gets alone, for the first new token and the next."""
     ids = probe_ids(model, max(lengths))
     ids = torch.stack((ids, ids.flip(0)))
-    lengths = torch.tensor(lengths, device=ids.device)
+    counts = torch.tensor(lengths, device=ids.device)
     config = plain_config(2, [], dict(output_logits=True, return_dict_in_generate=True))
     embeds = model.get_input_embeddings()(ids)
     try:
-        together = continue_rows(model, embeds, ids, lengths, config).logits
+        together = continue_rows(model, embeds, ids, counts, config).logits
     except Exception:  # a model that cannot be asked this way may say so in any way
         return False
-    alone = continue_rows(model, embeds[1:], ids[1:], lengths[1:], config).logits
+    alone = continue_rows(model, embeds[1:], ids[1:], counts[1:], config).logits
     rounding = max(1e-3, 4 * torch.finfo(embeds.dtype).eps)
     return all(
         torch.allclose(a[1:], b, rtol=0, atol=rounding * b.abs().max().item(), equal_nan=True) for a, b in zip(together, alone)

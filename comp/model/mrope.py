@@ -32,23 +32,22 @@ class MultimodalRotary(nn.Module):
     def forward(self, x: Tensor, position_ids: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if self.position_ids is None:
             return self.rotary(x, position_ids, *args, **kwargs)
-        per_axis = [self.rotary(x, axis_ids, *args, **kwargs) for axis_ids in self._axes(position_ids)]
-        return tuple(self._by_section(tables) for tables in zip(*per_axis))
-
-    def _axes(self, index: Tensor) -> Tensor:
-        """(time, row, column) of the tokens with this running index [B or 1, n]: [3, B, n]."""
-        table = self.position_ids
-        if self.packed:
-            return table
-        if len(index) > table.shape[1]:  # several beams of every row
-            table = table.repeat_interleave(len(index) // table.shape[1], dim=1)
-        inside = index.clamp(max=table.shape[2] - 1).expand(table.shape[1], -1)
-        return table.gather(2, inside.expand(3, -1, -1)) + (index - inside)
+        axes = self.position_ids if self.packed else axes_at(self.position_ids, position_ids)
+        cos, sin = zip(*(self.rotary(x, axis_ids, *args, **kwargs) for axis_ids in axes))
+        return self._by_section(cos), self._by_section(sin)
 
     def _by_section(self, tables: Sequence[Tensor]) -> Tensor:
         """Channels of three [B, L, head_dim] tables: time, row, column of the first half, and again of the second half."""
         parts = [table.split(self.sections * 2, dim=-1) for table in tables]
         return torch.cat([parts[i % 3][i] for i in range(6)], dim=-1)
+
+
+def axes_at(table: Tensor, index: Tensor) -> Tensor:
+    """(time, row, column) of the tokens with this running index [B or 1, n], from `position_ids` [3, B, L]: [3, B, n]."""
+    if len(index) > table.shape[1]:  # several beams of every row
+        table = table.repeat_interleave(len(index) // table.shape[1], dim=1)
+    inside = index.clamp(max=table.shape[2] - 1).expand(table.shape[1], -1)
+    return table.gather(2, inside.expand(3, -1, -1)) + (index - inside)
 
 
 def mrope_sections(head_dim: int) -> list[int]:

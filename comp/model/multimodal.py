@@ -27,7 +27,7 @@ from comp_kernels import alignment_loss
 from ..config import AdapterInit, AlignmentConfig, PositionIds, PrototypeSource, need_choice
 from ..files import write_json
 from .adapter import Adapter
-from .causal_lm import evaluation_mode, load_language_model, split
+from .causal_lm import evaluation_mode, load_language_model, split, word_embeddings
 from .folder import read_object
 from .generation import ALONE, continue_rows, plain_config, rows_together, sharing_of
 from .lora import has_lora, merged_state, save_adapter
@@ -109,6 +109,10 @@ class CoMP(nn.Module):
     Parts: `encoder` (which holds `adapter`) and `language_model`; `named_parts` partitions the parameters.
     """
 
+    word_counts: Tensor | None
+    frozen_prototypes: Tensor | None
+    learned_prototypes: nn.Parameter | None
+
     def __init__(
         self,
         encoder: VisionEncoder,
@@ -121,8 +125,8 @@ class CoMP(nn.Module):
         pack_rows: bool = True,
     ) -> None:
         super().__init__()
-        width = language_model.get_input_embeddings().embedding_dim
-        vocabulary = language_model.get_input_embeddings().num_embeddings
+        words = word_embeddings(language_model)
+        width, vocabulary = words.embedding_dim, words.num_embeddings
         if not 0 <= image_token_id < vocabulary:
             raise ValueError(f"image_token_id must be a row of the {vocabulary} word embeddings, got {image_token_id}")
         need_choice("position_ids", position_ids, get_args(PositionIds))
@@ -194,6 +198,7 @@ class CoMP(nn.Module):
 
     @property
     def adapter(self) -> Adapter:
+        assert self.encoder.adapter is not None  # from the beginning on
         return self.encoder.adapter
 
     @property
@@ -211,10 +216,10 @@ class CoMP(nn.Module):
 
     def set_word_counts(self, counts: Tensor) -> None:
         """Prior of the alignment loss: how often each vocabulary item occurs in the corpus, [vocabulary]."""
-        rows = self.language_model.get_input_embeddings().num_embeddings
-        if counts.shape != (rows,):
-            raise ValueError(f"counts must have one entry per word embedding, ({rows},), got {tuple(counts.shape)}")
-        self.word_counts = counts.to(self.language_model.get_input_embeddings().weight.device)
+        words = word_embeddings(self.language_model).weight
+        if counts.shape != words.shape[:1]:
+            raise ValueError(f"counts must have one entry per word embedding, ({len(words)},), got {tuple(counts.shape)}")
+        self.word_counts = counts.to(words.device)
 
     def freeze_prototypes(self, source: PrototypeSource = "embed_tokens") -> None:
         """Keep a copy of today's prototypes for prototype_source "frozen"; saved with the model's state."""
@@ -228,7 +233,7 @@ class CoMP(nn.Module):
     def prototypes(self, source: PrototypeSource) -> Tensor:
         """Prototypes of the alignment loss, [vocabulary, E]: word embeddings, detached, or the learned vectors."""
         if source == "embed_tokens":
-            return self.language_model.get_input_embeddings().weight.detach()
+            return word_embeddings(self.language_model).weight.detach()
         if source == "lm_head":
             return self.language_model.get_output_embeddings().weight.detach()
         if source == "frozen":
@@ -269,7 +274,7 @@ class CoMP(nn.Module):
         loss_sum = next_token_loss(hidden_TE[learned.predictors], learned, self.head())
         num_tokens = len(learned.targets)
         output = CoMPOutput(token_loss_sum=loss_sum, num_tokens=num_tokens, alignment_loss=None)
-        if alignment is not None:
+        if alignment is not None and step_text is not None:
             output.alignment_loss = self.align(visual_VE, token_grids, step_text, alignment, group)
             output.num_aligned = batch.num_aligned_rows()
         return output
@@ -312,7 +317,7 @@ class CoMP(nn.Module):
 
     def embed(self, batch: Batch, visual_VE: Tensor, token_grids: list[list[Grid]]) -> tuple[Tensor, Tensor | None]:
         """Input embeddings [B, L, E] with the images in place, and M-RoPE positions [3, B, L] (None: plain positions)."""
-        embeds_BLE = self.language_model.get_input_embeddings()(batch.input_ids)
+        embeds_BLE = word_embeddings(self.language_model)(batch.input_ids)
         is_image_BL1 = (batch.input_ids == self.image_token_id).unsqueeze(-1)
         # done without images too: scattering no rows is what ties the parameters behind a dummy image to the loss
         embeds_BLE = embeds_BLE.masked_scatter(is_image_BL1, visual_VE.to(embeds_BLE.dtype))
@@ -353,7 +358,7 @@ class CoMP(nn.Module):
     @contextmanager
     def multimodal_positions(self, position_ids: Tensor | None, *, packed: bool = False) -> Iterator[None]:
         """Let the decoder use these M-RoPE positions [3, B, L], or [3, 1, T] of packed rows; None leaves its own."""
-        rotary = self._decoder.rotary_emb if self.mrope else None
+        rotary = install_mrope(self._decoder) if self.mrope else None  # the one that is there
         try:
             if rotary is not None:
                 rotary.position_ids, rotary.packed = position_ids, packed

@@ -236,7 +236,9 @@ class VisionEncoder(nn.Module):
         grids = self._check_input(pixel_values, grid_thw)
         layout = self._layout(grids, pixel_values.device)
         x_ND = self._embed(pixel_values, grids)
-        x_TD = x_ND if layout.token_rows is None else torch.cat((x_ND, self.prefix_tokens.to(x_ND.dtype)))[layout.token_rows]
+        x_TD = x_ND
+        if self.prefix_tokens is not None:
+            x_TD = torch.cat((x_ND, self.prefix_tokens.to(x_ND.dtype)))[layout.token_rows]
         if self.pre_norm is not None:
             x_TD = self.pre_norm(x_TD)
 

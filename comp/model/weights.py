@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ class Names:
 
     table: str
     fixed: dict[str, str]
-    block: dict[str, tuple[str, ...] | str]
+    block: Mapping[str, tuple[str, ...] | str]
     cls_token: str | None = None
     registers: str | None = None
     batched: bool = False
@@ -55,7 +55,7 @@ class Names:
         return [name.format(i=match[1] if match else "") + suffix for name in theirs]
 
 
-CLIP_BLOCK = {
+CLIP_BLOCK: dict[str, tuple[str, ...] | str] = {
     "norm1": "encoder.layers.{i}.layer_norm1",
     "attn.qkv": tuple(f"encoder.layers.{{i}}.self_attn.{x}_proj" for x in "qkv"),
     "attn.proj": "encoder.layers.{i}.self_attn.out_proj",
@@ -310,17 +310,18 @@ def read_tensors(
         elif ours == "pos_embed":
             parts = [fetch(names.table)]
         elif ours == "prefix_tokens":
-            parts = [fetch(names.cls_token), *([fetch(names.registers)] if config.num_prefix_tokens > 1 else [])]
-            parts.append(fetch(names.table))
+            tokens = (names.cls_token, names.registers if config.num_prefix_tokens > 1 else None)
+            parts = [fetch(name) for name in (*tokens, names.table) if name is not None]
         else:
             parts = [fetch(name) for name in names.sources(ours)]
-        if any(part is None for part in parts):
+        found = [part for part in parts if part is not None]
+        if len(found) < len(parts):
             continue
-        tensor = parts[0] if checkpoint.is_own else to_ours(ours, parts, config)
+        tensor = found[0] if checkpoint.is_own else to_ours(ours, found, config)
         tensors[ours] = tensor.clone()  # the file stays mapped: own the memory
         if tensors[ours].shape != shape:
             raise ValueError(
-                f"{path}: {ours} must be {tuple(shape)} by config.json, the file has {[tuple(part.shape) for part in parts]}"
+                f"{path}: {ours} must be {tuple(shape)} by config.json, the file has {[tuple(part.shape) for part in found]}"
             )
 
     dropped = OWN_DROPPED if checkpoint.is_own else DROPPED
@@ -351,8 +352,8 @@ def to_ours(ours: str, parts: list[Tensor], config: ViTConfig) -> Tensor:
         side = config.grid_size
         return table[len(table) - side * side :].reshape(-1, side, config.width)
     if ours == "prefix_tokens":
-        *tokens, table = (part.view(-1, config.width) for part in parts)
-        tokens = torch.cat(tokens)
+        *rows, table = (part.view(-1, config.width) for part in parts)
+        tokens = torch.cat(rows)
         tokens[0] += table[0]
         return tokens
     return torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -362,8 +363,9 @@ def to_theirs(config: ViTConfig, parameters: dict[str, Tensor]) -> dict[str, Ten
     """The encoder's parameters under the family's names: the inverse of reading, with CLS's table entry as zeros."""
     names = FAMILIES[config.family]
     state = {name: tensor.detach() for name, tensor in parameters.items()}
-    theirs = {}
+    theirs: dict[str, Tensor] = {}
     if "prefix_tokens" in state:
+        assert names.cls_token is not None  # else from_hugging_face counts no prefix tokens
         tokens = state.pop("prefix_tokens")
         cls_shape = (1, 1, config.width) if names.batched else (config.width,)
         theirs[names.cls_token] = tokens[0].view(cls_shape)

@@ -91,7 +91,7 @@ class CheckpointStore:
 
         Reads them whole, each process a share; all processes call it.
         """
-        problems = []
+        problems: list[str] = []
         for path in reversed(self.complete()):
             found = self.world.gather(damage(path) or changed(path, self.world.rank, self.world.size))
             problem = next(filter(None, found), None)
@@ -249,7 +249,7 @@ def _fill_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[nn.P
     return missing
 
 
-def _is_like(value: Any, parameter: nn.Parameter) -> bool:
+def _is_like(value: Any, parameter: torch.Tensor) -> bool:
     return isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape == parameter.shape
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..config import OptimConfig
 from ..model.lora import MARK as LORA
+from ..model.multimodal import CoMP
 
 
 @dataclass(kw_only=True, slots=True)
@@ -26,7 +27,7 @@ class PartReport:
     lr: float
 
 
-def set_trainable(model: nn.Module, trainable: Iterable[str]) -> None:
+def set_trainable(model: CoMP, trainable: Iterable[str]) -> None:
     """Switch gradients on for the parameters of the named parts, off for all others. Of a part with LoRA the updates alone
     train."""
     trainable = set(trainable)
@@ -36,7 +37,7 @@ def set_trainable(model: nn.Module, trainable: Iterable[str]) -> None:
             parameter.requires_grad_(part in trainable and (not updates or name in updates))
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+def build_optimizer(model: CoMP, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW over the parameters that require gradients; groups carry "part" and their peak rate "peak_lr"."""
     groups = []
     for part, parameters in model.named_parts().items():
@@ -90,7 +91,7 @@ def _words(model: nn.Module, embedding: nn.Embedding) -> nn.Module:
     return embedding if language_model is None else language_model.get_input_embeddings()
 
 
-def part_reports(model: nn.Module, config: OptimConfig) -> list[PartReport]:
+def part_reports(model: CoMP, config: OptimConfig) -> list[PartReport]:
     reports = []
     for part, parameters in model.named_parts().items():
         trainable = sum(p.numel() for p in parameters.values() if p.requires_grad)

@@ -15,12 +15,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import StageConfig
 from ..data.batch import BadSampleError, Batch
 from ..data.loader import StepData
 from ..data.packing import empty_batch
+from ..model.multimodal import CoMP, CoMPOutput
 from ..parallel import World, loss_scale, sum_gradients, total_norm
 
 
@@ -99,7 +100,7 @@ class StepLosses:
 
 
 def train_step(
-    model: nn.Module,
+    model: CoMP,
     optimizer: torch.optim.Optimizer,
     data: StepData,
     totals: StepTotals,
@@ -113,29 +114,29 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     token_loss, alignment = accumulate_gradients(model, data, totals, stage, world, pad_id=pad_id, bf16=bf16)
     parts = {part: [p for p in named.values() if p.requires_grad] for part, named in model.named_parts().items()}
-    trainable = [p for parameters in parts.values() for p in parameters]
-    sum_gradients(trainable, world)
-    norms = {part: total_norm([p.grad for p in parameters]) for part, parameters in parts.items() if parameters}
+    sum_gradients([p for parameters in parts.values() for p in parameters], world)
+    gradients = {part: [p.grad for p in parameters if p.grad is not None] for part, parameters in parts.items()}
+    norms = {part: total_norm(share) for part, share in gradients.items() if share}
     total = torch.linalg.vector_norm(torch.stack(list(norms.values())))
     losses = _to_host(token_loss, alignment, norms, total, stage, world)
     _check_finite(losses, data, world)
     scale = stage.optim.max_grad_norm / (losses.grad_norm["total"] + 1e-6)
     if scale < 1:
-        torch._foreach_mul_([p.grad for p in trainable], scale)
+        torch._foreach_mul_([gradient for share in gradients.values() for gradient in share], scale)
     optimizer.step()
     return losses
 
 
 def accumulate_gradients(
-    model: nn.Module, data: StepData, totals: StepTotals, stage: StageConfig, world: World, *, pad_id: int, bf16: bool
+    model: CoMP, data: StepData, totals: StepTotals, stage: StageConfig, world: World, *, pad_id: int, bf16: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Forward and backward over this process's batches; returns its share of the mean token loss, and the alignment loss."""
     if totals.tokens == 0:
         raise ValueError(f"no sample of this step can be learned from: {data.skipped[:3]}")
     autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=bf16)
     batches = [batch.to(world.device) for batch in _padded(data.batches, totals.num_forwards, pad_id)]
-    step_text = None
-    if stage.alignment is not None:
+    settings, step_text = stage.alignment, None
+    if settings is not None:
         with autocast:
             step_text = model.step_text(batches)
     token_loss = torch.zeros((), dtype=torch.float64, device=world.device)
@@ -145,21 +146,22 @@ def accumulate_gradients(
     parts = totals.learned_rows if per_sample else totals.tokens
     for batch in batches:
         with autocast:
-            output = model(batch, alignment=stage.alignment, group=world.group, step_text=step_text, per_sample=per_sample)
+            output: CoMPOutput = model(batch, alignment=settings, group=world.group, step_text=step_text, per_sample=per_sample)
         loss = output.token_loss_sum / parts
         token_loss += loss.detach()
-        if step_text is not None:
+        if settings is not None and output.alignment_loss is not None:
             alignment += output.alignment_loss.detach()
-            loss = loss + stage.alignment.weight * output.alignment_loss
+            loss = loss + settings.weight * output.alignment_loss
+        if step_text is not None:
             step_text = replace(step_text, begin=step_text.begin + len(batch.input_ids))
         if loss.requires_grad:  # not so for text alone while only vision parts train
             (loss * scale).backward()
-    if step_text is None:
+    if settings is None:
         return token_loss, None
     # A pass scores images of other passes 0 for every choice: each such row costs log(choices) whatever its target is. Each
     # of the n rows is in one pass and outside M - 1, so all M passes sum to (sum of their losses + n (M - 1) log(choices)) / n.
-    contrastive = stage.alignment.mode == "contrastive"
-    choices = totals.aligned_rows if contrastive else len(model.prototypes(stage.alignment.prototype_source))
+    contrastive = settings.mode == "contrastive"
+    choices = totals.aligned_rows if contrastive else len(model.prototypes(settings.prototype_source))
     constant = math.log(choices) if totals.aligned_rows else 0.0
     return token_loss, alignment - (len(batches) - 1) * constant
 
@@ -178,11 +180,11 @@ def _to_host(
     device_values = [token_loss, token_loss.new_zeros(()) if alignment is None else alignment, *norms.values(), total]
     own_token_loss, alignment_loss, *norm_values = torch.stack([v.double() for v in device_values]).tolist()
     mean_token_loss = world.sum([own_token_loss])[0]
-    weighted = 0.0 if alignment is None else stage.alignment.weight * alignment_loss
+    weighted = 0.0 if stage.alignment is None else stage.alignment.weight * alignment_loss
     return StepLosses(
         loss=mean_token_loss + weighted,
         token_loss=mean_token_loss,
-        alignment_loss=None if alignment is None else alignment_loss,
+        alignment_loss=None if stage.alignment is None else alignment_loss,
         grad_norm=dict(zip((*norms, "total"), norm_values)),
     )
 

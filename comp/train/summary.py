@@ -9,11 +9,11 @@ from statistics import mean, median
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..config import Config, StageConfig
 from ..eval.vqa import all_types
 from ..log import read_records, table
+from ..model.multimodal import CoMP
 from ..parallel import World
 from .run_state import RunState
 
@@ -21,7 +21,7 @@ MAX_SKIPPED_NAMES = 1000
 
 
 def summarize(
-    config: Config, state: RunState, baselines: dict[str, Any], metrics: Path, world: World, model: nn.Module
+    config: Config, state: RunState, baselines: dict[str, Any], metrics: Path, world: World, model: CoMP
 ) -> dict[str, Any]:
     """Everything a reader of results asks for: scores, losses and speed per stage, what trained, what was skipped, where."""
     train = read_records(metrics, "train")
@@ -51,7 +51,7 @@ def summarize(
     }
 
 
-def _stage_summary(stage: StageConfig, records: Sequence[dict[str, Any]], model: nn.Module) -> dict[str, Any]:
+def _stage_summary(stage: StageConfig, records: Sequence[dict[str, Any]], model: CoMP) -> dict[str, Any]:
     """Losses are means over the first and the last tenth of the stage's steps."""
     tenth = max(1, len(records) // 10)
     summary: dict[str, Any] = {

@@ -64,6 +64,7 @@ class Trainer:
         self.state, self._checkpoint = find_state(self.folder, config, self.store, resume=resume)
         if resume and self._checkpoint is None and self.world.is_main:
             print(f"nothing to continue in {self.folder}: starting from the beginning")
+        self.log: MetricsLog | None = None  # of the first process, while it runs
         self._stop = False
         self._started = time.monotonic() - self.state.seconds
 
@@ -89,10 +90,9 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """Train all stages that are left; returns the summary (also in summary.json). Raises StopRequested after SIGTERM."""
         config, state = self.config, self.state
-        is_main = self.world.is_main
-        self.log = self._open_log() if is_main else None
+        self.log = self._open_log() if self.world.is_main else None
         total = sum(len(dataset) for dataset in self.datasets)
-        self.progress = Progress(total, state.step, enabled=is_main)
+        self.progress = Progress(total, state.step, enabled=self.world.is_main)
         try:
             with self._sigterm_asks_to_stop(), self.startup.compilations_said():
                 if not state.evaluations:
@@ -101,7 +101,7 @@ class Trainer:
                     self._run_stage(index)
         finally:
             self.progress.close()
-            if is_main:
+            if self.log is not None:
                 self.log.close()
         return self._finish()
 
@@ -134,7 +134,7 @@ class Trainer:
             raise ConfigError(f"no sample of stage {stage.name} can be learned from; the last: {list(state.skipped)[-3:]}")
         optimizer.zero_grad(set_to_none=True)
         self._evaluate(stage.name, stage)
-        if self.world.is_main:
+        if self.log is not None:
             plot_run(self.log.path, self.folder / "plots")
         self._export(stage)
 
@@ -184,7 +184,7 @@ class Trainer:
         )
         if self.peak is not None:
             record["mfu"] = totals.flops / step_time / (self.peak * self.world.size)
-        if self.world.is_main:
+        if self.log is not None:
             self.log.write(record)
             self.progress.update(stage.name, record)
         self.startup.step_done()
@@ -216,7 +216,7 @@ class Trainer:
 
     def _say(self, text: str, **record: Any) -> None:
         self.progress.print(text)
-        if self.world.is_main:
+        if self.log is not None:
             self.log.write(dict(step=self.state.step, **record))
 
     def _print_parts(self, stage: StageConfig) -> None:
@@ -261,7 +261,7 @@ class Trainer:
         scores = scores_by_type(predictions)
         record = dict(event="evaluation", step=self.state.step, label=label, scores=scores, skipped=skipped)
         self.state.evaluations.append({k: record[k] for k in ("label", "step", "scores", "skipped")})
-        if world.is_main:
+        if self.log is not None:
             write_predictions(self.folder / "predictions" / f"{label}.jsonl", predictions)
             self.log.write(record)
         self.progress.print("held-out score (%)\n" + result_table(self.state.evaluations))
@@ -325,7 +325,7 @@ class Trainer:
     def _save(self, optimizer: torch.optim.Optimizer) -> None:
         state = self.state
         state.seconds = time.monotonic() - self._started
-        if self.world.is_main:
+        if self.log is not None:
             state.metrics_bytes = self.log.num_bytes()
             state.checksums[self.log.path.name] = checksum(self.log.path)
         self.store.save(state.step, self.model, optimizer, asdict(state))
