@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -61,14 +62,14 @@ class BenchmarkDataset:
         self.name = name
         self.folder = None if images_anywhere else Path(path)
         self.benchmark = BENCHMARKS[name]
-        where = dict(path=path, split=split or self.benchmark.split, cache_dir=cache_dir)
-        self._rows = open_folder(config=self.benchmark.config, **where)
+        rows_of = partial(open_folder, path, split=split or self.benchmark.split, cache_dir=cache_dir)
+        self._rows = rows_of(config=self.benchmark.config)
         self._images: dict[str, int] = {}
         images_config = self.benchmark.images_config
         if "image" not in self._rows.column_names and images_config is not None:
             if not (Path(path) / images_config).is_dir():
                 raise ConfigError(f"{name} needs a column image or a folder {images_config} beside the questions, in {path}")
-            self._image_rows = open_folder(config=images_config, **where)
+            self._image_rows = rows_of(config=images_config)
             self._image_ids = self._find(["imageId"])
             self._images = {key: index for index, key in enumerate(self._image_rows["id"])}
         self._names = {column: self._find(column.split("|")) for column in self.benchmark.columns.split()}
@@ -231,7 +232,7 @@ def _literal_list(text: str) -> list[str]:
 
 def _mmbench(name: str, row: Row) -> Sample:
     """Rows whose index differs by millions are one question with its options rotated."""
-    options = list(takewhile(_is_given, (row.get(letter) for letter in "ABCDE")))
+    options = [row[letter] for letter in takewhile(lambda letter: _is_given(row.get(letter)), "ABCDE")]
     hint = f"{row['hint']} " if _is_given(row["hint"]) else ""
     text = f"{hint}{row['question']} There are several options:\n{_option_lines(options)}\n\n{LETTER}"
     group = f"mmbench {int(row['index']) % 1_000_000}"

@@ -27,7 +27,9 @@ Encode = Callable[[str], Sequence[int]]
 
 def page_sample(split: str, count: int) -> tuple[list[str], list[Drawing]]:
     """Texts and drawings of `count` pages no two of which hold the same characters: means of words do not know their order."""
-    texts, drawings, seen = [], [], set()
+    texts: list[str] = []
+    drawings: list[Drawing] = []
+    seen: set[str] = set()
     for scene, drawing in probe_pages(split, 2 * count):
         key = "".join(sorted(scene.text))
         if key not in seen and len(texts) < count:

@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
 from ..config import ConfigError, need_choice
-from ..data.batch import Sample
+from ..data.batch import Batch, Sample
 from ..data.datasets import BadSampleError, Dataset
 from ..data.encode import SampleEncoder, prompt_messages, reference_answers
 from ..data.packing import EncodedSample, collate
@@ -40,8 +40,14 @@ class Prediction:
     """See `Sample.group`."""
 
 
+class Answering(Protocol):
+    """A CoMP, or anything with its `generate`."""
+
+    def generate(self, batch: Batch, *, max_new_tokens: int, eos_token_id: int) -> list[list[int]]: ...
+
+
 def answer_questions(
-    model: Any,
+    model: Answering,
     samples: Dataset,
     encoder: SampleEncoder,
     *,
@@ -85,7 +91,7 @@ def answer_questions(
 
 
 def answer_batches(
-    model: Any,
+    model: Answering,
     samples: Dataset,
     encoder: SampleEncoder,
     *,
@@ -129,7 +135,12 @@ def say_once(note: str) -> None:
 
 
 def generate_answers(
-    model: Any, prompts: Sequence[EncodedSample], encoder: SampleEncoder, *, max_new_tokens: int, device: torch.device | str
+    model: Answering,
+    prompts: Sequence[EncodedSample],
+    encoder: SampleEncoder,
+    *,
+    max_new_tokens: int,
+    device: torch.device | str,
 ) -> list[str]:
     """Greedy answers to encoded prompts, all in one batch: images packed, text padded on the right."""
     if not prompts:

@@ -33,7 +33,8 @@ class MultimodalRotary(nn.Module):
         if self.position_ids is None:
             return self.rotary(x, position_ids, *args, **kwargs)
         axes = self.position_ids if self.packed else axes_at(self.position_ids, position_ids)
-        cos, sin = zip(*(self.rotary(x, axis_ids, *args, **kwargs) for axis_ids in axes))
+        tables = [self.rotary(x, axis_ids, *args, **kwargs) for axis_ids in axes]
+        cos, sin = zip(*tables)
         return self._by_section(cos), self._by_section(sin)
 
     def _by_section(self, tables: Sequence[Tensor]) -> Tensor:

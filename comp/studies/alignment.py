@@ -23,7 +23,7 @@ from comp_kernels.ops.alignment_loss.temperature import PAPER_ENTROPY
 
 from ..build import build_model, sample_encoder, set_position_mode
 from ..cli import positive_int
-from ..config import Config, ConfigError, StageConfig
+from ..config import AlignmentConfig, Config, ConfigError, PrototypeSource
 from ..config_io import apply_overrides
 from ..data.batch import Batch
 from ..data.mixture import open_sources
@@ -56,7 +56,7 @@ def sharpness(target: Tensor) -> Sharpness:
     return Sharpness(entropies.mean().item(), information.item(), int(word), share.item())
 
 
-def text_scores(model: CoMP, batch: Batch, source: str) -> Tensor:
+def text_scores(model: CoMP, batch: Batch, source: PrototypeSource) -> Tensor:
     """Cosines [n, V] of the texts of the samples that align with the prototypes."""
     text = model.step_text([batch])
     return unit_rows(text.features[text.valid]) @ unit_rows(model.prototypes(source).detach().float()).T
@@ -73,11 +73,11 @@ def gradients(loss: Tensor, model: CoMP) -> dict[str, Tensor]:
     return found
 
 
-def force(model: CoMP, batch: Batch, stage: StageConfig) -> dict[str, tuple[float, float]]:
+def force(model: CoMP, batch: Batch, settings: AlignmentConfig) -> dict[str, tuple[float, float]]:
     """Part -> (norm of the weighted alignment gradient over that of the next-token gradient, cosine of the two)."""
-    output = model(batch, alignment=stage.alignment)
+    output = model(batch, alignment=settings)
     token = gradients(output.token_loss_sum / output.num_tokens, model)
-    aligned = gradients(stage.alignment.weight * output.alignment_loss, model)
+    aligned = gradients(settings.weight * output.alignment_loss, model)
     return {
         part: (
             (aligned[part].norm() / token[part].norm()).item(),
@@ -92,17 +92,17 @@ def examine(config: Config, num_samples: int | None = None) -> tuple[list[str], 
     """(header, rows) with a row per stage that aligns. num_samples: of the batch, default a whole step."""
     torch.manual_seed(config.seed)
     model, template = build_model(config)
-    aligned = [stage for stage in config.stages if stage.alignment is not None]
+    aligned = [(stage, stage.alignment) for stage in config.stages if stage.alignment is not None]
     if not aligned:
         raise ConfigError("no stage of this configuration has an alignment loss")
-    model.set_word_counts(count_words(open_sources(aligned[-1].data, config.seed), template, len(template.tokenizer)))
+    last, _ = aligned[-1]
+    model.set_word_counts(count_words(open_sources(last.data, config.seed), template, len(template.tokenizer)))
     width, vocabulary = model.adapter.language_width, len(template.tokenizer)
     proposed = propose_temperature(width, vocabulary)
     header = ["stage", "mode", "epsilon", "entropy", "information", "top word", "share", "epsilon at 2.08 nats", "random"]
     header += [f"{name} {part}" for part in ("adapter", "vision") for name in ("force", "cosine")]
     rows = []
-    for stage in aligned:
-        settings = stage.alignment
+    for stage, settings in aligned:
         set_trainable(model, stage.trainable)
         set_position_mode(model, config, stage)
         encoder = sample_encoder(model, template, config, stage)
@@ -126,7 +126,7 @@ def examine(config: Config, num_samples: int | None = None) -> tuple[list[str], 
             word = repr(template.tokenizer.decode([sharp.top_word]))
             cells = [f"{sharp.entropy:.2f}", f"{sharp.information:.2f}", word, f"{100 * sharp.top_share:.0f}%"]
         own = temperature_for_entropy(scores, min(PAPER_ENTROPY, 0.5 * torch.tensor(float(vocabulary)).log().item()))
-        forces = force(model, batch, stage)
+        forces = force(model, batch, settings)
         found = [f"{value:.2f}" for part in ("adapter", "vision") for value in forces.get(part, (float("nan"),) * 2)]
         rows.append([stage.name, settings.mode, f"{settings.epsilon:g}", *cells, f"{own:.4f}", f"{proposed:.4f}", *found])
     return header, rows

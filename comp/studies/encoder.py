@@ -76,11 +76,13 @@ def measure_tower(
             draws = mean_average_precision(scores, test, page_draws(TEST_PAGES))
     ranks = retrieval_by_tower(encoder, encode, embeddings)
     adapter = encoder.adapter
-    fits = adapter is not None and adapter.language_width == embeddings.shape[1]
+    by_adapter = None
+    if adapter is not None and adapter.language_width == embeddings.shape[1]:
+        by_adapter = retrieval_by_adapter(encoder, adapter, encode, embeddings).mean().item()
     return TowerScores(
         patches=patches,
         retrieval_tower=ranks.mean().item(),
-        retrieval_adapter=retrieval_by_adapter(encoder, adapter, encode, embeddings).mean().item() if fits else None,
+        retrieval_adapter=by_adapter,
         reading_loss=loss,
         patch_draws=draws,
         tower_ranks=ranks,

@@ -30,7 +30,7 @@ def reading_config(config: Config, tower: VisionEncoder, steps: int) -> Config:
     """`config` with one stage in place of its own: the data and sizes of the last one, a frozen tower with its own positions,
     and the highest rates that adapter and language model have in any stage."""
     last = config.stages[-1]
-    rates = {f"lr_{part}": max(stage.optim.lr(part) for stage in config.stages) for part in ("adapter", "language")}
+    adapter, language = (max(stage.optim.lr(part) for stage in config.stages) for part in ("adapter", "language"))
     mode = tower.pos_mode
     stage = dataclasses.replace(
         last,
@@ -38,7 +38,7 @@ def reading_config(config: Config, tower: VisionEncoder, steps: int) -> Config:
         trainable=("adapter", "language"),
         rope=mode != "abs",
         max_steps=steps,
-        optim=dataclasses.replace(last.optim, lr_vision=0.0, **rates),
+        optim=dataclasses.replace(last.optim, lr_vision=0.0, lr_adapter=adapter, lr_language=language),
         alignment=None,
     )
     vision = dataclasses.replace(config.vision, pos_mode=config.vision.pos_mode if mode == "abs" else mode)

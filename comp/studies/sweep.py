@@ -77,7 +77,8 @@ def write_sweep(results: dict[int, dict[str, dict[str, Any]]], folder: Path) -> 
     (folder / "table.json").write_text(json.dumps(table, indent=1))
 
     figure, ax = plt.subplots(figsize=(8, 4.6))
-    colours = plt.get_cmap("tab20").colors[::2] + plt.get_cmap("tab20").colors[1::2]
+    shades = plt.get_cmap("tab20")(range(20))  # pairs of a dark and a light one
+    colours = [*shades[::2], *shades[1::2]]
     at_last = list(results.values())[-1]
     for number, name in enumerate(sorted(types, key=lambda name: -at_last[name]["score"])):  # the legend in the lines' order
         values = [100 * scores[name]["score"] for scores in results.values()]

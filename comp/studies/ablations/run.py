@@ -209,15 +209,15 @@ def train_and_score(config: Config, num_questions: int = NUM_QUESTIONS) -> dict[
     data[0].arguments["size"] = num_questions
     held_out = open_sources(data, config.seed)
     encoder = sample_encoder(trainer.model, trainer.template, config, stage)
-    common = dict(indices=range(len(held_out)), batch_size=65)
+    every = range(len(held_out))
     predictions, skipped = answer_questions(
-        trainer.model, held_out, encoder, metric=config.eval.metric, max_new_tokens=8, **common
+        trainer.model, held_out, encoder, indices=every, metric=config.eval.metric, max_new_tokens=8, batch_size=65
     )
     if skipped:
         raise RuntimeError(f"{config.name}: {len(skipped)} questions could not be asked, the first: {skipped[0]}")
     records = [r for r in read_records(trainer.folder / "metrics.jsonl", "train") if r["stage"] == stage.name]
     scores = scores_by_type(predictions)
-    loss = answer_loss(trainer.model, held_out, encoder, **common)
+    loss = answer_loss(trainer.model, held_out, encoder, indices=every, batch_size=65)
     tower = measure_tower(trainer.model.encoder, trainer.template.encode_text, embeddings, caps=CAPS)
     return dict(
         patches=tower.patches[max(CAPS)],

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 
@@ -52,6 +52,14 @@ class Difference:
         return float(t.ppf(0.975, count - 1)) * stdev(self.by_seed.values()) / math.sqrt(count) if count > 1 else None
 
 
+class Comparison(NamedTuple):
+    """Two variants that have a common seed."""
+
+    name: str
+    against: str
+    by_metric: dict[str, Difference]
+
+
 def values_by_variant(results: dict[str, Any], metric: str) -> dict[str, dict[int, float]]:
     """variant -> seed -> value, in the order of results["variants"], in the units of the table."""
     values: dict[str, dict[int, float]] = defaultdict(dict)
@@ -85,7 +93,7 @@ def markdown(results: dict[str, Any]) -> str:
         rows = [_row(results, values, name) for name in (BASELINE, *members) if name in values["loss"]]
         header = ["variant", "changes", "seeds", *(name for name, _, _ in METRICS.values())]
         blocks.append(_table(group, [header, ["---"] * 3 + ["---:"] * len(METRICS), *rows]))
-    pairs = [_pair_row(results, values, *pair) for pair in compared(results)]
+    pairs = [_comparison_row(results, comparison) for comparison in compared(results)]
     if pairs:
         header = ["variant", "minus", "seeds", *(name for name, _, _ in METRICS.values())]
         blocks.append(_table("differences", [header, ["---"] * 3 + ["---:"] * len(METRICS), *pairs]))
@@ -98,18 +106,23 @@ FOOTNOTE = (
 )
 
 
-def compared(results: dict[str, Any]) -> list[tuple[str, str]]:
-    """The pairs that have a common seed."""
-    values = values_by_variant(results, "loss")
-    return [tuple(pair) for pair in results["pairs"] if difference(values, *pair) is not None]
+def compared(results: dict[str, Any]) -> list[Comparison]:
+    """The pairs that were asked for, as far as they have a common seed."""
+    values = {metric: values_by_variant(results, metric) for metric in METRICS}
+    found = []
+    for name, against in results["pairs"]:
+        differences = {metric: difference(values[metric], name, against) for metric in METRICS}
+        if by_metric := {metric: one for metric, one in differences.items() if one is not None}:
+            found.append(Comparison(name, against, by_metric))
+    return found
 
 
 def _table(title: str, lines: list[list[str]]) -> str:
     return f"**{title[0].upper()}{title[1:]}**\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _pair_row(results: dict[str, Any], values: dict[str, dict[str, dict[int, float]]], name: str, against: str) -> list[str]:
-    found = {metric: difference(values[metric], name, against) for metric in METRICS}
+def _comparison_row(results: dict[str, Any], comparison: Comparison) -> list[str]:
+    name, against, found = comparison
     labels = [results["variants"][variant]["label"] for variant in (name, against)]
     seeds = str(len(found["loss"].by_seed))
     return [*labels, seeds, *(_difference(found[metric], digits) for metric, (_, _, digits) in METRICS.items())]
@@ -135,19 +148,18 @@ def _difference(found: Difference, digits: int) -> str:
 
 def draw(results: dict[str, Any], path: Path) -> None:
     """A panel per metric, a row per comparison: dots are seeds, bars 95% intervals of the mean."""
-    values = {metric: values_by_variant(results, metric) for metric in METRICS}
     pairs = compared(results)
     figure, axes = plt.subplots(1, len(METRICS), figsize=(14, 1.4 + 0.34 * len(pairs)), sharey=True)
     for ax, (metric, (label, _, _)) in zip(axes, METRICS.items()):
         for place, pair in enumerate(pairs):
-            found = difference(values[metric], *pair)
+            found = pair.by_metric[metric]
             ax.errorbar(found.mean, place, xerr=found.half_width, fmt="D", color=f"C{place % 10}", markersize=5, capsize=3)
             ax.plot(list(found.by_seed.values()), [place] * len(found.by_seed), "o", color="grey", alpha=0.5, markersize=3)
         ax.axvline(0, color="black", linewidth=0.8)
         ax.set_xlabel(label, fontsize=8)
         ax.tick_params(axis="x", labelsize=8)
         ax.grid(axis="x", alpha=0.3)
-    names = [" − ".join(results["variants"][variant]["label"] for variant in pair) for pair in pairs]
+    names = [" − ".join(results["variants"][variant]["label"] for variant in (p.name, p.against)) for p in pairs]
     axes[0].set_yticks(range(len(pairs)), names, fontsize=8)
     axes[0].invert_yaxis()
     figure.tight_layout()

@@ -11,10 +11,10 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from ...config import ConfigError
 from ...eval.batches import RESAMPLES
 from ...log import table
 from ...model import VisionEncoder
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -52,7 +55,7 @@ class Trial:
     """The first is the one whose change is judged."""
     key: str
     """Everything that the outcome depends on but the encoder. A kept outcome with another key is measured anew."""
-    run: Callable[[VisionEncoder], dict[str, Tensor]]
+    run: Callable[[VisionEncoder], Mapping[str, Tensor | list[Tensor]]]
     """Returns "counts" [probes, images, K], and whatever else is to be kept."""
 
 
@@ -167,7 +170,7 @@ def change_of(before: Tensor, after: Tensor, measure: Measure) -> tuple[float, f
 # --- command line ------------------------------------------------------------------------------------------------------------
 
 
-def add_options(parser: argparse.ArgumentParser, settings: object) -> None:
+def add_options(parser: argparse.ArgumentParser, settings: DataclassInstance) -> None:
     """RUN, the options of every probe, and one option per field of the dataclass `settings`."""
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run, for example runs/tiny")
     parser.add_argument(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -18,6 +18,7 @@ from comp_kernels.ops.rope_attention.reference import rotate
 
 from ...data.images import to_raster
 from ...model import VisionEncoder
+from ...model.vision_encoder import Block
 
 
 def draw_encoders(encoders: dict[str, VisionEncoder], images: Sequence[Image.Image], folder: Path) -> list[tuple[Path, str]]:
@@ -43,8 +44,9 @@ def draw_encoders(encoders: dict[str, VisionEncoder], images: Sequence[Image.Ima
         for ax, title in zip(axes[0], ("picture", *encoders)):
             ax.set_title(title)
         drawn.append((save(figure, axes, folder / f"{name}.png"), caption))
-    if all(encoder.pos_embed is not None for encoder in encoders.values()):
-        drawn.append(draw_position_tables(encoders, folder / "positions.png"))
+    tables = {label: encoder.pos_embed for label, encoder in encoders.items() if encoder.pos_embed is not None}
+    if len(tables) == len(encoders):
+        drawn.append(draw_position_tables(tables, folder / "positions.png"))
     return drawn
 
 
@@ -73,7 +75,9 @@ def feature_colours(encoder: VisionEncoder, image: Image.Image) -> np.ndarray:
 def centre_attention(encoder: VisionEncoder, image: Image.Image) -> np.ndarray:
     """[h, w]: how much the patch in the centre of the grid attends to each patch in the last block."""
     seen = []
-    attention = encoder.blocks[-1].attn
+    last = encoder.blocks[-1]
+    assert isinstance(last, Block)
+    attention = last.attn
     hook = attention.register_forward_pre_hook(lambda module, arguments: seen.append(arguments))
     try:
         (features,) = encoder.encode(image)
@@ -96,10 +100,11 @@ def centre_attention(encoder: VisionEncoder, image: Image.Image) -> np.ndarray:
     return raster(weights[place].unsqueeze(1))[..., 0].numpy()
 
 
-def draw_position_tables(encoders: dict[str, VisionEncoder], path: Path) -> tuple[Path, str]:
-    figure, axes = plt.subplots(1, 2 * len(encoders), figsize=(3 * len(encoders) * 2, 3.2), squeeze=False)
-    for number, (label, encoder) in enumerate(encoders.items()):
-        table = torch.nn.functional.normalize(encoder.pos_embed.detach().float(), dim=-1)  # [G, G, D]
+def draw_position_tables(tables: Mapping[str, Tensor], path: Path) -> tuple[Path, str]:
+    """tables: [G, G, D] each."""
+    figure, axes = plt.subplots(1, 2 * len(tables), figsize=(3 * len(tables) * 2, 3.2), squeeze=False)
+    for number, (label, learned) in enumerate(tables.items()):
+        table = torch.nn.functional.normalize(learned.detach().float(), dim=-1)
         side = table.shape[0]
         for ax, (row, column) in zip(axes[0, 2 * number :], ((side // 2, side // 2), (0, 0))):
             ax.imshow((table @ table[row, column]).numpy(), vmin=-1, vmax=1, cmap="RdBu_r")

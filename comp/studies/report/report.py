@@ -145,7 +145,7 @@ def example_section(run: Path, folder: Path, samples: HeldOutSamples, labels: Se
     if not by_label or not samples:
         return []
     last = list(by_label.values())[-1]
-    examples = []
+    examples: list[Example] = []
     for name in choose_names([p for p in last.values() if p["name"] in samples], num_examples):
         pictures = save_pictures(open_pictures(samples[name]), folder / f"example{len(examples)}")
         shown = [(label, p[name]["prediction"], p[name]["score"]) for label, p in by_label.items() if name in p]

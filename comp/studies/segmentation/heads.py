@@ -43,7 +43,9 @@ class PyramidUperNet(nn.Module):
     def __init__(self, width: int, patch_size: int, num_classes: int, channels: int):
         super().__init__()
         self.levels = nn.ModuleList(resizing(width, round(math.log2(patch_size / stride))) for stride in STRIDES)
-        self.head = UperNetHead(UperNetConfig(hidden_size=channels, num_labels=num_classes), in_channels=[width] * len(STRIDES))
+        config = UperNetConfig(hidden_size=channels)
+        config.num_labels = num_classes
+        self.head = UperNetHead(config, in_channels=[width] * len(STRIDES))
 
     def forward(self, maps: Tensor) -> Tensor:
         return self.head([level(one) for level, one in zip(self.levels, maps)])

@@ -191,6 +191,11 @@ def class_ious(sums: Tensor) -> Tensor:
     return right / (predicted + labelled - right)
 
 
+def iou_of(number: int) -> Callable[[Tensor], Tensor]:
+    """`class_ious` of one class."""
+    return lambda sums: class_ious(sums)[..., number]
+
+
 def mean_iou(sums: Tensor) -> Tensor:
     """Over the classes that are labelled or predicted anywhere."""
     return class_ious(sums).nanmean(-1)
@@ -215,12 +220,14 @@ def evaluate_heads(
 ) -> tuple[Tensor, list[Tensor]]:
     """Areas of whole pictures at the size of their annotations, [heads, images, 3 * C], and the first head's classes [H, W] for
     the first NUM_EXAMPLES pictures."""
-    counts, examples = [], []
+    counts: list[Tensor] = []
+    examples: list[Tensor] = []
     for batch in in_batches(len(images.pairs), settings.batch_size):
         opened = [images.open(i) for i in batch]
         for (_, annotation), maps in zip(opened, feature_maps(encoder, [image for image, _ in opened], settings.max_tokens)):
             labels = images.labels(annotation)
-            predictions = predict(heads, maps, tuple(labels.shape))
+            height, width = labels.shape
+            predictions = predict(heads, maps, (height, width))
             counts.append(torch.stack([areas(predicted, labels, len(images.classes)) for predicted in predictions]))
             if len(examples) < NUM_EXAMPLES:
                 examples.append(predictions[0].to(torch.uint8))
@@ -250,7 +257,7 @@ def segmentation_trial(
     )
     if len(train.classes) <= MOST_CLASSES_SHOWN:
         text += " The last columns are the IoU of each class."
-        measures += [Measure(c, lambda sums, k=k: class_ious(sums)[..., k]) for k, c in enumerate(train.classes)]
+        measures += [Measure(c, iou_of(k)) for k, c in enumerate(train.classes)]
     data = data_key(*(path for images in (train, test) for pair in images.pairs for path in pair))
     key = f"{dataclasses.asdict(settings)} {seeds} {train.classes} {data}"
     return Trial(name, f"Segmentation: {name}", text, measures, key, run)
