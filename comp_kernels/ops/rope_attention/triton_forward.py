@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ..._triton import launch
 from ..._units import LN2
-from .triton_backend import LSE_DTYPE
 from .triton_configs import TileConfig
 from .triton_rotation import head_stride, token_stride
 from .triton_tiles import (
@@ -137,7 +136,7 @@ def attention_forward(
     num_tokens, num_heads = q.shape[:2]
     num_sequences = cu_seqlens.shape[0] - 1
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(num_heads, num_tokens, dtype=LSE_DTYPE, device=q.device)
+    lse = torch.empty(num_heads, num_tokens, dtype=torch.float64, device=q.device)  # as the kernel makes it
     (cos, sin), (cos_k, sin_k) = tables, tables_k or (None, None)
     launch(
         attention_forward_kernel, (num_tokens // config.block_m + num_sequences + 1, num_heads),
