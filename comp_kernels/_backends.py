@@ -85,7 +85,7 @@ def unavailable_reason(op: str, backend: str, device: torch.device) -> str | Non
 
 # torch.compile takes the answer as a constant; asking also loads the module, which tracing itself could not do. This is what
 # torch.compiler.assume_constant_result sets, without importing the whole compiler for it (half of torch's own import time).
-unavailable_reason._dynamo_marked_constant = True
+unavailable_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def preferred(device: torch.device) -> tuple[str, ...]:

@@ -126,7 +126,8 @@ def torch_thread_pool() -> tuple[int | None, int | None]:
         functions = (library.torch_parallel_for, library.torch_get_num_threads)
     except (OSError, AttributeError):
         return None, None
-    return tuple(ctypes.cast(function, ctypes.c_void_p).value for function in functions)
+    parallel_for, get_num_threads = (ctypes.cast(function, ctypes.c_void_p).value for function in functions)
+    return parallel_for, get_num_threads
 
 
 def pointer(x: Tensor | None) -> int | None:

@@ -6,7 +6,9 @@ import dataclasses
 import statistics
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -153,9 +155,9 @@ class AttentionInputs:
     cos: Tensor | None
     sin: Tensor | None
     cu_seqlens: Tensor
-    kwargs: dict = field(default_factory=dict)
-    grad_out: Tensor | None = None
-    grad_lse: Tensor | None = None
+    kwargs: dict[str, Any]
+    grad_out: Tensor
+    grad_lse: Tensor
 
     def leaves(self) -> dict[str, Tensor]:
         """The tensors that can receive gradients, by name."""
@@ -220,7 +222,9 @@ def make_attention_inputs(
     if case.scale is not None:
         kwargs["scale"] = case.scale
     return AttentionInputs(
-        *(x.to(device) for x in (q, k, v)),
+        q.to(device),
+        k.to(device),
+        v.to(device),
         cos,
         sin,
         cumulative(case.lengths).to(device),
@@ -230,26 +234,28 @@ def make_attention_inputs(
     )
 
 
-ATTENTION_CASES = [
-    *(AttentionCase(name, lengths) for name, lengths in PACKED.items()),
-    *(AttentionCase(f"layout_{name}", [1, 33, 0, 20], layout=name, head_dim=24) for name in LAYOUTS),
-    *(AttentionCase(f"dim_{d}", [40, 65], head_dim=d) for d in (32, 64, 72, 80, 88, 96, 128, 256)),
-    AttentionCase("dim_2", [5, 9], head_dim=2, layout=None),
-    AttentionCase("dim_10", [5, 19], head_dim=10),
-    AttentionCase("no_rope", [30, 71], layout=None),
-    AttentionCase("gqa", [30, 71], heads=6, kv_heads=2),
-    AttentionCase("gqa_per_head", [30, 17], heads=4, kv_heads=2, layout="per_head_interleaved"),
-    AttentionCase("cross", [30, 0, 17, 4], lengths_k=[12, 5, 0, 70]),
-    AttentionCase("no_keys_first", [3, 40], lengths_k=[0, 50], kv_heads=1),
-    AttentionCase("half_width_of_keys", [30, 17], layout_k="half_hwhw_halfwidth"),
-    AttentionCase("half_width_of_queries", [30, 17], layout="half_hwhw_halfwidth", layout_k="half_hwhw"),
-    AttentionCase("slack_of_nan", [30, 17], slack=13),
-    AttentionCase("slack_of_nan_cross", [30, 17], lengths_k=[9, 31], slack=5),
-    AttentionCase("views_of_qkv", [30, 65], packed_qkv=True, heads=4),
-    AttentionCase("logits_of_1e4", [40, 9], magnitude=50.0),
-    AttentionCase("scale_one", [40, 9], scale=1.0),
-]
-ATTENTION_CASES = {case.name: case for case in ATTENTION_CASES}
+ATTENTION_CASES = {
+    case.name: case
+    for case in (
+        *(AttentionCase(name, lengths) for name, lengths in PACKED.items()),
+        *(AttentionCase(f"layout_{name}", [1, 33, 0, 20], layout=name, head_dim=24) for name in LAYOUTS),
+        *(AttentionCase(f"dim_{d}", [40, 65], head_dim=d) for d in (32, 64, 72, 80, 88, 96, 128, 256)),
+        AttentionCase("dim_2", [5, 9], head_dim=2, layout=None),
+        AttentionCase("dim_10", [5, 19], head_dim=10),
+        AttentionCase("no_rope", [30, 71], layout=None),
+        AttentionCase("gqa", [30, 71], heads=6, kv_heads=2),
+        AttentionCase("gqa_per_head", [30, 17], heads=4, kv_heads=2, layout="per_head_interleaved"),
+        AttentionCase("cross", [30, 0, 17, 4], lengths_k=[12, 5, 0, 70]),
+        AttentionCase("no_keys_first", [3, 40], lengths_k=[0, 50], kv_heads=1),
+        AttentionCase("half_width_of_keys", [30, 17], layout_k="half_hwhw_halfwidth"),
+        AttentionCase("half_width_of_queries", [30, 17], layout="half_hwhw_halfwidth", layout_k="half_hwhw"),
+        AttentionCase("slack_of_nan", [30, 17], slack=13),
+        AttentionCase("slack_of_nan_cross", [30, 17], lengths_k=[9, 31], slack=5),
+        AttentionCase("views_of_qkv", [30, 65], packed_qkv=True, heads=4),
+        AttentionCase("logits_of_1e4", [40, 9], magnitude=50.0),
+        AttentionCase("scale_one", [40, 9], scale=1.0),
+    )
+}
 
 
 def plain_rope_attention(q, k, v, cos=None, sin=None, cu_seqlens=None, **kwargs) -> tuple[Tensor, Tensor]:
@@ -258,7 +264,6 @@ def plain_rope_attention(q, k, v, cos=None, sin=None, cu_seqlens=None, **kwargs)
     The peer that sets the error budget of the kernels. Returns (out, lse).
     """
     compute = torch.promote_types(q.dtype, torch.float32)
-    rotary_dim, pair_stride = kwargs.get("rotary_dim"), kwargs.get("pair_stride")
     scale = kwargs.get("scale") or q.shape[-1] ** -0.5
     bounds = cu_seqlens.tolist()
     bounds_k = kwargs.get("cu_seqlens_k", cu_seqlens).tolist()
@@ -270,8 +275,9 @@ def plain_rope_attention(q, k, v, cos=None, sin=None, cu_seqlens=None, **kwargs)
             continue
         q_i, k_j, v_j = q[i0:i1], k[j0:j1], v[j0:j1]
         if cos is not None:
-            q_i = reference.rotate(q_i.to(compute), cos[i0:i1], sin[i0:i1], rotary_dim, pair_stride).to(q.dtype)
-            k_j = reference.rotate(k_j.to(compute), cos_k[j0:j1], sin_k[j0:j1], rotary_dim, pair_stride).to(q.dtype)
+            turn = partial(reference.rotate, rotary_dim=kwargs["rotary_dim"], pair_stride=kwargs["pair_stride"])
+            q_i = turn(q_i.to(compute), cos[i0:i1], sin[i0:i1]).to(q.dtype)
+            k_j = turn(k_j.to(compute), cos_k[j0:j1], sin_k[j0:j1]).to(q.dtype)
         group = q.shape[1] // k.shape[1]
         k_j, v_j = k_j.repeat_interleave(group, 1), v_j.repeat_interleave(group, 1)
         scores = (q_i.transpose(0, 1) @ k_j.permute(1, 2, 0)).to(compute) * scale  # [H, i, j]
@@ -334,8 +340,9 @@ def check_rope_attention(
         actual, exact, peer = three_ways(dataclasses.replace(case, seed=seed), dtype, backend, device)
         for name, value in exact.items():
             check_places(f"{case.name} {name}", actual[name], value, peer[name])
-            pair = error_and_allowance(actual[name], value, peer[name])
-            largest[name] = tuple(map(max, pair, largest.get(name, pair)))
+            error, allowed = error_and_allowance(actual[name], value, peer[name])
+            before, allowed_before = largest.get(name, (error, allowed))
+            largest[name] = (max(error, before), max(allowed, allowed_before))
         if seed == case.seed and all(error <= factor * allowed for error, allowed in largest.values()):
             return
     for name, (error, allowed) in largest.items():
@@ -429,19 +436,21 @@ class SinkhornCase:
     seed: int = 0
 
 
-SINKHORN_CASES = [
-    SinkhornCase("one_entry", (1, 1)),
-    SinkhornCase("small", (5, 7), num_iters=1),
-    SinkhornCase("odd", (2, 3, 33, 131)),
-    SinkhornCase("many_columns", (7, 3001), epsilon=0.02),
-    SinkhornCase("many_rows", (300, 40), epsilon=0.05),
-    SinkhornCase("marginals_shared", (3, 10, 70), marginals="shared", num_iters=5),
-    SinkhornCase("marginals_per_item", (3, 10, 70), marginals="per_item", num_iters=2),
-    SinkhornCase("marginals_of_rows_per_item", (3, 10, 70), marginals="rows_per_item"),
-    SinkhornCase("marginals_expanded", (3, 10, 70), marginals="expanded"),
-    SinkhornCase("sharp", (12, 200), epsilon=0.005, num_iters=10),
-]
-SINKHORN_CASES = {case.name: case for case in SINKHORN_CASES}
+SINKHORN_CASES = {
+    case.name: case
+    for case in (
+        SinkhornCase("one_entry", (1, 1)),
+        SinkhornCase("small", (5, 7), num_iters=1),
+        SinkhornCase("odd", (2, 3, 33, 131)),
+        SinkhornCase("many_columns", (7, 3001), epsilon=0.02),
+        SinkhornCase("many_rows", (300, 40), epsilon=0.05),
+        SinkhornCase("marginals_shared", (3, 10, 70), marginals="shared", num_iters=5),
+        SinkhornCase("marginals_per_item", (3, 10, 70), marginals="per_item", num_iters=2),
+        SinkhornCase("marginals_of_rows_per_item", (3, 10, 70), marginals="rows_per_item"),
+        SinkhornCase("marginals_expanded", (3, 10, 70), marginals="expanded"),
+        SinkhornCase("sharp", (12, 200), epsilon=0.005, num_iters=10),
+    )
+}
 
 
 def make_sinkhorn_inputs(case: SinkhornCase, dtype: torch.dtype = torch.float32) -> tuple[Tensor, dict[str, Tensor]]:
@@ -480,12 +489,14 @@ class AlignmentCase:
     seed: int = 0
 
 
-ALIGNMENT_CASES = [
-    AlignmentCase("small", 3, 8, 20, prior=False, invalid=(1,)),
-    AlignmentCase("one_row", 1, 8, 300),
-    AlignmentCase("several_tiles", 13, 24, 600, invalid=(0, 7)),
-]
-ALIGNMENT_CASES = {case.name: case for case in ALIGNMENT_CASES}
+ALIGNMENT_CASES = {
+    case.name: case
+    for case in (
+        AlignmentCase("small", 3, 8, 20, prior=False, invalid=(1,)),
+        AlignmentCase("one_row", 1, 8, 300),
+        AlignmentCase("several_tiles", 13, 24, 600, invalid=(0, 7)),
+    )
+}
 
 
 @dataclass
@@ -508,5 +519,5 @@ def make_alignment_inputs(case: AlignmentCase, dtype: torch.dtype = torch.float3
     valid = torch.ones(case.rows, dtype=torch.bool)
     for row in case.invalid:
         vision[row], text[row], valid[row] = torch.nan, torch.nan, False
-    features = tuple(x.to(dtype) for x in (vision, text, prototypes))
+    features = (vision.to(dtype), text.to(dtype), prototypes.to(dtype))
     return AlignmentInputs(features, counts if case.prior else None, valid if case.invalid else None)

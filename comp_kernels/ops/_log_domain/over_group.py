@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def group_by_name(name: str | None) -> dist.ProcessGroup | None:
-    return None if name is None else dist.distributed_c10d._resolve_process_group(name)
+    return None if name is None else dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
 def merge_over_group(peaks: Tensor, sums: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -46,7 +46,8 @@ def solve_over_group(
     column_statistics(u2) -> (peaks, sums) [..., K] over the local rows; row_log_sums(v2) -> log2 of the row sums [..., n].
     """
     u2 = torch.where(row_marginals > 0, 0.0, -torch.inf).to(row_marginals.dtype)
-    v2, done = None, torch.zeros((), dtype=torch.bool, device=u2.device)
+    v2: Tensor | None = None
+    done = torch.zeros((), dtype=torch.bool, device=u2.device)
     for _ in range(num_iters):
         column_sums = merge_over_group(*column_statistics(u2), group)
         if tol is not None and v2 is not None:
@@ -62,4 +63,5 @@ def solve_over_group(
             u2, v2 = new_u2, new_v2
         else:  # a GPU is not waited for: the remaining iterations leave the potentials as they are
             u2, v2 = torch.where(done, u2, new_u2), torch.where(done, v2, new_v2)
+    assert v2 is not None  # num_iters is at least 1
     return u2, v2

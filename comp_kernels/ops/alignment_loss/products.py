@@ -13,6 +13,7 @@ the channels, the smallest first, so one product with prototypes that are repeat
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -60,6 +61,10 @@ class Matmul:
     def gradient_cols(self, rows: int) -> int | None:
         """The same for a tile of score gradients."""
         return self.wide_cols()
+
+    def term_cols(self, rows: int) -> int:
+        """Columns whose products with all terms of so many rows are made at a time."""
+        return self.prototypes.shape[0]
 
     def extra_elements(self, rows: int, cols: int) -> int:
         """Memory beside the scores for tiles of `cols`, in elements of the computing dtype."""
@@ -114,16 +119,17 @@ class OneDnn(Matmul):
         if out.numel() * features.shape[1] < ONEDNN_OPERATIONS:
             super().scores(features, columns, out)
             return
-        found = None
-        for begin, part in self.channel_parts(columns):
-            few = features[:, begin : begin + part.shape[1]]
-            found = _linear(few, part) if found is None else _linear_plus(few, part, found)
+        parts = self.channel_parts(columns)
+        begin, part = next(parts)
+        found = _linear(features[:, begin : begin + part.shape[1]], part)
+        for begin, part in parts:
+            found = _linear_plus(features[:, begin : begin + part.shape[1]], part, found)
         out.copy_(found)
 
     def extra_elements(self, rows: int, cols: int) -> int:
         return super().extra_elements(rows, cols) + cols * self.prototypes.shape[1] + rows * cols
 
-    def channel_parts(self, columns: slice):
+    def channel_parts(self, columns: slice) -> Iterator[tuple[int, Tensor]]:
         """(first channel, prototypes [C, channels] without gaps) for each part of the channels."""
         rows = self.prototypes[columns]
         cols, dim = rows.shape
@@ -230,7 +236,8 @@ def choose_products(
 def onednn_is_faster() -> bool:
     """Whether torch has oneDNN and the processor AVX-512. Measured on Zen 5, where the BLAS of torch.mm stays with AVX2."""
     mkldnn = torch.backends.mkldnn
-    return mkldnn.is_available() and mkldnn.enabled and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return avx512 and mkldnn.is_available() and bool(mkldnn.enabled)
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:

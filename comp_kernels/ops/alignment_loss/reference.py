@@ -67,14 +67,16 @@ def target_distribution(
         num_valid = rows.sum()
         if group is not None:
             dist.all_reduce(num_valid, group=group)
-        return sinkhorn(
+        plan, _, _ = sinkhorn(
             text_scores,
             epsilon=epsilon,
             num_iters=num_iters,
             row_marginals=rows,
             col_marginals=num_valid * frequency,
             group=group,
+            return_potentials=True,
         )
+        return plan
     raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
 
 

@@ -43,12 +43,12 @@ def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     wanted = [name for name, is_wanted in (("vision", call.gradient), ("prototypes", call.prototype_gradient)) if is_wanted]
     compute = torch.promote_types(call.vision.dtype, torch.float32)
     call = call._replace(**{name: getattr(call, name).to(compute) for name in wanted})
-    found = dict.fromkeys(("vision", "prototypes"), call.vision.new_empty(0, dtype=compute))
+    absent = call.vision.new_empty(0, dtype=compute)
     if not wanted:
-        return definition(call), *found.values()
+        return definition(call), absent, absent
     # torch.func, since autograd proper is off where an operator's kernel runs.
     loss, gradients_of = torch.func.vjp(
         lambda *tensors: definition(call._replace(**dict(zip(wanted, tensors)))), *(getattr(call, name) for name in wanted)
-    )
-    found |= dict(zip(wanted, gradients_of(torch.ones_like(loss))))
-    return loss, *found.values()
+    )[:2]
+    found = dict(zip(wanted, gradients_of(torch.ones_like(loss))))
+    return loss, found.get("vision", absent), found.get("prototypes", absent)

@@ -191,8 +191,9 @@ class Stream:
         """The target, and (maximum, sum) of each row of the vision scores."""
         if self.call.mode != "sinkhorn":
             v2 = self.prior_bias(self.call.prior)
-            (peaks, sums), vision_pair = self.row_pairs(v2, first=True)
-            return Target(self.start - peaks, v2, sums.reciprocal()), vision_pair
+            vision_pairs = self.new_pairs(first=True)
+            peaks, sums = self.row_pairs(v2, vision_pairs)
+            return Target(self.start - peaks, v2, sums.reciprocal()), vision_pairs.result()
         frequency = word_frequency(self.call.prior, self.like, self.scores.words)
         targets = frequency.mul_(self.num_valid)
         return self.sinkhorn_over_group(targets) if self.group is not None else self.sinkhorn(targets)
@@ -226,16 +227,16 @@ class Stream:
     def new_pairs(self, first: bool):
         return self.steps.RowPairs(self.num_rows, self.scores.widths(self.tiles(first)), self.like)
 
-    def row_pairs(self, v2: Tensor | None, first: bool = False) -> tuple[Pair, Pair | None]:
-        """Sums over the vocabulary of 2^(text score + v2), [n]; in the first pass those of the vision scores too."""
-        pairs, vision_pairs = self.new_pairs(first), self.new_pairs(first) if first else None
+    def row_pairs(self, v2: Tensor | None, vision_pairs=None) -> Pair:
+        """Sums over the vocabulary of 2^(text score + v2), [n]; vision_pairs as of text_scores."""
+        pairs = self.new_pairs(first=vision_pairs is not None)
         for columns, scores in self.text_scores(vision_pairs):
             of_columns = None if v2 is None else v2[columns]
             pairs.add(scores, self.text_factor, of_columns, self.scores.scale_of(columns), self.features.scales[1])
-        return pairs.result(), vision_pairs.result() if first else None
+        return pairs.result()
 
     def row_log_sums(self, v2: Tensor) -> Tensor:
-        peaks, sums = self.row_pairs(v2)[0]
+        peaks, sums = self.row_pairs(v2)
         return peaks + sums.log2()
 
     def sinkhorn(self, targets: Tensor) -> tuple[Target, Pair]:
@@ -284,8 +285,8 @@ class Stream:
         row_weight, tiles, dim = self.row_weight, self.loss_tiles(), self.call.prototypes.shape[1]
         gradient, prototype_gradient = self.call.gradient, self.call.prototype_gradient
         losses = self.steps.Losses(self.num_rows, self.scores.widths(tiles), self.like)
-        gradients = self.like.new_empty((self.products.gradient_terms, self.num_rows, dim)) if gradient else None
-        if gradient and not tiles:
+        gradients = self.like.new_empty((self.products.gradient_terms, self.num_rows, dim) if gradient else 0)
+        if not tiles:
             gradients.zero_()
         grad_prototypes = self.like.new_empty((self.scores.words, dim) if prototype_gradient else 0)
         for columns in tiles:
@@ -308,6 +309,8 @@ class Stream:
                 vision_factor=self.vision_factor,
                 grad_factor=1.0 / self.call.temperature,
             )
+            if score_gradients is None:
+                continue
             if gradient:
                 self.products.add_gradient(score_gradients, columns, gradients, first=columns.start == 0)
             if prototype_gradient:
@@ -322,8 +325,9 @@ class Stream:
     def gradient_of_prototypes(self, score_gradients: Tensor, columns: slice, out: Tensor) -> None:
         """out [C, D], through the vision scores; the target is a constant."""
         self.products.prototype_gradient(score_gradients, self.features.vision, out)
-        if self.call.normalize:
-            self.steps.through_prototype_lengths(out, self.call.prototypes[columns], self.scores.scales[columns])
+        scales = self.scores.scale_of(columns)
+        if scales is not None:
+            self.steps.through_prototype_lengths(out, self.call.prototypes[columns], scales)
 
 
 def word_frequency(prior: Tensor | None, like: Tensor, num_words: int) -> Tensor:

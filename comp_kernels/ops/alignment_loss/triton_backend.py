@@ -128,23 +128,31 @@ class _Pairs:
         self.peaks, self.sums = (like.new_empty((num_blocks, rows), dtype=torch.float32) for _ in range(2))
         self.seen = 0
 
-    def merge(self, *, valid: Tensor | None = None, u2: Tensor | None = None) -> Pair | Tensor:
-        """The pair over all blocks; with u2, minus its logarithm goes there, -inf for rows that are not valid."""
+    def merged(self) -> Pair:
+        """The pair over all blocks."""
+        peaks, sums = (self.peaks.new_empty(self.peaks.shape[1]) for _ in range(2))
+        self._merge(peaks, sums, None, None)
+        return peaks, sums
+
+    def scale(self, u2: Tensor, valid: Tensor | None) -> Tensor:
+        """u2, into which minus the logarithm of the pair over all blocks has gone, -inf for rows that are not valid."""
+        self._merge(None, None, u2, valid)
+        return u2
+
+    def _merge(self, peaks: Tensor | None, sums: Tensor | None, u2: Tensor | None, valid: Tensor | None) -> None:
         from .triton_kernels import merge_pairs_kernel
 
         rows = self.peaks.shape[1]
-        out = () if u2 is not None else tuple(self.peaks.new_empty(rows) for _ in range(2))
         launch(
             merge_pairs_kernel,
             (cdiv(rows, 8),),
-            self.peaks, self.sums, as_bytes(valid), *(out or (None, None)), u2,
+            self.peaks, self.sums, as_bytes(valid), peaks, sums, u2,
             rows, self.seen,
             SCALE=u2 is not None,
             HAS_VALID=valid is not None,
             BN=8,
             BB=64,
         )  # fmt: skip
-        return u2 if u2 is not None else out
 
 
 class RowPairs:
@@ -172,7 +180,7 @@ class RowPairs:
         self.pairs.seen += cdiv(cols, STRIPE)
 
     def result(self) -> Pair:
-        return self.pairs.merge()
+        return self.pairs.merged()
 
 
 class RowSums:
@@ -199,7 +207,7 @@ class RowSums:
 
     def scale(self, u2: Tensor, valid: Tensor | None, row_log_sums: Callable[[], Tensor]) -> Tensor:
         """The new u2, with which every valid row sums to one; sums in the log domain lose no rows."""
-        return self.pairs.merge(valid=valid, u2=u2)
+        return self.pairs.scale(u2, valid)
 
 
 def column_statistics(scores: Tensor, factor: float, u2: Tensor, col_scale: Tensor | None, row_scale: Tensor | None) -> Pair:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 from torch import Tensor
 
 from ..._backends import choose_backend
@@ -11,6 +13,24 @@ from .call import checked_call, table_dtype
 from .registration import attention
 
 
+# fmt: off
+@overload
+def rope_attention(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, cu_seqlens: Tensor | None = None, *,
+    max_seqlen: int | None = None, rotary_dim: int | None = None, pair_stride: int | None = None,
+    cos_k: Tensor | None = None, sin_k: Tensor | None = None, cu_seqlens_k: Tensor | None = None,
+    max_seqlen_k: int | None = None, scale: float | None = None, return_lse: Literal[False] = False,
+    deterministic: bool = True, backend: str | None = None,
+) -> Tensor: ...
+@overload
+def rope_attention(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, cu_seqlens: Tensor | None = None, *,
+    max_seqlen: int | None = None, rotary_dim: int | None = None, pair_stride: int | None = None,
+    cos_k: Tensor | None = None, sin_k: Tensor | None = None, cu_seqlens_k: Tensor | None = None,
+    max_seqlen_k: int | None = None, scale: float | None = None, return_lse: Literal[True],
+    deterministic: bool = True, backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+# fmt: on
 def rope_attention(
     q: Tensor,
     k: Tensor,

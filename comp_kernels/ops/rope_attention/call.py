@@ -175,16 +175,21 @@ def check_and_lay_out(
         check_number("scale", scale)
         scale = float(scale)
 
-    if cos is not None or sin is not None:
-        check_tables(("cos", cos), ("sin", sin), (num_tokens, num_heads, rotary_dim), q.dtype, q.device)
+    if cos is None or sin is None:
+        if cos is not sin:
+            raise one_table("cos", cos, "sin")
+    else:
+        check_tables("cos", cos, "sin", sin, (num_tokens, num_heads, rotary_dim), q.dtype, q.device)
     if cos_k is not None or sin_k is not None:
-        if cos is None:
+        if cos is None or sin is None:
             raise ValueError("cos_k needs cos: to rotate keys only, pass cos of ones and sin of zeros for the queries")
-        check_tables(("cos_k", cos_k), ("sin_k", sin_k), (num_tokens_k, num_heads_k, rotary_dim), q.dtype, q.device)
+        if cos_k is None or sin_k is None:
+            raise one_table("cos_k", cos_k, "sin_k")
+        check_tables("cos_k", cos_k, "sin_k", sin_k, (num_tokens_k, num_heads_k, rotary_dim), q.dtype, q.device)
         if cos_k.shape[-1] != cos.shape[-1]:  # the kernels know one width
             cos, sin, cos_k, sin_k = (reference.widen_table(x, rotary_dim, pair_stride) for x in (cos, sin, cos_k, sin_k))
         cos, sin, cos_k, sin_k = (contiguous(x, table_dtype(q.dtype)) for x in (cos, sin, cos_k, sin_k))
-    elif cos is not None:
+    elif cos is not None and sin is not None:
         if num_tokens_k != num_tokens:
             raise ValueError(
                 f"cos_k and sin_k are needed when k has other tokens than q: k {tuple(k.shape)}, q {tuple(q.shape)}"
@@ -204,19 +209,22 @@ def autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(x.device.type))
 
 
+def one_table(cos_name: str, cos: Tensor | None, sin_name: str) -> ValueError:
+    """For a pair of which one is there."""
+    missing, given = (cos_name, sin_name) if cos is None else (sin_name, cos_name)
+    return ValueError(f"{missing} is missing: {given} was given, and cos and sin come in pairs")
+
+
 def check_tables(
-    cos: tuple[str, Tensor | None],
-    sin: tuple[str, Tensor | None],
+    cos_name: str,
+    cos: Tensor,
+    sin_name: str,
+    sin: Tensor,
     sizes: tuple[int, int, int],
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Check one pair of tables, each given as (name, tensor or None), at least one a tensor; sizes: (tokens, heads,
-    rotary_dim), the rest as q."""
-    (cos_name, cos), (sin_name, sin) = cos, sin
-    if cos is None or sin is None:
-        missing, given = (cos_name, sin_name) if cos is None else (sin_name, cos_name)
-        raise ValueError(f"{missing} is missing: {given} was given, and cos and sin come in pairs")
+    """Check one pair of tables; sizes: (tokens, heads, rotary_dim), the rest as q."""
     num_tokens, num_heads, rotary_dim = sizes
     for name, table in ((cos_name, cos), (sin_name, sin)):
         check_tensor(name, table, "[T, R] or [T, H, R]", dim=(2, 3), floating=True)
@@ -227,7 +235,7 @@ def check_tables(
             raise ValueError(f"{name} is float64 but q is {dtype}: tables are used in float32 then, pass {name}.float()")
         fits = table.shape[0] == num_tokens and table.shape[-1] in (rotary_dim, rotary_dim // 2)
         if not fits or (table.dim() == 3 and table.shape[1] != num_heads):
-            wanted = [(num_tokens, width) for width in (rotary_dim, rotary_dim // 2)]
+            wanted: list[tuple[int, ...]] = [(num_tokens, width) for width in (rotary_dim, rotary_dim // 2)]
             wanted += [(num_tokens, num_heads, width) for width in (rotary_dim, rotary_dim // 2)]
             raise ValueError(
                 f"{name} must have one of the shapes {wanted} (tokens, [heads,] rotary_dim or rotary_dim / 2), "

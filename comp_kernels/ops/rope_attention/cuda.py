@@ -41,7 +41,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
 
 def backward(
     call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, table_grads: bool
-) -> tuple[Tensor | None, ...]:
+) -> native.Gradients:
     usable = accessible(call)
     if usable is not call:
         out, grad_out = _padded(out), _padded(grad_out)
@@ -50,22 +50,24 @@ def backward(
     found = native.backward(run, LSE_DTYPE, usable, out, lse, *cotangents, table_grads)
     if usable is call:
         return found
-    dq, dk, dv, *of_tables = found
-    return _narrowed(dq, call.q), _narrowed(dk, call.k), _narrowed(dv, call.v), *of_tables
+    dq, dk, dv, dcos, dsin, dcos_k, dsin_k = found
+    return _narrowed(dq, call.q), _narrowed(dk, call.k), _narrowed(dv, call.v), dcos, dsin, dcos_k, dsin_k
 
 
 def accessible(call: Call) -> Call:
     """The call with tensors that kernels can read 16 bytes at a time: the same, or copies where a view does not allow it."""
-    q, k, v, cos, sin, cos_k, sin_k, *rest = call
+    q, k, v, cos, sin, cos_k, sin_k = call[:7]
     addresses = q.data_ptr() | k.data_ptr() | v.data_ptr()
-    if cos is not None:  # contiguous already; a table may still start in the middle of a line
+    if (
+        cos is not None and sin is not None and cos_k is not None and sin_k is not None
+    ):  # contiguous already; a table may still start in the middle of a line
         addresses |= cos.data_ptr() | sin.data_ptr() | cos_k.data_ptr() | sin_k.data_ptr()
     if addresses % 16 == 0 and _wide_rows(q.shape[2], q.element_size(), q.stride(), k.stride(), v.stride()):
         return call
     q, k, v = (_aligned(_padded(x)) for x in (q, k, v))
     if cos is not None:
-        cos, sin, cos_k, sin_k = (x.clone() if x.data_ptr() % 16 else x for x in (cos, sin, cos_k, sin_k))
-    return Call(q, k, v, cos, sin, cos_k, sin_k, *rest)
+        cos, sin, cos_k, sin_k = (x if x is None or x.data_ptr() % 16 == 0 else x.clone() for x in (cos, sin, cos_k, sin_k))
+    return Call(q, k, v, cos, sin, cos_k, sin_k, *call[7:])
 
 
 @functools.lru_cache(maxsize=1024)

@@ -13,6 +13,9 @@ from ... import _native
 from ..._native import pointer
 from .call import Call
 
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""(dq, dk, dv, dcos, dsin, dcos_k, dsin_k); the last four are None without tables, and where they are not wanted."""
+
 
 class Params(ctypes.Structure):
     """comp_kernels_rope_attention_params of csrc/include/comp_kernels/rope_attention.h, field by field."""
@@ -53,8 +56,7 @@ def backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
     table_grads: bool,
-) -> tuple[Tensor | None, ...]:
-    """(dq, dk, dv, dcos, dsin, dcos_k, dsin_k); the last four are None without tables or table_grads."""
+) -> Gradients:
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
     if lse.dtype != lse_dtype:
@@ -73,7 +75,10 @@ def backward(
     per_head = [None if t is None else t.new_empty((*x.shape[:2], t.shape[-1])) for t, x in zip(tables, turned)]
     params.dcos, params.dsin, params.dcos_k, params.dsin_k = (pointer(gradient) for gradient in per_head)
     run(params)
-    return dq, dk, dv, *(g if g is None or table.dim() == 3 else g.sum(1) for g, table in zip(per_head, tables))
+    dcos, dsin, dcos_k, dsin_k = (
+        g if g is None or table is None or table.dim() == 3 else g.sum(1) for g, table in zip(per_head, tables)
+    )
+    return dq, dk, dv, dcos, dsin, dcos_k, dsin_k
 
 
 def _params(call: Call, grad_out: Tensor | None, *outputs: int | None) -> Params:
@@ -82,6 +87,7 @@ def _params(call: Call, grad_out: Tensor | None, *outputs: int | None) -> Params
     One pack of all fields takes half as long as naming them to the constructor.
     """
     q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, rotary_dim, pair_stride, scale = call
+    assert cu_seqlens is not None and cu_seqlens_k is not None  # kernels get bounds
     num_tokens, num_heads, head_dim = q.shape
     num_tokens_k, num_heads_k, _ = k.shape
     q_strides, k_strides, v_strides = q.stride()[:2], k.stride()[:2], v.stride()[:2]

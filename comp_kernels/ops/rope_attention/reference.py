@@ -70,6 +70,8 @@ def rope_attention(
     The arithmetic is done in float32, or float64 for float64 inputs, and rounded to the dtype of q once at the end.
     A query whose sequence has no keys, and every row beyond cu_seqlens[-1], has out = 0 and lse = -inf.
     """
+    if (cos is None) != (sin is None) or (cos_k is None) != (sin_k is None):
+        raise ValueError("cos and sin, and cos_k and sin_k, come in pairs: one of a pair is missing")
     num_tokens, num_heads, head_dim = q.shape
     compute = torch.promote_types(q.dtype, torch.float32)
     rotary_dim = head_dim if rotary_dim is None else rotary_dim
@@ -87,12 +89,12 @@ def rope_attention(
     outputs, lses = [], []
     for start_q, end_q, start_k, end_k in zip(bounds_q, bounds_q[1:], bounds_k, bounds_k[1:]):
         q_i, k_j, v_j = q[start_q:end_q].to(compute), k[start_k:end_k].to(compute), v[start_k:end_k].to(compute)
-        if cos is not None:
-            tables = (table[start_q:end_q].to(compute) for table in (cos, sin))
-            q_i = rotate(q_i, *tables, rotary_dim, pair_stride)
-        if cos_k is not None:
-            tables = (table[start_k:end_k].to(compute) for table in (cos_k, sin_k))
-            k_j = rotate(k_j, *tables, rotary_dim, pair_stride)
+        if cos is not None and sin is not None:
+            cos_i, sin_i = cos[start_q:end_q].to(compute), sin[start_q:end_q].to(compute)
+            q_i = rotate(q_i, cos_i, sin_i, rotary_dim, pair_stride)
+        if cos_k is not None and sin_k is not None:
+            cos_j, sin_j = cos_k[start_k:end_k].to(compute), sin_k[start_k:end_k].to(compute)
+            k_j = rotate(k_j, cos_j, sin_j, rotary_dim, pair_stride)
         group = num_heads // k.shape[1]  # queries heads that share one key head
         k_j, v_j = k_j.repeat_interleave(group, dim=1), v_j.repeat_interleave(group, dim=1)
         if end_k == start_k:

@@ -22,7 +22,7 @@ def declines(call: Call) -> str | None:
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """(out, lse), differentiable to any order."""
     with torch.autocast(call.device.type, enabled=False):  # the definition is float32 arithmetic
-        return reference.rope_attention(
+        out, lse = reference.rope_attention(
             call.q,
             call.k,
             call.v,
@@ -37,6 +37,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
             scale=call.scale,
             return_lse=True,
         )
+    return out, lse
 
 
 def backward(
@@ -47,10 +48,10 @@ def backward(
 
     def results(*inputs: Tensor) -> tuple[Tensor, Tensor]:
         given = iter(inputs)
-        return forward(call._replace(**{name: next(given) for name, want in zip(call._fields, wanted) if want}))
+        return forward(Call._make([*(next(given) if want else x for x, want in zip(call, wanted)), *call[7:]]))
 
     # torch.func, since autograd proper is off where an operator's kernel runs.
-    (_, found_lse), gradients = torch.func.vjp(results, *(x for x, want in zip(call, wanted) if want))
+    (_, found_lse), gradients = torch.func.vjp(results, *(x for x, want in zip(call, wanted) if want))[:2]
     grad_lse = torch.zeros_like(found_lse) if grad_lse is None else grad_lse.to(found_lse.dtype)
     found = iter(gradients((grad_out, grad_lse)))
     return tuple(next(found) if want else None for want in wanted)

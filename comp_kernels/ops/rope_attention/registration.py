@@ -144,8 +144,8 @@ def attention_flops(q: Tensor, k: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tens
     _, heads, head_dim = q.shape
     if isinstance(cu_seqlens, torch._subclasses.FakeTensor) or cu_seqlens.is_meta:
         return 4 * heads * head_dim * q.shape[0] * k.shape[0]
-    scores = (cu_seqlens.diff().to(torch.int64) * cu_seqlens_k.diff().to(torch.int64)).sum().item()
-    return 4 * heads * head_dim * scores
+    scores = (cu_seqlens.diff().to(torch.int64) * cu_seqlens_k.diff().to(torch.int64)).sum()
+    return 4 * heads * head_dim * int(scores)
 
 
 @register_flop_formula(FORWARD, get_raw=True)

@@ -86,5 +86,5 @@ def rope_tables(positions: Tensor, freqs: Tensor) -> tuple[Tensor, Tensor]:
     if freqs.dim() == 3:
         freqs = freqs.transpose(0, 1)  # [A, H, R]
         positions = positions.unsqueeze(-1)
-    angles = sum(positions[:, a, None] * freqs[a] for a in range(positions.shape[1]))
+    angles = sum((positions[:, a, None] * freqs[a] for a in range(positions.shape[1])), start=positions.new_zeros(()))
     return angles.cos(), angles.sin()

@@ -72,6 +72,7 @@ def describe_rope(cos: Tensor | None, rotary_dim: int, pair_stride: int):
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """(out, lse)."""
+    assert call.cu_seqlens is not None  # kernels get bounds
     configs, rotate = kernels().configs, kernels().rotation.rotate
     q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, rotary_dim, pair_stride, scale = call
     arch, head_dim = architecture(q.device), q.shape[-1]
@@ -81,7 +82,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     if cos_k is not cos:
         rope_k = describe_rope(cos_k, rotary_dim, pair_stride)
     kernel, tables, tables_k = "forward", (cos, sin), None
-    if configs.rotate_keys_inline(q.shape[0], cu_seqlens.shape[0] - 1, q.shape[1] // k.shape[1], head_dim):
+    if configs.rotate_keys_inline(q.shape[0], call.cu_seqlens.shape[0] - 1, q.shape[1] // k.shape[1], head_dim):
         kernel, tables_k = "inline", None if cos_k is None else (cos_k, sin_k)
     elif cos_k is not None:
         k = rotate(k, cos_k, sin_k, cu_seqlens_k, head, rope_k)

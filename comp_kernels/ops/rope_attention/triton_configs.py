@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -176,6 +176,7 @@ def fits(kernel: str, config: TileConfig, head_dim: int, itemsize: int, shared_l
 def candidates(kernel: str, head_dim: int, itemsize: int, shared_limit: int) -> list[TileConfig]:
     for_keys = kernel == "key_value_gradient"
     passes = (1, 2) if for_keys else (1,)
+    every: Iterable[tuple[int, int, int]]  # rows, columns, warps
     if itemsize == 4:  # 16 rows per warp of the tile that a program owns
         sizes = [(16 * warps, streamed, warps) for warps in (1, 2, 4) for streamed in (16, 32)]
         every = [(n, m, w) if for_keys else (m, n, w) for m, n, w in sizes]

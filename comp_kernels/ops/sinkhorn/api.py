@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal, overload
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,24 @@ from ..._checks import (
 from . import gradients, reference
 from .call import Call
 from .registration import solve
+
+
+# fmt: off
+@overload
+def sinkhorn(
+    scores: Tensor, *, epsilon: float, num_iters: int = 3, row_marginals: Tensor | None = None,
+    col_marginals: Tensor | None = None, tol: float | None = None, group: dist.ProcessGroup | None = None,
+    gradient: str = "detach", order: str = "cols_rows", eps: float = 0.0, backend: str | None = None,
+    return_potentials: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def sinkhorn(
+    scores: Tensor, *, epsilon: float, num_iters: int = 3, row_marginals: Tensor | None = None,
+    col_marginals: Tensor | None = None, tol: float | None = None, group: dist.ProcessGroup | None = None,
+    gradient: str = "detach", order: str = "cols_rows", eps: float = 0.0, backend: str | None = None,
+    return_potentials: Literal[True],
+) -> tuple[Tensor, Tensor, Tensor]: ...
+# fmt: on
 
 
 def sinkhorn(

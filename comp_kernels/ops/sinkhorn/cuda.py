@@ -81,11 +81,11 @@ def split(params: SolveParams) -> Split | None:
 
 
 def _run_small(function: str, params: small.SmallParams, scores: Tensor) -> None:
-    workspace = ()
+    workspace: list[Tensor | None] = []
     if function.endswith("backward"):
         size = _native.cuda_function("sinkhorn_small_workspace", (ctypes.c_void_p,), ctypes.c_int64)
         count = size(ctypes.byref(params))
-        workspace = (scores.new_empty(count // 4, dtype=torch.float32) if count else None,)
+        workspace.append(scores.new_empty(count // 4, dtype=torch.float32) if count else None)
     _launch(function.removeprefix("sinkhorn_"), scores, params, *workspace)
 
 

@@ -31,8 +31,9 @@ def unrolled(
     """Exact gradient of the `num_iters` iterations; the potentials of every iteration are recomputed, [n] and [K] each."""
     if order == "rows_cols":
         grad_plan = None if grad_plan is None else grad_plan.mT
-        settings = dict(epsilon=epsilon, num_iters=num_iters, eps=eps)
-        return unrolled(scores.mT, col_marginals, row_marginals, grad_plan, grad_v, grad_u, **settings).mT
+        return unrolled(
+            scores.mT, col_marginals, row_marginals, grad_plan, grad_v, grad_u, epsilon=epsilon, num_iters=num_iters, eps=eps
+        ).mT
     if eps > 0:
         return (
             _unrolled_with_eps(

@@ -53,9 +53,18 @@ def sinkhorn(
     with rows and columns in each other's place; with `eps` see `scale_with_eps`.
     """
     if order == "rows_cols":
-        transposed = dict(epsilon=epsilon, num_iters=num_iters, tol=tol, group=group, eps=eps, return_potentials=True)
         rows, cols = marginals_or_defaults(scores, row_marginals, col_marginals, group)
-        plan, v, u = sinkhorn(scores.mT, row_marginals=cols, col_marginals=rows, **transposed)
+        plan, v, u = sinkhorn(
+            scores.mT,
+            epsilon=epsilon,
+            num_iters=num_iters,
+            row_marginals=cols,
+            col_marginals=rows,
+            tol=tol,
+            group=group,
+            eps=eps,
+            return_potentials=True,
+        )
         return (plan.mT.contiguous(), u, v) if return_potentials else plan.mT.contiguous()
     compute = torch.promote_types(scores.dtype, torch.float32)
     log_kernel = scores.to(compute) / epsilon

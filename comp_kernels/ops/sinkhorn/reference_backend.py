@@ -20,7 +20,7 @@ def declines(call: Call) -> str | None:
 
 def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """P [..., n, K], u [..., n], v [..., K]."""
-    return reference.sinkhorn(
+    plan, u, v = reference.sinkhorn(
         call.scores,
         row_marginals=call.row_marginals,
         col_marginals=call.col_marginals,
@@ -32,9 +32,19 @@ def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
         order=call.order,
         eps=call.eps,
     )
+    return plan, u, v
 
 
-def small_gradient(call: Call, *cotangents: Tensor | None) -> Tensor:
+def small_gradient(call: Call, grad_plan: Tensor | None, grad_u: Tensor | None, grad_v: Tensor | None) -> Tensor:
     """Of the scores of small matrices, where the kernels that made the plan have failed since."""
-    settings = dict(epsilon=call.epsilon, num_iters=call.num_iters, order=call.order, eps=call.eps)
-    return gradients.unrolled(*call[:3], *cotangents, **settings).to(call.scores.dtype)
+    found = gradients.unrolled(
+        *call[:3],
+        grad_plan,
+        grad_u,
+        grad_v,
+        epsilon=call.epsilon,
+        num_iters=call.num_iters,
+        order=call.order,
+        eps=call.eps,
+    )
+    return found.to(call.scores.dtype)

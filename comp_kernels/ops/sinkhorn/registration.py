@@ -51,14 +51,14 @@ def forward(call: Call, backend: str, fallback: bool) -> tuple[Tensor, Tensor, T
 def flattened(call: Call) -> Call:
     """The call as kernels take it, with one dimension of batch items. A reshape keeps the strides of zero of a marginal."""
     *batch, num_rows, num_cols = call.scores.shape
-    scores, *marginals = call[:3]
+    scores, rows, cols = call[:3]
     if len(batch) != 1:
         items = math.prod(batch)
         scores = scores.reshape(items, num_rows, num_cols)
-        marginals = [x if x.dim() == 1 else x.reshape(items, x.shape[-1]) for x in marginals]
+        rows, cols = (x if x.dim() == 1 else x.reshape(items, x.shape[-1]) for x in (rows, cols))
     if scores.stride(-1) != 1:
         scores = scores.contiguous()
-    return Call(scores, *(x.contiguous() for x in marginals), *call[3:])
+    return Call(scores, rows.contiguous(), cols.contiguous(), *call[3:])
 
 
 def transposed(call: Call) -> Call:
@@ -89,8 +89,8 @@ def backward(scores, row_marginals, col_marginals, plan, grad_plan, grad_u, grad
     if gradient == "unrolled" and backend != "reference" and small.serves(call) and scores.numel():
         flat = flattened(call)
         shapes = flat.scores.shape, flat.scores.shape[:2], (flat.scores.shape[0], flat.scores.shape[2])
-        cotangents = (None if x is None else x.reshape(shape).contiguous() for x, shape in zip(cotangents, shapes))
-        return function_of(OPERATOR, "small_gradient", backend, fallback)(flat, *cotangents).view(scores.shape)
+        reshaped = (None if x is None else x.reshape(shape).contiguous() for x, shape in zip(cotangents, shapes))
+        return function_of(OPERATOR, "small_gradient", backend, fallback)(flat, *reshaped).view(scores.shape)
     with torch.autocast(scores.device.type, enabled=False):  # its products stay in float32
         if gradient == "implicit":
             found = gradients.implicit(plan, row_marginals, col_marginals, *cotangents, epsilon=epsilon)

@@ -35,7 +35,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
         return triton_small.solve(call)
     scores, factor = call.scores, LOG2E / call.epsilon
     if call.group is None:
-        u2, v2 = _iterate(call, factor)
+        u2, v2 = _iterate(call, factor) if call.tol is None else _iterate_until(call, factor, call.tol)
     else:
         u2, v2 = solve_over_group(
             lambda u2: column_statistics(scores, factor, u2),
@@ -51,26 +51,37 @@ def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
 small_gradient = triton_small.gradient
 
 
+def _first_potentials(call: Call) -> tuple[Tensor, Tensor]:
+    """u2 [G, n] and memory for v2 [G, K]."""
+    items, rows, cols = call.scores.shape
+    u2 = torch.where(call.row_marginals > 0, 0.0, -torch.inf).expand(items, rows).contiguous()
+    return u2, call.scores.new_empty((items, cols), dtype=torch.float32)
+
+
 def _iterate(call: Call, factor: float) -> tuple[Tensor, Tensor]:
-    scores, a, b, num_iters, tol = call.scores, call.row_marginals, call.col_marginals, call.num_iters, call.tol
+    u2, v2 = _first_potentials(call)
+    for iteration in range(call.num_iters):
+        pairs = column_step(call.scores, factor, u2, v2, call.col_marginals, v2, first=iteration == 0)
+        merge_rows(*pairs, a=call.row_marginals, u2=u2)
+    return u2, v2
+
+
+def _iterate_until(call: Call, factor: float, tol: float) -> tuple[Tensor, Tensor]:
+    """The error after an iteration is known once the next one has summed the columns; that one must then leave no trace."""
+    scores, a = call.scores, call.row_marginals
     items, rows, cols = scores.shape
-    u2 = torch.where(a > 0, 0.0, -torch.inf).expand(items, rows).contiguous()
-    v2 = v2_new = scores.new_empty((items, cols), dtype=torch.float32)
-    stop = errors = None
-    if tol is not None:
-        # The error after an iteration is known once the next one has summed the columns; that one must then leave no trace.
-        v2_new = torch.empty_like(v2)
-        stop = torch.zeros((), dtype=torch.int32, device=scores.device)
-        errors = scores.new_zeros((items, cdiv(cols, column_tile(rows, cols)["BK"])), dtype=torch.float32)
-        allowed = tol * a.sum(-1)
-    for iteration in range(num_iters):
+    u2, v2 = _first_potentials(call)
+    v2_new = torch.empty_like(v2)
+    stop = torch.zeros((), dtype=torch.int32, device=scores.device)
+    errors = scores.new_zeros((items, cdiv(cols, column_tile(rows, cols)["BK"])), dtype=torch.float32)
+    allowed = tol * a.sum(-1)
+    for iteration in range(call.num_iters):
         first = iteration == 0
-        pairs = column_step(scores, factor, u2, v2, b, v2_new, errors=errors, stop=stop, first=first)
-        if tol is not None and not first:
+        pairs = column_step(scores, factor, u2, v2, call.col_marginals, v2_new, errors=errors, stop=stop, first=first)
+        if not first:
             stop |= (errors.sum(-1) <= allowed).all()
         merge_rows(*pairs, a=a, u2=u2, stop=stop)
-        if tol is not None:
-            v2 = torch.where(stop > 0, v2, v2_new)
+        v2 = torch.where(stop > 0, v2, v2_new)
     return u2, v2
 
 

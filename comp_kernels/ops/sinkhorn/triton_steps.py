@@ -24,7 +24,7 @@ def new_pairs(scores: Tensor) -> tuple[Tensor, Tensor]:
     """Memory for the (maximum, sum) pairs [G, blocks, pair_stride] of the rows (see triton_kernels.pair_stride)."""
     items, rows, cols = scores.shape
     shape = (items, cdiv(cols, column_tile(rows, cols)["BK"]), cdiv(rows, 16) * 16)
-    return tuple(scores.new_empty(shape, dtype=torch.float32) for _ in range(2))
+    return scores.new_empty(shape, dtype=torch.float32), scores.new_empty(shape, dtype=torch.float32)
 
 
 def column_step(
@@ -111,7 +111,9 @@ def merge_rows(
     from .triton_kernels import merge_rows_kernel
 
     items, num_blocks, _ = row_peaks.shape
-    rows = (peaks if u2 is None else u2).shape[-1]
+    out = peaks if u2 is None else u2
+    assert out is not None
+    rows = out.shape[-1]
     launch(
         merge_rows_kernel,
         (cdiv(rows, MERGE_TILE["BN"]), items),
