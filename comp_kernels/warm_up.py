@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from . import _triton
 from ._backends import choose_backend
 from ._triton_compile import compile_ahead, record
+from .integrations._patching import Foreign
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # (images, tokens of each): keys are turned once for images of more than 64 tokens on average, in the loop for others.
@@ -86,7 +87,7 @@ def model_call(folder: Path, dtype: torch.dtype, *, backward: bool = True) -> Ca
     return call
 
 
-def one_of_each_kind(model: nn.Module, names: list[str], dtype: torch.dtype) -> Iterator[nn.Module]:
+def one_of_each_kind(model: nn.Module, names: list[str], dtype: torch.dtype) -> Iterator[Foreign]:
     """Modules of `model`, which has no memory, that differ in class or sizes, each alone and with memory on the CPU."""
     seen = set()
     for name in names:
@@ -132,7 +133,9 @@ def timm_calls(folder: Path, dtype: torch.dtype) -> Iterator[tuple[nn.Module, di
 
     description = json.loads((folder / "config.json").read_text())
     with torch.device("meta"):
-        model = timm.create_model(description["architecture"], pretrained=False, **description.get("model_args", {})).eval()
+        model: Foreign = timm.create_model(
+            description["architecture"], pretrained=False, **description.get("model_args", {})
+        ).eval()
         images = torch.zeros(1, *(description.get("pretrained_cfg") or model.default_cfg)["input_size"])
     rotary: dict[type, Tensor | None] = {}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -42,11 +43,11 @@ def padded_attention(
     batch, tokens = q.shape[:2]
     # A norm of q and k may widen them (autocast); attention runs in the dtype of v, as it does in the original modules.
     q, k, v = (x.flatten(0, 1).to(v.dtype) for x in (q, k, v))
-    cos, sin = tables if tables is not None else (None, None)
+    cos, sin = tables or (None, None)
     cos_k = sin_k = None
     if blocks.keys is not None:
         k, v = k[blocks.keys], v[blocks.keys]
-        if cos is not None:
+        if cos is not None and sin is not None:
             cos_k, sin_k = cos[blocks.keys], sin[blocks.keys]
     out = rope_attention(
         q,
@@ -103,7 +104,8 @@ class _LastMask:
     """The blocks of the mask that was read last."""
 
     def __init__(self):
-        self.last = (lambda: None, None, None)  # mask, key, blocks: one tuple, so that threads see all of it or nothing
+        # mask, key, blocks: one tuple, so that threads see all of it or nothing
+        self.last: tuple[Callable[[], Tensor | None], object, Blocks | None] = (lambda: None, None, None)
 
     @torch.compiler.disable
     def blocks(self, mask: Tensor, batch: int, tokens: int) -> Blocks:
@@ -111,7 +113,7 @@ class _LastMask:
             return _read_mask(_visible(mask, batch, tokens))
         key = (batch, mask._version, torch.is_inference_mode_enabled())  # blocks made in inference mode cannot be trained on
         last_mask, last_key, blocks = self.last
-        if last_mask() is not mask or last_key != key:
+        if blocks is None or last_mask() is not mask or last_key != key:
             blocks = _read_mask(_visible(mask, batch, tokens))
             self.last = (weakref.ref(mask), key, blocks)
         return blocks

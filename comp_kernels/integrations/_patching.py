@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, wraps
-from typing import Any, Protocol
+from typing import Any, Protocol, SupportsIndex
 
 from torch import nn
 
@@ -17,14 +18,26 @@ class UnsupportedCall(ValueError):
     """A call that `rope_attention` cannot serve: attention dropout, a mask without block structure, attention weights."""
 
 
+Foreign = Any
+"""A module of another library. What is read from it is looked for when it is patched (`Family.attributes`); no type says it."""
+
+
 class Family(Protocol):
     """Attention modules that share one forward."""
 
-    classes: tuple[str, ...]  # "qwen2_vl.VisionAttention": last part of the module's name, class
-    parameters: tuple[str, ...]  # names of the positional parameters of `forward`, in order
-    attributes: tuple[str, ...]  # what `run` reads from the module
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """ "qwen2_vl.VisionAttention": last part of the module's name, class."""
 
-    def run(self, module: nn.Module, arguments: dict[str, Any], backend: str | None) -> Any:
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the positional parameters of `forward`, in order."""
+
+    @property
+    def attributes(self) -> tuple[str, ...]:
+        """What `run` reads from the module."""
+
+    def run(self, module: Foreign, arguments: dict[str, Any], backend: str | None) -> Any:
         """What the module's forward returns. Raises UnsupportedCall before anything is computed."""
 
 
@@ -40,10 +53,11 @@ class Patch:
 class Patched:
     """What the classes of patched modules have in common."""
 
-    def __reduce_ex__(self, protocol: int):
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         """Copied and pickled as the library's class that is patched: ours have no name that can be imported."""
-        _, _, *state = super().__reduce_ex__(max(2, protocol))
-        return _new_patched, (library_class(type(self)),), *state
+        reduced = super().__reduce_ex__(max(2, operator.index(protocol)))
+        assert not isinstance(reduced, str)  # the name of a global, which no module is
+        return _new_patched, (library_class(type(self)),), *reduced[2:]
 
 
 @cache
@@ -74,7 +88,7 @@ def library_class(cls: type) -> type:
     return cls.__mro__[cls.__mro__.index(Patched) + 1] if issubclass(cls, Patched) else cls
 
 
-def _new_patched(original: type[nn.Module]) -> nn.Module:
+def _new_patched(original: type) -> nn.Module:
     cls = patched_class(original)
     return cls.__new__(cls)
 
@@ -98,7 +112,7 @@ def patch_modules(
     unpatch(model)
     patched = []
     for name, module in model.named_modules():
-        family = by_class.get(defining_class(module, library))
+        family = by_class.get(defining_class(module, library) or "")
         if family is None or skip(module):
             continue
         missing = [attribute for attribute in family.attributes if not hasattr(module, attribute)]
@@ -114,7 +128,8 @@ def patch_modules(
                 "patch the model first and let other libraries wrap it then"
             )
         if not isinstance(module, Patched):
-            module.__class__ = patched_class(type(module))
+            original: type = type(module)
+            module.__class__ = patched_class(original)
         module._comp_kernels_patch = Patch(family, backend, on_unsupported)
         patched.append(name)
     if not patched:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .._backends import check_backend
 from ..ops.sinkhorn import sinkhorn
+from ._patching import Foreign
 
 
 def sinkhorn_knopp(input_logits: Tensor, num_iterations: int, eps: float = 1e-6, *, backend: str | None = None) -> Tensor:
@@ -26,8 +27,16 @@ def sinkhorn_knopp(input_logits: Tensor, num_iterations: int, eps: float = 1e-6,
         [..., n, n] in the dtype of the logits, computed in float32 (Megatron-LM computes in their dtype). Its gradient is that
         of the iterations as run, from one kernel; nothing is kept between the passes but the logits and the result.
     """
-    settings = dict(epsilon=1.0, num_iters=num_iterations, order="rows_cols", eps=eps, gradient="unrolled", backend=backend)
-    return sinkhorn(input_logits, **settings).to(input_logits.dtype)
+    plan = sinkhorn(
+        input_logits,
+        epsilon=1.0,
+        num_iters=num_iterations,
+        order="rows_cols",
+        eps=eps,
+        gradient="unrolled",
+        backend=backend,
+    )
+    return plan.to(input_logits.dtype)
 
 
 def liger_mhc_coeffs(
@@ -124,7 +133,7 @@ class _Projection:
         return sinkhorn_knopp(input_logits, num_iterations, eps, backend=self.backend)
 
 
-def _hyper_connections(model: nn.Module) -> dict[str, nn.Module]:
+def _hyper_connections(model: nn.Module) -> dict[str, Foreign]:
     """Modules of Megatron-LM's class, by name, whether subclassed or not."""
     names = {"HyperConnectionModule"}
     return {name: m for name, m in model.named_modules() if names & {kind.__name__ for kind in type(m).__mro__}}

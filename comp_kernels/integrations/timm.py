@@ -14,17 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._padded import blocks_of, padded_attention, token_tables
-from ._patching import UnsupportedCall, patch_modules
+from ._patching import Foreign, UnsupportedCall, patch_modules
 
 
-def linear_qkv(module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+def linear_qkv(module: Foreign, x: Tensor) -> tuple[Tensor, ...]:
     """One fused projection, or three with perhaps fewer key heads."""
     if module.qkv is not None:
         return module.qkv(x).unflatten(-1, (3, module.num_heads, -1)).unbind(-3)
     return tuple(project(x).unflatten(-1, (-1, module.head_dim)) for project in (module.q_proj, module.k_proj, module.v_proj))
 
 
-def eva_qkv(module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+def eva_qkv(module: Foreign, x: Tensor) -> tuple[Tensor, ...]:
     """Eva's fused projection has biases for q and v alone, kept beside a linear layer without bias."""
     if module.qkv is None or module.q_bias is None:
         return linear_qkv(module, x)
@@ -38,7 +38,7 @@ class TimmAttention:
     """One row of the table below: the classes, how they project, and whether they take a rotary embedding."""
 
     classes: tuple[str, ...]
-    qkv: Callable[[nn.Module, Tensor], tuple[Tensor, ...]]
+    qkv: Callable[[Foreign, Tensor], tuple[Tensor, ...]]
     rope: bool
 
     @property
@@ -50,7 +50,7 @@ class TimmAttention:
         shared = ("qkv", "num_heads", "head_dim", "q_norm", "k_norm", "scale", "attn_drop", "norm", "gate", "proj", "proj_drop")
         return (*shared, "num_prefix_tokens", "rotate_half") if self.rope else shared
 
-    def run(self, module: nn.Module, arguments: dict[str, Any], backend: str | None) -> Tensor:
+    def run(self, module: Foreign, arguments: dict[str, Any], backend: str | None) -> Tensor:
         if module.training and module.attn_drop.p > 0:
             raise UnsupportedCall(
                 f"attn_drop {module.attn_drop.p} in training is not served: set it to 0, or call model.eval()"

@@ -9,26 +9,27 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..ops.rope_attention import rope_attention
 from ._padded import blocks_of, padded_attention, token_tables
-from ._patching import UnsupportedCall, patch_modules
+from ._patching import Foreign, UnsupportedCall, patch_modules
 
 # --- how the families differ ------------------------------------------------------------------------------------------------
 
 
-def fused_qkv(module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+def fused_qkv(module: Foreign, x: Tensor) -> tuple[Tensor, ...]:
     return module.qkv(x).unflatten(-1, (3, module.num_heads, -1)).unbind(-3)
 
 
-def separate_qkv(module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+def separate_qkv(module: Foreign, x: Tensor) -> tuple[Tensor, ...]:
     return tuple(project(x).unflatten(-1, (-1, module.head_dim)) for project in (module.q_proj, module.k_proj, module.v_proj))
 
 
-def normed_qkv(module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+def normed_qkv(module: Foreign, x: Tensor) -> tuple[Tensor, ...]:
     q, k, v = separate_qkv(module, x)
     return module.q_norm(q), module.k_norm(k), module.v_norm(v)
 
@@ -61,7 +62,7 @@ class VisionAttention:
     """One row of the table below: the classes, and where their forward finds what rope_attention needs."""
 
     classes: tuple[str, ...]
-    qkv: Callable[[nn.Module, Tensor], tuple[Tensor, ...]]  # x [.., C] -> q, k, v [.., H, D]
+    qkv: Callable[[Foreign, Tensor], tuple[Tensor, ...]]  # x [.., C] -> q, k, v [.., H, D]
     output: str  # the last projection
     scale: str
     dropout: str
@@ -76,26 +77,30 @@ class VisionAttention:
         projections = ("qkv", "num_heads") if self.qkv is fused_qkv else ("q_proj", "k_proj", "v_proj", "head_dim")
         return (*projections, self.output, self.scale, self.dropout)
 
-    def run(self, module: nn.Module, arguments: dict[str, Any], backend: str | None) -> Any:
+    def run(self, module: Foreign, arguments: dict[str, Any], backend: str | None) -> Any:
         check_call(module, arguments, getattr(module, self.dropout))
         x = arguments["hidden_states"]
         project, scale = getattr(module, self.output), getattr(module, self.scale)
+        tables = None if self.tables is None else self.tables(arguments)
         if self.packed:
             q, k, v = self.qkv(module, x)
-            cos, sin = self.tables(arguments)
+            cos, sin = tables or (None, None)
             out = rope_attention(q, k, v, cos, sin, arguments["cu_seqlens"], scale=scale, backend=backend)
             return project(out.flatten(-2))
 
         batch, tokens = x.shape[:2]
-        blocks = blocks_of(arguments.get(self.mask), batch, tokens, x.device)
+        mask = None if self.mask is None else arguments.get(self.mask)
+        blocks = blocks_of(mask, batch, tokens, x.device)
         q, k, v = self.qkv(module, x)
-        tables = token_tables(*self.tables(arguments), batch, tokens) if self.tables else None
+        if tables is not None:
+            tables = token_tables(*tables, batch, tokens)
         pair_stride = self.pair_stride(q.shape[-1])
         out = padded_attention(q, k, v, blocks, tables, scale=scale, pair_stride=pair_stride, backend=backend)
         return project(out.flatten(-2)), None
 
 
-PACKED = dict(
+packed_attention = partial(
+    VisionAttention,
     scale="scaling",
     dropout="attention_dropout",
     output="proj",
@@ -106,7 +111,7 @@ PACKED = dict(
 
 FAMILIES = (
     # Windowed layers of Qwen2.5-VL need nothing special: the model hands them the cu_seqlens of its windows.
-    VisionAttention(
+    packed_attention(
         (
             "qwen2_vl.VisionAttention",
             "qwen2_5_vl.Qwen2_5_VLVisionAttention",
@@ -120,9 +125,8 @@ FAMILIES = (
             "ernie4_5_vl_moe.Ernie4_5_VLMoeVisionAttention",
         ),
         fused_qkv,
-        **PACKED,
     ),
-    VisionAttention(("kimi_k25.Kimi_K25VisionAttention",), separate_qkv, **PACKED),
+    packed_attention(("kimi_k25.Kimi_K25VisionAttention",), separate_qkv),
     VisionAttention(
         ("pixtral.PixtralAttention", "dinov3_vit.DINOv3ViTAttention"),
         separate_qkv,
