@@ -52,7 +52,8 @@ def sides(
 ) -> tuple[int, int]:
     """(height, width) in pixels that `prepare_image` gives an image of these sides."""
     if size is not None:
-        return tuple(max(factor, round(side / factor) * factor) for side in size)
+        height, width = (max(factor, round(side / factor) * factor) for side in size)
+        return height, width
     pixels = factor * factor
     return smart_resize(height, width, factor=factor, min_pixels=min_tokens * pixels, max_pixels=max_tokens * pixels)
 

@@ -90,7 +90,8 @@ def next_token_loss(predictors: Tensor, learned: Learned, head: Head, logits_at_
 
 
 def _linear_loss(rows: Tensor, head: nn.Linear, targets: Tensor, shares: Tensor | None, chunk: int) -> Tensor:
-    weight, bias = head.weight, head.bias
+    weight: Tensor = head.weight
+    bias: Tensor | None = head.bias
     device = rows.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -136,19 +137,19 @@ class LinearCrossEntropy(torch.autograd.Function):
             losses = total.log() - at_target
             share = torch.ones_like(losses) if shares is None else shares[part].unsqueeze(1)
             loss += (losses * share).sum()
-            if not (wants_rows or wants_weight or wants_bias):
+            if grad_rows is None and grad_weight is None and grad_bias is None:
                 continue
             grads = logits.mul_(share / total)  # the same memory: softmax, minus one at the target
             grads.scatter_add_(1, wanted, -share)
             grads_low = grads.to(rows.dtype)
-            if wants_rows:
+            if grad_rows is not None:
                 torch.mm(grads_low, weight, out=grad_rows[part])
-            if wants_weight:
+            if grad_weight is not None:
                 if rows.dtype == torch.float32:
                     grad_weight.addmm_(grads_low.T, rows[part])
                 else:
                     grad_weight += grads_low.T @ rows[part]
-            if wants_bias:
+            if grad_bias is not None:
                 grad_bias += grads.sum(0)
         ctx.save_for_backward(grad_rows, grad_weight, grad_bias)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype

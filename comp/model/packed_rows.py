@@ -16,11 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-try:
-    from torch.nn.attention import varlen
-except ImportError:
-    varlen = None
-
 from .causal_lm import Halves, evaluation_mode, probe_ids
 from .generation import has_static_rope
 
@@ -28,9 +23,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NAME = "sdpa_packed"
-VARLEN = getattr(varlen, "varlen_attn", None)
-if VARLEN is not None and "enable_gqa" not in inspect.signature(VARLEN).parameters:
-    VARLEN = None  # before torch 2.13: no windows and no grouped heads
+
+
+def _varlen_attention() -> Callable[..., Any] | None:
+    """torch's own flash attention over packed rows; None before torch 2.13, where it has no windows and no grouped heads."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn if "enable_gqa" in inspect.signature(varlen_attn).parameters else None
+
+
+VARLEN = _varlen_attention()
 
 
 @dataclass(frozen=True)
@@ -120,23 +124,30 @@ def packed_attention(
     settings |= dict(scaling=scaling, dropout=dropout)
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
-    if _flash_serves(query, value, dropout):
-        return _flash(query, key, value, cu_seq_lens_q, max_length_q, sliding_window, scaling), None
+    if VARLEN is not None and max_length_q is not None and _flash_serves(query, value, dropout):
+        return _flash(VARLEN, query, key, value, cu_seq_lens_q, max_length_q, sliding_window, scaling), None
     return _row_by_row(module, query, key, value, cu_seq_lens_q, sliding_window, settings), None
 
 
 def _flash_serves(query: Tensor, value: Tensor, dropout: float) -> bool:
     """Whether torch's own flash attention over packed rows takes the call; not run on a GPU by the authors."""
     half = query.dtype in (torch.float16, torch.bfloat16)
-    return query.is_cuda and half and dropout == 0 and query.shape[-1] == value.shape[-1] <= 256 and VARLEN is not None
+    return query.is_cuda and half and dropout == 0 and query.shape[-1] == value.shape[-1] <= 256
 
 
 def _flash(
-    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, window: int | None, scaling: float | None
+    attention: Callable[..., Any],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor,
+    longest: int,
+    window: int | None,
+    scaling: float | None,
 ) -> Tensor:
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [T, heads, head size]
     left = -1 if window is None else window - 1
-    out = VARLEN(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(left, 0), enable_gqa=True)
+    out = attention(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(left, 0), enable_gqa=True)
     return out.unsqueeze(0)
 
 
@@ -176,7 +187,8 @@ def _register(function: Callable) -> None:
 
 
 def _set_implementation(model: PreTrainedModel, name: str) -> None:
-    for config in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values():
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    for config in {id(c): c for c in configs if c is not None}.values():
         config._attn_implementation = name
 
 
@@ -201,10 +213,12 @@ def _rows_kept_apart(model: PreTrainedModel, halves: Halves, config: Any) -> str
     rows = Rows.of(torch.tensor([[1] * 6, [1] * 4 + [0] * 2], device=ids.device))
     windows: list[int | None] = []
 
-    def noting(*arguments: Any, sliding_window: int | None = None, **settings: Any) -> tuple[Tensor, None]:
+    def noting(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **settings: Any
+    ) -> tuple[Tensor, None]:
         if "cu_seq_lens_q" in settings:
-            windows.append(sliding_window)
-        return packed_attention(*arguments, sliding_window=sliding_window, **settings)
+            windows.append(settings.get("sliding_window"))
+        return packed_attention(module, query, key, value, mask, **settings)
 
     _register(noting)
     try:

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from ..data.batch import Batch
+from ..model.causal_lm import word_embeddings
 from ..model.multimodal import CoMP
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BF16_TFLOPS = {
     "A100": 312.0,
@@ -44,7 +49,7 @@ class Work:
     @classmethod
     def of(cls, model: CoMP) -> Work:
         vision, config = model.encoder.config, model.language_model.config.get_text_config(decoder=True)
-        words = model.language_model.get_input_embeddings().weight
+        words = word_embeddings(model.language_model).weight
         heads = getattr(config, "num_attention_heads", None) or 0  # state-space models have none
         head_dim = (getattr(config, "head_dim", None) or config.hidden_size // heads) if heads else 0
         return cls(
@@ -105,7 +110,7 @@ def _matrices(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.dim() > 1)
 
 
-def _active(model: nn.Module, config: object) -> float:
+def _active(model: PreTrainedModel, config: object) -> float:
     """Weights that multiply a token in the decoder: without the words and the head, of experts those that are chosen."""
     tables = {id(e.weight) for e in (model.get_input_embeddings(), model.get_output_embeddings()) if e is not None}
     experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)

@@ -58,9 +58,8 @@ def accessible(call: Call) -> Call:
     """The call with tensors that kernels can read 16 bytes at a time: the same, or copies where a view does not allow it."""
     q, k, v, cos, sin, cos_k, sin_k = call[:7]
     addresses = q.data_ptr() | k.data_ptr() | v.data_ptr()
-    if (
-        cos is not None and sin is not None and cos_k is not None and sin_k is not None
-    ):  # contiguous already; a table may still start in the middle of a line
+    if cos is not None:  # contiguous already; a table may still start in the middle of a line
+        assert sin is not None and cos_k is not None and sin_k is not None  # all four or none
         addresses |= cos.data_ptr() | sin.data_ptr() | cos_k.data_ptr() | sin_k.data_ptr()
     if addresses % 16 == 0 and _wide_rows(q.shape[2], q.element_size(), q.stride(), k.stride(), v.stride()):
         return call

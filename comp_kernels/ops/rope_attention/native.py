@@ -94,6 +94,7 @@ def _params(call: Call, grad_out: Tensor | None, *outputs: int | None) -> Params
     grad_out_strides = (0, 0) if grad_out is None else grad_out.stride()[:2]
     tables, width, heads, heads_k = (0, 0, 0, 0), 0, 1, 1
     if cos is not None:
+        assert sin is not None and cos_k is not None and sin_k is not None  # all four or none
         tables, width = (cos.data_ptr(), sin.data_ptr(), cos_k.data_ptr(), sin_k.data_ptr()), cos.shape[-1]
         if cos.dim() == 3:
             heads = num_heads
