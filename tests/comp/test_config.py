@@ -5,7 +5,7 @@ import json
 import pytest
 from toy import toy_config
 
-from comp.config import AlignmentConfig, ConfigError, OptimConfig, SourceConfig, StageConfig
+from comp.config import AlignmentConfig, ConfigError, OptimConfig, SourceConfig, StageConfig, TowerChoices, field_types
 from comp.config_io import apply_overrides, differences, from_dict, read_config, to_dict
 from comp.recipes import RECIPES
 
@@ -46,6 +46,14 @@ def test_overrides_reach_every_kind_of_field(config):
     assert changed.stages[2].max_steps == 7
     assert changed.eval.data[0].arguments["size"] == 3
     assert config.seed == 0, "the original is left alone"
+
+
+def test_every_choice_of_the_tower_is_a_field_of_the_run(config):
+    """In TowerChoices' own order; what they change in the tower: tests/comp/train/test_parity_options.py."""
+    values = ["rope", "raster_legacy", "bilinear", True, False, "bf16_legacy", True, False, 1]
+    wanted = dict(zip(field_types(TowerChoices), values, strict=True))
+    vision = apply_overrides(config, [f"vision.{name}={str(value).lower()}" for name, value in wanted.items()]).vision
+    assert dict(pos_mode=vision.pos_mode, **vision.choices()) == wanted
 
 
 @pytest.mark.parametrize(
