@@ -133,22 +133,28 @@ def _read_list(path: Path) -> tuple[bytes, list[tuple[int, int]]]:
 
 def _elements(text: str) -> Iterator[str]:
     """The texts of the elements of a JSON list, as they stand there."""
-    begin, end = _BLANKS.match(text).end(), len(text.rstrip(" \t\n\r"))
+    begin, end = _after_blanks(text, 0), len(text.rstrip(" \t\n\r"))
     if text[begin : begin + 1] != "[":
         raise json.JSONDecodeError("Expecting '['", text, begin)
-    place, closed = _BLANKS.match(text, begin + 1).end(), False
+    place, closed = _after_blanks(text, begin + 1), False
     if text[place : place + 1] == "]":
         place, closed = place + 1, True
     while not closed:
         _, after = _DECODER.raw_decode(text, place)
         yield text[place:after]
-        place = _BLANKS.match(text, after).end()
+        place = _after_blanks(text, after)
         if text[place : place + 1] not in (",", "]"):
             raise json.JSONDecodeError("Expecting ',' delimiter", text, place)
         closed = text[place] == "]"
-        place = place + 1 if closed else _BLANKS.match(text, place + 1).end()
+        place = place + 1 if closed else _after_blanks(text, place + 1)
     if place != end:
         raise json.JSONDecodeError("Extra data", text, place)
+
+
+def _after_blanks(text: str, place: int) -> int:
+    found = _BLANKS.match(text, place)
+    assert found is not None  # none at all are a match too
+    return found.end()
 
 
 def _join(texts: Iterable[bytes]) -> tuple[bytes, list[tuple[int, int]]]:
