@@ -13,7 +13,7 @@ Shape suffixes:
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +69,7 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "quick_gelu": quick_gelu,
@@ -195,16 +195,17 @@ class CompVisionModel(PreTrainedModel):
         lengths = [h * w for t, h, w in grids for _ in range(t)]
         rotation = self._rotation(grids, x_ND.device) if "rope" in config.pos_mode else None
         num_prefix = 0 if self.prefix_tokens is None else len(self.prefix_tokens)
-        if num_prefix:  # in front of every frame, not rotated
+        if self.prefix_tokens is not None:  # in front of every frame, not rotated
             x_ND = torch.cat([part for frame in x_ND.split(lengths) for part in (self.prefix_tokens, frame)])
             if rotation is not None:
                 at_origin = (torch.ones, torch.zeros)  # cosine and sine of angle 0
-                rotation = tuple(
+                cos, sin = (
                     torch.cat(
                         [p for frame in table.split(lengths) for p in (fill(num_prefix, table.shape[1]).to(table), frame)]
                     )
                     for fill, table in zip(at_origin, rotation)
                 )
+                rotation = (cos, sin)
             lengths = [length + num_prefix for length in lengths]
         if self.pre_norm is not None:
             x_ND = self.pre_norm(x_ND)
@@ -258,7 +259,8 @@ class CompVisionModel(PreTrainedModel):
             angles = (positions.bfloat16().unsqueeze(-1) * freqs.bfloat16()).flatten(1)
         else:
             angles = (positions.unsqueeze(-1) * freqs).flatten(1)
-        return tuple(torch.cat((table, table), dim=1).float() for table in (angles.cos(), angles.sin()))
+        both = torch.cat((angles, angles), dim=1)
+        return both.cos().float(), both.sin().float()
 
 
 def sincos_table(height: int, width: int, dim: int) -> Tensor:
@@ -291,7 +293,8 @@ class MultimodalRotary(nn.Module):
         inside = position_ids.clamp(max=table.shape[2] - 1).expand(table.shape[1], -1)
         axes = table.gather(2, inside.expand(3, -1, -1)) + (position_ids - inside)
         per_axis = [self.rotary(x, axis, *args, **kwargs) for axis in axes]
-        return tuple(self._shared_out(tables) for tables in zip(*per_axis))
+        cos, sin = zip(*per_axis)
+        return self._shared_out(cos), self._shared_out(sin)
 
     @staticmethod
     def _shared_out(tables: Sequence[Tensor]) -> Tensor:
@@ -349,8 +352,9 @@ class CompForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.generation_config = self.language_model.generation_config
 
     @classmethod
-    def from_pretrained(cls, path, *args, config: CompConfig | None = None, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
         """Both parts by their own from_pretrained, with the same options (dtype, device_map, attn_implementation ...)."""
+        path = pretrained_model_name_or_path
         if config is None:
             config = CompConfig.from_pretrained(path)
         if kwargs.get("subfolder"):
@@ -359,11 +363,11 @@ class CompForConditionalGeneration(PreTrainedModel, GenerationMixin):
         language_model = AutoModelForCausalLM.from_pretrained(path, **{**kwargs, "subfolder": "language"})
         return cls(config, vision, language_model).eval()
 
-    def save_pretrained(self, folder, **kwargs):
+    def save_pretrained(self, save_directory, *args, **kwargs):
         """The layout of `from_pretrained`; this file and what the processor needs are left to who copies them."""
-        self.config.save_pretrained(folder)
-        self.vision.save_pretrained(f"{folder}/vision", **kwargs)
-        self.language_model.save_pretrained(f"{folder}/language", **kwargs)
+        self.config.save_pretrained(save_directory)
+        self.vision.save_pretrained(f"{save_directory}/vision", *args, **kwargs)
+        self.language_model.save_pretrained(f"{save_directory}/language", *args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -393,6 +397,8 @@ class CompForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if is_begin and self.rotary is not None:
             self.rotary.table = None
         if is_begin and pixel_values is not None:
+            if input_ids is None or image_grid_thw is None:
+                raise ValueError("pixel_values need input_ids, which say where they belong, and image_grid_thw")
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             rows, row_masks = input_ids[::beams], mask[::beams]
             inputs_embeds = self._embed(rows, pixel_values, image_grid_thw).repeat_interleave(beams, dim=0)
@@ -406,7 +412,8 @@ class CompForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
         """For several beams of each row: images are not repeated, they are not lined up with the rows."""
         images = {name: kwargs.pop(name, None) for name in ("pixel_values", "image_grid_thw")}
-        input_ids, kwargs = super()._expand_inputs_for_generation(
+        expand = super()._expand_inputs_for_generation  # type: ignore[misc] # its annotation names `self` twice
+        input_ids, kwargs = expand(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
         )
         return input_ids, {**kwargs, **images, "beams": expand_size}
@@ -415,6 +422,8 @@ class CompForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """[B, L, E] word embeddings with the image tokens in their places."""
         embeds_BLE = self.get_input_embeddings()(input_ids)
         is_image_BL1 = (input_ids == self.config.image_token_id).unsqueeze(-1)
+        if self.vision.adapter is None:
+            raise ValueError("the vision tower has no adapter: images cannot become tokens")
         visual_VE = self.vision.adapter(self.vision(pixel_values, image_grid_thw).last_hidden_state)
         if int(is_image_BL1.sum()) != len(visual_VE):
             raise ValueError(

@@ -163,12 +163,13 @@ class CoMP(nn.Module):
         if path is None or not (folder / "vision").is_dir():
             raise ValueError(f"folder must hold {SETTINGS_FILE}, vision/ and language/ as save_pretrained writes, got {folder}")
         stored = read_object(path)
-        settings = {name: stored.get(name) for name in ("image_token_id", "position_ids")}
-        if not isinstance(settings["image_token_id"], int) or not isinstance(settings["position_ids"], str):
-            raise ValueError(f"{path} must hold image_token_id (a number) and position_ids, got {settings}")
+        image_token_id, position_ids = stored.get("image_token_id"), stored.get("position_ids")
+        if not isinstance(image_token_id, int) or position_ids is None:
+            got = f"image_token_id {image_token_id!r} and position_ids {position_ids!r}"
+            raise ValueError(f"{path} must hold image_token_id (a number) and position_ids, got {got}")
         encoder = VisionEncoder.from_pretrained(folder / "vision", dtype=dtype)
         language_model = load_language_model(folder / "language", dtype or "auto")
-        return cls(encoder, language_model, **settings).eval()
+        return cls(encoder, language_model, image_token_id=image_token_id, position_ids=position_ids).eval()
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write `folder`/vision (the encoder with its adapter) and `folder`/language, what joins them in config.json, and
