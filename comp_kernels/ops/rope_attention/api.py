@@ -95,8 +95,9 @@ def rope_attention(
         q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, rotary_dim, pair_stride, scale
     )  # fmt: skip
     backend, fallback = choose_backend("rope_attention", backend, call.q.device, call)
+    lse: Tensor | None
     if backend == "reference" and has_values(call.q):  # else the operators tell the shapes
         out, lse = reference_backend.forward(call)
     else:
         out, lse = attention(call, backend, fallback, return_lse)
-    return (out, lse.to(table_dtype(out.dtype))) if return_lse else out
+    return out if lse is None or not return_lse else (out, lse.to(table_dtype(out.dtype)))
