@@ -32,7 +32,7 @@ def add_lora(part: nn.Module, settings: LoRAConfig, *, all_targets: str, base: s
         raise ConfigError(f"{field} needs peft: pip install 'comp-kernels[lora]' ({error})") from error
     config = peft.LoraConfig(
         r=settings.rank,
-        lora_alpha=settings.alpha,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type] # annotated as a whole number, which it need not be
         lora_dropout=settings.dropout,
         target_modules=list(settings.targets) or all_targets,
         base_model_name_or_path=base,
@@ -69,7 +69,7 @@ def save_adapter(part: nn.Module, folder: str | os.PathLike) -> None:
     from peft import get_peft_model_state_dict
 
     folder = Path(folder)
-    part.peft_config[ADAPTER_NAME].save_pretrained(folder)
+    vars(part)["peft_config"][ADAPTER_NAME].save_pretrained(folder)  # put there by inject_adapter_in_model
     tensors = get_peft_model_state_dict(part, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
     tensors = {f"base_model.model.{name}": tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
