@@ -143,13 +143,13 @@ def cpu_function(name: str, params: type[ctypes.Structure]) -> Callable[[ctypes.
     return functools.partial(call, function)
 
 
-def cuda_function(name: str, argtypes: tuple, restype: type = ctypes.c_char_p) -> Callable:
+def cuda_function(name: str, argtypes: tuple, restype: type | None = ctypes.c_char_p) -> Callable:
     """The CUDA library's comp_kernels_cuda_{name} with such arguments."""
     return _typed(cuda(), f"comp_kernels_cuda_{name}", argtypes, restype)
 
 
 @functools.cache
-def _typed(library: ctypes.CDLL, name: str, argtypes: tuple, restype: type) -> Callable:
+def _typed(library: ctypes.CDLL, name: str, argtypes: tuple, restype: type | None) -> Callable:
     function = getattr(library, name)
     function.argtypes, function.restype = list(argtypes), restype
     return function

@@ -62,10 +62,6 @@ class Matmul:
         """The same for a tile of score gradients."""
         return self.wide_cols()
 
-    def term_cols(self, rows: int) -> int:
-        """Columns whose products with all terms of so many rows are made at a time."""
-        return self.prototypes.shape[0]
-
     def extra_elements(self, rows: int, cols: int) -> int:
         """Memory beside the scores for tiles of `cols`, in elements of the computing dtype."""
         return 0 if self.wide else cols * self.prototypes.shape[1]
