@@ -119,7 +119,7 @@ def ott_solver(scores: Tensor, epsilon: float, num_iters: int) -> Callable[[], A
         return solver(LinearProblem(Geometry(cost_matrix=-x, epsilon=epsilon), a=a, b=b)).matrix
 
     compiled = jax.jit(jax.vmap(solve) if scores.dim() == 3 else solve)
-    given = jax.numpy.asarray(scores.numpy())
+    given = jax.numpy.asarray(scores.cpu().numpy())  # on JAX's own device from here on
     return lambda: compiled(given).block_until_ready()
 
 

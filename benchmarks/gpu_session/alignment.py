@@ -1,4 +1,4 @@
-"""alignment_loss in four precisions beside the plain reference and Liger, with peak memory, and as a CUDA graph."""
+"""alignment_loss in five precisions beside the plain reference and Liger, with peak memory, and as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ PRECISIONS = {  # torch.set_float32_matmul_precision, dtype of features, of prot
     "tf32": ("high", torch.float32, torch.float32),
     "float32, bfloat16 prototypes": ("highest", torch.float32, torch.bfloat16),
     "bfloat16": ("highest", torch.bfloat16, torch.bfloat16),
+    "float16": ("highest", torch.float16, torch.float16),
 }
 
 

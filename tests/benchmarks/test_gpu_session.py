@@ -43,7 +43,7 @@ def test_dry_run_of_a_part(name, tmp_path, monkeypatch):
         "attention": lambda: len(results) == 2 and results[0]["us"].keys() == results[0]["teraflops"].keys(),
         "peers": lambda: all({"ours (cpu), forward", "SDPA, cuDNN first, both"} <= row["us"].keys() for row in results),
         "sinkhorn": lambda: [row["shape"] for row in results] == [[4, 33], [5, 4, 4]],
-        "alignment": lambda: len(results) == 4,
+        "alignment": lambda: len(results) == 5,
         "towers": lambda: len(results) >= 5,
         "train": lambda: results[0]["steps"] == 6 and 0 < results[0]["attention_share"] < 1,
         "fsdp": lambda: results[0]["dtensors"] > 0,

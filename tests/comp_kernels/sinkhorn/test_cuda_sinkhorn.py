@@ -133,6 +133,19 @@ def test_tolerance_stops_the_iterations(shape, cooperative):
         torch.testing.assert_close(found, once_more, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("cooperative", (True, False))
+def test_a_graph_serves_other_scores(cooperative):
+    """What a CUDA graph would keep of a call, counters that are zeroed included, gives what a call gives: with tol, too."""
+    scores, device, recording = torch.rand(40, 256), (4, 60 * 1024, cooperative), cuda_emulation.Recording()
+    settings = dict(epsilon=0.2, num_iters=4, tol=1e-3)
+    with launches_on_emulator(device=device, recording=recording):
+        found = ck.sinkhorn(scores, **settings, return_potentials=True, backend="cuda")
+    for seed in (1, 2):
+        scores.uniform_(generator=torch.Generator().manual_seed(seed))
+        recording.replay()
+        assert all(torch.equal(x, y) for x, y in zip(found, solve(scores, device, **settings)))
+
+
 def test_what_few_blocks_would_take_goes_in_passes():
     """More rows than the one launch has shared memory for; with tol too, whose steps are then the passes."""
     scores = torch.rand(8200, 40, generator=torch.Generator().manual_seed(0))
