@@ -277,7 +277,7 @@ def test_a_backward_that_fails_alone(monkeypatch):
 
 @pytest.mark.parametrize("fails_in", ("forward", "backward"))
 def test_from_cuda_to_triton(fails_in, monkeypatch):
-    """lse keeps the float32 of the backend that was asked for; Triton's backward takes it in its own float64."""
+    """lse is float64 in both: what one has left, the other goes on with."""
     monkeypatch.setattr(_backends, "_failures", {})
     monkeypatch.setattr(_backends, "PREFERENCE", {"cpu": ("cuda", "triton")})
     cuda, triton = (_backends.implementation("rope_attention", name) for name in ("cuda", "triton"))
@@ -286,11 +286,7 @@ def test_from_cuda_to_triton(fails_in, monkeypatch):
     def fails(*arguments):
         raise RuntimeError("rope_attention_forward_f16_64: no kernel image is available for execution on the device")
 
-    def forward_of_cuda(call):
-        out, lse = triton.forward(call)
-        return out, lse.float()
-
-    monkeypatch.setattr(cuda, "forward", fails if fails_in == "forward" else forward_of_cuda)
+    monkeypatch.setattr(cuda, "forward", fails if fails_in == "forward" else triton.forward)
     monkeypatch.setattr(cuda, "backward", fails)
     inputs = make_attention_inputs(AttentionCase("packed", [3, 0, 5]), torch.float16)
 
@@ -303,7 +299,7 @@ def test_from_cuda_to_triton(fails_in, monkeypatch):
         torch.testing.assert_close(found[name], expected, rtol=2e-3, atol=2e-3)
     tables = (inputs.cos, inputs.sin) * 2
     call = (inputs.q, inputs.k, inputs.v, *tables, inputs.cu_seqlens, inputs.cu_seqlens, 16, 8, 0.25)
-    assert FORWARD(*call, "cuda", True)[1].dtype == torch.float32
+    assert FORWARD(*call, "cuda", True)[1].dtype == torch.float64
 
 
 def test_in_a_compiled_graph(failing):
