@@ -185,27 +185,29 @@ __device__ __forceinline__ void attention_forward_persistent(const PersistentPar
 
   registers_up_to<Config::kConsumerRegisters>();
   const int first = (threadIdx.x - 128) / 32 * 16;  // this warp's first row in a tile
+  char* own;  // this warp's queries, later its output
   RingPosition<Config::kStages> position;
   for (int item = blockIdx.x; item < items; item += step, ++buffers.turn) {
-    const Tile tile = all.tiles[item / params.num_heads].tile;
-    if (tile.rows == 0) break;
-    const int head = item % params.num_heads, groups = (tile.rows + 63) / 64;  // warpgroups that have queries
+    const int rows = all.tiles[item / params.num_heads].tile.rows, keys = all.tiles[item / params.num_heads].tile.other_rows;
+    if (rows == 0) break;
+    const int groups = (rows + 63) / 64;  // warpgroups that have queries
     barrier_wait(buffers.full(), buffers.parity());
     if constexpr (kHeadDim % 16 != 0) fence_async_proxy();  // zeros that other warps wrote
-    char* own = shared + buffers.offset() + first / 8 * Config::kQueryStride;
     {
       ConsumerWarp<T, Config> warp(ring.base, buffers.offset(), group - 1, groups, params.scale);
       warp.now = position;
       if (group <= groups) {
-        warp.consume(tile.other_rows);
-        if (tile.other_rows > 0) warp.release(warp.now.stage, R::kValues);  // of the last step
+        warp.consume(keys);
+        if (keys > 0) warp.release(warp.now.stage, R::kValues);  // of the last step
       } else {
-        warp.let_pass(tile.other_rows);
+        warp.let_pass(keys);
       }
       position = warp.now;
-      if (tile.other_rows > 0) position.advance();
+      own = shared + buffers.offset() + first / 8 * Config::kQueryStride;
+      if (keys > 0) position.advance();
       named_barrier_sync(kFirstTurn + Config::kGroups + group, 128);  // no one of the warpgroup reads its queries any more
-      if (first < tile.rows) warp.finish(params, own, tile.row + first, tile.rows - first, head);
+      const Tile tile = all.tiles[item / params.num_heads].tile;  // again: registers are short during the steps
+      if (first < tile.rows) warp.finish(params, own, tile.row + first, tile.rows - first, item % params.num_heads);
     }
     if constexpr (kHeadDim % 16 != 0) {
       __syncwarp();
