@@ -1,5 +1,6 @@
-// What this processor does at best when nothing is in the way: multiply-adds in registers (in the set that multiplies bfloat16, its
-// dot products), the kernels' own exponential in the first level cache. The yardsticks of the benchmarks, per instruction set; peaks.py builds and calls them.
+// What this processor does at best when nothing is in the way: multiply-adds in registers (in the set that multiplies bfloat16,
+// its dot products), the kernels' own exponential in the first level cache. The yardsticks of the benchmarks, per instruction
+// set; peaks.py builds and calls them.
 #include <chrono>
 #include <thread>
 #include <vector>

@@ -1,5 +1,6 @@
 // Instruction sets: every file of csrc/*/cpu/kernels is compiled once per set, in a namespace of its own; the choice between
-// them is made at run time. The sets that multiply bfloat16 hold the attention kernels alone, for that dtype; all else takes avx512.
+// them is made at run time. The sets that multiply bfloat16 hold the attention kernels alone, for that dtype; all else takes
+// avx512.
 #pragma once
 
 #if defined(__x86_64__) || defined(_M_X64)
@@ -31,12 +32,10 @@ Isa active_isa();
   }                                  \
   }
 // Calls the variant in use, DISPATCH_ISA(rope_attention_forward, params).
-#define DISPATCH_ISA(function, ...)                                  \
-  (::comp_kernels::active_isa() >= ::comp_kernels::Isa::avx512       \
-       ? ::comp_kernels::avx512::function(__VA_ARGS__)               \
-       : ::comp_kernels::active_isa() == ::comp_kernels::Isa::avx2   \
-             ? ::comp_kernels::avx2::function(__VA_ARGS__)           \
-             : ::comp_kernels::baseline::function(__VA_ARGS__))
+#define DISPATCH_ISA(function, ...)                                                                            \
+  (::comp_kernels::active_isa() >= ::comp_kernels::Isa::avx512 ? ::comp_kernels::avx512::function(__VA_ARGS__) \
+   : ::comp_kernels::active_isa() == ::comp_kernels::Isa::avx2 ? ::comp_kernels::avx2::function(__VA_ARGS__)   \
+                                                               : ::comp_kernels::baseline::function(__VA_ARGS__))
 #else
 #define DECLARE_PER_ISA(declaration) \
   namespace comp_kernels {           \
@@ -47,8 +46,8 @@ Isa active_isa();
 #define DISPATCH_ISA(function, ...) ::comp_kernels::baseline::function(__VA_ARGS__)
 #endif
 
-// Where the compiler knows the set avx512_bf16, declares a function that it has; DISPATCH_BFLOAT16 calls it where the processor has
-// the set too, and the variant of DISPATCH_ISA elsewhere.
+// Where the compiler knows the set avx512_bf16, declares a function that it has; DISPATCH_BFLOAT16 calls it where the processor
+// has the set too, and the variant of DISPATCH_ISA elsewhere.
 #ifdef COMP_KERNELS_HAS_AVX512_BF16
 #define DECLARE_BFLOAT16(declaration) \
   namespace comp_kernels {            \
@@ -56,10 +55,9 @@ Isa active_isa();
   declaration;                        \
   }                                   \
   }
-#define DISPATCH_BFLOAT16(function, ...)                                \
-  (::comp_kernels::active_isa() == ::comp_kernels::Isa::avx512_bf16     \
-       ? ::comp_kernels::avx512_bf16::function(__VA_ARGS__)             \
-       : DISPATCH_ISA(function, __VA_ARGS__))
+#define DISPATCH_BFLOAT16(function, ...)                                                                                 \
+  (::comp_kernels::active_isa() == ::comp_kernels::Isa::avx512_bf16 ? ::comp_kernels::avx512_bf16::function(__VA_ARGS__) \
+                                                                    : DISPATCH_ISA(function, __VA_ARGS__))
 #else
 #define DECLARE_BFLOAT16(declaration)
 #define DISPATCH_BFLOAT16(function, ...) DISPATCH_ISA(function, __VA_ARGS__)

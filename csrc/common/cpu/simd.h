@@ -137,9 +137,9 @@ CK_INLINE T reduce_sum(Vec<T> x) {
   return result;
 }
 
-// 2^x for x <= 0 (larger x up to the overflow threshold work too), relative error about one rounding, with a table about two. Exactly
-// 0 for -inf; below the range of normal numbers it fades to 0; NaN stays NaN when the low 9 bits of its payload are zero (double:
-// 12), as in every NaN that arithmetic makes.
+// 2^x for x <= 0 (larger x up to the overflow threshold work too), relative error about one rounding, with a table about two.
+// Exactly 0 for -inf; below the range of normal numbers it fades to 0; NaN stays NaN when the low 9 bits of its payload are zero
+// (double: 12), as in every NaN that arithmetic makes.
 //
 // N vectors at once, step by step: one vector's chain of a dozen dependent operations would fill the scheduler with waiting ones.
 #if defined(__AVX2__)
@@ -161,7 +161,7 @@ CK_INLINE void exp2(Vec<float> (&x)[N]) {
   // Minimax polynomial of 2^f on [-1/16, 1/16], 1 at 0: relative error 2.6e-8 before rounding.
   constexpr float kCoefficients[] = {5.549622e-2f, 2.4025763e-1f, 6.9314721e-1f};
   // 2^(j / 8), its bits less j << 20: those come back with n << 20.
-  alignas(32) static constexpr float kPowers[8] = {1.0f, 0x1.f72b84p-1f, 0x1.f06fep-1f, 0x1.ebfdaep-1f,
+  alignas(32) static constexpr float kPowers[8] = {1.0f,           0x1.f72b84p-1f, 0x1.f06fep-1f,  0x1.ebfdaep-1f,
                                                    0x1.ea09e6p-1f, 0x1.eace54p-1f, 0x1.ee89fap-1f, 0x1.f5818ep-1f};
   Vec<float> shifted[N], power[N], y[N];
   for (int i = 0; i < N; ++i) x[i] = max<float>(broadcast(-127.0f), x[i]);
@@ -229,7 +229,8 @@ CK_INLINE void exp2(Vec<double> (&x)[N]) {
   for (int i = 0; i < N; ++i) x[i] = exp2(x[i]);
 }
 
-// log2(x) for x >= 0: relative error of a few roundings; log2(0) = -inf, log2(inf) = inf, NaN stays. Subnormal numbers count as 0.
+// log2(x) for x >= 0: relative error of a few roundings; log2(0) = -inf, log2(inf) = inf, NaN stays. Subnormal numbers count as
+// 0.
 template <typename T>
 CK_INLINE Vec<T> log2(Vec<T> x) {
   using Int = BitsOf<T>;

@@ -29,7 +29,7 @@ typedef struct {
   double text_factor;    // log2(e) / epsilon
   double vision_factor;  // log2(e) / temperature
   double grad_factor;    // 1 / temperature
-  int64_t gradient;      // 1: vision_ik becomes (prediction - target)_ik * row_weight_i * grad_factor * col_scale_k; 0: it is left
+  int64_t gradient;      // 1: vision_ik becomes (prediction - target)_ik * row_weight_i * grad_factor * col_scale_k; 0: it stays
   int64_t dtype;         // COMP_KERNELS_FLOAT32 or COMP_KERNELS_FLOAT64
 } comp_kernels_alignment_loss_params;
 

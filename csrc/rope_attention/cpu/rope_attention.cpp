@@ -38,9 +38,7 @@ const char* check(const comp_kernels_rope_attention_params& p) {
   return check_cu_seqlens("cu_seqlens_k", p.cu_seqlens_k, p.num_sequences, p.num_tokens_k);
 }
 
-int64_t element_size(int64_t dtype) {
-  return dtype == COMP_KERNELS_FLOAT64 ? 8 : dtype == COMP_KERNELS_FLOAT32 ? 4 : 2;
-}
+int64_t element_size(int64_t dtype) { return dtype == COMP_KERNELS_FLOAT64 ? 8 : dtype == COMP_KERNELS_FLOAT32 ? 4 : 2; }
 
 int64_t compute_size(int64_t dtype) { return dtype == COMP_KERNELS_FLOAT64 ? 8 : 4; }
 

@@ -41,8 +41,8 @@ AttentionItem whole(const Params& p, int64_t b, int64_t head_k) {
 }
 
 // Appends `item` cut into about `parts` ranges of its queries (or keys), on block boundaries.
-void append_cut(std::vector<AttentionItem>& items, AttentionItem item, int64_t parts, int64_t block, int64_t AttentionItem::*begin,
-                int64_t AttentionItem::*end) {
+void append_cut(std::vector<AttentionItem>& items, AttentionItem item, int64_t parts, int64_t block, int64_t AttentionItem::* begin,
+                int64_t AttentionItem::* end) {
   const int64_t first = item.*begin, last = item.*end;
   const int64_t step = ((last - first + parts - 1) / parts + block - 1) / block * block;
   for (int64_t at = first; at < last; at += step) {

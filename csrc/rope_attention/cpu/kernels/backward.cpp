@@ -31,16 +31,20 @@ BlockSizes blocks_of(const AttentionItem& item) {
 
 constexpr int kTogether = 2;  // vectors of scores whose exponentials are taken together
 
+template <typename T>
+constexpr int64_t kScoresTogether = kTogether * kLanes<T>;
+
 // Rows of scores are this far apart; the last of the vectors taken together may lie beyond the keys.
 template <typename T>
-constexpr int64_t kMostScores = (kMost<T>.keys + kTogether * kLanes<T> - 1) / (kTogether * kLanes<T>) * (kTogether * kLanes<T>);
+constexpr int64_t kMostScores = (kMost<T>.keys + kScoresTogether<T> - 1) / kScoresTogether<T> * kScoresTogether<T>;
 template <typename T>
 constexpr int64_t kScoreStride = row_stride<T>(kMostScores<T>);
 template <typename T>
 constexpr int64_t kLeftStride = row_stride<T>(kMostScores<T> / kPack);  // of dscores_left
 
-// Scratch of one worker. Rows are row_stride apart; panels as in the forward pass. Operands of products are in elements (pairs.h):
-// what is summed over has 1 / kPack of its length. One element per number, and left and right operands are the same memory.
+// Scratch of one worker. Rows are row_stride apart; panels as in the forward pass. Operands of products are in elements
+// (pairs.h): what is summed over has 1 / kPack of its length. One element per number, and left and right operands are the same
+// memory.
 template <typename T>
 struct BackwardScratch {
   T* keys;                           // [keys / kPack, D], rotated, right operand of dQ
@@ -49,7 +53,7 @@ struct BackwardScratch {
   T *query, *dout;                   // [most queries, D / kPack], left operands of S and dP
   T *query_right, *dout_right;       // [most queries / kPack, D], right operands of dK and dV
   T* dquery;                         // [most queries, D]
-  T *probabilities, *dscores;        // [most queries, most keys], S and dP, then left operands of dV and dK, transposed: rows kPack apart
+  T *probabilities, *dscores;        // [most queries, most keys], S, dP, then transposed, kPack apart: left operands of dV, dK
   T* dscores_left;                   // [most queries, most keys / kPack], left operand of dQ
   T *row_lse, *row_lse_rest;         // [most queries], the exponent is (S - lse) scale_log2 - rest
   T *row_delta, *row_dlse;           // [most queries]
@@ -138,7 +142,8 @@ void load_queries(const Params& p, BackwardScratch<T>& scratch, int64_t token, i
   for (int64_t i = 0; i < queries; ++i) {
     const int64_t statistic = head * p.num_tokens + token + i;
     const double lse_log2 = static_cast<const double*>(p.lse)[statistic] * kLog2e;
-    // The exponent is (S - lse) scale_log2 - rest: as in the forward pass, large numbers are subtracted before anything is rounded.
+    // The exponent is (S - lse) scale_log2 - rest: as in the forward pass, large numbers are subtracted before anything is
+    // rounded.
     const double unscaled = lse_log2 / scale_log2;
     const bool in_range = std::fabs(unscaled) <= static_cast<double>(std::numeric_limits<T>::max());  // not of a scale of zero
     scratch.row_lse[i] = in_range ? static_cast<T>(unscaled) : T(0);
@@ -204,7 +209,7 @@ void backward_block(const Params& p, const AttentionItem& item, BackwardScratch<
   constexpr int L = kLanes<T>;
   const int64_t D = p.head_dim, stride = row_stride<T>(D), score_stride = kScoreStride<T>;
   const int64_t vectors = round_up_to_lanes<T>(D) / L, count = item.key_end - item.key_begin;
-  const int64_t depth = D / kPack, rows = (queries + kPack - 1) / kPack * kPack;  // a query without a partner is paired with zeros
+  const int64_t depth = D / kPack, rows = (queries + kPack - 1) / kPack * kPack;  // pairs of a query alone have zeros
   load_queries<S>(p, scratch, token, queries, head);
   // The first block of queries of the item's first head begins the sums over queries, the first block of keys those over keys.
   const bool first = token == item.query_begin && head == item.head_k * (p.num_heads / p.num_heads_k);
@@ -229,9 +234,10 @@ void backward_block(const Params& p, const AttentionItem& item, BackwardScratch<
                                                         scratch.dkeys + block * stride, stride, scratch.ahead);
     }
     if (item.query_gradients) {
-      product<T, RowsOfA::strided, RowsOfB::in_rows>(
-          block == 0 ? Result::overwritten : Result::accumulated, queries, vectors, (keys + kPack - 1) / kPack,
-          scratch.dscores_left, kLeftStride<T>, scratch.keys + block / kPack * stride, stride, scratch.dquery, stride, scratch.ahead);
+      product<T, RowsOfA::strided, RowsOfB::in_rows>(block == 0 ? Result::overwritten : Result::accumulated, queries, vectors,
+                                                     (keys + kPack - 1) / kPack, scratch.dscores_left, kLeftStride<T>,
+                                                     scratch.keys + block / kPack * stride, stride, scratch.dquery, stride,
+                                                     scratch.ahead);
     }
   }
   if (item.query_gradients) {

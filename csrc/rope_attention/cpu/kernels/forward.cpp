@@ -91,8 +91,8 @@ void pack_keys_and_values(const Params& p, const AttentionItem& item, ForwardScr
 // One block of scores -> probabilities, unnormalised; rescales what was accumulated before where a row's maximum grows. kLanes
 // rows go together: what is one number per row is one lane of a vector, and no row waits for another's maximum.
 //
-// The maximum is subtracted before scaling, exactly zero where it is reached: score * scale - maximum * scale, one rounded and one
-// fused, can be off by more than a float's exponent for scores beyond 5e9.
+// The maximum is subtracted before scaling, exactly zero where it is reached: score * scale - maximum * scale, one rounded and
+// one fused, can be off by more than a float's exponent for scores beyond 5e9.
 template <typename T>
 void online_softmax(ForwardScratch<T>& scratch, int64_t queries, int64_t keys, int64_t head_dim, T scale_log2, bool first) {
   constexpr int L = kLanes<T>;
@@ -199,12 +199,12 @@ void forward_block(const Params& p, const AttentionItem& item, ForwardScratch<T>
   for (int64_t block = 0; block < count; block += step) {
     const int64_t keys = min(count - block, step);
     product<T, RowsOfA::strided, RowsOfB::in_panels>(Result::overwritten, queries, round_up_to_lanes<T>(keys) / L, D / kPack,
-                                                     scratch.query, stride, scratch.key_panels + block * (D / kPack), 0, scratch.scores, score_stride,
-                                                     scratch.ahead);
+                                                     scratch.query, stride, scratch.key_panels + block * (D / kPack), 0,
+                                                     scratch.scores, score_stride, scratch.ahead);
     online_softmax(scratch, queries, keys, D, scale_log2, block == 0);
-    product<T, RowsOfA::strided, RowsOfB::in_rows>(block == 0 ? Result::overwritten : Result::accumulated, queries,
-                                                   round_up_to_lanes<T>(D) / L, (keys + kPack - 1) / kPack,
-                                                   scratch.scores, score_stride, scratch.values + block / kPack * stride, stride, scratch.output, stride, scratch.ahead);
+    product<T, RowsOfA::strided, RowsOfB::in_rows>(
+        block == 0 ? Result::overwritten : Result::accumulated, queries, round_up_to_lanes<T>(D) / L, (keys + kPack - 1) / kPack,
+        scratch.scores, score_stride, scratch.values + block / kPack * stride, stride, scratch.output, stride, scratch.ahead);
   }
   store_outputs<S>(p, scratch, token, queries, head, scale_log2, count > 0);
 }

@@ -20,8 +20,8 @@ constexpr int kRegisters = 32;
 constexpr int kRegisters = 16;
 #endif
 
-// Rows of a register tile that is `vectors` wide: accumulators, one row of B and one broadcast fill the registers. Of 32 registers
-// some are left over: 12 rows divide blocks better than 14.
+// Rows of a register tile that is `vectors` wide: accumulators, one row of B and one broadcast fill the registers. Of 32
+// registers some are left over: 12 rows divide blocks better than 14.
 constexpr int tile_rows(int vectors) {
   const int rows = (kRegisters - vectors - 1) / vectors, multiple = kRegisters == 32 ? 4 : 2;
   return vectors == 1 ? kRegisters / 2 : rows / multiple * multiple;
@@ -72,7 +72,8 @@ CK_INLINE void product_tile(int64_t depth, const T* a, int64_t a_stride, const T
   }
 }
 
-// `rows` rows of one panel of C in `tiles` tiles of equal height, give or take one row: a low tile would wait for its own latency.
+// `rows` rows of one panel of C in `tiles` tiles of equal height, give or take one row: a low tile would wait for its own
+// latency.
 template <typename T, int kRows, int kVectors, RowsOfA kA, Result kResult>
 void product_tiles(int64_t rows, int64_t tiles, int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* c,
                    int64_t c_stride, RowsAhead& ahead) {
@@ -119,11 +120,11 @@ void product_panels(int64_t rows, int64_t vectors, int64_t depth, const T* a, in
   }
 }
 
-// C [rows, vectors * kLanes] (+)= A [rows, depth] B [depth, vectors * kLanes]. b_stride is for RowsOfB::in_rows alone. `ahead` makes
-// a step with every tile.
+// C [rows, vectors * kLanes] (+)= A [rows, depth] B [depth, vectors * kLanes]. b_stride is for RowsOfB::in_rows alone. `ahead`
+// makes a step with every tile.
 template <typename T, RowsOfA kA, RowsOfB kB>
-void product(Result result, int64_t rows, int64_t vectors, int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t b_stride,
-             T* c, int64_t c_stride, RowsAhead& ahead) {
+void product(Result result, int64_t rows, int64_t vectors, int64_t depth, const T* a, int64_t a_stride, const T* b,
+             int64_t b_stride, T* c, int64_t c_stride, RowsAhead& ahead) {
   if (result == Result::overwritten) {
     product_panels<T, kA, kB, Result::overwritten>(rows, vectors, depth, a, a_stride, b, b_stride, c, c_stride, ahead);
   } else {

@@ -57,14 +57,24 @@ struct Tables {
 
 template <typename T>
 Tables<T> query_tables(const Params& p) {
-  return {static_cast<const T*>(p.cos), static_cast<const T*>(p.sin), static_cast<T*>(p.dcos), static_cast<T*>(p.dsin),
-          p.table_heads, p.table_width, p.table_width != p.rotary_dim};
+  return {static_cast<const T*>(p.cos),
+          static_cast<const T*>(p.sin),
+          static_cast<T*>(p.dcos),
+          static_cast<T*>(p.dsin),
+          p.table_heads,
+          p.table_width,
+          p.table_width != p.rotary_dim};
 }
 
 template <typename T>
 Tables<T> key_tables(const Params& p) {
-  return {static_cast<const T*>(p.cos_k), static_cast<const T*>(p.sin_k), static_cast<T*>(p.dcos_k), static_cast<T*>(p.dsin_k),
-          p.table_heads_k, p.table_width, p.table_width != p.rotary_dim};
+  return {static_cast<const T*>(p.cos_k),
+          static_cast<const T*>(p.sin_k),
+          static_cast<T*>(p.dcos_k),
+          static_cast<T*>(p.dsin_k),
+          p.table_heads_k,
+          p.table_width,
+          p.table_width != p.rotary_dim};
 }
 
 // Entries of a table row that belong to the first and the second channel of pair (block, j), block = 2p * (number of the block).
@@ -76,8 +86,8 @@ struct PairIndex {
 
 enum class Rotation { forward, transposed };
 
-// y = x * cos + swap(x) * sin over the first rotary_dim channels, or the transpose of that, which turns the gradient of the rotated
-// row into that of the row. Tables are read from entry `row` on; x and y are different memory.
+// y = x * cos + swap(x) * sin over the first rotary_dim channels, or the transpose of that, which turns the gradient of the
+// rotated row into that of the row. Tables are read from entry `row` on; x and y are different memory.
 template <Rotation kRotation, typename T>
 CK_INLINE void rotate_row(const T* x, T* y, const Tables<T>& tables, int64_t row, const Params& p) {
   constexpr int L = kLanes<T>;
@@ -164,8 +174,10 @@ CK_INLINE void load_row(const S* x, T* y, int64_t columns, const Tables<T>& tabl
 
 // Adds rows token .. token + rows of one head of x [*, heads, D] with the given strides.
 template <typename S>
-void add_rows(RowsAhead& ahead, const void* x, int64_t token_stride, int64_t head_stride, int64_t token, int64_t rows, int64_t head) {
-  ahead.add(static_cast<const S*>(x) + token * token_stride + head * head_stride, token_stride * static_cast<int64_t>(sizeof(S)), rows);
+void add_rows(RowsAhead& ahead, const void* x, int64_t token_stride, int64_t head_stride, int64_t token, int64_t rows,
+              int64_t head) {
+  ahead.add(static_cast<const S*>(x) + token * token_stride + head * head_stride, token_stride * static_cast<int64_t>(sizeof(S)),
+            rows);
 }
 
 // The same for a contiguous tensor.
@@ -215,7 +227,8 @@ CK_INLINE void store_operands(T* to, const Vec<T> (&x)[N]) {
 // `scale`; x as in load_rows; dx is contiguous [*, heads, D].
 template <typename S, typename T>
 void store_rotated_gradients(const T* g, int64_t stride, T scale, const void* x, int64_t token_stride, int64_t head_stride,
-                             int64_t token, int64_t rows, int64_t head, int64_t heads, const Tables<T>& tables, void* dx, const Params& p) {
+                             int64_t token, int64_t rows, int64_t head, int64_t heads, const Tables<T>& tables, void* dx,
+                             const Params& p) {
   const int64_t D = p.head_dim;
   const S* from = static_cast<const S*>(x) + token * token_stride + head * head_stride;
   T turned[kMaxHeadDim];

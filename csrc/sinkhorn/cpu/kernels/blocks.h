@@ -194,7 +194,8 @@ Totals<T> iterate_columns(const Scores<S>& scores, const Pass<T>& pass, BlockWor
 // plan_ik = 2^(s_ik + u_i + v_k). streaming: past the caches, for a result that does not fit them.
 template <typename S, typename T = Compute<S>>
 void write_plan(const Scores<S>& scores, const T* u, const T* v, T* plan, bool streaming, int64_t workers) {
-  const int64_t col_blocks = (scores.num_cols + kPlanCols - 1) / kPlanCols, row_blocks = (scores.num_rows + kPlanRows - 1) / kPlanRows;
+  const int64_t col_blocks = (scores.num_cols + kPlanCols - 1) / kPlanCols,
+                row_blocks = (scores.num_rows + kPlanRows - 1) / kPlanRows;
   parallel_items(workers, col_blocks * row_blocks, [&](int64_t, int64_t index) {
     const int64_t begin = index / row_blocks * kPlanCols, cols = std::min(kPlanCols, scores.num_cols - begin);
     const int64_t first = index % row_blocks * kPlanRows, last = std::min(first + kPlanRows, scores.num_rows);

@@ -1,5 +1,5 @@
-// Many small problems side by side, one per SIMD lane: an entry of all of them is a few vectors, and nothing crosses lanes but the
-// transposition on the way from and to memory, where each problem's entries are neighbours.
+// Many small problems side by side, one per SIMD lane: an entry of all of them is a few vectors, and nothing crosses lanes but
+// the transposition on the way from and to memory, where each problem's entries are neighbours.
 #pragma once
 
 #include <algorithm>
@@ -134,8 +134,8 @@ CK_INLINE void transpose(Vec<T> (&x)[kLanes<T>]) {
   }
 }
 
-// Where problem `first` + lane lies: `count` neighbouring numbers at base + item * stride. Lanes beyond the last problem read that
-// one again, and are not written.
+// Where problem `first` + lane lies: `count` neighbouring numbers at base + item * stride. Lanes beyond the last problem read
+// that one again, and are not written.
 struct Problems {
   int64_t first, last, stride;
   CK_INLINE int64_t offset(int lane) const { return std::min(first + lane, last) * stride; }
@@ -172,7 +172,8 @@ template <typename S, typename T, int kParts>
 
 // The way back: number e of all problems = part p of from[slot[e]].
 template <typename S, typename T, int kParts>
-[[gnu::noinline]] void store_lanes(const Lanes<T, kParts>* from, int p, S* base, const Problems& at, int count, const uint16_t* slot) {
+[[gnu::noinline]] void store_lanes(const Lanes<T, kParts>* from, int p, S* base, const Problems& at, int count,
+                                   const uint16_t* slot) {
   constexpr int kCount = kLanes<T>;
   cover(count, kCount, [&](int begin, int width) {
     Vec<T> x[kCount];

@@ -1,5 +1,6 @@
-// The loops of sinkhorn, over a block of columns [rows, cols], cols a multiple of kLanes, and over whole rows. Members would be read
-// again after every vector store, which may alias anything: so these are free functions, and everything they read is an argument.
+// The loops of sinkhorn, over a block of columns [rows, cols], cols a multiple of kLanes, and over whole rows. Members would be
+// read again after every vector store, which may alias anything: so these are free functions, and everything they read is an
+// argument.
 #pragma once
 
 #include "common/cpu/score_tile.h"
@@ -77,8 +78,8 @@ void column_exponentials(const S* scores, int64_t stride, int64_t rows, int64_t 
   });
 }
 
-// Past the caches; p is aligned to vectors. Other threads see it after the next locked instruction, which the hand-out of work is.
-// A row at a time: lines that are not completed in one go cost three times as much.
+// Past the caches; p is aligned to vectors. Other threads see it after the next locked instruction, which the hand-out of work
+// is. A row at a time: lines that are not completed in one go cost three times as much.
 template <typename T>
 CK_INLINE void store_streaming(T* p, Vec<T> x) {
 #if defined(__AVX512F__)
@@ -189,8 +190,9 @@ void peak_rows(const S* scores, int64_t stride, int64_t rows, int64_t cols, T fa
   });
 }
 
-// A half step that scales rows and, while they are in the cache, what follows: row_sums_i = sum_k e_ik w_k, x_i = a_i / row_sums_i,
-// then sum_k = sum_i x_i e_ik or, where sum is null, plan_ik = e_ik w_k x_i. plan may be e, unless streaming: past the caches.
+// A half step that scales rows and, while they are in the cache, what follows: row_sums_i = sum_k e_ik w_k, x_i = a_i /
+// row_sums_i, then sum_k = sum_i x_i e_ik or, where sum is null, plan_ik = e_ik w_k x_i. plan may be e, unless streaming: past
+// the caches.
 template <typename T>
 void scale_rows_and_go_on(const T* e, int64_t rows, int64_t cols, const T* a, const T* w, double* row_sums, T* sum, T* plan,
                           bool streaming) {
@@ -209,9 +211,7 @@ void scale_rows_and_go_on(const T* e, int64_t rows, int64_t cols, const T* a, co
       each_row(count, [&](int r) { row_sums[first + r] += reduce_sum<T>(part[r]); });
     }
     Vec<T> x[kCount];
-    each_row(count, [&](int r) {
-      x[r] = broadcast(a[first + r] > 0 ? static_cast<T>(a[first + r] / row_sums[first + r]) : T(0));
-    });
+    each_row(count, [&](int r) { x[r] = broadcast(a[first + r] > 0 ? static_cast<T>(a[first + r] / row_sums[first + r]) : T(0)); });
     T* out = plan + first * cols;
     if (sum != nullptr) {
       for_columns<T>(cols, [&](int64_t k, auto lanes) {

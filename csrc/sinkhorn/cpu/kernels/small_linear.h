@@ -6,8 +6,9 @@
 // from x = 1: E is taken once, and no exponential follows. With eps (Megatron's and Liger's iteration)
 //     E = softmax_s + eps, w = b      x = x a / (x sum_f E w + eps)   w = w b / (w sum_s x E + eps)
 //
-// Both half steps are done in one sweep over E: a few rows s are summed, scaled, and at once weighed into the sums over s that the
-// next half step needs. The gradient runs the same sweep backwards; its derivation is in comp_kernels/ops/sinkhorn/README.md.
+// Both half steps are done in one sweep over E: a few rows s are summed, scaled, and at once weighed into the sums over s that
+// the next half step needs. The gradient runs the same sweep backwards; its derivation is in
+// comp_kernels/ops/sinkhorn/README.md.
 #pragma once
 
 #include "lanes.h"
@@ -39,8 +40,9 @@ CK_INLINE void in_blocks(int count, F&& f) {
   }
 }
 
-// The problems of one pack, entries as Lanes. kSide: both sides have that many entries; 0: `first` and `second`, up to kSmallSide.
-// History: per iteration t the scalings after it, x at t * second and w at t * first, with what they start from at t = 0.
+// The problems of one pack, entries as Lanes. kSide: both sides have that many entries; 0: `first` and `second`, up to
+// kSmallSide. History: per iteration t the scalings after it, x at t * second and w at t * first, with what they start from at
+// t = 0.
 template <typename T, int kParts, int kSide>
 struct LinearProblems {
   using L = Lanes<T, kParts>;
@@ -139,8 +141,8 @@ struct LinearProblems {
   }
 };
 
-// The gradient, after `run` with histories. g [second, first]: gradient of the plan; becomes that of log E (with eps, of the first
-// softmax's logits). da, db: gradients of log x and log w. alpha, beta: memory as large as the histories.
+// The gradient, after `run` with histories. g [second, first]: gradient of the plan; becomes that of log E (with eps, of the
+// first softmax's logits). da, db: gradients of log x and log w. alpha, beta: memory as large as the histories.
 template <typename T, int kParts, int kSide>
 struct LinearGradient {
   using L = Lanes<T, kParts>;
@@ -151,9 +153,7 @@ struct LinearGradient {
 
   CK_INLINE int first() const { return forward.first(); }
   CK_INLINE int second() const { return forward.second(); }
-  static CK_INLINE L inverse(L marginal) {
-    return select(marginal == L::all(0), L::all(0), quotient(L::all(1), marginal));
-  }
+  static CK_INLINE L inverse(L marginal) { return select(marginal == L::all(0), L::all(0), quotient(L::all(1), marginal)); }
   // What a scaling passes on to the one before it, with eps; nothing where it is zero.
   CK_INLINE L passed_on(L share, L before) const {
     return select(before == L::all(0), L::all(0), quotient(L::all(forward.eps) * share, before));
@@ -224,9 +224,8 @@ struct LinearGradient {
 
   // g -= sum_t alpha_s w_f + beta_f x_s (x of the iteration before), block by block in registers.
   CK_INLINE void collect() const {
-    in_blocks<4, kSide>(second(), [&](int s, auto rows) {
-      in_blocks<2, 0>(first(), [&](int f, auto cols) { collect_block<rows, cols>(s, f); });
-    });
+    in_blocks<4, kSide>(
+        second(), [&](int s, auto rows) { in_blocks<2, 0>(first(), [&](int f, auto cols) { collect_block<rows, cols>(s, f); }); });
   }
 
   template <int kRows, int kCols>

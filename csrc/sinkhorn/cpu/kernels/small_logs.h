@@ -1,5 +1,6 @@
-// Iterations of small Sinkhorn problems, one per SIMD lane, and the gradient through them, in logarithms: for scores so far apart,
-// or marginals so uneven, that a float does not hold the scalings of small_linear.h. Every half step takes its exponentials.
+// Iterations of small Sinkhorn problems, one per SIMD lane, and the gradient through them, in logarithms: for scores so far
+// apart, or marginals so uneven, that a float does not hold the scalings of small_linear.h. Every half step takes its
+// exponentials.
 //
 //     v_f = log b_f - log sum_s 2^(l_sf + u_s)        u_s = log a_s - log sum_f 2^(l_sf + v_f)        all in bits
 #pragma once
@@ -70,8 +71,8 @@ struct LogProblems {
     plan([&](int i, const L& entry) { to[i] = select(keep, to[i], entry); });
   }
 
-  // After `run`. g [second, first]: gradient of the plan, becomes that of the entries' natural logarithms; du [second], dv [first]:
-  // gradients of the potentials, used up.
+  // After `run`. g [second, first]: gradient of the plan, becomes that of the entries' natural logarithms; du [second], dv
+  // [first]: gradients of the potentials, used up.
   [[gnu::noinline]] void gradient(L* g, L* du, L* dv) const {
     plan([&](int i, const L& entry) {
       g[i] = g[i] * entry;
@@ -86,8 +87,8 @@ struct LogProblems {
     }
   }
 
-  // Through one half step, from the gradient `down` of the potentials that it made out of the `other` ones: minus a softmax, taken
-  // anew, for the rounding of potentials of hundreds of bits would keep it from summing to one.
+  // Through one half step, from the gradient `down` of the potentials that it made out of the `other` ones: minus a softmax,
+  // taken anew, for the rounding of potentials of hundreds of bits would keep it from summing to one.
   [[gnu::noinline]] void through(L* g, const L* other, const L* marginal, const L* down, L* dother, int owns, int others,
                                  int own_stride, int other_stride) const {
     for (int i = 0; i < owns; ++i) {

@@ -4,11 +4,11 @@
 //     E_ik = 2^(s_ik + u_i + v_k),    P_ik = x_i E_ik w_k
 //     c_k  = sum_i x_i E_ik,          w_k = b_k / c_k                                the columns are brought to b
 //     r_i  = sum_k E_ik w_k,          x_i = a_i / r_i                                then the rows to a
-// The first E has no potentials: it is taken as it is where its column sums stay well inside the range of floating point, else with
-// each column's maximum subtracted. It is written to the memory of a result and serves all iterations, each of which reads it once:
-// rows that were scaled are still at hand for the column sums of the next iteration, or for the plan. Where x grows too uneven for
-// E to hold every term that counts, E is taken again with the potentials reached, u_i + log2 x_i and v_k + log2 w_k. Where those
-// are too large for their digits, the item starts again in double (wide.h).
+// The first E has no potentials: it is taken as it is where its column sums stay well inside the range of floating point, else
+// with each column's maximum subtracted. It is written to the memory of a result and serves all iterations, each of which reads
+// it once: rows that were scaled are still at hand for the column sums of the next iteration, or for the plan. Where x grows
+// too uneven for E to hold every term that counts, E is taken again with the potentials reached, u_i + log2 x_i and v_k + log2
+// w_k. Where those are too large for their digits, the item starts again in double (wide.h).
 #include "../sinkhorn.h"
 
 #include <algorithm>
@@ -65,8 +65,8 @@ class Solve {
       run_until_converged(workers);
       return;
     }
-    // All iterations of an item before the next: if its E fits the cache, its scores are read from memory once. Every thread takes
-    // an item of its own, or all share one: where there are fewer than threads, or only one at a time fits.
+    // All iterations of an item before the next: if its E fits the cache, its scores are read from memory once. Every thread
+    // takes an item of its own, or all share one: where there are fewer than threads, or only one at a time fits.
     const int64_t bytes = p_.num_rows * p_.num_cols * static_cast<int64_t>(sizeof(T));
     const bool one_fits = bytes <= kCacheBytes, all_fit = workers * bytes <= kCacheBytes;
     const int64_t teams = p_.num_items >= workers && (all_fit || !one_fits) ? workers : 1;
@@ -85,7 +85,11 @@ class Solve {
 
  private:
   Scores<S> scores(int64_t g) const {
-    return {static_cast<const S*>(p_.scores) + g * p_.item_stride, p_.row_stride, p_.num_rows, p_.num_cols, nullptr,
+    return {static_cast<const S*>(p_.scores) + g * p_.item_stride,
+            p_.row_stride,
+            p_.num_rows,
+            p_.num_cols,
+            nullptr,
             static_cast<T>(p_.factor)};
   }
   const T* a(int64_t g) const { return static_cast<const T*>(p_.row_marginals) + g * p_.row_marginals_stride; }
@@ -145,7 +149,8 @@ class Solve {
   // Where a potential reached, of what is to have mass, has no digits left or is beyond the range: from the beginning, in double.
   bool start_wide(int64_t g, Item<S>& item, const T* potentials, const T* marginals, int64_t count, int64_t workers) {
     bool is_wide = false;
-    for (int64_t i = 0; i < count; ++i) is_wide |= marginals[i] > 0 && !(std::abs(static_cast<double>(potentials[i])) <= kWideBits<T>);
+    for (int64_t i = 0; i < count; ++i)
+      is_wide |= marginals[i] > 0 && !(std::abs(static_cast<double>(potentials[i])) <= kWideBits<T>);
     if (!is_wide) return false;
     item.wide = std::make_unique<WideItem<S>>(scores(g), a(g), b(g), p_.factor);
     for (int64_t done = 0; done < item.iter; ++done) {
@@ -187,17 +192,15 @@ class Solve {
   // f(first column, columns)
   template <typename F>
   void for_column_blocks(int64_t workers, F&& f) {
-    parallel_items(workers, (p_.num_cols + kMergeCols - 1) / kMergeCols, [&](int64_t, int64_t block) {
-      f(block * kMergeCols, std::min(kMergeCols, p_.num_cols - block * kMergeCols));
-    });
+    parallel_items(workers, (p_.num_cols + kMergeCols - 1) / kMergeCols,
+                   [&](int64_t, int64_t block) { f(block * kMergeCols, std::min(kMergeCols, p_.num_cols - block * kMergeCols)); });
   }
 
   template <typename F>
   void merge_sums(Item<S>& item, int64_t workers, F&& merge) {
     if (chunks_ == 1) return;
-    for_column_blocks(workers, [&](int64_t first, int64_t cols) {
-      merge_parts(item.sums.get() + first, chunks_, p_.num_cols, cols, merge);
-    });
+    for_column_blocks(
+        workers, [&](int64_t first, int64_t cols) { merge_parts(item.sums.get() + first, chunks_, p_.num_cols, cols, merge); });
   }
 
   // E and its column sums from the potentials. The plan stays what it was, so that a solve may end after it.
@@ -250,8 +253,8 @@ class Solve {
     item.largest_weight = *std::max_element(largest.begin(), largest.end());
   }
 
-  // x_i = a_i / r_i. Where E does not serve on, both go into the potentials; rows whose sum is not to be trusted are summed in the
-  // log domain.
+  // x_i = a_i / r_i. Where E does not serve on, both go into the potentials; rows whose sum is not to be trusted are summed in
+  // the log domain.
   void weigh_rows(int64_t g, Item<S>& item, int64_t workers) {
     std::vector<int64_t> lost;
     double least = std::numeric_limits<double>::infinity(), largest = 0;
@@ -300,9 +303,8 @@ class Solve {
   // P_ik = x_i E_ik w_k, in the place of E.
   void scale_plan(const Item<S>& item, T* plan, int64_t workers) const {
     const int64_t cols = p_.num_cols;
-    parallel_items(workers, p_.num_rows, [&](int64_t, int64_t i) {
-      scale_row(item.e + i * cols, item.w.data(), item.x[i], cols, plan + i * cols);
-    });
+    parallel_items(workers, p_.num_rows,
+                   [&](int64_t, int64_t i) { scale_row(item.e + i * cols, item.w.data(), item.x[i], cols, plan + i * cols); });
   }
 
   const comp_kernels_sinkhorn_params& p_;

@@ -102,7 +102,9 @@ class WideItem {
   }
 
  private:
-  double entry(int64_t i, int64_t k) const { return static_cast<double>(widen(scores_.data[i * scores_.row_stride + k])) * factor_; }
+  double entry(int64_t i, int64_t k) const {
+    return static_cast<double>(widen(scores_.data[i * scores_.row_stride + k])) * factor_;
+  }
 
   const Scores<S> scores_;
   const T *a_, *b_;
