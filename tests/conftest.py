@@ -31,6 +31,15 @@ def pytest_configure(config):
         os.environ["FUZZ_EXAMPLES"] = str(config.getoption("--fuzz"))
 
 
+def pytest_collection_modifyitems(items):
+    """What compiles GPU code is slow, and what is emulated was compiled before."""
+    for item in items:
+        if item.get_closest_marker("emulated"):
+            item.add_marker(pytest.mark.compiles)
+        if item.get_closest_marker("compiles"):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -1,7 +1,9 @@
-"""Toy pre-trained models, made once per test session."""
+"""Toy pre-trained models and the toy's chat template, made once per test session."""
 
 import pytest
-from toy import save_toy_models
+from toy import make_tokenizer, save_toy_models
+
+from comp.data.template import ChatTemplate, load_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -18,3 +20,10 @@ def toy_folder(toy_models, tmp_path):
     for name in ("vision", "language"):
         (tmp_path / name).symlink_to(toy_models / name)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    make_tokenizer().save_pretrained(folder)
+    return ChatTemplate(load_tokenizer(str(folder)))

@@ -5,6 +5,7 @@ dtypes the budget is what plain PyTorch errs.
 """
 
 import numpy as np
+import pytest
 import torch
 from fuzzing import budget
 from hypothesis import given, note
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 
 import comp_kernels as ck
 from comp_kernels.testing import check_places, cumulative, error_and_allowance
+
+pytestmark = pytest.mark.slow
 
 BACKEND = "cpu"  # the interpreter of Triton takes seconds per call
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

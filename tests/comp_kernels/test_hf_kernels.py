@@ -16,6 +16,8 @@ import torch
 from comp_kernels import _native
 from comp_kernels.hf_kernels import PACKAGE, emit, main
 
+pytestmark = pytest.mark.slow
+
 NOARCH = ["torch-cpu", "torch-cuda", "torch-rocm"]
 
 

@@ -13,6 +13,8 @@ import comp_kernels as ck
 from comp_kernels._triton_compile import compile_launch, record, specialization
 from comp_kernels.testing import AttentionCase, make_attention_inputs
 
+pytestmark = pytest.mark.compiles
+
 ATTENTION = {
     "attention_forward_kernel",
     "rotate_kernel",

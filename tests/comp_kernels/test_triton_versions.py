@@ -12,6 +12,8 @@ from benchmarks import triton_versions as versions
 from comp_kernels import sinkhorn
 from comp_kernels.ops.rope_attention import triton_configs
 
+pytestmark = pytest.mark.compiles
+
 KERNELS = {
     "attention_forward_kernel",
     "rotate_kernel",

@@ -15,6 +15,8 @@ import comp_kernels as ck
 from comp_kernels import warm_up
 from comp_kernels._triton_compile import compilations_go_to, compile_ahead, compile_launch, record
 
+pytestmark = pytest.mark.compiles
+
 
 def sinkhorn_call():
     ck.sinkhorn(torch.zeros(2, 40, 64), epsilon=0.1, num_iters=2, backend="triton")

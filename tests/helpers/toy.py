@@ -25,6 +25,8 @@ from comp.config import (
 )
 from comp.data.batch import Message, Sample
 from comp.data.datasets import BadSampleError
+from comp.data.encode import ImageSettings, SampleEncoder
+from comp.data.template import ChatTemplate
 
 COLOURS = ("red", "green", "blue", "black", "white")
 QUESTIONS = {"colour": "What colour is it?", "shape": "Is it wide or tall?"}
@@ -127,6 +129,21 @@ def make_tokenizer(vocabulary: int = 300) -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator([*QUESTIONS.values(), *COLOURS, "wide", "tall", "system user assistant"], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+
+
+def make_sample_encoder(template: ChatTemplate, **changes) -> SampleEncoder:
+    """Patches of 4 x 4, two by two a token, up to 16 tokens at native size; `changes` of ImageSettings, or max_text_tokens."""
+    settings = dict(
+        patch_size=4,
+        merge_size=2,
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+        resolution=None,
+        min_visual_tokens=1,
+        max_visual_tokens=16,
+    )
+    max_text_tokens = changes.pop("max_text_tokens", 256)
+    return SampleEncoder(template, ImageSettings(**(settings | changes)), max_text_tokens=max_text_tokens)
 
 
 def save_toy_models(folder: Path) -> None:

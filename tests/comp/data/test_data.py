@@ -8,41 +8,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from toy import ColouredRectangles, make_tokenizer
+from toy import ColouredRectangles, make_sample_encoder
 from transformers import BloomConfig, GPT2Config, LlamaConfig, MambaConfig, MptConfig
 
 from comp.config import ConfigError, SourceConfig
 from comp.data.batch import ImageBytes, Message, Sample
 from comp.data.datasets import BadSampleError, LlavaDataset
-from comp.data.encode import ImageSettings, SampleEncoder, reference_answers
+from comp.data.encode import SampleEncoder, reference_answers
 from comp.data.loader import StepDataset, iterate_steps
 from comp.data.mixture import SampleOrder, choose_indices, open_sources
 from comp.data.packing import EncodedSample, collate, empty_batch, pack, pad_right, share_out
-from comp.data.template import ChatTemplate, load_tokenizer
 from comp.limits import NO_LIMIT, count_positions, position_limit
 from comp.model.mrope import mrope_position_ids
 from comp.train.prior import count_words
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    make_tokenizer().save_pretrained(folder)
-    return ChatTemplate(load_tokenizer(str(folder)))
-
-
-def make_encoder(template, **changes):
-    settings = dict(
-        patch_size=4,
-        merge_size=2,
-        mean=(0.5,) * 3,
-        std=(0.5,) * 3,
-        resolution=None,
-        min_visual_tokens=1,
-        max_visual_tokens=16,
-    )
-    max_text_tokens = changes.pop("max_text_tokens", 256)
-    return SampleEncoder(template, ImageSettings(**(settings | changes)), max_text_tokens=max_text_tokens)
 
 
 def record(question, answer="red", **fields):
@@ -284,7 +262,7 @@ def picture_sample(*sizes, text="What?", answer="red"):
 
 
 def test_placeholders_equal_merged_patches(template):
-    encoder = make_encoder(template)
+    encoder = make_sample_encoder(template)
     encoded = encoder.encode(picture_sample((24, 16), (8, 8)))
     assert encoded.grids == [(1, 4, 6), (1, 2, 2)]
     assert [tuple(p.shape) for p in encoded.patches] == [(24, 48), (4, 48)]
@@ -305,24 +283,24 @@ def test_damage_that_shows_on_conversion_is_named(template, tmp_path):
         sample = picture_sample((8, 8))
         sample.messages[0].images = [image]
         with pytest.raises(BadSampleError, match=f"s: image .*{message}"):
-            make_encoder(template).encode(sample)
+            make_sample_encoder(template).encode(sample)
 
     Image.new("RGB", (8, 8)).save(tmp_path / "odd.jpg")
     data, segment = (tmp_path / "odd.jpg").read_bytes(), b"\xff\xe1" + (len(block) + 2).to_bytes(2, "big") + block
     (tmp_path / "odd.jpg").write_bytes(data[:2] + segment + data[2:])
     sample.messages[0].images = [str(tmp_path / "odd.jpg")]  # Pillow reads this one as a picture without EXIF
-    assert make_encoder(template).encode(sample).num_visual_tokens == 1
+    assert make_sample_encoder(template).encode(sample).num_visual_tokens == 1
 
 
 def test_fixed_resolution_gives_squares(template):
-    encoder = make_encoder(template, resolution=30)
+    encoder = make_sample_encoder(template, resolution=30)
     assert encoder.encode(picture_sample((100, 10))).grids == [(1, 8, 8)], "30 pixels round to 32"
     with pytest.raises(ValueError, match="resolution 64 gives 64 visual tokens per image, max_visual_tokens allows 16"):
-        make_encoder(template, resolution=64)
+        make_sample_encoder(template, resolution=64)
 
 
 def test_images_of_a_sample_share_its_visual_budget(template):
-    encoder = make_encoder(template)
+    encoder = make_sample_encoder(template)
     encoded = encoder.encode(picture_sample((400, 400), (400, 400), (400, 400)))
     assert encoded.num_visual_tokens <= 16 and len(encoded.grids) == 3
     with pytest.raises(BadSampleError, match="s: 17 images of at least 1 visual tokens exceed max_visual_tokens 16"):
@@ -331,14 +309,14 @@ def test_images_of_a_sample_share_its_visual_budget(template):
 
 def test_long_samples_are_refused_not_cut(template):
     with pytest.raises(BadSampleError, match=r"s: \d+ tokens \(1 of them visual\) exceed max_text_tokens 40"):
-        make_encoder(template, max_text_tokens=40).encode(picture_sample((8, 8), text="long " * 50))
+        make_sample_encoder(template, max_text_tokens=40).encode(picture_sample((8, 8), text="long " * 50))
 
 
 @pytest.mark.parametrize("mrope", [True, False])
 def test_positions_are_counted_as_the_decoder_counts_them(template, mrope):
     """Images of 3 x 2 and 1 x 4 visual tokens take 3 and 4 positions, or 6 and 4."""
     sample = picture_sample((16, 24), (32, 8))
-    plain = make_encoder(template)
+    plain = make_sample_encoder(template)
     encoded = plain.encode(sample)
     grids = [(t, h // 2, w // 2) for t, h, w in encoded.grids]
     assert grids == [(1, 3, 2), (1, 1, 4)]
@@ -385,7 +363,7 @@ def test_damaged_images_are_named(template, tmp_path):
         sample = picture_sample((8, 8))
         sample.messages[0].images = [str(tmp_path / name)]
         with pytest.raises(BadSampleError, match=f"s: image .*{name}.*{cause}"):
-            make_encoder(template).encode(sample)
+            make_sample_encoder(template).encode(sample)
 
 
 # --- packing and collation ------------------------------------------------------------------------------------------------
@@ -458,7 +436,7 @@ def test_batches_without_images_or_content():
 
 def steps(template, samples=None, **changes):
     settings = dict(batch_size=6, epochs=2, seed=5) | changes
-    return StepDataset(samples or ColouredRectangles(20), make_encoder(template), **settings)
+    return StepDataset(samples or ColouredRectangles(20), make_sample_encoder(template), **settings)
 
 
 def names(step_data):
@@ -507,7 +485,7 @@ def test_ranks_share_a_step_by_work(template, tmp_path):
     samples = WithOneGiant(tmp_path)
     settings = dict(batch_size=20, epochs=1, cost=lambda text, patches: sum(patches))
     shares = [
-        StepDataset(samples, make_encoder(template, max_visual_tokens=64), seed=5, rank=r, world_size=2, **settings)[0]
+        StepDataset(samples, make_sample_encoder(template, max_visual_tokens=64), seed=5, rank=r, world_size=2, **settings)[0]
         for r in range(2)
     ]
     assert sorted(n for share in shares for n in names(share)) == sorted(f"rectangle {i}" for i in range(20) if i != 3)
@@ -518,7 +496,7 @@ def test_ranks_share_a_step_by_work(template, tmp_path):
 
 def test_estimates_are_those_of_the_encoded_sample(template, tmp_path):
     Image.new("RGB", (40, 24)).save(tmp_path / "a.png")
-    encoder = make_encoder(template)
+    encoder = make_sample_encoder(template)
     images = [str(tmp_path / "a.png"), Image.new("RGB", (9, 30)), ImageBytes((tmp_path / "a.png").read_bytes())]
     sample = Sample(name="x", messages=[Message(role="user", text="What?", images=images)])
     text, patches = encoder.estimate(sample)

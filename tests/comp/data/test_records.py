@@ -5,7 +5,6 @@ import pickle
 
 import pytest
 from PIL import Image
-from toy import make_tokenizer
 
 from comp.config import SourceConfig
 from comp.data.batch import IGNORED, Sample
@@ -13,15 +12,7 @@ from comp.data.datasets import BadSampleError, LlavaDataset
 from comp.data.encode import load_image
 from comp.data.mixture import open_sources
 from comp.data.records import sample_from_record
-from comp.data.template import ChatTemplate, load_tokenizer
 from comp.eval import vqa
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    make_tokenizer().save_pretrained(folder)
-    return ChatTemplate(load_tokenizer(str(folder)))
 
 
 def turn(speaker, value, **fields):

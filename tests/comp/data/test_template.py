@@ -8,13 +8,6 @@ from comp.data.batch import Message, Sample
 from comp.data.template import SPECIAL_TOKENS, ChatTemplate, load_tokenizer
 
 
-@pytest.fixture(scope="module")
-def template(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    make_tokenizer().save_pretrained(folder)
-    return ChatTemplate(load_tokenizer(str(folder)))
-
-
 def text_of(template, ids):
     return template.tokenizer.decode(ids)
 

@@ -4,31 +4,18 @@ import json
 
 import pytest
 import torch
-from toy import ColouredRectangles, make_tokenizer
+from toy import ColouredRectangles, make_sample_encoder
 
 from comp.config import ConfigError
 from comp.data.batch import Message, Sample
-from comp.data.encode import ImageSettings, SampleEncoder
-from comp.data.template import ChatTemplate, load_tokenizer
 from comp.eval.vqa import answer_loss, answer_questions, blind_baselines, scores_by_type, write_predictions
 from comp.model.multimodal import CoMPOutput
 from comp.train.summary import result_table
 
 
 @pytest.fixture(scope="module")
-def encoder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    make_tokenizer().save_pretrained(folder)
-    images = ImageSettings(
-        patch_size=4,
-        merge_size=2,
-        mean=(0.5,) * 3,
-        std=(0.5,) * 3,
-        resolution=None,
-        min_visual_tokens=1,
-        max_visual_tokens=64,
-    )
-    return SampleEncoder(ChatTemplate(load_tokenizer(str(folder))), images, max_text_tokens=256)
+def encoder(template):
+    return make_sample_encoder(template, max_visual_tokens=64)
 
 
 class SaysRed:

@@ -10,7 +10,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-from toy import save_toy_models, toy_config
+from toy import toy_config
 
 from comp.config import EvalConfig
 from comp.config_io import differences, to_dict
@@ -83,19 +83,12 @@ def test_who_shares_the_first_stage(tmp_path):
 # --- runs of a toy model ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    save_toy_models(folder)
-    return folder
-
-
 @pytest.fixture
-def toy(models):
+def toy(toy_models):
     """(seed, folder) -> two short stages of the toy recipe, in place of `baseline`."""
 
     def base(seed, folder):
-        config = toy_config(models, seed=seed, output_dir=str(folder), eval=EvalConfig())
+        config = toy_config(toy_models, seed=seed, output_dir=str(folder), eval=EvalConfig())
         one, _, two, _ = config.stages
         stages = [dataclasses.replace(one, max_steps=3), dataclasses.replace(two, name="II", max_steps=3)]
         checkpoint = dataclasses.replace(config.checkpoint, every_steps=2, keep=100)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "train"))
-from toy import save_toy_models, toy_config
+from toy import toy_config
 
 import train as program
 from comp.build import load_tower
@@ -25,13 +25,6 @@ from comp.studies.alignment import examine, sharpness
 from comp.studies.readers import reading_config, reading_loss
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    save_toy_models(folder)
-    return folder
-
-
 @pytest.fixture
 def few_pages(monkeypatch):
     monkeypatch.setattr(retrieval, "CANDIDATES", 24)
@@ -40,8 +33,8 @@ def few_pages(monkeypatch):
     monkeypatch.setattr(patches.probe_tower, "__defaults__", (patches.NATIVE, (12, 10)))
 
 
-def test_a_reader_changes_neither_tower_nor_outcome(models):
-    config, tower = toy_config(models), load_tower(toy_config(models).vision)
+def test_a_reader_changes_neither_tower_nor_outcome(toy_models):
+    config, tower = toy_config(toy_models), load_tower(toy_config(toy_models).vision)
     tower.adapter = Adapter(32, 32)  # of another run: not to be used
     before = {name: value.clone() for name, value in tower.state_dict().items()}
     loss = reading_loss(config, tower, steps=3)
@@ -54,16 +47,16 @@ def test_a_reader_changes_neither_tower_nor_outcome(models):
     assert reading_loss(config, tower, steps=12) < loss, "it learns"
 
 
-def test_another_tower_gives_another_loss(models):
-    config, tower = toy_config(models), load_tower(toy_config(models).vision)
+def test_another_tower_gives_another_loss(toy_models):
+    config, tower = toy_config(toy_models), load_tower(toy_config(toy_models).vision)
     seeing = reading_loss(config, tower, steps=2)
     with torch.no_grad():
         tower.patch_embed.weight.zero_()
     assert reading_loss(config, tower, steps=2) != seeing
 
 
-def test_the_reader_reads_a_tower_with_the_positions_it_has(models):
-    config, tower = toy_config(models), load_tower(toy_config(models).vision)
+def test_the_reader_reads_a_tower_with_the_positions_it_has(toy_models):
+    config, tower = toy_config(toy_models), load_tower(toy_config(toy_models).vision)
     for mode, rope in (("abs", False), ("abs+rope", True), ("rope", True)):
         tower.pos_mode = mode
         (stage,) = reading_config(config, tower, 5).stages
@@ -71,8 +64,8 @@ def test_the_reader_reads_a_tower_with_the_positions_it_has(models):
         assert not rope or reading_config(config, tower, 5).vision.pos_mode == mode
 
 
-def test_a_run_measures_its_towers_and_prints_them(models, few_pages, tmp_path, monkeypatch, capsys):
-    config = toy_config(models, output_dir=str(tmp_path))
+def test_a_run_measures_its_towers_and_prints_them(toy_models, few_pages, tmp_path, monkeypatch, capsys):
+    config = toy_config(toy_models, output_dir=str(tmp_path))
     config.eval = dataclasses.replace(config.eval, encoder=("II-b", "III"), reading_steps=2)
     monkeypatch.setitem(program.RECIPES, "toy", lambda: config)
     with patch("comp.train.trainer.plot_run"):
@@ -89,7 +82,7 @@ def test_a_run_measures_its_towers_and_prints_them(models, few_pages, tmp_path, 
     assert left["scores"]["III"]["retrieval_adapter"] > 0
     assert (tmp_path / "toy" / "encoder" / "encoder.png").stat().st_size > 10_000
     again = tmp_path / "toy"
-    start = str(models / "vision")
+    start = str(toy_models / "vision")
     assert encoder.main([str(again), "--stages", "III", "--towers", start, "--reading-steps", "0"]) == 0
     table = json.loads((again / "encoder" / "table.json").read_text())
     assert table["header"] == ["frozen tower", "before", start, "III", "change"]
@@ -97,9 +90,9 @@ def test_a_run_measures_its_towers_and_prints_them(models, few_pages, tmp_path, 
     assert table["scores"]["III"]["patches"] == left["scores"]["III"]["patches"]
 
 
-def test_stages_to_measure_must_exist(models):
+def test_stages_to_measure_must_exist(toy_models):
     with pytest.raises(ConfigError, match=r"eval\.encoder must be one of 'I', 'II-a', 'II-b', 'III', got 'IV'"):
-        apply_overrides(toy_config(models), ["eval.encoder=[IV]"])
+        apply_overrides(toy_config(toy_models), ["eval.encoder=[IV]"])
 
 
 def test_the_error_of_a_change_is_paired():
@@ -123,10 +116,10 @@ def test_sharpness_by_hand():
     assert same.entropy == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
 
 
-def test_force_grows_with_the_weight_and_entropy_with_the_temperature(models):
+def test_force_grows_with_the_weight_and_entropy_with_the_temperature(toy_models):
     def row(*changes):
         overrides = [f"stages.{i}.alignment.{change}" for i in range(3) for change in changes]
-        header, rows = examine(apply_overrides(toy_config(models), overrides))
+        header, rows = examine(apply_overrides(toy_config(toy_models), overrides))
         assert [r[0] for r in rows] == ["I", "II-a", "II-b"]
         return {name: rows[2][i] for i, name in enumerate(header)} | {"vision in I": rows[0][header.index("force vision")]}
 
@@ -139,8 +132,8 @@ def test_force_grows_with_the_weight_and_entropy_with_the_temperature(models):
     assert contrastive["entropy"] == "-" and float(contrastive["force adapter"]) > 0
 
 
-def test_the_command_prints_a_row_per_stage(models, monkeypatch, capsys):
-    monkeypatch.setitem(alignment.RECIPES, "toy", lambda: toy_config(models))
+def test_the_command_prints_a_row_per_stage(toy_models, monkeypatch, capsys):
+    monkeypatch.setitem(alignment.RECIPES, "toy", lambda: toy_config(toy_models))
     assert alignment.main(["--recipe", "toy", "--samples", "4"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("sinkhorn") == 3 and "epsilon at 2.08 nats" in printed

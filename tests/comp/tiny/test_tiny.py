@@ -22,6 +22,8 @@ from comp.tiny.pages import KINDS, MARKS, TRANSCRIPT, ShortStrips, TinyPages, ra
 from comp.tiny.recipe import ASSETS
 from comp.train.trainer import Trainer
 
+pytestmark = pytest.mark.slow
+
 
 def test_scans_are_split_by_image():
     scans = {split: [m.tobytes() for masks in load_scans(split).values() for m in masks] for split in ("train", "heldout")}

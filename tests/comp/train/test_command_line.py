@@ -18,6 +18,8 @@ from comp.eval.vqa import answer_questions
 from comp.log import read_records
 from comp.train.step import NonFiniteLossError
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).parents[3]
 
 

@@ -15,6 +15,8 @@ from comp.answer import load
 from comp.config import ConfigError
 from comp.model.causal_lm import load_language_model
 
+pytestmark = pytest.mark.slow
+
 LOADERS = dict(vision=VisionEncoder.from_pretrained, language=lambda path: load_language_model(path, "float32"))
 WEIGHTS = "model.safetensors"
 

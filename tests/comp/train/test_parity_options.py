@@ -23,6 +23,8 @@ from comp.train.step import StepTotals, accumulate_gradients, train_step
 from comp.train.trainer import Trainer
 from comp_kernels import alignment_loss
 
+pytestmark = pytest.mark.slow
+
 ALONE = World(rank=0, size=1, device=torch.device("cpu"), group=None)
 SETTINGS = dict(mode="sinkhorn", epsilon=0.1, temperature=0.1, num_iters=3, prior_temperature=0.05)
 

@@ -1,5 +1,6 @@
 """`comp.warm_up`: what it compiles for the default recipe is what the vision tower and the alignment loss of a step launch."""
 
+import pytest
 import torch
 from emulation import run_compiled
 
@@ -8,6 +9,8 @@ from comp.model import VisionEncoder
 from comp.recipes import RECIPES
 from comp_kernels import alignment_loss
 from comp_kernels._triton_compile import record, specialization
+
+pytestmark = pytest.mark.compiles
 
 
 def keys_of(*calls) -> set:

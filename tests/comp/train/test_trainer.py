@@ -31,6 +31,8 @@ from comp.train.step import NonFiniteLossError
 from comp.train.trainer import StopRequested, Trainer
 from comp.train.work import Work
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).parents[3]
 HELPERS = REPOSITORY / "tests" / "helpers"
 NUM_STEPS = 11  # of toy_config: 3 + 3 + 3 + 2

@@ -12,17 +12,8 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.sinkhorn_peers import mhc_loop
 from comp_kernels.integrations import liger_mhc_coeffs, patch_megatron, sinkhorn_knopp, unpatch_megatron
-
-
-def native_sinkhorn(logits, num_iterations, eps=1e-6):
-    """Megatron-LM's native_sinkhorn, which is Liger-Kernel's mhc_sinkhorn_ref too."""
-    matrix = logits.softmax(-1) + eps
-    matrix = matrix / (matrix.sum(-2, keepdim=True) + eps)
-    for _ in range(num_iterations - 1):
-        matrix = matrix / (matrix.sum(-1, keepdim=True) + eps)
-        matrix = matrix / (matrix.sum(-2, keepdim=True) + eps)
-    return matrix
 
 
 class HyperConnectionModule(nn.Module):
@@ -30,7 +21,7 @@ class HyperConnectionModule(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self._sinkhorn_op = native_sinkhorn
+        self._sinkhorn_op = mhc_loop
 
     def forward(self, logits):
         return self._sinkhorn_op(logits, 20, 1e-6)
@@ -58,7 +49,7 @@ def coefficients_in_plain_torch(
     n = x.shape[-2]
     flat = x.flatten(-2)
     mix = (flat @ phi) * torch.rsqrt(flat.pow(2).mean(-1, keepdim=True) + rms_eps)
-    h_res = native_sinkhorn((mix[..., 2 * n :] * alpha_res + b[2 * n :]).unflatten(-1, (n, n)), tmax, sinkhorn_eps)
+    h_res = mhc_loop((mix[..., 2 * n :] * alpha_res + b[2 * n :]).unflatten(-1, (n, n)), tmax, sinkhorn_eps)
     return (
         torch.sigmoid(mix[..., :n] * alpha_pre + b[:n]) + pre_eps,
         torch.sigmoid(mix[..., n : 2 * n] * alpha_post + b[n : 2 * n]) * post_mult,
@@ -125,7 +116,7 @@ def test_a_patched_model_of_megatron_projects_the_same(dtype):
         after = patched[0](logits)
         assert after.dtype == dtype
         torch.testing.assert_close(after.float(), before, rtol=0, atol=1e-6 if dtype == torch.float32 else 4e-3)
-    assert unpatch_megatron(model) == ["0"] and model[0]._sinkhorn_op is native_sinkhorn and unpatch_megatron(model) == []
+    assert unpatch_megatron(model) == ["0"] and model[0]._sinkhorn_op is mhc_loop and unpatch_megatron(model) == []
 
 
 def test_what_cannot_be_patched_is_named():

@@ -14,6 +14,8 @@ from comp_kernels._triton_compile import record, specialization
 from comp_kernels.integrations import patch_transformers
 from comp_kernels.warm_up import model_call
 
+pytestmark = pytest.mark.compiles
+
 WHOLE = {"qwen2_vl": transformers.Qwen2VLConfig, "llama4": transformers.Llama4Config}  # have no folder of the tower alone
 
 

@@ -13,6 +13,8 @@ import comp_kernels as ck
 from comp_kernels.ops.rope_attention.registration import BACKWARD, FORWARD
 from comp_kernels.testing import AttentionCase, make_attention_inputs
 
+pytestmark = pytest.mark.slow
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

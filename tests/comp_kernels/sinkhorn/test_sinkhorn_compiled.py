@@ -17,6 +17,8 @@ from comp_kernels.testing import (
     make_sinkhorn_inputs,
 )
 
+pytestmark = pytest.mark.compiles
+
 SHARED_LIMIT = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}  # KiB per block
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import comp_kernels as ck
+from benchmarks.sinkhorn_peers import mhc_loop
 from comp_kernels import reference
 from comp_kernels.ops.sinkhorn.registration import BACKWARD, FORWARD
 from comp_kernels.testing import assert_within_budget
@@ -121,16 +122,6 @@ def test_triton_equals_the_definition(order, shape, eps, kind, dtype):
 # --- the conventions of the field ------------------------------------------------------------------------------------------
 
 
-def sinkhorn_of_megatron(logits, num_iterations, eps):
-    """native_sinkhorn of Megatron-LM (core/transformer/hyper_connection.py), the iteration of Liger-Kernel and vLLM too."""
-    matrix = logits.softmax(-1) + eps
-    matrix = matrix / (matrix.sum(-2, keepdim=True) + eps)
-    for _ in range(num_iterations - 1):
-        matrix = matrix / (matrix.sum(-1, keepdim=True) + eps)
-        matrix = matrix / (matrix.sum(-2, keepdim=True) + eps)
-    return matrix
-
-
 def sinkhorn_of_the_paper(logits, num_iterations):
     """T_c(T_r(M)) from M = exp(logits), mHC (arXiv 2512.24880), equation 9."""
     matrix = logits.exp()
@@ -145,7 +136,7 @@ def test_numbers_of_megatron_and_of_the_paper(side):
     for scale in (1.0, 10.0):
         logits = (scale * torch.randn(2048, side, side)).requires_grad_()
         weights = torch.randn(logits.shape)
-        for eps, theirs in ((1e-6, sinkhorn_of_megatron(logits, 20, 1e-6)), (0.0, sinkhorn_of_the_paper(logits, 20))):
+        for eps, theirs in ((1e-6, mhc_loop(logits, 20, 1e-6)), (0.0, sinkhorn_of_the_paper(logits, 20))):
             ours = ck.sinkhorn(logits, epsilon=1.0, num_iters=20, order="rows_cols", eps=eps, gradient="unrolled")
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
             found, expected = (torch.autograd.grad((plan * weights).sum(), logits)[0] for plan in (ours, theirs))

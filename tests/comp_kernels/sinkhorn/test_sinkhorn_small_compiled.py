@@ -7,6 +7,8 @@ from test_sinkhorn_small import KINDS, assert_equals_the_definition, random_marg
 
 import comp_kernels as ck
 
+pytestmark = pytest.mark.compiles
+
 EXECUTED = [
     ((150, 4, 4), "mixed", 0.0, "rows_cols"),
     ((7, 3, 9), "ordinary", 1e-4, "cols_rows"),
