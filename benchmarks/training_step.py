@@ -1,6 +1,6 @@
 """An optimiser step of the trainer on rows of mixed lengths: packed and padded rows, and another checkout of this project.
 
-    python -m benchmarks.training_step [--peer FOLDER] [--threads 2] [--layers 30] [--samples 16] [--compile]
+    python -m benchmarks.training_step [--peer FOLDER] [--threads 2] [--layers 30] [--samples 16] [--clock cpu] [--compile]
 
 The language model has the shape of SmolLM2-135M (30 layers of 576 channels, 49,152 words, random weights), the tower is that of
 the recipe `smollm2`, and so are losses, optimiser and budgets of its stage II-b. Lengths are drawn log-uniformly: images of
@@ -30,7 +30,7 @@ PATCHES_PER_TOKEN, PATCH = 4, 8
 
 def module(name: str) -> Any:
     """A module of the trainer by its last name, wherever the checkout at hand keeps it."""
-    for package in ("comp.train", "comp"):
+    for package in ("comp", "comp.train"):
         try:
             return importlib.import_module(f"{package}.{name}")
         except ModuleNotFoundError:
@@ -81,8 +81,7 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
     from comp.data.loader import StepData
     from comp.data.packing import collate, pack
-    from comp.model import VisionEncoder
-    from comp.model.multimodal import CoMP
+    from comp.model import CoMP, VisionEncoder
     from comp.recipes import RECIPES
 
     step_module, optim, parallel = module("step"), module("optim"), module("parallel")
@@ -128,11 +127,12 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
     world = parallel.World(rank=0, size=1, device=torch.device("cpu"), group=None)
     totals = step_module.StepTotals.gather(data, world, stop=False)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    clock = time.process_time if options.clock == "cpu" else time.perf_counter
     times, losses = [], []
     for _ in range(options.steps + 1):
-        begin = time.perf_counter()
+        begin = clock()
         losses.append(step_module.train_step(model, optimizer, data, totals, stage, world, pad_id=0, bf16=options.bf16).loss)
-        times.append(time.perf_counter() - begin)
+        times.append(clock() - begin)
     return dict(
         seconds=times[1:],
         first=times[0],
@@ -148,10 +148,23 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
 def run_arm(arm: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, __file__, "--worker", "--arm", arm, "--samples", f"{options.samples}"]
     command += ["--layers", f"{options.layers}", "--steps", f"{options.steps}", "--threads", f"{options.threads}"]
+    command += ["--clock", options.clock]
     command += ["--compile"] * (options.compile and arm == "packed") + ["--bf16"] * options.bf16
     environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": f"{options.threads}"}
     done = subprocess.run(command, env=environment, cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def line(arm: str, runs: list[dict[str, Any]]) -> str:
+    """Of the table: medians of the rounds so far."""
+    seconds = statistics.median(s for run in runs for s in run["seconds"])
+    peak = statistics.median(run["peak_gib"] for run in runs)
+    one = runs[0]
+    padding = 0.0 if arm == "packed" else 1 - one["tokens"] / one["slots"]
+    return (
+        f"{arm:7} {seconds:6.2f} {one['tokens'] / seconds:9.0f} {100 * padding:7.0f}% {one['forwards']:9} {peak:9.2f}"
+        f"  {one['losses'][0]:.6f}"
+    )
 
 
 def main() -> int:
@@ -163,6 +176,9 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=1, help="timed steps of each arm in each round, after one that is not")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--clock", default="wall", choices=("wall", "cpu"), help="cpu: processor time of all threads, where others compute too"
+    )
     parser.add_argument("--compile", action="store_true", help="compile the blocks of the packed arm")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -173,19 +189,11 @@ def main() -> int:
         return 0
     arms = [(arm, HERE) for arm in options.arms] + ([("peer", options.peer.resolve())] if options.peer else [])
     found: dict[str, list[dict[str, Any]]] = {arm: [] for arm, _ in arms}
+    print("arm     s/step  tokens/s  padding  forwards  peak GiB  first loss")
     for _ in range(options.rounds):
         for arm, folder in arms:
             found[arm].append(run_arm(arm, folder, options))
-    print("arm     s/step  tokens/s  padding  forwards  peak GiB  first loss")
-    for arm, runs in found.items():
-        seconds = statistics.median(s for run in runs for s in run["seconds"])
-        one = runs[0]
-        padding = 0.0 if arm == "packed" else 1 - one["tokens"] / one["slots"]
-        peak = statistics.median(run["peak_gib"] for run in runs)
-        print(
-            f"{arm:7} {seconds:6.2f} {one['tokens'] / seconds:9.0f} {100 * padding:7.0f}% {one['forwards']:9} {peak:9.2f}"
-            f"  {one['losses'][0]:.6f}"
-        )
+            print(line(arm, found[arm]), flush=True)
     return 0
 
 

@@ -254,10 +254,23 @@ class OptimConfig:
 
 @dataclass(kw_only=True, slots=True)
 class SourceConfig:
-    """One source of samples: either a file (`path`) or a Python callable that returns a dataset (`factory`)."""
+    """One source of samples: files (`path`), a dataset of Hugging Face (`hub`), or a Python callable that returns a dataset
+    (`factory`)."""
 
     path: str | None = None
-    """LLaVA-format .json or .jsonl, or a .yaml mixture of such files."""
+    """LLaVA-format .json or .jsonl, or a .yaml mixture of such files; or shards that are read as a stream, .parquet or .tar
+    (webdataset), with * for several."""
+    hub: str | None = None
+    """Name or folder of a dataset for `datasets.load_dataset`, read as a stream."""
+    subset: str | None = None
+    """Configuration of `hub`."""
+    split: str = "train"
+    """Split of `hub`."""
+    shuffle: int = 256
+    """Rows of a stream that are shuffled among each other, of each lane; they are held in memory."""
+    weight: float | None = None
+    """Share of the samples that come from this source, relative to the others of the stage; null: 1 where a source of the stage
+    is a stream or has a weight, else every source by its size."""
     images: str | None = None
     """Folder that image names start from; None: the folder of `path`."""
     images_anywhere: bool = False
@@ -270,13 +283,16 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         need(
-            (self.path is None) != (self.factory is None),
-            f"a data source needs exactly one of path and factory, got path={self.path!r} and factory={self.factory!r}",
+            sum(value is not None for value in (self.path, self.hub, self.factory)) == 1,
+            "a data source needs exactly one of path, hub and factory, "
+            f"got path={self.path!r}, hub={self.hub!r} and factory={self.factory!r}",
         )
         need(
             self.factory is None or self.factory.count(":") == 1,
             f'data.factory must look like "package.module:callable", got {self.factory!r}',
         )
+        need(self.weight is None or self.weight > 0, f"data.weight must be positive or null, got {self.weight}")
+        need(self.shuffle > 0, f"data.shuffle must be positive, got {self.shuffle}")
         parse_sampling(self.sampling)
 
 
@@ -438,6 +454,9 @@ class Config:
     """"fp32", "bf16", or "auto": bf16 on a GPU, fp32 on a CPU. Parameters and optimiser state stay float32."""
     parallel: Literal["auto", "fsdp", "replicate"] = "auto"
     """Several processes: "fsdp" shards parameters, "replicate" keeps copies; "auto": fsdp on GPUs, replicate on CPUs."""
+    shard_size: int | None = None
+    """With "fsdp": processes that hold one copy of the parameters between them, those of a node say (a hybrid mesh: copies are
+    kept equal over the groups); it must divide the number of processes. null: all of them."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them, in the vision tower and in the language model."""
     compile: bool = False
@@ -450,6 +469,9 @@ class Config:
     GPUs in bfloat16, else there is no `mfu`."""
     num_workers: int = 0
     """Processes per rank that read and resize images ahead of training."""
+    lanes: int = 8
+    """Streams are read in so many lanes, shared out among processes and their workers, whose numbers must divide it; it must
+    divide batch_size. Part of what a run learns: another number is another order of the data."""
     bad_samples: Literal["skip", "stop"] = "skip"
     """"skip": leave out samples that cannot be read, name and count them in the summary. "stop": end the run at the first."""
     max_image_pixels: int = MAX_PIXELS
@@ -467,6 +489,8 @@ class Config:
         need(self.seed >= 0, f"seed must be at least 0, got {self.seed}")
         need(self.peak_tflops is None or self.peak_tflops > 0, f"peak_tflops must be positive or null, got {self.peak_tflops}")
         need(self.num_workers >= 0, f"num_workers must be at least 0, got {self.num_workers}")
+        need(self.shard_size is None or self.shard_size > 0, f"shard_size must be positive or null, got {self.shard_size}")
+        need(self.lanes > 0, f"lanes must be positive, got {self.lanes}")
         need(
             0 < self.max_image_pixels <= PILLOW_MAX_PIXELS,
             f"max_image_pixels must be positive and at most Pillow's own {PILLOW_MAX_PIXELS}, got {self.max_image_pixels}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
@@ -56,6 +57,31 @@ class World:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
+    def rows(self, x: Tensor) -> Tensor:
+        """Tensors [n, ...] of all processes, which may have different n and are equal otherwise, one after the other."""
+        if self.group is None:
+            return x
+        lengths = [int(n) for n in self.gather(len(x))]
+        padded = x.new_zeros(max(lengths), *x.shape[1:])
+        padded[: len(x)] = x
+        shares = [torch.empty_like(padded) for _ in lengths]
+        dist.all_gather(shares, padded, group=self.group)
+        return torch.cat([share[:n] for share, n in zip(shares, lengths)])
+
+    def in_order(self, own: Tensor, indices: Sequence[int]) -> Tensor:
+        """A row per index, in their order, from processes that each have the rows of their own indices: those that leave
+        their rank when divided by the number of processes."""
+        if self.group is None:
+            return own
+        places = sorted(range(len(indices)), key=lambda place: (indices[place] % self.size, place))
+        back = torch.empty(len(indices), dtype=torch.long)
+        back[torch.tensor(places, dtype=torch.long)] = torch.arange(len(indices))
+        return self.rows(own)[back.to(own.device)]
+
+    def own(self, indices: Iterable[int]) -> list[int]:
+        """Those of the indices that are this process's, see `in_order`."""
+        return [index for index in indices if index % self.size == self.rank]
+
     def barrier(self) -> None:
         if self.group is not None:
             dist.barrier(group=self.group)
@@ -74,6 +100,41 @@ def start_world(device: str = "auto") -> World:
         # gloo beside nccl: checkpoints and gathered Python objects live on the CPU
         dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo", device_id=where if use_cuda else None)
     return World(rank=rank, size=size, device=where, group=dist.group.WORLD if size > 1 else None)
+
+
+ALONE = World(rank=0, size=1, device=torch.device("cpu"), group=None)
+
+
+def add_place_options(parser: argparse.ArgumentParser) -> None:
+    """--device and --precision, for programs that `place_of` starts, alone or under torchrun."""
+    parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"), help="default: a GPU when there is one")
+    parser.add_argument(
+        "--precision", default="auto", choices=("auto", "fp32", "bf16"), help="default: bf16 on a GPU, fp32 on a CPU"
+    )
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a model that does not train is asked: this process among its peers, and in which precision."""
+
+    world: World = ALONE
+    bf16: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        return self.world.device
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+
+CPU_ALONE = Place()
+
+
+def place_of(options: argparse.Namespace) -> Place:
+    """From `add_place_options`; joins the processes that torchrun started."""
+    world = start_world(options.device)
+    return Place(world, options.precision == "bf16" or (options.precision == "auto" and world.device.type == "cuda"))
 
 
 def stop_world(world: World) -> None:
@@ -95,7 +156,7 @@ def distribute(model: CoMP, config: Config, world: World) -> CoMP:
             for tensor in (*model.parameters(), *model.buffers()):
                 dist.broadcast(tensor.detach(), src=0, group=world.group)
         return model
-    mesh = init_device_mesh(world.device.type, (world.size,))
+    mesh = make_mesh(world, config.shard_size)
     bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     policy = bf16 if uses_bf16(config, world) else MixedPrecisionPolicy()
     for block in transformer_blocks(model):
@@ -104,6 +165,16 @@ def distribute(model: CoMP, config: Config, world: World) -> CoMP:
     for method in ("generate", "step_text"):
         register_fsdp_forward_method(model, method)
     return model
+
+
+def make_mesh(world: World, shard_size: int | None) -> DeviceMesh:
+    """All processes in one dimension, or groups of `shard_size` neighbours (as torchrun numbers them, processes of a node) that
+    share a copy of the parameters."""
+    if shard_size is None or shard_size == world.size:
+        return init_device_mesh(world.device.type, (world.size,))
+    if world.size % shard_size:
+        raise ConfigError(f"shard_size must divide the number of processes, got shard_size={shard_size} for {world.size}")
+    return init_device_mesh(world.device.type, (world.size // shard_size, shard_size), mesh_dim_names=("replicate", "shard"))
 
 
 def compile_blocks(model: CoMP, **options: Any) -> None:

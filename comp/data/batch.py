@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 IGNORED = -100
@@ -62,7 +62,10 @@ class ImageBytes:
     data: bytes
 
     def __call__(self) -> Image.Image:
-        return Image.open(io.BytesIO(self.data))
+        try:
+            return Image.open(io.BytesIO(self.data))
+        except UnidentifiedImageError as error:  # its own message names an address in memory
+            raise ValueError(f"{len(self.data)} bytes in no image format that Pillow reads") from error
 
 
 LazyImage = str | Image.Image | Callable[[], Image.Image]

@@ -5,16 +5,14 @@ Read with that library (`pip install 'comp-kernels[eval]'`), never from the netw
 
 from __future__ import annotations
 
-import io
 import re
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from ..config import ConfigError
-from .batch import FileInFolder, LazyImage
+from .batch import FileInFolder, ImageBytes, LazyImage
 
 if TYPE_CHECKING:
     import datasets
@@ -29,7 +27,7 @@ def open_folder(
     cache_dir:  where the library keeps its copy of parquet files in memory-mapped form; None: its own default.
     Raises ConfigError where the library is missing, or the folder holds neither layout or not this split.
     """
-    library = _library()
+    library = datasets_library()
     root = Path(path)
     if not root.is_dir():
         raise ConfigError(f"{root} is not a folder")
@@ -47,10 +45,11 @@ def open_folder(
         files = _parquet_files(root, split)
         cache = None if cache_dir is None else str(cache_dir)
         rows = library.load_dataset("parquet", data_files=files, split="train", cache_dir=cache)
-    return _without_decoding(rows, library)
+    return without_decoding(rows, library)
 
 
-def _library() -> Any:
+def datasets_library() -> Any:
+    """The library `datasets`; ConfigError where it is missing."""
     try:
         import datasets
     except ImportError as error:
@@ -81,7 +80,7 @@ def _parquet_files(root: Path, split: str) -> list[str]:
     return [str(p) for p in files]
 
 
-def _without_decoding(rows: datasets.Dataset, library: Any) -> datasets.Dataset:
+def without_decoding(rows: Any, library: Any) -> Any:
     """Image columns, and columns of lists of images, as {"bytes", "path"}."""
     encoded = library.Image(decode=False)
     for name, feature in rows.features.items():
@@ -100,7 +99,7 @@ def lazy_image(value: Any) -> LazyImage:
     if isinstance(value, Image.Image):
         return value
     if isinstance(value, dict) and value.get("bytes"):
-        return partial(_open_image, value["bytes"])
+        return ImageBytes(value["bytes"])
     if isinstance(value, dict) and value.get("path"):
         return value["path"]
     raise TypeError(f"an image cell must hold bytes or a path, got {value!r:.80}")
@@ -114,10 +113,3 @@ def images_inside(value: Any, folder: Path) -> Any:
     if isinstance(value, dict) and not value.get("bytes") and isinstance(value.get("path"), str):
         return {**value, "path": FileInFolder(value["path"], folder, "; images_anywhere=True allows that")}
     return value
-
-
-def _open_image(data: bytes) -> Image.Image:
-    try:
-        return Image.open(io.BytesIO(data))
-    except UnidentifiedImageError as error:  # its own message names an address in memory
-        raise ValueError(f"{len(data)} bytes in no image format that Pillow reads") from error

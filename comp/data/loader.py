@@ -5,24 +5,28 @@ A step depends on nothing but its number, the seed and the ranks, so any step ca
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import signal
 import zlib
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from ..config import ConfigError
 from .batch import Batch
 from .datasets import BadSampleError, Dataset
 from .encode import SampleEncoder
 from .mixture import Mixture, SampleOrder
 from .packing import EncodedSample, collate, pack, share_out
+from .streams import Lane, State, Streams
 
 # Tokenizers with threads of their own warn, and give the threads up, when data workers are forked after them.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -52,6 +56,31 @@ class StepData:
     skipped: list[Skipped]
     notes: list[str]  # what of the samples' records is not read (`Sample.notes`), each once
     shares: int = 0  # a digest of which process has which samples, where they are shared out by work
+    lanes: dict[str, State] = field(default_factory=dict)  # of this rank's lanes after this step, where the stage is streamed
+
+
+def step_data(
+    step: int,
+    encoded: Sequence[EncodedSample],
+    skipped: list[Skipped],
+    notes: list[str],
+    encoder: SampleEncoder,
+    packed: Callable[[Sequence[EncodedSample]], list[list[EncodedSample]]],
+    **fields: Any,
+) -> StepData:
+    """Encoded samples packed and collated."""
+    pad_id, patch_features = encoder.template.pad_id, encoder.patch_features
+    return StepData(
+        step=step,
+        batches=[collate(group, pad_id=pad_id, patch_features=patch_features) for group in packed(encoded)],
+        num_samples=len(encoded),
+        num_images=sum(len(s.grids) for s in encoded),
+        num_text_tokens=sum(len(s.input_ids) for s in encoded),
+        num_visual_tokens=sum(s.num_visual_tokens for s in encoded),
+        skipped=skipped,
+        notes=notes,
+        **fields,
+    )
 
 
 class StepDataset(torch.utils.data.Dataset):
@@ -105,19 +134,7 @@ class StepDataset(torch.utils.data.Dataset):
                 encoded.append(self.encoder.encode(sample, seed=(self.order.seed, position)))
             except BadSampleError as error:
                 skipped.append(Skipped(self._place(index), str(error)))
-        groups = self.pack(encoded)
-        pad_id, patch_features = self.encoder.template.pad_id, self.encoder.patch_features
-        return StepData(
-            step=step,
-            batches=[collate(group, pad_id=pad_id, patch_features=patch_features) for group in groups],
-            num_samples=len(encoded),
-            num_images=sum(len(s.grids) for s in encoded),
-            num_text_tokens=sum(len(s.input_ids) for s in encoded),
-            num_visual_tokens=sum(s.num_visual_tokens for s in encoded),
-            skipped=skipped,
-            notes=list(notes),
-            shares=shares,
-        )
+        return step_data(step, encoded, skipped, list(notes), self.encoder, self.pack, shares=shares)
 
     def _place(self, index: int) -> str:
         return self.samples.place(index) if isinstance(self.samples, Mixture) else f"[{index}]"
@@ -139,22 +156,127 @@ class StepDataset(torch.utils.data.Dataset):
             return 0.0  # counted by the process that gets it
 
 
-def iterate_steps(dataset: StepDataset, *, start: int, num_workers: int) -> Generator[StepData, None, None]:
-    """Steps start, start + 1, ... of `dataset`, prepared ahead by `num_workers` processes, which end when it is closed."""
+class StreamSteps:
+    """Steps of a stage that is streamed (`comp.data.streams`): step s takes the next `batch_size` samples of the lanes in turn.
+
+    Lanes are shared out among the ranks, and a rank's lanes among its workers, which read and encode; packing is done here.
+    ConfigError where they cannot be shared out evenly.
+    """
+
+    def __init__(
+        self,
+        streams: Streams,
+        encoder: SampleEncoder,
+        *,
+        batch_size: int,
+        num_steps: int,
+        rank: int = 0,
+        world_size: int = 1,
+        **budgets: Any,
+    ):
+        if batch_size % streams.lanes or streams.lanes % world_size:
+            raise ConfigError(
+                f"lanes must divide batch_size and be divided by the number of processes, got lanes={streams.lanes}, "
+                f"batch_size={batch_size}, {world_size} processes"
+            )
+        self.streams, self.encoder, self.pack = streams, encoder, partial(pack, **budgets)
+        self.num_steps = num_steps
+        self.lanes = range(rank, streams.lanes, world_size)
+        self.num_samples = batch_size // world_size
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def iterate(self, *, start: int, num_workers: int, states: dict[str, State]) -> Generator[StepData, None, None]:
+        """Steps start, start + 1, ...; `states` of all lanes after the steps before, as `StepData.lanes` gave them."""
+        if num_workers and len(self.lanes) % num_workers:
+            raise ConfigError(
+                f"num_workers must divide the lanes of a process, got num_workers={num_workers} for {len(self.lanes)} of "
+                f"{self.streams.lanes} lanes"
+            )
+        samples = _ahead(_LaneSamples(self, states), num_workers, prefetch=2 * self.num_samples // max(1, num_workers) or 2)
+        with closing(samples):
+            for step in range(start, self.num_steps):
+                items = list(itertools.islice(samples, self.num_samples))
+                yield step_data(
+                    step,
+                    [item.encoded for item in items if item.encoded is not None],
+                    [item.skipped for item in items if item.skipped is not None],
+                    list(dict.fromkeys(note for item in items for note in item.notes)),
+                    self.encoder,
+                    self.pack,
+                    lanes={item.lane: item.state for item in items},
+                )
+
+
+class _LaneItem(NamedTuple):
+    lane: str
+    encoded: EncodedSample | None
+    skipped: Skipped | None
+    notes: list[str]
+    state: State  # of the lane after this sample
+
+
+class _LaneSamples(torch.utils.data.IterableDataset):
+    """Encoded samples of a rank's lanes in turn. Worker w of n has the lanes w, w + n, ..., and torch asks workers in turn, so
+    the order is the same for every n that divides the lanes."""
+
+    def __init__(self, steps: StreamSteps, states: dict[str, State]):
+        self.steps, self.states = steps, states
+
+    def __iter__(self) -> Iterator[_LaneItem]:
+        worker = torch.utils.data.get_worker_info()
+        numbers = self.steps.lanes[worker.id :: worker.num_workers] if worker else self.steps.lanes
+        if worker:  # `datasets` asks as well, and would share out each lane among the workers once more
+            torch.utils.data.get_worker_info = lambda: None
+        lanes = {n: Lane(self.steps.streams, n, self.states.get(f"{n}")) for n in numbers}
+        for number, lane in itertools.cycle(lanes.items()):
+            yield self._encoded(number, lane)
+
+    def _encoded(self, number: int, lane: Lane) -> _LaneItem:
+        place, sample = next(lane)
+        encoded = skipped = None
+        notes: list[str] = []
+        try:
+            if isinstance(sample, BadSampleError):
+                raise sample
+            notes = list(sample.notes)
+            seed = (self.steps.streams.seed, number, lane.count)
+            encoded = self.steps.encoder.encode(sample, seed=seed)
+        except BadSampleError as error:
+            skipped = Skipped(place, str(error))
+        return _LaneItem(f"{number}", encoded, skipped, notes, lane.state())
+
+
+def iterate_steps(
+    dataset: StepDataset | StreamSteps, *, start: int, num_workers: int, states: dict[str, State] | None = None
+) -> Generator[StepData, None, None]:
+    """Steps start, start + 1, ... of `dataset`, prepared ahead by `num_workers` processes, which end when it is closed.
+
+    states:  where the lanes of a stream stood before step `start`.
+    """
+    if isinstance(dataset, StreamSteps):
+        return dataset.iterate(start=start, num_workers=num_workers, states=states or {})
+    return _ahead(dataset, num_workers, prefetch=2, sampler=range(start, len(dataset)))
+
+
+def _ahead(
+    dataset: torch.utils.data.Dataset, num_workers: int, *, prefetch: int, **settings: Any
+) -> Generator[Any, None, None]:
     loader = DataLoader(
         dataset,
         batch_size=None,
-        sampler=range(start, len(dataset)),
         num_workers=num_workers,
-        prefetch_factor=2 if num_workers else None,
+        prefetch_factor=prefetch if num_workers else None,
         worker_init_fn=_ignore_sigterm,
+        **settings,
     )
-    steps = iter(loader)
+    items = iter(loader)
     try:
-        yield from steps
+        yield from items
     finally:  # the workers pass over SIGTERM, with which Python would end them when it exits, and wait for them
-        if isinstance(steps, _MultiProcessingDataLoaderIter):
-            steps._shutdown_workers()
+        if isinstance(items, _MultiProcessingDataLoaderIter):
+            items._shutdown_workers()
 
 
 def _ignore_sigterm(worker: int) -> None:

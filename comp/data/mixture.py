@@ -101,6 +101,8 @@ def choose_indices(size: int, sampling: str, rng: np.random.Generator) -> np.nda
 
 def _open_source(source: SourceConfig) -> Iterator[tuple[str, Dataset, str]]:
     """(name, dataset, sampling) of every dataset in a source."""
+    if source.hub is not None:
+        raise ConfigError(f"data.hub {source.hub} is a stream, which only stages of training read; name a path or a factory")
     if source.factory is not None:
         name = f"{source.factory}({source.arguments})"
         yield name, dataset_from_factory(source.factory, source.arguments), source.sampling

@@ -47,12 +47,20 @@ _MARK = re.compile(r"<(\|?) */? *([A-Za-z][\w -]*?) */?(\|?)>|\[(?:IMG|IMAGE)S?[
 _PICTURE_IN_TEXT = re.compile(r"<img\s[^>]*>|!\[[^\]]*\]\([^)]*\)", re.IGNORECASE)
 
 
-def sample_from_record(record: Any, place: str, images: Path, *, images_anywhere: bool = False) -> Sample:
+def sample_from_record(
+    record: Any,
+    place: str,
+    images: Path,
+    *,
+    images_anywhere: bool = False,
+    pictures: Sequence[LazyImage] | None = None,
+) -> Sample:
     """A `Sample` from one LLaVA record. Images stand in front of the turn that marks them; without marks, of the first turn.
 
     place:            of the record, file[index]; its name in messages.
     images:           folder that image names start from.
     images_anywhere:  they may be absolute or lead out of it.
+    pictures:         the images themselves, for a record that names none.
     """
     if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
         raise BadSampleError(f'{place}: needs an object with a list "conversations", got {str(record)[:80]}')
@@ -65,6 +73,7 @@ def sample_from_record(record: Any, place: str, images: Path, *, images_anywhere
             raise BadSampleError(f'{name}: "{field}" must be a text or absent, got {str(record[field])[:80]}')
         _check_characters(record.get(field) or "", field, name)
     waiting: list[LazyImage] = [_image_file(image, images, name, images_anywhere) for image in image_names]
+    waiting += pictures or []
     num_images = len(waiting)
     messages = []
     for turn in record["conversations"]:

@@ -5,7 +5,7 @@
 
 MODEL is the export of a stage. NAME=PATH is a benchmark (`comp.eval.benchmarks`) in a folder of the Hugging Face `datasets`
 library, or any name with a LLaVA-format .json, .jsonl or .yaml file. Writes OUTPUT/NAME.jsonl, a line per question, and
-OUTPUT/scores.json.
+OUTPUT/scores.json. Under torchrun the processes share the questions.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from ..build import longest_answer, question_encoder
@@ -32,6 +32,7 @@ from ..data.mixture import open_sources
 from ..files import write_json
 from ..log import table
 from ..model import CoMP
+from ..parallel import CPU_ALONE, Place, add_place_options, place_of, stop_world
 from .benchmarks import BENCHMARKS, open_benchmark
 from .exported import check_export, load
 from .vqa import Prediction, answer_batches, scores_by_type
@@ -57,32 +58,43 @@ def answer_into(
     max_new_tokens: int,
     batch_size: int,
     metric: str = "exact_match",
-    device: torch.device | str = "cpu",
+    place: Place = CPU_ALONE,
 ) -> tuple[list[Prediction], list[str]]:
     """Answer the first `count` questions and append a line for each to the file `path`, which may hold some of them or more.
 
+    batch_size:  of every process; the first one writes.
     metric: for questions that name none. Returns their predictions, and a message for every question that cannot be asked.
     Raises ConfigError where the file answers other questions.
     """
+    world = place.world
     path.parent.mkdir(parents=True, exist_ok=True)
-    done = _read_lines(path)[:count]
+    done = world.gather(_read_lines(path)[:count] if world.is_main else None)[0]
     _check_same_questions(path, done, questions)
-    with path.open("a") as file, tqdm(total=count, initial=len(done), desc=path.stem, unit="question") as progress:
-        for batch in answer_batches(
-            model,
-            questions,
-            encoder,
-            indices=range(len(done), count),
-            metric=metric,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            device=device,
-        ):
-            records = [asdict(r) if isinstance(r, Prediction) else {"skipped": r} for r in batch]
-            file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-            file.flush()
+    progress = tqdm(total=count, initial=len(done), desc=path.stem, unit="question", disable=not world.is_main)
+    with path.open("a") if world.is_main else nullcontext() as file, progress:
+        while len(done) < count:
+            together = range(len(done), min(len(done) + batch_size * world.size, count))
+            own: list[Prediction | str] = []
+            with place.autocast():
+                for batch in answer_batches(
+                    model,
+                    questions,
+                    encoder,
+                    indices=together[world.rank :: world.size],
+                    metric=metric,
+                    max_new_tokens=max_new_tokens,
+                    batch_size=batch_size,
+                    device=place.device,
+                ):
+                    own += batch
+            shares = [iter(share) for share in world.gather(own)]
+            results = [next(shares[number % world.size]) for number in range(len(together))]
+            records = [asdict(r) if isinstance(r, Prediction) else {"skipped": r} for r in results]
+            if world.is_main:
+                file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+                file.flush()
             done += records
-            progress.update(len(batch))
+            progress.update(len(records))
     return [Prediction(**r) for r in done if "skipped" not in r], [r["skipped"] for r in done if "skipped" in r]
 
 
@@ -142,29 +154,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--max-visual-tokens", type=positive_int, default=3000, help="of a question, at most 3/4 of the model's positions"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_place_options(parser)
     options = parser.parse_args(arguments)
     try:
-        scores = evaluate(options)
+        place = place_of(options)
+        scores = evaluate(options, place)
     except ConfigError as error:
         parser.error(str(error))
+    stop_world(place.world)
     unasked = [name for name, kinds in scores.items() if not kinds]
     if unasked:
         print(f"{parser.prog}: no question could be asked of {', '.join(unasked)}", file=sys.stderr)
     return 1 if unasked else 0
 
 
-def evaluate(options: argparse.Namespace) -> dict[str, dict[str, dict[str, Any]]]:
+def evaluate(options: argparse.Namespace, place: Place) -> dict[str, dict[str, dict[str, Any]]]:
     """What the command does; returns {NAME: scores by question type}."""
-    sources = _open_all(options.questions, options.split)  # before the weights: a wrong path should not wait
+    sources = open_all(options.questions, options.split)  # before the weights: a wrong path should not wait
     check_export(options.model)
     output = options.output or options.model / "evaluation"
     keys = ("model", "split", "max_new_tokens", "min_visual_tokens", "max_visual_tokens")
     settings = {key: getattr(options, key) for key in keys}
     settings |= {"model": str(options.model.resolve()), "weights": weights_digest(options.model)}
-    claim_output(output, {name: settings | {"path": path} for name, (path, _, _) in sources.items()})
+    if place.world.is_main:
+        claim_output(output, {name: settings | {"path": path} for name, (path, _, _) in sources.items()})
+    place.world.barrier()
     model, template = load(options.model)
-    model.to(options.device)
+    model.to(place.device)
     scores = {}
     for name, (_, questions, answer_tokens) in sources.items():
         answer_tokens = min(options.max_new_tokens or answer_tokens, longest_answer(model))
@@ -175,21 +191,21 @@ def evaluate(options: argparse.Namespace) -> dict[str, dict[str, dict[str, Any]]
             min_visual_tokens=options.min_visual_tokens,
             max_visual_tokens=options.max_visual_tokens,
         )
-        with torch.autocast(torch.device(options.device).type, torch.bfloat16, enabled="cuda" in options.device):
-            predictions, skipped = answer_into(
-                output / f"{name}.jsonl",
-                model,
-                questions,
-                encoder,
-                count=min(options.count or len(questions), len(questions)),
-                max_new_tokens=answer_tokens,
-                batch_size=options.batch_size,
-                device=options.device,
-            )
-        if skipped:
+        predictions, skipped = answer_into(
+            output / f"{name}.jsonl",
+            model,
+            questions,
+            encoder,
+            count=min(options.count or len(questions), len(questions)),
+            max_new_tokens=answer_tokens,
+            batch_size=options.batch_size,
+            place=place,
+        )
+        if skipped and place.world.is_main:
             print(f"{name}: {len(skipped)} questions could not be asked and do not count: {skipped[0]}", file=sys.stderr)
         scores[name] = scores_by_type(predictions)
-    _report(output / "scores.json", scores)
+    if place.world.is_main:
+        _report(output / "scores.json", scores)
     return scores
 
 
@@ -203,7 +219,7 @@ def weights_digest(model: Path) -> str:
     return digest.hexdigest()
 
 
-def _open_all(pairs: Sequence[str], split: str | None) -> dict[str, tuple[str, Dataset, int]]:
+def open_all(pairs: Sequence[str], split: str | None) -> dict[str, tuple[str, Dataset, int]]:
     """{NAME: (PATH, questions, tokens of an answer)}"""
     sources: dict[str, tuple[str, Dataset, int]] = {}
     for pair in pairs:

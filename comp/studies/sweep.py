@@ -1,7 +1,10 @@
 """Resolution sweep: `python -m comp.studies.sweep RUN` answers the held-out questions under several caps on visual tokens.
 
-Images stay at native size and are scaled down only where the cap asks for it (CoMP, arXiv 2503.18931, Figure 3). Writes
+Images stay at native size and are scaled down only where the cap asks for it (CoMP, arXiv 2503.18931, Figure 3). Questions are
+those of the run, or benchmarks and files named as for comp.eval.evaluate. Under torchrun the processes share them. Writes
 RUN/sweep/{table.json, sweep.png}, which the report page shows.
+
+    torchrun --nproc-per-node 8 -m comp.studies.sweep runs/mine chartqa=/data/ChartQA docvqa=/data/DocVQA --caps 256 1024 2304
 """
 
 from __future__ import annotations
@@ -22,23 +25,40 @@ import matplotlib.pyplot as plt
 from ..build import build_model, sample_encoder, set_position_mode
 from ..cli import positive_int
 from ..config import Config, ConfigError
+from ..data.datasets import Dataset
 from ..data.mixture import open_sources
-from ..eval.vqa import OVERALL, answer_questions, scores_by_type
+from ..eval.evaluate import open_all
+from ..eval.vqa import OVERALL, Prediction, answer_questions, scores_by_type
+from ..parallel import CPU_ALONE, Place, add_place_options, place_of, stop_world
 from ..runs import trained_config
 
 CAPS = (8, 16, 32, 64, 128)
 
 
-def sweep(config: Config, caps: Sequence[int], num_questions: int | None = None) -> dict[int, dict[str, dict[str, Any]]]:
-    """Scores by question type (as `scores_by_type`) for every cap on the visual tokens of a question."""
-    if not config.eval.data:
-        raise ConfigError("eval.data lists no source: this run has no held-out questions")
+def sweep(
+    config: Config,
+    caps: Sequence[int],
+    num_questions: int | None = None,
+    *,
+    questions: Sequence[str] = (),
+    place: Place = CPU_ALONE,
+) -> dict[int, dict[str, dict[str, Any]]]:
+    """Scores by question type (as `scores_by_type`) for every cap on the visual tokens of a question, on every process.
+
+    questions:  NAME=PATH of benchmarks or files in place of the run's own; their types are the NAMEs, and "overall" is the mean
+                over all questions. num_questions: of each, default all.
+    """
+    if not questions and not config.eval.data:
+        raise ConfigError("eval.data lists no source: this run has no held-out questions; name benchmarks as NAME=PATH")
+    sources: dict[str | None, tuple[Dataset, int]]
+    if questions:
+        sources = {name: (samples, tokens) for name, (_, samples, tokens) in open_all(questions, None).items()}
+    else:
+        sources = {None: (open_sources(config.eval.data, config.seed), config.eval.max_new_tokens)}
     model, template = build_model(config)
-    model.eval()
+    model.eval().to(place.device)
     stage = config.stages[0]
     set_position_mode(model, config, stage)
-    samples = open_sources(config.eval.data, config.seed)
-    indices = range(min(num_questions or len(samples), len(samples)))
     results = {}
     for cap in caps:
         capped = dataclasses.replace(
@@ -48,19 +68,29 @@ def sweep(config: Config, caps: Sequence[int], num_questions: int | None = None)
             min_visual_tokens=min(stage.min_visual_tokens, cap),
             forward_visual_tokens=None,
         )
-        predictions, skipped = answer_questions(
-            model,
-            samples,
-            sample_encoder(model, template, config, capped),
-            indices=indices,
-            metric=config.eval.metric,
-            max_new_tokens=config.eval.max_new_tokens,
-            batch_size=config.eval.batch_size,
-        )
-        for message in skipped:
-            print(f"skipped {message}", file=sys.stderr)
-        results[cap] = scores_by_type(predictions)
-        print(f"{cap} visual tokens: {100 * results[cap][OVERALL]['score']:.1f}%", file=sys.stderr)
+        encoder = sample_encoder(model, template, config, capped)
+        own: list[tuple[list[Prediction], list[str]]] = []
+        for name, (samples, answer_tokens) in sources.items():
+            count = min(num_questions or len(samples), len(samples))
+            with place.autocast():
+                predictions, skipped = answer_questions(
+                    model,
+                    samples,
+                    encoder,
+                    indices=range(place.world.rank, count, place.world.size),
+                    metric=config.eval.metric,
+                    max_new_tokens=answer_tokens,
+                    batch_size=config.eval.batch_size,
+                    device=place.device,
+                )
+            named = [p if name is None else dataclasses.replace(p, question_type=name) for p in predictions]
+            own.append((named, skipped))
+        everything = [part for share in place.world.gather(own) for part in share]
+        results[cap] = scores_by_type(p for predictions, _ in everything for p in predictions)
+        if place.world.is_main:
+            for message in (m for _, skipped in everything for m in skipped):
+                print(f"skipped {message}", file=sys.stderr)
+            print(f"{cap} visual tokens: {100 * results[cap][OVERALL]['score']:.1f}%", file=sys.stderr)
     return results
 
 
@@ -100,17 +130,23 @@ def write_sweep(results: dict[int, dict[str, dict[str, Any]]], folder: Path) -> 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run, for example runs/tiny")
+    parser.add_argument("questions", nargs="*", metavar="NAME=PATH", help="benchmarks or files (default: the run's questions)")
     default = " ".join(map(str, CAPS))
     parser.add_argument("--caps", type=positive_int, nargs="+", default=CAPS, metavar="N", help=f"default: {default}")
     parser.add_argument("--stage", help="whose models to use (default: the last)")
-    parser.add_argument("--questions", type=positive_int, help="use the first questions only")
+    parser.add_argument("--count", type=positive_int, help="use the first questions only, of each source")
+    add_place_options(parser)
     options = parser.parse_args(arguments)
     try:
-        results = sweep(trained_config(options.run, options.stage), sorted(options.caps), options.questions)
+        place = place_of(options)
+        config = trained_config(options.run, options.stage)
+        results = sweep(config, sorted(options.caps), options.count, questions=options.questions, place=place)
     except ConfigError as error:
         parser.error(str(error))
-    write_sweep(results, options.run / "sweep")
-    print(options.run / "sweep" / "table.json")
+    if place.world.is_main:
+        write_sweep(results, options.run / "sweep")
+        print(options.run / "sweep" / "table.json")
+    stop_world(place.world)
     return 0
 
 

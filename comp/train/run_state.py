@@ -23,6 +23,7 @@ MAY_DIFFER_ON_RESUME = (
     "device",
     "parallel",
     "activation_checkpointing",
+    "shard_size",
     "compile",
     "balance",
     "peak_tflops",
@@ -53,6 +54,7 @@ class RunState:
     skipped: dict[str, int] = field(default_factory=dict)  # message of an unusable sample -> times met
     skipped_samples: dict[str, int] = field(default_factory=dict)  # place of an unusable sample -> times met
     notes: list[str] = field(default_factory=list)  # what of the records is not read
+    lanes: dict[str, Any] = field(default_factory=dict)  # where each lane of the stage stands, where it is streamed
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     metrics_bytes: int = 0  # length of metrics.jsonl that belongs to this state
     checksums: dict[str, int] = field(default_factory=dict)  # of that and of other files beside the checkpoints that it needs

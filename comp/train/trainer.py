@@ -22,8 +22,9 @@ from safetensors import SafetensorError
 from ..build import build_model, export_model, sample_encoder, set_position_mode
 from ..config import BEFORE, Config, ConfigError, StageConfig
 from ..data.datasets import BadSampleError
-from ..data.loader import Skipped, StepData, StepDataset, iterate_steps
-from ..data.mixture import check_files, open_sources
+from ..data.loader import Skipped, StepData, StepDataset, StreamSteps, iterate_steps
+from ..data.mixture import Mixture, check_files, open_sources
+from ..data.streams import Streams, needs_lanes
 from ..data.template import num_rows
 from ..eval.vqa import answer_questions, blind_baselines, scores_by_type, write_predictions
 from ..files import checksum, write_json
@@ -70,7 +71,9 @@ class Trainer:
 
         # data and folder first: a wrong path should not wait for the weights
         check_files([source for stage in config.stages for source in stage.data] + config.eval.data)
-        self.sources = [open_sources(stage.data, config.seed) for stage in config.stages]
+        self.sources = [self._open_data(stage) for stage in config.stages]
+        if config.eval.baselines and isinstance(self.sources[-1], Streams):
+            raise ConfigError("eval.baselines reads all answers of the last stage, which is a stream; set it to false")
         self.held_out = open_sources(config.eval.data, config.seed) if config.eval.data else None
         claim_folder(self.folder, config, self.world)
         self.startup.say("data opened")
@@ -110,7 +113,7 @@ class Trainer:
     def _run_stage(self, index: int) -> None:
         config, state, stage = self.config, self.state, self.config.stages[index]
         if state.stage != index:
-            state.stage, state.step_in_stage, state.samples_in_stage = index, 0, 0
+            state.stage, state.step_in_stage, state.samples_in_stage, state.lanes = index, 0, 0, {}
         set_trainable(self.model, stage.trainable)
         note_trainable_changed(self.model)
         set_position_mode(self.model, config, stage)
@@ -122,7 +125,8 @@ class Trainer:
         self.model.train()
         dataset = self.datasets[index]
         loaded = time.monotonic()
-        with closing(iterate_steps(dataset, start=state.step_in_stage, num_workers=config.num_workers)) as steps:
+        ahead = iterate_steps(dataset, start=state.step_in_stage, num_workers=config.num_workers, states=state.lanes)
+        with closing(ahead) as steps:
             for data in steps:
                 stop = self._step(optimizer, data, begun=loaded)
                 loaded = time.monotonic()
@@ -143,6 +147,7 @@ class Trainer:
         state = self.state
         stage, num_steps = self.config.stages[state.stage], len(self.datasets[state.stage])
         data_time = time.monotonic() - begun
+        state.lanes.update(data.lanes)
         notes = [note for note in data.notes if note not in state.notes]
         flops = self.work.step(data.batches, stage.trainable, text_again=stage.alignment is not None)
         totals = StepTotals.gather(data, self.world, padded=self.padded, flops=flops, notes=len(notes), stop=self._stop)
@@ -268,8 +273,27 @@ class Trainer:
 
     # --- beginning, end, and interruptions -----------------------------------------------------------------------------------
 
-    def _open_stage(self, index: int) -> StepDataset:
+    def _open_data(self, stage: StageConfig) -> Mixture | Streams:
+        if not needs_lanes(stage.data):
+            return open_sources(stage.data, self.config.seed)
+        if stage.max_steps is None:
+            raise ConfigError(f"stage {stage.name} reads a stream, so max_steps must say how long; its sources have no end")
+        return Streams(stage.data, lanes=self.config.lanes, seed=self.config.seed)
+
+    def _open_stage(self, index: int) -> StepDataset | StreamSteps:
         config, stage = self.config, self.config.stages[index]
+        if isinstance(self.sources[index], Streams):
+            return StreamSteps(
+                self.sources[index],
+                sample_encoder(self.model, self.template, config, stage),
+                batch_size=stage.batch_size,
+                num_steps=stage.max_steps,
+                rank=self.world.rank,
+                world_size=self.world.size,
+                visual_tokens=stage.forward_visual_tokens,
+                text_tokens=stage.forward_text_tokens,
+                padded=self.padded,
+            )
         return StepDataset(
             self.sources[index],
             sample_encoder(self.model, self.template, config, stage),
@@ -325,6 +349,9 @@ class Trainer:
     def _save(self, optimizer: torch.optim.Optimizer) -> None:
         state = self.state
         state.seconds = time.monotonic() - self._started
+        if state.lanes:  # each process knows its own lanes; the others' are as old as the start
+            own = {lane: state.lanes[lane] for lane in map(str, self.datasets[state.stage].lanes)}
+            state.lanes = {lane: its for share in self.world.gather(own) for lane, its in share.items()}
         if self.log is not None:
             state.metrics_bytes = self.log.num_bytes()
             state.checksums[self.log.path.name] = checksum(self.log.path)

@@ -74,7 +74,7 @@ def test_every_choice_of_the_tower_is_a_field_of_the_run(config):
         ("stages.0.resolution=big", '"pretrain" or null'),
         ("stages.0.forward_visual_tokens=8", "cannot hold one sample of max_visual_tokens=64"),
         ("stages.0.data=[]", "data lists no source"),
-        ("stages.0.data.0.path=x.json", "exactly one of path and factory"),
+        ("stages.0.data.0.path=x.json", "exactly one of path, hub and factory"),
         ("stages.0.data.0.sampling=some:3", "data.sampling must be"),
         ("stages.0.optim.betas=[0.9]", "stages.0.optim.betas must be"),
         ("stages.1.name=I", "different names"),

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from PIL import Image
@@ -228,12 +232,23 @@ def toy_config(folder: Path, **changes) -> Config:
     return config
 
 
-if __name__ == "__main__":
-    from unittest.mock import patch
-
+def main(folder: str, *arguments: str) -> None:
+    """A run in a process of its own: field=value, --resume, and --sigterm-in=N for a signal during the N-th step."""
+    import comp.train.trainer as module
     from comp.config_io import apply_overrides
-    from comp.train.trainer import Trainer
 
-    folder, *overrides = sys.argv[1:]
-    with patch("comp.train.trainer.plot_run"):
-        Trainer(apply_overrides(toy_config(Path(folder)), overrides)).run()
+    signalled = next((int(a.partition("=")[2]) for a in arguments if a.startswith("--sigterm-in=")), None)
+    train_step, steps = module.train_step, itertools.count(1)
+
+    def with_signal(*args, **kwargs):
+        if next(steps) == signalled:
+            signal.raise_signal(signal.SIGTERM)
+        return train_step(*args, **kwargs)
+
+    config = apply_overrides(toy_config(Path(folder)), [a for a in arguments if not a.startswith("--")])
+    with patch.object(module, "plot_run"), patch.object(module, "train_step", with_signal), suppress(module.StopRequested):
+        module.Trainer(config, resume="--resume" in arguments).run()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

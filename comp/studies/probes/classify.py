@@ -23,6 +23,7 @@ from ...config import ConfigError
 from ...data.decode import to_rgb
 from ...eval.batches import in_batches
 from ...model import VisionEncoder
+from ...parallel import CPU_ALONE, Place, place_of, stop_world
 from ...runs import encoders_of
 from ...tiny.digits import load_scans
 from .frozen import (
@@ -41,17 +42,22 @@ from .frozen import (
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """The paper's values in brackets, for ImageNet at 224 / 448 pixels (Table 13)."""
+    """Defaults for small pictures; PAPER are the paper's values."""
 
     size: int = 64
     """Side of the square images in pixels."""
-    epochs: int = 10  # [10]
-    warmup_epochs: float = field(default=1.0, metadata={"least": 0})  # [1]
-    batch_size: int = 64  # [1024 / 256]
-    lr: float = 1e-3  # [1e-4 / 1e-5]
-    min_lr: float = field(default=1e-5, metadata={"least": 0})  # [2e-5 / 5e-6]
-    weight_decay: float = field(default=0.05, metadata={"least": 0})  # [0.05]
-    augment: bool = field(default=False, metadata={"help": "crop (area 8%% to 100%%) and flip at random, as the paper does"})
+    epochs: int = 10
+    warmup_epochs: float = field(default=1.0, metadata={"least": 0})
+    batch_size: int = 64
+    """Over all processes."""
+    lr: float = 1e-3
+    min_lr: float = field(default=1e-5, metadata={"least": 0})
+    weight_decay: float = field(default=0.05, metadata={"least": 0})
+    augment: bool = field(default=False, metadata={"help": "crop (area 8%% to 100%%) and flip at random"})
+
+
+PAPER = ProbeSettings(size=224, batch_size=1024, lr=1e-4, min_lr=2e-5, augment=True)
+"""ImageNet at 224 pixels, Table 13; at 448 it has batches of 256, rates of 1e-5 and 5e-6."""
 
 
 class AttentiveProbe(nn.Module):
@@ -134,51 +140,62 @@ def correct_answers(
     settings: ProbeSettings,
     seed: int = 0,
     cache: dict[str, Tensor] | None = None,
+    place: Place = CPU_ALONE,
 ) -> Tensor:
     """Which images of `test` a probe trained on `train` classifies correctly, [n] bool. The encoder is not changed.
 
     cache:  keeps features between calls that differ in `seed` alone; start with an empty one.
+    place:  of the encoder. Each process encodes its share of every batch and keeps features of its own images alone; the probe,
+            small beside the encoder, learns from whole batches on all of them, in float32.
     """
-    torch.manual_seed(seed)
+    world, device = place.world, place.device
     encoder.eval()
-    device = encoder.patch_embed.weight.device
     cache = {} if cache is None else cache
     if "test" not in cache:
-        cache["test"] = all_features(encoder, test, settings)
+        cache["test"] = own_features(encoder, test, settings, place)
     if "train" not in cache and not settings.augment:
-        cache["train"] = all_features(encoder, train, settings)
+        cache["train"] = own_features(encoder, train, settings, place)
+    torch.manual_seed(seed)
     probe = AttentiveProbe(encoder.config.width, train.num_classes).to(device)
     labels = torch.tensor(train.labels, device=device)
+    order = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed * world.size + world.rank)  # crops are drawn by each process for itself
 
     def losses() -> Iterator[Tensor]:
         for _ in range(settings.epochs):
-            for chosen in torch.randperm(len(labels)).split(settings.batch_size):
+            for chosen in torch.randperm(len(labels), generator=order).split(settings.batch_size):
+                own = world.own(chosen.tolist())
                 if settings.augment:
-                    x = encode(encoder, [augmented(train.open(i)) for i in chosen.tolist()], settings.size)
+                    x = encode(encoder, [augmented(train.open(i)) for i in own], settings.size, place)
                 else:
-                    x = cache["train"][chosen]
-                yield F.cross_entropy(probe(x.to(device)), labels[chosen])
+                    x = cache["train"][[i // world.size for i in own]]
+                yield F.cross_entropy(probe(world.in_order(x.to(device), chosen.tolist())), labels[chosen])
 
     steps_per_epoch = math.ceil(len(labels) / settings.batch_size)
     num_steps, warmup = settings.epochs * steps_per_epoch, settings.warmup_epochs * steps_per_epoch
     fit(probe, losses(), settings, num_steps=num_steps, warmup=warmup, cosine=True)
     with torch.no_grad():
-        predicted = torch.cat([probe(x.to(device)).argmax(-1).cpu() for x in cache["test"].split(settings.batch_size)])
-    return predicted == torch.tensor(test.labels)
+        predicted = torch.cat([probe(x.to(device)).argmax(-1) for x in cache["test"].split(settings.batch_size)])
+    return world.in_order(predicted, range(len(test.labels))).cpu() == torch.tensor(test.labels)
 
 
-def all_features(encoder: VisionEncoder, images: LabelledImages, settings: ProbeSettings) -> Tensor:
-    """[n, T, D] of all images, kept in main memory."""
-    batches = in_batches(len(images.labels), settings.batch_size)
-    return torch.cat([encode(encoder, [images.open(i) for i in batch], settings.size).cpu() for batch in batches])
+def own_features(encoder: VisionEncoder, images: LabelledImages, settings: ProbeSettings, place: Place) -> Tensor:
+    """[n, T, D] of the images that are this process's, kept in main memory."""
+    own = place.world.own(range(len(images.labels)))
+    batches = in_batches(len(own), max(1, settings.batch_size // place.world.size))
+    features = [encode(encoder, [images.open(own[i]) for i in batch], settings.size, place).cpu() for batch in batches]
+    return torch.cat(features) if features else encode(encoder, [], settings.size, place).cpu()
 
 
 @torch.no_grad()
-def encode(encoder: VisionEncoder, images: Sequence[Image.Image], size: int) -> Tensor:
-    """[B, T, D]; the order of the tokens does not matter to the probe."""
+def encode(encoder: VisionEncoder, images: Sequence[Image.Image], size: int, place: Place = CPU_ALONE) -> Tensor:
+    """[B, T, D] float32; the order of the tokens does not matter to the probe."""
+    if not images:  # a share may be empty, and still has its shape
+        return encode(encoder, [Image.new("RGB", (size, size))], size, place)[:0]
     prepared = [encoder.prepare(image, size=(size, size)) for image in images]
     pixel_values = torch.cat([patches for patches, _ in prepared]).to(encoder.patch_embed.weight.device)
-    features = encoder(pixel_values, torch.tensor([grid for _, grid in prepared]))
+    with place.autocast():
+        features = encoder(pixel_values, torch.tensor([grid for _, grid in prepared])).float()
     return features.unflatten(0, (len(images), -1))
 
 
@@ -200,11 +217,18 @@ ACCURACY = Measure("accuracy", lambda sums: sums[..., 0] / sums[..., 1])
 
 
 def classification_trial(
-    name: str, described: str, train: LabelledImages, test: LabelledImages, settings: ProbeSettings, seeds: int
+    name: str,
+    described: str,
+    train: LabelledImages,
+    test: LabelledImages,
+    settings: ProbeSettings,
+    seeds: int,
+    place: Place = CPU_ALONE,
 ) -> Trial:
     def run(encoder: VisionEncoder) -> dict[str, Tensor]:
         cache: dict[str, Tensor] = {}
-        correct = torch.stack([correct_answers(encoder, train, test, settings, seed, cache) for seed in range(seeds)])
+        answers = (correct_answers(encoder, train, test, settings, seed, cache, place) for seed in range(seeds))
+        correct = torch.stack(list(answers))
         return {"counts": torch.stack((correct, torch.ones_like(correct)), dim=-1).int()}
 
     text = (
@@ -220,10 +244,11 @@ def classification_trial(
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="with train/ and val/ (default: scikit-learn's digits)")
-    add_options(parser, ProbeSettings())
+    add_options(parser, ProbeSettings(), PAPER)
     options = parser.parse_args(arguments)
     try:
-        settings = settings_from(options, ProbeSettings)
+        settings = settings_from(options, ProbeSettings(), PAPER, data=options.data)
+        place = place_of(options)
         if options.data is None:
             train, test, name, described = (
                 digit_images("train"),
@@ -236,10 +261,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             test = folder_images(options.data / "val", sorted(p.name for p in (options.data / "train").iterdir() if p.is_dir()))
             name = described = options.data.name
         trial = classification_trial(
-            name, described, train.first(options.train_images), test.first(options.test_images), settings, options.seeds
+            name, described, train.first(options.train_images), test.first(options.test_images), settings, options.seeds, place
         )
-        run_trial(trial, options.run, encoders_of(options.run, options.stages), options.device)
+        run_trial(trial, options.run, encoders_of(options.run, options.stages), place)
     except ConfigError as error:
         parser.error(str(error))
-    print(describe_table(options.run / "probes" / name))
+    if place.world.is_main:
+        print(describe_table(options.run / "probes" / name))
+    stop_world(place.world)
     return 0

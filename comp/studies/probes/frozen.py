@@ -26,10 +26,13 @@ from ...config import ConfigError
 from ...eval.batches import RESAMPLES
 from ...log import table
 from ...model import VisionEncoder
+from ...parallel import Place, add_place_options
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+FETCHED = ("digits", "fashion-mnist", "stamp-segmentation")
+"""Folders that comp.fetch.probes makes: small pictures, few of them."""
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -94,21 +97,25 @@ def subset(items: Sequence, count: int | None) -> list:
 # --- outcomes ----------------------------------------------------------------------------------------------------------------
 
 
-def run_trial(trial: Trial, run: Path, encoders: Iterator[tuple[str, VisionEncoder]], device: str) -> dict[str, dict]:
+def run_trial(trial: Trial, run: Path, encoders: Iterator[tuple[str, VisionEncoder]], place: Place) -> dict[str, dict]:
     """The outcome per encoder, kept in RUN/probes/NAME: an interrupted trial goes on with the encoders that are missing.
-    Writes table.json there, which the report page shows."""
-    folder = run / "probes" / trial.name
+    Writes table.json there, which the report page shows. All processes call it, the first one reads and writes."""
+    folder, world = run / "probes" / trial.name, place.world
     outcomes: dict[str, dict] = {}
     for label, encoder in encoders:  # the first one has found RUN to be a run
-        folder.mkdir(parents=True, exist_ok=True)
-        kept, key = folder / f"{label}.pt", f"{trial.key} {fingerprint(encoder)}"
-        outcome = torch.load(kept, weights_only=True) if kept.is_file() else {}
-        if outcome.get("key") != key:
-            outcome = {"key": key, **trial.run(encoder.to(device))}
-            torch.save(outcome, kept)
+        kept, key = folder / f"{label}.pt", f"{trial.key} {fingerprint(encoder)}{' bf16' if place.bf16 else ''}"
+        outcome: dict = {}
+        if world.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            outcome = torch.load(kept, weights_only=True) if kept.is_file() else {}
+        if world.gather(outcome.get("key"))[0] != key:
+            outcome = {"key": key, **trial.run(encoder.to(place.device))}
+            if world.is_main:
+                torch.save(outcome, kept)
         outcomes[label] = outcome
-    made = make_table({label: outcome["counts"] for label, outcome in outcomes.items()}, trial.measures)
-    (folder / "table.json").write_text(json.dumps(dict(title=trial.title, text=trial.text, **made), indent=1))
+    if world.is_main:
+        made = make_table({label: outcome["counts"] for label, outcome in outcomes.items()}, trial.measures)
+        (folder / "table.json").write_text(json.dumps(dict(title=trial.title, text=trial.text, **made), indent=1))
     return outcomes
 
 
@@ -170,35 +177,52 @@ def change_of(before: Tensor, after: Tensor, measure: Measure) -> tuple[float, f
 # --- command line ------------------------------------------------------------------------------------------------------------
 
 
-def add_options(parser: argparse.ArgumentParser, settings: DataclassInstance) -> None:
-    """RUN, the options of every probe, and one option per field of the dataclass `settings`."""
+def add_options(parser: argparse.ArgumentParser, small: DataclassInstance, paper: DataclassInstance) -> None:
+    """RUN, the options of every probe, and one option per field of the settings.
+
+    small, paper:  instances of the dataclass of the settings: for the data that comp.fetch.probes makes, and the paper's.
+    """
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run, for example runs/tiny")
     parser.add_argument(
         "--stages", nargs="+", metavar="STAGE", help="whose encoders to compare with the start (default: the last)"
     )
-    parser.add_argument("--seeds", type=positive_int, default=3, help="probes trained per encoder (default: 3)")
+    parser.add_argument(
+        "--settings",
+        choices=("small", "paper"),
+        help="what the options below start from (default: small for what comp.fetch.probes makes, else paper)",
+    )
+    parser.add_argument("--seeds", type=positive_int, help="probes trained per encoder (default: 3; with --settings paper 1)")
     parser.add_argument("--train-images", type=positive_int, metavar="N", help="use N of the training images (default: all)")
     parser.add_argument("--test-images", type=positive_int, metavar="N", help="use N of the test images (default: all)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    for field in dataclasses.fields(settings):
-        value, flag = getattr(settings, field.name), f"--{field.name.replace('_', '-')}"
+    add_place_options(parser)
+    for field in dataclasses.fields(small):
+        value, flag = getattr(small, field.name), f"--{field.name.replace('_', '-')}"
+        both = f"default: {value}, the paper's {getattr(paper, field.name)}"
         if isinstance(value, bool):
-            parser.add_argument(flag, action="store_true", help=field.metadata.get("help"))
+            text = f"{field.metadata.get('help', '')} ({both})".strip()
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         else:
-            choices = field.metadata.get("choices")
-            parser.add_argument(flag, type=type(value), default=value, choices=choices, help=f"default: {value}")
+            parser.add_argument(flag, type=type(value), choices=field.metadata.get("choices"), help=both)
 
 
-def settings_from(options: argparse.Namespace, settings_class: type) -> Any:
-    """The options as `settings_class`. ConfigError for a number that cannot train: below its field's metadata "least", or where
-    there is none not more than 0."""
-    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(settings_class)}
-    for field in dataclasses.fields(settings_class):
+def settings_from(options: argparse.Namespace, small: Any, paper: Any, *, data: Path | None) -> Any:
+    """The options as settings, those not given from `small` or `paper`; `options.seeds` is set as well. ConfigError for a
+    number that cannot train: below its field's metadata "least", or where there is none not more than 0.
+
+    data:  the folder that is probed, None for what comes with a package.
+    """
+    is_small = options.settings == "small" or (options.settings is None and (data is None or data.name in FETCHED))
+    start = small if is_small else paper
+    if options.seeds is None:
+        options.seeds = 3 if is_small else 1
+    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(start)}
+    values = {name: getattr(start, name) if value is None else value for name, value in given.items()}
+    for field in dataclasses.fields(start):
         value, least = values[field.name], field.metadata.get("least")
         if type(value) in (int, float) and not (value > 0 if least is None else value >= least):
             needed = "more than 0" if least is None else f"at least {least}"
             raise ConfigError(f"--{field.name.replace('_', '-')} must be {needed}, got {value}")
-    return settings_class(**values)
+    return type(start)(**values)
 
 
 def describe_table(folder: Path) -> str:

@@ -35,6 +35,7 @@ from ...data.batch import IGNORED
 from ...data.images import to_raster
 from ...eval.batches import in_batches
 from ...model import VisionEncoder
+from ...parallel import CPU_ALONE, Place, place_of, stop_world
 from ...runs import encoders_of
 from ..probes.frozen import (
     Measure,
@@ -55,39 +56,47 @@ MOST_CLASSES_SHOWN = 12
 
 @dataclass(frozen=True)
 class SegmentationSettings:
-    """The paper's values in brackets, for ADE20K at 504 pixels (Table 14)."""
+    """Defaults for small pictures; PAPER are the paper's values."""
 
     head: str = field(default="upernet", metadata={"choices": ("upernet", "linear")})
-    channels: int = 32  # of UperNet inside [not said; 512 in the original]
+    channels: int = 32  # of UperNet inside
     crop: int = 96
-    """Side of the squares that are trained on, in pixels [504 / 672]."""
+    """Side of the squares that are trained on, in pixels."""
     max_tokens: int = 3000
     """Larger pictures are scaled down, keeping the aspect ratio; h * w / merge_size^2."""
-    iterations: int = 400  # [80,000]
-    warmup: int = field(default=20, metadata={"least": 0})  # [1,500]
-    batch_size: int = field(default=16, metadata={"least": 2})  # [16]; UperNet normalises one pooled value per picture
-    lr: float = 1e-3  # [4e-5]
-    min_lr: float = field(default=0.0, metadata={"least": 0})  # [0]
-    weight_decay: float = field(default=0.05, metadata={"least": 0})  # [0.05]
-    augment: bool = field(
-        default=False, metadata={"help": "scale (0.5 to 2), flip and recolour training pictures, as the paper does"}
-    )
+    iterations: int = 400
+    warmup: int = field(default=20, metadata={"least": 0})
+    batch_size: int = field(default=16, metadata={"least": 2})  # over all processes; UperNet normalises a value per picture
+    lr: float = 1e-3
+    min_lr: float = field(default=0.0, metadata={"least": 0})
+    weight_decay: float = field(default=0.05, metadata={"least": 0})
+    augment: bool = field(default=False, metadata={"help": "scale (0.5 to 2), flip and recolour training pictures"})
+
+
+PAPER = SegmentationSettings(channels=512, crop=504, iterations=80_000, warmup=1500, lr=4e-5, augment=True)
+"""ADE20K at 504 pixels, Table 14 (672 for the larger size); UperNet's channels are not said, 512 is the original's."""
 
 
 # --- features ----------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def feature_maps(encoder: VisionEncoder, images: Sequence[Image.Image], max_tokens: int = 3000) -> list[Tensor]:
-    """[4, D, h, w] per picture at native resolution, packed: four evenly spaced layers, each patch normalised as LayerNorm does
-    without weights."""
+def feature_maps(
+    encoder: VisionEncoder, images: Sequence[Image.Image], max_tokens: int = 3000, place: Place = CPU_ALONE
+) -> list[Tensor]:
+    """[4, D, h, w] float32 per picture at native resolution, packed: four evenly spaced layers, each patch normalised as
+    LayerNorm does without weights."""
+    if not images:
+        return []
     num_layers, merge_size = len(encoder.blocks), encoder.config.merge_size
     layers = [max(0, (number * num_layers) // 4 - 1) for number in (1, 2, 3, 4)]
     prepared = [encoder.prepare(image, max_tokens=max_tokens) for image in images]
     pixel_values = torch.cat([patches for patches, _ in prepared]).to(encoder.patch_embed.weight.device)
     grids = [grid for _, grid in prepared]
-    _, taps = encoder(pixel_values, torch.tensor(grids), return_layers=layers)
-    stacked = torch.stack([F.layer_norm(taps[layer], taps[layer].shape[-1:]) for layer in layers], dim=1)  # [N, 4, D]
+    with place.autocast():
+        _, taps = encoder(pixel_values, torch.tensor(grids), return_layers=layers)
+    taps = [taps[layer].float() for layer in layers]
+    stacked = torch.stack([F.layer_norm(tap, tap.shape[-1:]) for tap in taps], dim=1)  # [N, 4, D]
     maps = to_raster(stacked.flatten(1), grids, merge_size)
     return [one.squeeze(0).unflatten(-1, stacked.shape[1:]).permute(2, 3, 0, 1) for one in maps]
 
@@ -98,29 +107,45 @@ Batch = tuple[Tensor, Tensor]  # maps [4, B, D, h, w] and labels [B, H, W]
 
 
 class CachedCrops:
-    """Squares out of the feature maps of whole pictures, which are computed once and kept in main memory."""
+    """Squares out of the feature maps of whole pictures, which are computed once and kept in main memory, each process its
+    own. The squares of a batch are those of all processes."""
 
-    def __init__(self, encoder: VisionEncoder, images: AnnotatedImages, settings: SegmentationSettings):
-        self.patch_size = encoder.config.patch_size
+    def __init__(
+        self, encoder: VisionEncoder, images: AnnotatedImages, settings: SegmentationSettings, place: Place = CPU_ALONE
+    ):
+        self.place = place
+        self.width, self.patch_size = encoder.config.width, encoder.config.patch_size
         self.side = settings.crop // self.patch_size
         self.maps: list[Tensor] = []
         self.labels: list[Tensor] = []
-        for batch in in_batches(len(images.pairs), settings.batch_size):
-            opened = [images.open(i) for i in batch]
-            maps = feature_maps(encoder, [image for image, _ in opened], settings.max_tokens)
+        own = place.world.own(range(len(images.pairs)))
+        for batch in in_batches(len(own), settings.batch_size):
+            opened = [images.open(own[i]) for i in batch]
+            maps = feature_maps(encoder, [image for image, _ in opened], settings.max_tokens, place)
             self.maps += [one.cpu() for one in maps]
             for (_, annotation), one in zip(opened, maps):
                 size = [side * self.patch_size for side in (one.shape[3], one.shape[2])]  # width, height
                 self.labels.append(images.labels(annotation.resize(size, Image.Resampling.NEAREST)).to(torch.int16))
 
     def __call__(self, chosen: Sequence[int]) -> Batch:
-        cut = [self._square(self.maps[i], self.labels[i]) for i in chosen]
-        return torch.stack([maps for maps, _ in cut], dim=1), torch.stack([labels for _, labels in cut]).long()
+        world = self.place.world
+        windows = torch.rand(len(chosen), 2).tolist()  # the same on every process, whatever it has of the batch
+        cut = [
+            self._square(self.maps[i // world.size], self.labels[i // world.size], window)
+            for i, window in zip(chosen, windows)
+            if i in world.own([i])
+        ]
+        side = self.side
+        maps = torch.stack([m for m, _ in cut]) if cut else torch.zeros(0, 4, self.width, side, side)
+        pixels = side * self.patch_size
+        labels = torch.stack([one for _, one in cut]).long() if cut else torch.zeros(0, pixels, pixels, dtype=torch.long)
+        return in_order(maps, labels, chosen, self.place)
 
-    def _square(self, maps: Tensor, labels: Tensor) -> Batch:
-        """A random window; where the picture is smaller, zeros that are ignored at the right and at the bottom."""
+    def _square(self, maps: Tensor, labels: Tensor, window: Sequence[float]) -> Batch:
+        """A window at a place in [0, 1) x [0, 1); where the picture is smaller, zeros that are ignored at the right and at the
+        bottom."""
         rows, columns = maps.shape[2:]
-        top, left = (int(torch.randint(max(0, extent - self.side) + 1, ())) for extent in (rows, columns))
+        top, left = (int(part * (max(0, extent - self.side) + 1)) for part, extent in zip(window, (rows, columns)))
         maps = maps[..., top : top + self.side, left : left + self.side]
         height, width = (self.side - extent for extent in maps.shape[2:])
         p = self.patch_size
@@ -132,13 +157,25 @@ class CachedCrops:
 class AugmentedCrops:
     """Squares of randomly scaled, flipped and recoloured pictures, encoded anew each time."""
 
-    def __init__(self, encoder: VisionEncoder, images: AnnotatedImages, settings: SegmentationSettings):
+    def __init__(
+        self, encoder: VisionEncoder, images: AnnotatedImages, settings: SegmentationSettings, place: Place = CPU_ALONE
+    ):
         self.encoder, self.images, self.side, self.max_tokens = encoder, images, settings.crop, settings.max_tokens
+        self.place = place
 
     def __call__(self, chosen: Sequence[int]) -> Batch:
-        cut = [augmented_square(*self.images.open(i), self.side) for i in chosen]
-        maps = feature_maps(self.encoder, [image for image, _ in cut], self.max_tokens)
-        return torch.stack(maps, dim=1), torch.stack([self.images.labels(annotation) for _, annotation in cut])
+        own = self.place.world.own(chosen)
+        # a share may be empty, and still has its shape
+        cut = [augmented_square(*self.images.open(i), self.side) for i in own or chosen[:1]]
+        maps = torch.stack(feature_maps(self.encoder, [image for image, _ in cut], self.max_tokens, self.place))
+        labels = torch.stack([self.images.labels(annotation) for _, annotation in cut])
+        return in_order(maps[: len(own)], labels[: len(own)], chosen, self.place)
+
+
+def in_order(maps: Tensor, labels: Tensor, chosen: Sequence[int], place: Place) -> Batch:
+    """The whole batch on the device, from the shares [n, 4, D, h, w] and [n, H, W] of all processes."""
+    whole = place.world.in_order(maps.to(place.device), chosen)
+    return whole.transpose(0, 1), place.world.in_order(labels.to(place.device), chosen)
 
 
 def train_head(
@@ -149,13 +186,14 @@ def train_head(
     settings: SegmentationSettings,
     seed: int = 0,
 ) -> nn.Module:
-    """A head in evaluation mode, trained on `settings.iterations` batches of `crops`."""
+    """A head in evaluation mode, trained on `settings.iterations` batches of `crops`, on every process the same."""
     torch.manual_seed(seed)
+    order = torch.Generator().manual_seed(seed)
     config, device = encoder.config, encoder.patch_embed.weight.device
     head = make_head(settings.head, config.width, config.patch_size, num_classes, settings.channels).to(device)
 
     def batch_loss() -> Tensor:
-        maps, labels = crops(torch.randint(num_images, (settings.batch_size,)).tolist())
+        maps, labels = crops(torch.randint(num_images, (settings.batch_size,), generator=order).tolist())
         scores = F.interpolate(head(maps.to(device)), size=labels.shape[1:], mode="bilinear")
         labels = labels.to(device)
         summed = F.cross_entropy(scores, labels, ignore_index=IGNORED, reduction="sum")
@@ -216,36 +254,47 @@ MEASURES = (Measure("mIoU", mean_iou), Measure("mAcc", mean_class_accuracy), Mea
 
 
 def evaluate_heads(
-    encoder: VisionEncoder, heads: Sequence[nn.Module], images: AnnotatedImages, settings: SegmentationSettings
+    encoder: VisionEncoder,
+    heads: Sequence[nn.Module],
+    images: AnnotatedImages,
+    settings: SegmentationSettings,
+    place: Place = CPU_ALONE,
 ) -> tuple[Tensor, list[Tensor]]:
     """Areas of whole pictures at the size of their annotations, [heads, images, 3 * C], and the first head's classes [H, W] for
-    the first NUM_EXAMPLES pictures."""
-    counts: list[Tensor] = []
-    examples: list[Tensor] = []
-    for batch in in_batches(len(images.pairs), settings.batch_size):
-        opened = [images.open(i) for i in batch]
-        for (_, annotation), maps in zip(opened, feature_maps(encoder, [image for image, _ in opened], settings.max_tokens)):
+    the first NUM_EXAMPLES pictures; of all processes, on each."""
+    own = place.world.own(range(len(images.pairs)))
+    found: list[tuple[int, Tensor, Tensor | None]] = []
+    for batch in in_batches(len(own), settings.batch_size):
+        opened = [images.open(own[i]) for i in batch]
+        together = feature_maps(encoder, [image for image, _ in opened], settings.max_tokens, place)
+        for number, (_, annotation), maps in zip((own[i] for i in batch), opened, together):
             labels = images.labels(annotation)
             height, width = labels.shape
             predictions = predict(heads, maps, (height, width))
-            counts.append(torch.stack([areas(predicted, labels, len(images.classes)) for predicted in predictions]))
-            if len(examples) < NUM_EXAMPLES:
-                examples.append(predictions[0].to(torch.uint8))
-    return torch.stack(counts, dim=1), examples
+            counts = torch.stack([areas(predicted, labels, len(images.classes)) for predicted in predictions])
+            found.append((number, counts, predictions[0].to(torch.uint8) if number < NUM_EXAMPLES else None))
+    everything = [one for share in place.world.gather(found) for one in share]
+    everything.sort(key=lambda one: one[0])
+    return torch.stack([c for _, c, _ in everything], dim=1), [e for _, _, e in everything if e is not None]
 
 
 # --- program -----------------------------------------------------------------------------------------------------------------
 
 
 def segmentation_trial(
-    name: str, train: AnnotatedImages, test: AnnotatedImages, settings: SegmentationSettings, seeds: int
+    name: str,
+    train: AnnotatedImages,
+    test: AnnotatedImages,
+    settings: SegmentationSettings,
+    seeds: int,
+    place: Place = CPU_ALONE,
 ) -> Trial:
     def run(encoder: VisionEncoder) -> dict[str, Tensor | list[Tensor]]:
         check_crop(encoder, settings)
-        crops = (AugmentedCrops if settings.augment else CachedCrops)(encoder, train, settings)
+        crops = (AugmentedCrops if settings.augment else CachedCrops)(encoder, train, settings, place)
         num_images, num_classes = len(train.pairs), len(train.classes)
         heads = [train_head(encoder, crops, num_images, num_classes, settings, seed) for seed in range(seeds)]
-        counts, examples = evaluate_heads(encoder, heads, test, settings)
+        counts, examples = evaluate_heads(encoder, heads, test, settings, place)
         return {"counts": counts, "examples": examples}
 
     measures = list(MEASURES)
@@ -299,18 +348,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, metavar="FOLDER", required=True, help="in ADE20K's layout")
     parser.add_argument("--num-classes", type=positive_int, metavar="N", help="where FOLDER has no classes.txt")
-    add_options(parser, SegmentationSettings())
+    add_options(parser, SegmentationSettings(), PAPER)
     options = parser.parse_args(arguments)
     try:
-        settings = settings_from(options, SegmentationSettings)
+        settings = settings_from(options, SegmentationSettings(), PAPER, data=options.data)
+        place = place_of(options)
         train, test = (annotated_folder(options.data, split, options.num_classes) for split in ("training", "validation"))
         train, test = train.first(options.train_images), test.first(options.test_images)
         name = f"{options.data.name}-{settings.head}"
-        trial = segmentation_trial(name, train, test, settings, options.seeds)
-        outcomes = run_trial(trial, options.run, encoders_of(options.run, options.stages), options.device)
+        trial = segmentation_trial(name, train, test, settings, options.seeds, place)
+        outcomes = run_trial(trial, options.run, encoders_of(options.run, options.stages), place)
     except ConfigError as error:
         parser.error(str(error))
-    folder = options.run / "probes" / name
-    draw_examples(test, {label: outcome["examples"] for label, outcome in outcomes.items()}, folder / "examples.png")
-    print(describe_table(folder))
+    if place.world.is_main:
+        folder = options.run / "probes" / name
+        draw_examples(test, {label: outcome["examples"] for label, outcome in outcomes.items()}, folder / "examples.png")
+        print(describe_table(folder))
+    stop_world(place.world)
     return 0

@@ -73,9 +73,9 @@ def test_an_interrupted_evaluation_goes_on(exported, charts, monkeypatch):
     asked = []
 
     def interrupted(*positional, indices, **named):
-        for number, batch in enumerate(answer_batches(*positional, indices=indices, **named)):
+        for batch in answer_batches(*positional, indices=indices, **named):
             asked.append(indices)
-            if number == 2 and len(asked) == 3:
+            if len(asked) == 3:
                 raise KeyboardInterrupt
             yield batch
 
@@ -86,7 +86,7 @@ def test_an_interrupted_evaluation_goes_on(exported, charts, monkeypatch):
     with path.open("a") as file:
         file.write('{"name": "torn')
     command.main([*arguments, "--output", str(exported / "parts")])
-    assert list(asked[-1]) == [4, 5, 6]  # the first two batches were there
+    assert [list(indices) for indices in asked] == [[0, 1], [2, 3], [4, 5], [4, 5], [6]]  # the first two batches were there
     assert path.read_text() == (exported / "whole" / "chartqa.jsonl").read_text()
     command.main([*arguments, "--output", str(exported / "parts")])
     assert len(asked) == 5  # nothing left to ask

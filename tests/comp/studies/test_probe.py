@@ -1,7 +1,9 @@
 """The attentive probe learns what is in frozen features; the sweep and probe programs read a run and write its tables."""
 
+import argparse
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -124,6 +126,7 @@ def test_probe_program(run, tmp_path, monkeypatch):
             (tmp_path / split / str(label)).mkdir(parents=True, exist_ok=True)
             image.save(tmp_path / split / str(label) / f"{index}.png")
     command = [str(run), "--data", str(tmp_path), "--size", "16", "--epochs", "1", "--seeds", "2", "--device", "cpu"]
+    command += ["--settings", "small"]
     assert classify.main(command) == 0
     folder = run / "probes" / tmp_path.name
     table = json.loads((folder / "table.json").read_text())
@@ -173,6 +176,28 @@ def test_subset_keeps_order_and_stays_the_same():
     assert subset(range(3), 5) == subset(range(3), None) == [0, 1, 2]
 
 
+@pytest.mark.parametrize(
+    ("folder", "given", "start"),
+    [
+        (None, [], "small"),
+        ("fashion-mnist", [], "small"),
+        ("imagenet", [], "paper"),
+        ("imagenet", ["--settings", "small"], "small"),
+    ],
+)
+def test_the_papers_settings_are_the_defaults_for_real_data(folder, given, start):
+    """Table 13; single options stand above both."""
+    parser = argparse.ArgumentParser()
+    frozen.add_options(parser, classify.ProbeSettings(), classify.PAPER)
+    options = parser.parse_args(["RUN", *given, "--lr", "0.5", "--no-augment"])
+    settings = frozen.settings_from(
+        options, classify.ProbeSettings(), classify.PAPER, data=None if folder is None else Path("data") / folder
+    )
+    expected = dict(small=(64, 10, 64, 1e-5, 3), paper=(224, 10, 1024, 2e-5, 1))[start]
+    assert (settings.size, settings.epochs, settings.batch_size, settings.min_lr, options.seeds) == expected
+    assert settings.lr == 0.5 and not settings.augment and classify.PAPER.augment
+
+
 def test_fingerprint_sees_weights_and_choices(encoder):
     first = frozen.fingerprint(encoder)
     mode = encoder.pos_mode
@@ -187,7 +212,7 @@ def test_fingerprint_sees_weights_and_choices(encoder):
 
 
 def test_sweep_program(run):
-    assert sweep.main([str(run), "--caps", "16", "4", "--questions", "4"]) == 0
+    assert sweep.main([str(run), "--caps", "16", "4", "--count", "4"]) == 0
     table = json.loads((run / "sweep" / "table.json").read_text())
     assert [row[0] for row in table["rows"]] == ["colour", "shape", "overall"] and table["total"]
     assert table["header"] == ["visual tokens at most", "4", "16"] and "4 held-out" in table["text"]

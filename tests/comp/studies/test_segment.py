@@ -199,7 +199,7 @@ def test_heads_learn_planted_classes(encoder, tmp_path, source):
 def test_program(run, tmp_path, capsys):
     folder = write_folder(tmp_path / "shapes", classes="paper\nred\nblue\nnever\n")  # a class that is nowhere
     command = [str(run), "--data", str(folder), "--crop", "16", "--iterations", "2", "--seeds", "2", "--channels", "4"]
-    command += ["--device", "cpu", "--batch-size", "2"]
+    command += ["--device", "cpu", "--batch-size", "2", "--settings", "small"]
     assert segment.main(command) == 0
     result = run / "probes" / "shapes-upernet"
     table = json.loads((result / "table.json").read_text())

@@ -1,6 +1,7 @@
 """Whole runs of a toy model: files, equality over processes, exact resume after kill -9 and SIGTERM, stops, skipped samples."""
 
 import copy
+import io
 import json
 import os
 import random
@@ -26,7 +27,7 @@ from comp.config import ConfigError, SourceConfig, VisionConfig
 from comp.config_io import apply_overrides
 from comp.data.packing import collate
 from comp.log import read_records
-from comp.parallel import compile_blocks, transformer_blocks
+from comp.parallel import World, compile_blocks, make_mesh, transformer_blocks
 from comp.train.step import NonFiniteLossError
 from comp.train.trainer import StopRequested, Trainer
 from comp.train.work import Work
@@ -60,11 +61,15 @@ def start_process(folder, *arguments, rank=0, world_size=1, port=0):
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def run_on_two(folder, *overrides):
+def run_on(count, folder, *arguments):
     port = random.SystemRandom().randint(20000, 40000)
-    processes = [start_process(folder, *overrides, rank=rank, world_size=2, port=port) for rank in range(2)]
+    processes = [start_process(folder, *arguments, rank=rank, world_size=count, port=port) for rank in range(count)]
     outputs = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    assert [process.returncode for process in processes] == [0] * count, "\n".join(outputs)
+
+
+def run_on_two(folder, *arguments):
+    run_on(2, folder, *arguments)
 
 
 def records(folder, name="toy"):
@@ -223,6 +228,26 @@ def test_compiled_blocks_serve_all_sizes(toy_models):
         counts.append(counter.frame_count)
     assert counts[0] > 0 and counts[1:] == counts[:1] * 4, counts
     assert {name for name, _ in model.named_parameters()} == {name for name, _ in expected.named_parameters()}
+
+
+def test_a_hybrid_mesh_equals_one_process_and_checkpoints_fit_any_number(unbroken, toy_folder):
+    """Two copies of the parameters over four processes, each sharded over two; then two processes that shard, then one."""
+    folder, _ = unbroken
+    saved = toy_folder / "runs" / "toy" / "checkpoints"
+    options = ["eval.data=[]", "parallel=fsdp"]
+    run_on(4, toy_folder, *options, "shard_size=2", "--sigterm-in=4")
+    assert [p.name for p in saved.iterdir()] == ["step-00000005"]
+    run_on(2, toy_folder, *options, "--resume", "--sigterm-in=2")
+    assert [p.name for p in saved.iterdir()] == ["step-00000008"]
+    run(toy_folder, *options, resume=True)
+    one, mixed = ([r for r in records(f) if r["event"] == "train"] for f in (folder, toy_folder))
+    assert [r["step"] for r in mixed] == [r["step"] for r in one]
+    for a, b in zip(one, mixed):
+        assert abs(a["loss"] - b["loss"]) <= 1e-4, a["step"]
+        for part, norm in a["grad_norm"].items():
+            assert abs(norm - b["grad_norm"][part]) <= 1e-3 * max(1, norm), (a["step"], part)
+    with pytest.raises(ConfigError, match="shard_size must divide the number of processes, got shard_size=2 for 3"):
+        make_mesh(World(rank=0, size=3, device=torch.device("cpu"), group=None), 2)
 
 
 NO_DROPOUT = {  # processes draw their own
@@ -472,7 +497,7 @@ def test_a_run_is_not_overwritten_and_resumes_only_itself(toy_folder):
     with pytest.raises(ConfigError, match=r"these differ: seed, stages\.1\.batch_size"):
         run(toy_folder, *short, "seed=1", "stages.1.batch_size=3", resume=True)
     free = ["num_workers=1", "stages.*.forward_text_tokens=256", "eval.batch_size=3", "bad_samples=stop"]
-    free += ["balance=true", "peak_tflops=1", "language.pack_rows=false", "language.attention=eager"]
+    free += ["balance=true", "shard_size=1", "peak_tflops=1", "language.pack_rows=false", "language.attention=eager"]
     assert run(toy_folder, *short, *free, resume=True)["steps"] == 4
     (toy_folder / "runs" / "toy" / "metrics.jsonl").unlink()
     for resume in (False, True):
@@ -530,3 +555,59 @@ def test_bf16_stays_close(unbroken, toy_folder):
     assert all(abs(a["token_loss"] - b["token_loss"]) < 0.1 for a, b in zip(low, full))
     assert abs(low[0]["alignment_loss"] - full[0]["alignment_loss"]) < 0.1, "the alignment loss is not computed in bf16"
     assert {value.dtype for value in weights(toy_folder).values()} == {torch.float32}
+
+
+@pytest.fixture(scope="module")
+def stream(tmp_path_factory):
+    """Parquet shards with the pictures of the toy, a bad row among them; an override that reads them."""
+    datasets = pytest.importorskip("datasets")
+    folder = tmp_path_factory.mktemp("stream")
+    for shard in range(4):
+        rows = []
+        for number in range(6):
+            picture, sample = io.BytesIO(), ColouredRectangles(24, mixed=False)[6 * shard + number]
+            sample.messages[0].images[0]().save(picture, "png")
+            turns = [{"user": m.text, "assistant": a.text} for m, a in [sample.messages]]
+            rows.append(dict(images=[{"bytes": picture.getvalue(), "path": None}], texts=turns))
+        if shard == 0:
+            rows[2]["images"] = [{"bytes": b"no picture", "path": None}]
+        datasets.Dataset.from_list(rows).to_parquet(folder / f"{shard}.parquet")
+    rectangles = "{factory: 'toy:ColouredRectangles', arguments: {size: 24}, weight: 1}"
+    return f"stages.*.data=[{{path: '{folder}/*.parquet', shuffle: 3, weight: 2}}, {rectangles}]"
+
+
+def test_a_streamed_run_resumes_exactly_and_on_other_processes(stream, toy_folder, monkeypatch):
+    """Killed within a stage; records and weights are those of the unbroken run, also on two processes that go on from one."""
+    options = [stream, "stages.*.max_steps=3", "lanes=4", "eval.data=[]"]
+    summary = run(toy_folder, *options)
+    assert summary["steps"] == 12 and summary["skipped"]["samples"] >= 1
+    assert any("no image format" in message for message in summary["skipped"]["messages"])
+    train_step, calls = comp.train.trainer.train_step, []
+
+    def failing(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        return train_step(*args, **kwargs)
+
+    for name in ("again", "two"):
+        calls.clear()
+        monkeypatch.setattr(comp.train.trainer, "train_step", failing)
+        with pytest.raises(KeyboardInterrupt):
+            run(toy_folder, *options, f"name={name}")
+        monkeypatch.setattr(comp.train.trainer, "train_step", train_step)
+    run(toy_folder, *options, "name=again", "num_workers=2", resume=True)
+    assert records(toy_folder, "again") == records(toy_folder)
+    expected, resumed = weights(toy_folder), weights(toy_folder, "again")
+    assert all(torch.equal(expected[key], resumed[key]) for key in expected)
+    run_on_two(toy_folder, *options, "name=two", "--resume")
+    for a, b in zip(records(toy_folder), records(toy_folder, "two")):
+        if a["event"] == "train":
+            assert abs(a["loss"] - b["loss"]) <= 1e-4 and a["samples"] == b["samples"], a["step"]
+
+
+def test_streams_that_cannot_be_trained_on_are_refused(stream, toy_folder):
+    with pytest.raises(ConfigError, match="stage III reads a stream, so max_steps must say how long"):
+        run(toy_folder, stream, "stages.*.max_steps=3", "stages.3.max_steps=null")
+    with pytest.raises(ConfigError, match=r"eval\.baselines reads all answers of the last stage"):
+        run(toy_folder, stream, "stages.*.max_steps=3", "eval.baselines=true")
