@@ -88,9 +88,9 @@ def test_command_is_understood(words, monkeypatch):
     program, *arguments = words
     if program == "torchrun":
         options = get_args_parser().parse_args(arguments)
-        assert options.training_script == "train.py"
-        read_command_line(options.training_script_args)
-    elif arguments[0] == "train.py":
+        script = ["-m"] * options.module + [options.training_script]
+        arguments = [*script, *options.training_script_args]
+    if arguments[0] == "train.py":
         read_command_line(arguments[1:])
     elif arguments[:2] == ["-m", "pytest"]:
         pytest.Config.fromdictargs({}, arguments[2:])
