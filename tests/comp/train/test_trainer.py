@@ -64,7 +64,7 @@ def start_process(folder, *arguments, rank=0, world_size=1, port=0):
 def run_on(count, folder, *arguments):
     port = random.SystemRandom().randint(20000, 40000)
     processes = [start_process(folder, *arguments, rank=rank, world_size=count, port=port) for rank in range(count)]
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    outputs = [process.communicate(timeout=600)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * count, "\n".join(outputs)
 
 
