@@ -137,7 +137,7 @@ def sinkhorn(
 def check_reachable(scores: Tensor, rows: Tensor, cols: Tensor, last: Tensor, group: dist.ProcessGroup | None) -> None:
     """Name a row or column that must have mass and has scores of -inf alone; looked for where the potentials tell of one:
     `last`, those of the side that is scaled last."""
-    if bool(((last != torch.inf) & ~last.isnan()).all()):
+    if last.numel() == 0 or last.max().item() < math.inf:  # the maximum of anything and NaN is NaN
         return
     for name, argument, dim, marginal in (("row", "row_marginals", -1, rows), ("column", "col_marginals", -2, cols)):
         if scores.shape[dim] == 0 or (name == "column" and group is not None):  # whose other rows are elsewhere

@@ -17,6 +17,7 @@ from .triton_steps import (
     column_step,
     column_tile,
     merge_rows,
+    new_pairs,
     row_pairs,
 )
 
@@ -60,8 +61,9 @@ def _first_potentials(call: Call) -> tuple[Tensor, Tensor]:
 
 def _iterate(call: Call, factor: float) -> tuple[Tensor, Tensor]:
     u2, v2 = _first_potentials(call)
+    pairs = new_pairs(call.scores)
     for iteration in range(call.num_iters):
-        pairs = column_step(call.scores, factor, u2, v2, call.col_marginals, v2, first=iteration == 0)
+        column_step(call.scores, factor, u2, v2, call.col_marginals, v2, pairs, first=iteration == 0)
         merge_rows(*pairs, a=call.row_marginals, u2=u2)
     return u2, v2
 
@@ -75,9 +77,10 @@ def _iterate_until(call: Call, factor: float, tol: float) -> tuple[Tensor, Tenso
     stop = torch.zeros((), dtype=torch.int32, device=scores.device)
     errors = scores.new_zeros((items, cdiv(cols, column_tile(rows, cols)["BK"])), dtype=torch.float32)
     allowed = tol * a.sum(-1)
+    pairs = new_pairs(scores)
     for iteration in range(call.num_iters):
         first = iteration == 0
-        pairs = column_step(scores, factor, u2, v2, call.col_marginals, v2_new, errors=errors, stop=stop, first=first)
+        column_step(scores, factor, u2, v2, call.col_marginals, v2_new, pairs, errors=errors, stop=stop, first=first)
         if not first:
             stop |= (errors.sum(-1) <= allowed).all()
         merge_rows(*pairs, a=a, u2=u2, stop=stop)

@@ -34,15 +34,14 @@ def column_step(
     v2: Tensor | None,
     targets: Tensor,
     v2_new: Tensor,
+    pairs: tuple[Tensor, Tensor],
     *,
     errors: Tensor | None = None,
     stop: Tensor | None = None,
     first: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """Columns to their targets, into v2_new; returns the (maximum, sum) pairs of the rows after that, see new_pairs."""
-    pairs = new_pairs(scores)
+) -> None:
+    """Columns to their targets, into v2_new; the (maximum, sum) pairs of the rows after that into `pairs`, see new_pairs."""
     _launch_columns(scores, factor, u2, (v2, targets, v2_new, *pairs, None, None, errors, stop), True, first)
-    return pairs
 
 
 def column_statistics(scores: Tensor, factor: float, u2: Tensor) -> tuple[Tensor, Tensor]:
