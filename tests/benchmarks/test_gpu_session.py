@@ -25,6 +25,7 @@ CHECKS = ("check_attention", "check_sinkhorn", "check_alignment")
 IN_THIS_PROCESS = [name for name in parts.PARTS if name not in CHECKS]  # pytest does not run within pytest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", IN_THIS_PROCESS)
 def test_dry_run_of_a_part(name, tmp_path, monkeypatch):
     """All of its code, on small sizes; only what the CPU lacks may fail."""

@@ -24,6 +24,7 @@ needs_wheel = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @needs_wheel
 def test_language_model_of_the_wheel_speaks_and_ends(tmp_path):
     write_language_model(tmp_path)
@@ -38,6 +39,7 @@ def test_language_model_of_the_wheel_speaks_and_ends(tmp_path):
     assert len(tokenizer("1234").input_ids) == 4  # digits stay single
 
 
+@pytest.mark.slow
 @needs_wheel
 def test_two_steps_with_real_word_embeddings_as_prototypes(tmp_path):
     data = tmp_path / "data"

@@ -84,6 +84,7 @@ def work(rank, shares, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_shares_equal_the_whole(tmp_path):
     shares = (3, 5)
     mp.spawn(work, (shares, str(tmp_path)), nprocs=len(shares))
