@@ -44,9 +44,15 @@ SIZES = [
     AttentionCase("wide_192", [70, 0, 37], head_dim=192, heads=2, kv_heads=1, slack=3),
     AttentionCase("wide_256", [67, 33], head_dim=256, heads=2),
 ]
+# Not one_token: of a single key dP - delta is zero but for the rounding of dP, and plain PyTorch has zero.
 FLOAT32 = [
-    *SIZES[:4],
-    *SIZES[4:],
+    *(ATTENTION_CASES[f"layout_{name}"] for name in ("half_hwhw_halfwidth", "interleaved", "quarter_hhww", "not_orthogonal")),
+    *(
+        ATTENTION_CASES[name]
+        for name in ("awkward", "only_empty", "gqa_per_head", "cross", "slack_of_nan_cross", "views_of_qkv")
+    ),
+    *(ATTENTION_CASES[name] for name in ("dim_2", "dim_10")),
+    *SIZES,
     AttentionCase("cross_256", [40, 9], lengths_k=[5, 90], head_dim=256, heads=2, kv_heads=1),
 ]
 
@@ -69,10 +75,7 @@ class TestAgainstTheReference:
         with launches_on_emulator():
             check_rope_attention(case, torch.float16, "cuda")
 
-    # one_token: of a single key dP - delta is zero but for the rounding of dP, and plain PyTorch has zero
-    @pytest.mark.parametrize(
-        "case", [case for case in [*HOSTILE, *FLOAT32] if case.name != "one_token"], ids=lambda case: case.name
-    )
+    @pytest.mark.parametrize("case", FLOAT32, ids=lambda case: case.name)
     def test_float32(self, case):
         """Three TF32 products are as exact as float32."""
         reports = []
