@@ -45,6 +45,7 @@ def open_stream(source: SourceConfig) -> Any:
         if source.hub is not None:
             rows = library.load_dataset(source.hub, source.subset, split=source.split, streaming=True)
         else:
+            assert source.path is not None  # SourceConfig: one of the two
             files = sorted(glob.glob(source.path))
             if not files:
                 raise ConfigError(f"data.path {source.path} matches no file")
@@ -134,7 +135,7 @@ class _Rows:
             state.update(epoch=state["epoch"] + 1, number=0, taken=0, begin=None)
 
     def _window(self, iterator: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
-        window = []
+        window: list[dict[str, Any]] = []
         try:
             while len(window) < self.window and (row := next(iterator, None)) is not None:
                 window.append(row)
@@ -175,7 +176,7 @@ class Lane:
             self.count = state["count"]
             for source, its in zip(self._sources, state["sources"]):
                 source.state = copy.deepcopy(its)
-        self._iterators = [iter(source) for source in self._sources]
+        self._iterators: list[Iterator[tuple[str, Any]]] = [iter(source) for source in self._sources]
 
     def state(self) -> State:
         """Where the lane stands: JSON data."""

@@ -282,9 +282,11 @@ class Trainer:
 
     def _open_stage(self, index: int) -> StepDataset | StreamSteps:
         config, stage = self.config, self.config.stages[index]
-        if isinstance(self.sources[index], Streams):
+        sources = self.sources[index]
+        if isinstance(sources, Streams):
+            assert stage.max_steps is not None  # see _open_data
             return StreamSteps(
-                self.sources[index],
+                sources,
                 sample_encoder(self.model, self.template, config, stage),
                 batch_size=stage.batch_size,
                 num_steps=stage.max_steps,
@@ -295,7 +297,7 @@ class Trainer:
                 padded=self.padded,
             )
         return StepDataset(
-            self.sources[index],
+            sources,
             sample_encoder(self.model, self.template, config, stage),
             batch_size=stage.batch_size,
             epochs=stage.epochs,
@@ -349,8 +351,11 @@ class Trainer:
     def _save(self, optimizer: torch.optim.Optimizer) -> None:
         state = self.state
         state.seconds = time.monotonic() - self._started
-        if state.lanes:  # each process knows its own lanes; the others' are as old as the start
-            own = {lane: state.lanes[lane] for lane in map(str, self.datasets[state.stage].lanes)}
+        dataset = self.datasets[state.stage]
+        if state.lanes and isinstance(
+            dataset, StreamSteps
+        ):  # each process knows its own lanes; the others are as old as the start
+            own = {lane: state.lanes[lane] for lane in map(str, dataset.lanes)}
             state.lanes = {lane: its for share in self.world.gather(own) for lane, its in share.items()}
         if self.log is not None:
             state.metrics_bytes = self.log.num_bytes()
@@ -370,9 +375,9 @@ class Trainer:
         config, state = self.config, self.state
         if not self.world.is_main:
             return {}
-        baselines = {}
-        if config.eval.baselines and self.held_out is not None:
-            baselines = blind_baselines(self.sources[-1], self.held_out, metric=config.eval.metric, seed=config.seed)
+        baselines, train = {}, self.sources[-1]
+        if config.eval.baselines and self.held_out is not None and isinstance(train, Mixture):
+            baselines = blind_baselines(train, self.held_out, metric=config.eval.metric, seed=config.seed)
         measured = {} if self.measure is None else self.measure(config, self.folder, self.progress.print)
         state.seconds = time.monotonic() - self._started
         summary = summarize(config, state, baselines, self.folder / "metrics.jsonl", self.world, self.model) | measured
