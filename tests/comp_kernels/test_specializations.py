@@ -101,21 +101,20 @@ def alignment_keys(num_words, words_dtype, seed, batches, **settings) -> list[se
     return found
 
 
-@pytest.mark.parametrize("dtype, more", [(torch.float32, 0), (torch.float16, 0), (torch.bfloat16, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("mode, kernels", [("sinkhorn", 10), ("literal", 9), ("softmax", 8)])
-def test_alignment_loss_of_any_batch(mode, kernels, dtype, more):
-    """30 batches of 1 to 3000 rows, in up to three tiles of the vocabulary; one kernel more adds the terms up."""
+def test_alignment_loss_of_any_batch(mode, kernels, dtype):
+    """30 batches of 1 to 3000 rows, in up to three tiles of the vocabulary."""
     first, *others = run_compiled(alignment_keys, 49152 + 16, dtype, 0, 30, mode=mode)
-    assert len(first) == kernels + more
+    assert len(first) == kernels
     assert all(keys == first for keys in others)
 
 
-@pytest.mark.parametrize("dtype, kernels, second_forms", [(torch.float16, 10, 5), (torch.bfloat16, 11, 6)])
-def test_alignment_loss_over_an_odd_vocabulary(dtype, kernels, second_forms):
-    """Its last tile has columns that no power of two divides: five kernels and that of the terms have a second form, whatever
-    the rows."""
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_alignment_loss_over_an_odd_vocabulary(dtype):
+    """Its last tile has columns that no power of two divides: five kernels have a second form, whatever the rows."""
     found = run_compiled(alignment_keys, 40001, dtype, 1, 30)
-    assert len(set().union(*found)) == kernels + second_forms
+    assert len(set().union(*found)) == 10 + 5
 
 
 def sinkhorn_keys(seed, batches, tol, shortest, longest, cols=1000) -> list[set]:
