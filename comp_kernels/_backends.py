@@ -31,7 +31,8 @@ class Backend(Protocol):
     def forward(self, call: Any) -> tuple[torch.Tensor, ...]:
         """The operator's results."""
 
-    # An operator whose gradient is a kernel too (rope_attention) asks for `backward(call, ...)` as well.
+    # An operator whose gradient is a kernel too (rope_attention) asks for `backward(call, ...)` as well. A backend with kernels
+    # that no hardware has run yet says for which calls: `unmeasured(call)`, true or false.
 
 
 # operator -> backend -> module of this package that is a Backend
@@ -124,21 +125,35 @@ def cannot_serve(op: str, backend: str, device: torch.device, call: Any = None) 
     return implementation(op, backend).declines(call) if reason is None and call is not None else reason
 
 
+def unmeasured(op: str, backend: str, call: Any) -> bool:
+    """Whether the kernels of `backend` for this call have not run on hardware yet."""
+    asks = getattr(implementation(op, backend), "unmeasured", None)
+    return asks is not None and asks(call)
+
+
 def choose_backend(op: str, backend: str | None, device: torch.device, call: Any = None) -> tuple[str, bool]:
     """The backend to use for one call of `op`, and whether another may take its place where its kernels fail.
 
     backend: the user's choice; None takes the environment variable COMP_KERNELS_BACKEND, else the device's preference.
 
-    An automatic choice skips backends that decline. A named one is used or refused: never silently replaced.
+    An automatic choice skips backends that decline, and takes one whose kernels for this call are `unmeasured` only where no
+    other compiled one serves. A named one is used or refused: never silently replaced.
     """
     named_by = "backend"
     if backend is None:
         backend, named_by = os.environ.get(ENVIRONMENT_VARIABLE) or None, ENVIRONMENT_VARIABLE
     if backend in (None, "auto"):
+        waiting = None
         for name in preferred(device):
-            if cannot_serve(op, name, device, call) is None:
-                return name, name in LAUNCHED
-        return "reference", False
+            if waiting is not None and name not in LAUNCHED:
+                break
+            if cannot_serve(op, name, device, call) is not None:
+                continue
+            if waiting is None and call is not None and name in LAUNCHED and unmeasured(op, name, call):
+                waiting = name
+                continue
+            return name, name in LAUNCHED
+        return waiting or "reference", waiting is not None
     check_backend(named_by, backend)
     reason = cannot_serve(op, backend, device, call)
     if reason:

@@ -47,6 +47,7 @@ def cuda_library() -> list[str]:
         f"{_native.LIB / 'libcomp_kernels_cuda.so'}",
         f"compiled for: {library.comp_kernels_cuda_architectures().decode()}",
         "taken before Triton where they serve the call: measured faster on an H200 (docs/hardware)",
+        "but for float32 and head dims above 128 of rope_attention, which have not run on a GPU: backend='cuda' takes them",
     ]
 
 

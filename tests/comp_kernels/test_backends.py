@@ -160,6 +160,25 @@ def failures():
     }
 
 
+@pytest.mark.parametrize(
+    "dtype, head_dim, preference, expected",
+    [
+        (torch.float16, 128, ("cuda", "triton", "reference"), "cuda"),
+        (torch.float16, 136, ("cuda", "triton", "reference"), "triton"),
+        (torch.float32, 16, ("cuda", "triton", "reference"), "triton"),
+        (torch.float32, 16, ("cuda", "reference"), "cuda"),  # no other compiled one
+    ],
+)
+def test_kernels_that_no_gpu_has_run_come_after_others(dtype, head_dim, preference, expected, monkeypatch):
+    monkeypatch.setattr(_backends, "PREFERENCE", {"cpu": preference})
+    monkeypatch.setattr(_backends.implementation("rope_attention", "cuda"), "unavailable_reason", lambda device: None)
+    q = torch.zeros(6, 2, head_dim, dtype=dtype)
+    call = example("rope_attention")[0]._replace(q=q, k=q, v=q)
+    cpu = torch.device("cpu")
+    assert _backends.choose_backend("rope_attention", None, cpu, call) == (expected, True)
+    assert _backends.choose_backend("rope_attention", "cuda", cpu, call) == ("cuda", False)  # by name
+
+
 @pytest.fixture
 def failing(monkeypatch):
     """Triton comes first, and every launch of it raises what the function that this gives was called with."""
