@@ -6,8 +6,7 @@ import tarfile
 
 import pytest
 from PIL import Image
-from test_data import make_encoder, template  # noqa: F401  a fixture
-from toy import ColouredRectangles
+from toy import ColouredRectangles, make_sample_encoder
 
 from comp.config import ConfigError, SourceConfig
 from comp.data.batch import BadSampleError, ImageBytes
@@ -88,10 +87,10 @@ def test_weights_mix(shards):
     assert needs_lanes(sources[1:]) and not needs_lanes([SourceConfig(path="a.json")])
 
 
-def all_steps(shards, template, world_size=1, num_workers=0, start=0, states=None, count=6):  # noqa: F811
+def all_steps(shards, template, world_size=1, num_workers=0, start=0, states=None, count=6):
     streams = Streams([source(shards)], lanes=LANES, seed=0)
     ranks = [
-        StreamSteps(streams, make_encoder(template), batch_size=8, num_steps=count, rank=rank, world_size=world_size)
+        StreamSteps(streams, make_sample_encoder(template), batch_size=8, num_steps=count, rank=rank, world_size=world_size)
         for rank in range(world_size)
     ]
     shares = [list(iterate_steps(rank, start=start, num_workers=num_workers, states=states)) for rank in ranks]
@@ -103,7 +102,7 @@ def all_steps(shards, template, world_size=1, num_workers=0, start=0, states=Non
     return found
 
 
-def test_steps_are_the_same_for_any_number_of_processes_and_workers(shards, template):  # noqa: F811
+def test_steps_are_the_same_for_any_number_of_processes_and_workers(shards, template):
     one = all_steps(shards, template)
     assert all_steps(shards, template, world_size=2, num_workers=2) == all_steps(shards, template, world_size=4) == one
     assert [len(samples) + len(skipped) for _, samples, skipped, _ in one] == [8] * 6
@@ -114,7 +113,7 @@ def test_steps_are_the_same_for_any_number_of_processes_and_workers(shards, temp
     assert on_two == one[3:], "resumed on other processes"
 
 
-def test_lanes_that_cannot_be_shared_out_are_refused(shards, template):  # noqa: F811
+def test_lanes_that_cannot_be_shared_out_are_refused(shards, template):
     with pytest.raises(ConfigError, match="lanes must divide batch_size and be divided by the number of processes"):
         all_steps(shards, template, world_size=3)
     with pytest.raises(ConfigError, match="num_workers must divide the lanes of a process"):
