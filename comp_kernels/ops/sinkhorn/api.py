@@ -130,7 +130,8 @@ def sinkhorn(
     # The processes of a group exchange sums in their backend's units: none may go on with another by itself.
     plan, u, v = solve(call, gradient, backend, fallback and group is None)
     if readable(u):
-        check_reachable(scores, rows, cols, u if order == "cols_rows" else v, group)
+        last = u if order == "cols_rows" else v
+        check_reachable(scores, rows, cols, last.detach(), group)  # else autograd would keep it for the maximum's gradient
     return (plan, u, v) if return_potentials else plan
 
 

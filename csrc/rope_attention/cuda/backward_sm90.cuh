@@ -40,9 +40,9 @@ struct BackwardSm90Config {
   static constexpr int kThreads = 384;
   static constexpr int kRows = kImageKeys;
   static constexpr int kBlocks = 1;  // of 16 rows per warp
-  // ptxas 13.0 gives the registers of dO to dS in the loop at 64 channels when queries own the rows: those come from shared
-  // memory. tests/kernels looks for that in the machine code of all.
-  static constexpr bool kHeld = kKeyRows ? kHeadDim <= 72 : kHeadDim == 72 || kHeadDim == 80;
+  // ptxas 13.0 gives the registers of kept rows to dS in the loop at 64 channels: there they come from shared memory.
+  // test_kept_rows_keep_their_registers looks for that in the machine code of all.
+  static constexpr bool kHeld = kHeadDim == 72 || (!kKeyRows && kHeadDim == 80);
   static constexpr bool kOverlap = !kKeyRows || kHeadDim < 128;  // second products under the next first ones
   static constexpr int kColumns = 64;                            // per tile; divides kImageKeys
   static constexpr int kSteps = (kHeadDim + 15) / 16;

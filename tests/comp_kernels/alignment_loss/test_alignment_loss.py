@@ -91,21 +91,21 @@ def test_products_of_onednn(dtype, view, monkeypatch):
     monkeypatch.setattr(products, "ONEDNN_OPERATIONS", 0)
     monkeypatch.setattr(products, "ONEDNN_CHANNELS", 20)
     prototypes = torch.randn(300, 56 if view else 48).to(DTYPES[dtype])[:, :48]
-    features, score_gradients = torch.randn(1, 14, 48), torch.randn(1, 14, 300)
+    features, score_gradients = torch.randn(14, 48), torch.randn(1, 14, 300)
     onednn, exact = products.OneDnn(prototypes, torch.float32), prototypes.double()
     for columns in (slice(0, 256), slice(256, 300)):
-        found, plain = torch.empty(14, columns.stop - columns.start), features[0] @ prototypes[columns].float().T
-        onednn.scores(features, columns, found.unsqueeze(0))
-        assert_within_budget("scores", found, features[0].double() @ exact[columns].T, plain)
+        found, plain = torch.empty(14, columns.stop - columns.start), features @ prototypes[columns].float().T
+        onednn.scores(features, columns, found)
+        assert_within_budget("scores", found, features.double() @ exact[columns].T, plain)
         few = score_gradients[:, :, columns].contiguous()
         found, plain = torch.ones(1, 14, 48), few[0] @ prototypes[columns].float()
         onednn.add_gradient(few, columns, found, first=True)
         onednn.add_gradient(few, columns, found, first=False)
         assert_within_budget("gradient", found[0], 2 * (few[0].double() @ exact[columns]), 2 * plain)
     found = torch.empty(300, 48)
-    onednn.prototype_gradient(score_gradients, features[0], found)
-    expected = score_gradients[0].T @ features[0]
-    assert_within_budget("of prototypes", found, score_gradients[0].T.double() @ features[0].double(), expected)
+    onednn.prototype_gradient(score_gradients, features, found)
+    expected = score_gradients[0].T @ features
+    assert_within_budget("of prototypes", found, score_gradients[0].T.double() @ features.double(), expected)
 
 
 @pytest.mark.parametrize("mode", MODES)

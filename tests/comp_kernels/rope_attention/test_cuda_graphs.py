@@ -52,9 +52,13 @@ class Tower:
     def check(self, found: dict[str, torch.Tensor]) -> None:
         exact = self.run(reference.rope_attention, torch.float64)
         peer = self.run(lambda *args, **kwargs: plain_rope_attention(*args, **kwargs)[0])
-        for name, value in exact.items():
-            # One draw (see check_rope_attention). Of one key, dP - delta is zero but for the rounding of dP.
-            assert_within_budget(name, found[name], value, peer[name], factor=2.5, largest_term=1.0)
+        # Of one key, dP - delta is zero but for the rounding of dP: the largest term of dq and dk is a dP times a key or query.
+        # In 16 bits the peers err more than that.
+        rounded = float(self.grad_out.norm(dim=-1).max() * self.v.norm(dim=-1).max()) / HEAD_DIM**0.5
+        largest = rounded * float(max(self.q.abs().max(), self.k.abs().max())) if self.q.dtype == torch.float32 else 1.0
+        for name, value in exact.items():  # one draw (see check_rope_attention)
+            term = largest if name in ("dq", "dk") else 1.0
+            assert_within_budget(name, found[name], value, peer[name], factor=2.5, largest_term=term)
 
 
 def by_cuda(*args, **kwargs):
