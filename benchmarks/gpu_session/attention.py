@@ -7,20 +7,15 @@ from collections.abc import Callable
 import torch
 
 from .session import Session, backend_of
-from .workloads import Workload, make_inputs, ours, with_backward
+from .workloads import Workload, make_inputs, ours, with_backward, without_gradient
 
 
 def calls(session: Session, workload: Workload) -> tuple[Callable, Callable]:
     """(forward, forward and backward) of ours on one workload."""
     x = make_inputs(workload, session.device, torch.bfloat16)
     attend = ours(backend_of(session))
-
-    def forward():
-        with torch.no_grad():
-            return attend(x)
-
     leaves = make_inputs(workload, session.device, torch.bfloat16)
-    return forward, with_backward(attend, leaves, torch.randn_like(x.q))
+    return without_gradient(attend, x), with_backward(attend, leaves, torch.randn_like(x.q))
 
 
 def attention(session: Session) -> None:

@@ -7,13 +7,10 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 from comp_kernels._sources import fingerprint
 
-from .session import Session
-
-ROOT = Path(__file__).parents[2]
+from .session import ROOT, Session
 
 
 def build(session: Session) -> None:

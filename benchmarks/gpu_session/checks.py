@@ -6,13 +6,10 @@ function are written when it is through.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from .session import Session
+from .session import ROOT, Session
 
-ROOT = Path(__file__).parents[2]
 TINY = "equal_bits or case_dim_72 or (against_float64 and small) or through_the_iterations"  # of the dry run, with -k
 
 

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel, varlen
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from .session import Session, peak_memory
-from .workloads import Inputs, Workload, largest_error, make_inputs, ours, own_backends, with_backward
+from .workloads import Inputs, Workload, largest_error, make_inputs, ours, own_backends, with_backward, without_gradient
 
 Attend = Callable[[Tensor, Tensor, Tensor, Inputs, float], Tensor]
 
@@ -270,11 +270,3 @@ def measure(session: Session, workload: Workload, candidates: dict[str, Callable
         columns["device_us"][name] = round(sum(session.kernels(function).values()), 1)
     teraflops = {name: round(workload.flops("both" in name) / time / 1e6, 1) for name, time in us.items()}
     session.say(workload=workload.name, teraflops=teraflops, us=us, **columns)
-
-
-def without_gradient(attend: Callable, x: Inputs) -> Callable:
-    def forward() -> Tensor:
-        with torch.no_grad():
-            return attend(x)
-
-    return forward

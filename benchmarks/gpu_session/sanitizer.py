@@ -8,8 +8,7 @@ import shutil
 import subprocess
 import sys
 
-from .checks import ROOT
-from .session import Session
+from .session import ROOT, Session
 
 CHOSEN = (  # with -k: small calls of every CUDA kernel; under the sanitizer each takes seconds
     "against_float64 and (cuda-bfloat16-slack_of_nan_cross or cuda-bfloat16-gqa_64 or cuda-bfloat16-views_72 "

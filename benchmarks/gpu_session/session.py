@@ -17,6 +17,8 @@ from comp_kernels import _native
 
 from .workloads import TINY_WORKLOADS, WORKLOADS
 
+ROOT = Path(__file__).parents[2]
+
 
 class Session:
     """One part of the run: where its results go, and on what it runs."""
@@ -107,18 +109,26 @@ class Session:
 
     def graph(self, function: Callable) -> Callable:
         """Replay of `function` as a CUDA graph; on the CPU the function."""
-        if self.tiny:
-            return function
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                function()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            graph.results = function()
-        return graph.replay
+        return function if self.tiny else captured(function)
+
+
+def captured(function: Callable) -> Callable:
+    """`function`, whose tensors stay where they are, as a CUDA graph: a call replays it and returns its results."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            function()  # compiles, and allocates what is kept
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = function()
+
+    def replay():
+        graph.replay()
+        return results
+
+    return replay
 
 
 def time_once(function: Callable) -> float:
@@ -163,6 +173,5 @@ def environment(tiny: bool) -> dict:
         rows["triton"] = triton.__version__
     except ImportError:
         rows["triton"] = None
-    here = Path(__file__).parent
-    rows["commit"] = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True).stdout.strip()
+    rows["commit"] = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     return rows

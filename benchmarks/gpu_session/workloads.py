@@ -107,3 +107,11 @@ def with_backward(attend: Callable, x: Inputs, cotangent: Tensor) -> Callable:
     """A function that returns the gradients of q, k and v."""
     leaves = [t.requires_grad_() for t in (x.q, x.k, x.v)]
     return lambda: torch.autograd.grad(attend(x), leaves, cotangent)
+
+
+def without_gradient(attend: Callable, x: Inputs) -> Callable:
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return attend(x)
+
+    return forward

@@ -53,7 +53,8 @@ def pack(
             groups.append([sample])
         else:
             home.append(sample)
-    even = [] if padded else _even_groups(ordered, len(groups))
+    shares = [] if padded else share_out([len(s.input_ids) for s in ordered], len(groups))
+    even = [[ordered[index] for index in share] for share in shares]
     return even if even and all(map(budget.holds, even)) else groups
 
 
@@ -69,17 +70,6 @@ class _Budget:
         text = len(group) * max(lengths) if self.padded else sum(lengths)
         fits = self.visual_tokens is None or visual <= self.visual_tokens
         return fits and (self.text_tokens is None or text <= self.text_tokens)
-
-
-def _even_groups(ordered: Sequence[EncodedSample], count: int) -> list[list[EncodedSample]]:
-    """The samples, longest first, each into the group that is shortest so far."""
-    groups: list[list[EncodedSample]] = [[] for _ in range(count)]
-    totals = [0] * count
-    for sample in ordered:
-        home = totals.index(min(totals))
-        groups[home].append(sample)
-        totals[home] += len(sample.input_ids)
-    return groups
 
 
 def share_out(costs: Sequence[float], count: int) -> list[list[int]]:

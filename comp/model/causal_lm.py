@@ -128,7 +128,7 @@ def _checked(model: PreTrainedModel) -> Halves:
         logits = halves.logits(model, hidden)
         shorter = halves.decode(model, inputs_embeds=embeds[:, :-1], attention_mask=mask[:, :-1])[0]
         causal = halves.logits(model, shorter)
-    rounding = max(1e-3, 4 * torch.finfo(logits.dtype).eps) * own.logits.abs().max().item()
+    rounding = rounding_of(logits.dtype) * own.logits.abs().max().item()
     if not _close(logits, own.logits[0], rounding):
         raise ValueError("from embeddings alone its logits are others than from token ids")
     if not _close(causal, logits[:-1], 10 * rounding):  # of other shapes, hence rounded otherwise
@@ -153,6 +153,11 @@ def probe_ids(model: PreTrainedModel, count: int) -> Tensor:
     ordinary = [i for i in range(embedding.num_embeddings) if i not in special] or [0]
     spread = [ordinary[i * (len(ordinary) - 1) // (count - 1)] for i in range(count)]
     return torch.tensor(spread, device=embedding.weight.device)
+
+
+def rounding_of(dtype: torch.dtype) -> float:
+    """How far apart two ways to the same logits may be, relative to the largest of them."""
+    return max(1e-3, 4 * torch.finfo(dtype).eps)
 
 
 def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .causal_lm import probe_ids
+from .causal_lm import probe_ids, rounding_of
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
@@ -116,9 +116,14 @@ def sharing_of(model: PreTrainedModel) -> str:
 
 
 def _caches_by_place(config: Any) -> bool:
+    return all(kind in KNOWN_CACHES for kind in cache_layers(config))
+
+
+def cache_layers(config: Any) -> list[str]:
+    """What transformers' cache keeps of each layer, by the names of its classes."""
     from transformers import DynamicCache
 
-    return all(type(layer).__name__ in KNOWN_CACHES for layer in DynamicCache(config=config).layers)
+    return [type(layer).__name__ for layer in DynamicCache(config=config).layers]
 
 
 def has_static_rope(config: Any) -> bool:
@@ -140,7 +145,7 @@ def _answers_alike(model: PreTrainedModel, lengths: list[int]) -> bool:
     except Exception:  # a model that cannot be asked this way may say so in any way
         return False
     alone = continue_rows(model, embeds[1:], ids[1:], counts[1:], config).logits
-    rounding = max(1e-3, 4 * torch.finfo(embeds.dtype).eps)
+    rounding = rounding_of(embeds.dtype)
     return all(
         torch.allclose(a[1:], b, rtol=0, atol=rounding * b.abs().max().item(), equal_nan=True) for a, b in zip(together, alone)
     )

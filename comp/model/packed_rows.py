@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .causal_lm import Halves, evaluation_mode, probe_ids
-from .generation import has_static_rope
+from .causal_lm import Halves, evaluation_mode, probe_ids, rounding_of
+from .generation import cache_layers, has_static_rope
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NAME = "sdpa_packed"
+SLIDING = "DynamicSlidingWindowLayer"
 
 
 def _varlen_attention() -> Callable[..., Any] | None:
@@ -193,10 +194,7 @@ def _set_implementation(model: PreTrainedModel, name: str) -> None:
 
 
 def _state_or_chunks(config: Any) -> str | None:
-    from transformers import DynamicCache
-
-    kinds = {type(layer).__name__ for layer in DynamicCache(config=config).layers}
-    if not kinds <= {"DynamicLayer", "DynamicSlidingWindowLayer"}:
+    if not set(cache_layers(config)) <= {"DynamicLayer", SLIDING}:
         return "layers that keep a state from token to token"
     if "chunked_attention" in (getattr(config, "layer_types", None) or ()) or getattr(config, "attention_chunk_size", None):
         return "attention within chunks"
@@ -206,8 +204,6 @@ def _state_or_chunks(config: Any) -> str | None:
 @torch.no_grad()
 def _rows_kept_apart(model: PreTrainedModel, halves: Halves, config: Any) -> str | None:
     """What is wrong with two short rows decoded together; None where they are what they are alone."""
-    from transformers import DynamicCache
-
     ids = probe_ids(model, 6)
     first, second = ids.unsqueeze(0), ids.flip(0)[:4].unsqueeze(0)
     rows = Rows.of(torch.tensor([[1] * 6, [1] * 4 + [0] * 2], device=ids.device))
@@ -235,10 +231,10 @@ def _rows_kept_apart(model: PreTrainedModel, halves: Halves, config: Any) -> str
     finally:
         _register(packed_attention)
     expected = torch.cat(alone)
-    rounding = max(1e-3, 4 * torch.finfo(expected.dtype).eps) * expected.abs().max().item()
+    rounding = rounding_of(expected.dtype) * expected.abs().max().item()
     if not torch.allclose(together, expected, rtol=0, atol=rounding, equal_nan=True):
         return "packed rows see each other"
-    sliding = sum(type(layer).__name__ == "DynamicSlidingWindowLayer" for layer in DynamicCache(config=config).layers)
+    sliding = cache_layers(config).count(SLIDING)
     if config._attn_implementation == NAME and sum(window is not None for window in windows) != sliding:
         return "its attention is not told of the window that slides over its rows"
     return None

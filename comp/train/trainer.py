@@ -352,9 +352,8 @@ class Trainer:
         state = self.state
         state.seconds = time.monotonic() - self._started
         dataset = self.datasets[state.stage]
-        if state.lanes and isinstance(
-            dataset, StreamSteps
-        ):  # each process knows its own lanes; the others are as old as the start
+        if state.lanes and isinstance(dataset, StreamSteps):
+            # each process knows its own lanes; the others are as old as the start
             own = {lane: state.lanes[lane] for lane in map(str, dataset.lanes)}
             state.lanes = {lane: its for share in self.world.gather(own) for lane, its in share.items()}
         if self.log is not None:

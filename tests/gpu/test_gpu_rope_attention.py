@@ -6,7 +6,7 @@ head size, layout and dtype, seconds of them, so it gets one case of each kind.
 
 import pytest
 import torch
-from device import DEVICE, HAS_GPU, captured, kernels_of, streams, wait
+from device import DEVICE, HAS_GPU, captured, check_nothing_waits, kernels_of, streams, wait
 
 import comp_kernels as ck
 from comp_kernels import _native
@@ -190,12 +190,4 @@ def test_tensors_on_another_device_than_the_current_one(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_waits_for_the_device(backend):
     """Neither forward nor backward copies to the host."""
-    step = step_of(inputs_of([130, 65]), backend)
-    step()
-    if not HAS_GPU:
-        return
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    check_nothing_waits(step_of(inputs_of([130, 65]), backend))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from device import DEVICE, HAS_GPU, captured, kernels_of
+from device import DEVICE, HAS_GPU, captured, check_nothing_waits, kernels_of
 
 import comp_kernels as ck
 from comp_kernels import reference
@@ -77,11 +77,4 @@ def test_nothing_waits_for_the_device(backend):
         ck.sinkhorn(scores, epsilon=0.05, backend=backend)
         ck.sinkhorn(small, epsilon=1.0, gradient="unrolled", backend=backend).sum().backward()
 
-    step()
-    if not HAS_GPU:
-        return
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    check_nothing_waits(step)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 import comp_kernels as ck
+from benchmarks.gpu_session.session import captured as cuda_graph
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
@@ -20,24 +21,20 @@ def kernels_of(op: str) -> list[str]:
 
 
 def captured(function: Callable) -> Callable:
-    """`function`, whose tensors stay where they are, as a CUDA graph: a call replays it and returns its results. On the CPU the
-    function itself."""
+    """`function` as a CUDA graph, see benchmarks; on the CPU the function itself."""
+    return cuda_graph(function) if HAS_GPU else function
+
+
+def check_nothing_waits(step: Callable) -> None:
+    """On a GPU, that a step which has run once does not wait for the device."""
+    step()
     if not HAS_GPU:
-        return function
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        function()  # compiles, and allocates what is kept
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = function()
-
-    def replay():
-        graph.replay()
-        return results
-
-    return replay
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def streams(count: int) -> list[contextlib.AbstractContextManager]:

@@ -129,11 +129,12 @@ class CachedCrops:
 
     def __call__(self, chosen: Sequence[int]) -> Batch:
         world = self.place.world
+        own = world.own(chosen)
         windows = torch.rand(len(chosen), 2).tolist()  # the same on every process, whatever it has of the batch
         cut = [
             self._square(self.maps[i // world.size], self.labels[i // world.size], window)
             for i, window in zip(chosen, windows)
-            if i in world.own([i])
+            if i in own
         ]
         side = self.side
         maps = torch.stack([m for m, _ in cut]) if cut else torch.zeros(0, 4, self.width, side, side)

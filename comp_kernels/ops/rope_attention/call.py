@@ -32,6 +32,12 @@ class Call(NamedTuple):
         return self.q.device
 
 
+Tensors = tuple[
+    Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None
+]
+"""The first nine fields of a Call."""
+
+
 def table_dtype(dtype: torch.dtype) -> torch.dtype:
     """Of tables, and of the lse that a user gets, for q of this dtype."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -84,7 +90,7 @@ def checked_call(
             cu_seqlens_k = cu_seqlens
         return Call(q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, *known)
     given = (q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k)
-    call = check_and_lay_out(*given, rotary_dim, pair_stride, scale)
+    call = check_and_lay_out(given, rotary_dim, pair_stride, scale)
     if facts is not None and all(x is None or x is used for x, used in zip(given, call)):
         if len(_passed) >= MAX_PASSED:
             _passed.clear()
@@ -97,21 +103,9 @@ _passed: dict[tuple, tuple[int, int, float]] = {}
 """What the checks look at of calls that passed without a copy -> their settings, defaults filled in."""
 
 
-def check_and_lay_out(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    cos_k: Tensor | None,
-    sin_k: Tensor | None,
-    cu_seqlens: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    rotary_dim: int | None,
-    pair_stride: int | None,
-    scale: float | None,
-) -> Call:
+def check_and_lay_out(tensors: Tensors, rotary_dim: int | None, pair_stride: int | None, scale: float | None) -> Call:
     """What checked_call says, for a call that was not seen before."""
+    q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k = tensors
     check_tensor("q", q, "[T, Hq, D]", dim=3, floating=True)
     if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
         q, k, v = (autocast(x) for x in (q, k, v))

@@ -101,10 +101,8 @@ def _narrowed(x: Tensor, like: Tensor) -> Tensor:
 
 def _aligned(x: Tensor) -> Tensor:
     """x with a contiguous last dimension and every row at a multiple of 16 bytes: itself, or a copy where a view does not."""
-    token, head, channel = x.stride()
-    chunk = 16 // x.element_size()
-    rows = channel == 1 and token % chunk == head % chunk == 0
-    return x if rows and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+    usable = x.data_ptr() % 16 == 0 and _wide_rows(x.shape[2], x.element_size(), x.stride())
+    return x if usable else x.clone(memory_format=torch.contiguous_format)
 
 
 def _launch(which: str, q: Tensor, params: native.Params) -> None:

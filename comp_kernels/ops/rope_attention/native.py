@@ -17,13 +17,15 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor |
 """(dq, dk, dv, dcos, dsin, dcos_k, dsin_k); the last four are None without tables, and where they are not wanted."""
 
 
+RESULTS = ("out", "lse", "grad_out", "grad_lse", "dq", "dk", "dv", "dcos", "dsin", "dcos_k", "dsin_k")
+
+
 class Params(ctypes.Structure):
     """comp_kernels_rope_attention_params of csrc/include/comp_kernels/rope_attention.h, field by field."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", "cos", "sin", "cos_k", "sin_k", "cu_seqlens", "cu_seqlens_k")),
-        *((name, ctypes.c_void_p) for name in ("out", "lse", "grad_out", "grad_lse")),
-        *((name, ctypes.c_void_p) for name in ("dq", "dk", "dv", "dcos", "dsin", "dcos_k", "dsin_k")),
+        *((name, ctypes.c_void_p) for name in RESULTS),
         *((f"{name}_stride_{axis}", ctypes.c_int64) for name in ("q", "k", "v", "grad_out") for axis in ("token", "head")),
         *((name, ctypes.c_int64) for name in ("num_tokens", "num_tokens_k", "num_sequences", "num_heads", "num_heads_k")),
         *((name, ctypes.c_int64) for name in ("head_dim", "rotary_dim", "pair_stride")),
@@ -34,8 +36,9 @@ class Params(ctypes.Structure):
     ]
 
 
-LAYOUT = struct.Struct("20P 19q d 2q")  # of Params
-NULL = (0,) * 11  # addresses of results and cotangents that a pass does not have
+FORMATS = {ctypes.c_void_p: "P", ctypes.c_int64: "q", ctypes.c_double: "d"}
+LAYOUT = struct.Struct("".join(FORMATS[field[1]] for field in Params._fields_))
+NULL = (0,) * len(RESULTS)  # for addresses that a pass does not have
 
 
 def forward(run: Callable[[Params], None], lse_dtype: torch.dtype, call: Call) -> tuple[Tensor, Tensor]:

@@ -204,8 +204,8 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
-constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
+constexpr double kLog2EDouble = 1.4426950408889634, kLn2Double = 0.6931471805599453;
+constexpr float kLog2E = static_cast<float>(kLog2EDouble), kLn2 = static_cast<float>(kLn2Double);
 constexpr float kInfinity = __builtin_huge_valf();
 
 // Sum, maximum over the four lanes that share the rows of an accumulator tile.

@@ -1,4 +1,4 @@
-// rope_attention backward for sm_90a: the two kernels of attention_backward.cuh with warpgroup products fed by bulk copies.
+// rope_attention backward for sm_90a: the two kernels of backward.cuh with warpgroup products fed by bulk copies.
 //
 // A block owns 128 rows (queries, or keys) of one head, 64 per warpgroup, and streams tiles of the columns of the other side:
 //

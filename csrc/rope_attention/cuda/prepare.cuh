@@ -81,7 +81,7 @@ __device__ void rotate_block(const RotateJob& job, int block, int sequences, int
 
 // Statistics of one row and what they lack.
 __device__ __forceinline__ RowStats row_stats(double lse, float delta, float& low) {
-  const double exact = lse * 1.4426950408889634;
+  const double exact = lse * kLog2EDouble;
   const float rounded = static_cast<float>(exact);
   low = fabsf(rounded) == kInfinity ? 0.f : static_cast<float>(exact - rounded);
   return {rounded, delta};

@@ -137,7 +137,7 @@ struct SoftmaxRows {
         const float inverse = sum == 0.f ? 0.f : 1.f / sum;  // no keys: zeros
         if (lane % 4 == 0 && row < rows) {
           params.lse[static_cast<int64_t>(head) * params.num_tokens + first_row + row] =
-              sum == 0.f ? -kInfinity : (static_cast<double>(reference[m][i]) + log2_of(sum)) * 0.6931471805599453;
+              sum == 0.f ? -kInfinity : (static_cast<double>(reference[m][i]) + log2_of(sum)) * kLn2Double;
         }
         Element<T>* to = reinterpret_cast<Element<T>*>(own_rows + row * kRowBytes) + lane % 4 * 2;
 #pragma unroll

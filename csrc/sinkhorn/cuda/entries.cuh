@@ -1,6 +1,8 @@
 // Entries of the plan in bits, as they come from the scores, and sums of their powers of two.
 #pragma once
 
+#include <type_traits>
+
 #include "common/cuda/ptx.cuh"
 
 namespace comp_kernels {
@@ -16,29 +18,60 @@ constexpr bool kIsFloat<fp32> = true;
 template <typename T>
 constexpr int kScoresPerAccess = kIsFloat<T> ? 4 : 8;
 
+// 16 bytes of scores, or one score, as they lie in memory.
+template <typename T, int kVec>
+struct Chunk {
+  uint4 bits;
+  __device__ __forceinline__ void load_global(const void* scores, int64_t at) {
+    constexpr int kBytes = kIsFloat<T> ? 4 : 2;
+    bits = __ldg(reinterpret_cast<const uint4*>(static_cast<const char*>(scores) + at * kBytes));
+  }
+  __device__ __forceinline__ void load_shared(const char* stored, int chunk) {
+    bits = *reinterpret_cast<const uint4*>(stored + chunk * 16);
+  }
+  __device__ __forceinline__ void to_floats(float (&x)[kVec]) const {
+    const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (kIsFloat<T>) {
+        x[i] = __uint_as_float(words[i]);
+      } else {
+        unpack<T>(words[i], x[2 * i], x[2 * i + 1]);
+      }
+    }
+  }
+};
+template <typename T>
+struct Chunk<T, 1> {
+  using Stored = std::conditional_t<kIsFloat<T>, uint32_t, uint16_t>;
+  Stored bits;
+  __device__ __forceinline__ void load_global(const void* scores, int64_t at) {
+    bits = __ldg(static_cast<const Stored*>(scores) + at);
+  }
+  __device__ __forceinline__ void load_shared(const char* stored, int chunk) {
+    bits = reinterpret_cast<const Stored*>(stored)[chunk];
+  }
+  __device__ __forceinline__ void to_floats(float (&x)[1]) const {
+    if constexpr (kIsFloat<T>) {
+      x[0] = __uint_as_float(bits);
+    } else {
+      float unused;
+      unpack<T>(bits, x[0], unused);
+    }
+  }
+};
+
 // kVec consecutive scores as floats, in one access: 16 bytes, or 8 (four 16-bit scores), or one score.
 template <typename T, int kVec>
 __device__ __forceinline__ void load_scores(float (&x)[kVec], const void* scores, int64_t at) {
-  if constexpr (kVec == 1) {
-    if constexpr (kIsFloat<T>) {
-      x[0] = __ldg(static_cast<const float*>(scores) + at);
-    } else {
-      float unused;
-      unpack<T>(__ldg(static_cast<const unsigned short*>(scores) + at), x[0], unused);
-    }
-  } else if constexpr (kIsFloat<T>) {
-    const float4 four = __ldg(reinterpret_cast<const float4*>(static_cast<const float*>(scores) + at));
-    x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
-  } else if constexpr (kVec == 4) {
+  if constexpr (kVec == 4 && !kIsFloat<T>) {
     const uint2 four = __ldg(reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(scores) + at));
     unpack<T>(four.x, x[0], x[1]);
     unpack<T>(four.y, x[2], x[3]);
   } else {
-    const uint4 eight = __ldg(reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(scores) + at));
-    unpack<T>(eight.x, x[0], x[1]);
-    unpack<T>(eight.y, x[2], x[3]);
-    unpack<T>(eight.z, x[4], x[5]);
-    unpack<T>(eight.w, x[6], x[7]);
+    Chunk<T, kVec> chunk;
+    chunk.load_global(scores, at);
+    chunk.to_floats(x);
   }
 }
 

@@ -10,8 +10,6 @@
 // entry. All sums run in a fixed order. The steps may also be launched one by one, with the same bits: see ResidentStep.
 #pragma once
 
-#include <type_traits>
-
 #include "common/cuda/grid_barrier.cuh"
 #include "entries.cuh"
 #include "resident.h"
@@ -22,49 +20,6 @@ namespace comp_kernels {
 // by a ratio of at most kHighestRatio, and 2^20 of them are 2^-26 of the lowest sum.
 constexpr float kLowestSum = 0x1p-60f, kHighestSum = 0x1p100f, kHighestRatio = 0x1p20f;
 __device__ __forceinline__ bool out_of_range(float sum) { return !(sum >= kLowestSum && sum <= kHighestSum); }
-
-// 16 bytes of scores, or one score, as they lie in memory.
-template <typename T, int kVec>
-struct Chunk {
-  uint4 bits;
-  __device__ __forceinline__ void load_global(const void* scores, int64_t at) {
-    constexpr int kBytes = kIsFloat<T> ? 4 : 2;
-    bits = __ldg(reinterpret_cast<const uint4*>(static_cast<const char*>(scores) + at * kBytes));
-  }
-  __device__ __forceinline__ void load_shared(const char* stored, int chunk) {
-    bits = *reinterpret_cast<const uint4*>(stored + chunk * 16);
-  }
-  __device__ __forceinline__ void to_floats(float (&x)[kVec]) const {
-    const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if constexpr (kIsFloat<T>) {
-        x[i] = __uint_as_float(words[i]);
-      } else {
-        unpack<T>(words[i], x[2 * i], x[2 * i + 1]);
-      }
-    }
-  }
-};
-template <typename T>
-struct Chunk<T, 1> {
-  using Stored = std::conditional_t<kIsFloat<T>, uint32_t, uint16_t>;
-  Stored bits;
-  __device__ __forceinline__ void load_global(const void* scores, int64_t at) {
-    bits = __ldg(static_cast<const Stored*>(scores) + at);
-  }
-  __device__ __forceinline__ void load_shared(const char* stored, int chunk) {
-    bits = reinterpret_cast<const Stored*>(stored)[chunk];
-  }
-  __device__ __forceinline__ void to_floats(float (&x)[1]) const {
-    if constexpr (kIsFloat<T>) {
-      x[0] = __uint_as_float(bits);
-    } else {
-      float unused;
-      unpack<T>(bits, x[0], unused);
-    }
-  }
-};
 
 template <typename T, int kVec>
 class Resident {
@@ -399,7 +354,7 @@ class Resident {
     LogSum own[kVec];
 #pragma unroll 1
     for (int batch = 0; batch < p.batches; ++batch) {
-load(x, tile, batch);
+      load(x, tile, batch);
       unrolled<kRows>([&](auto r) {
         const int first = (batch * kRows + r) * step_rows();
         const float u = first < p.padded ? row_u[first + own_row()] : -kInfinity;
