@@ -7,6 +7,7 @@ does) gets operators of its own, so that several versions can live in one proces
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
@@ -37,8 +38,9 @@ def watched(tensors: Iterable[torch.Tensor | None]) -> bool:
     return False
 
 
-def register(name: str, kernel: Callable, fake: Callable, autograd: Callable, setup_context: Callable | None = None) -> None:
-    """Give the defined operator `name` its kernel for every device, its shapes for tracing and its autograd rule."""
+def register(name: str, kernel: Callable, fake: Callable, autograd: Callable, setup_context: Callable | None = None) -> Any:
+    """The defined operator `name`, with its kernel for every device, its shapes for tracing and its autograd rule."""
     LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
     torch.library.register_autograd(f"{NAMESPACE}::{name}", autograd, setup_context=setup_context, lib=LIBRARY)
+    return getattr(OPS, name)

@@ -49,6 +49,12 @@ def load(name: str) -> ctypes.CDLL:
         raise Unavailable(f"the compiled {name} library does not load ({error}); {rebuild}") from error
 
 
+def _usable(library: ctypes.CDLL | Unavailable) -> ctypes.CDLL:
+    if isinstance(library, Unavailable):
+        raise library
+    return library
+
+
 @functools.cache
 def _cpu() -> ctypes.CDLL | Unavailable:
     try:
@@ -65,10 +71,7 @@ def _cpu() -> ctypes.CDLL | Unavailable:
 
 def cpu() -> ctypes.CDLL:
     """The CPU library, with torch's thread pool handed to it; raises Unavailable."""
-    library = _cpu()
-    if isinstance(library, Unavailable):
-        raise library
-    return library
+    return _usable(_cpu())
 
 
 def cpu_unavailable_reason() -> str | None:
@@ -87,10 +90,7 @@ def _cuda() -> ctypes.CDLL | Unavailable:
 
 def cuda() -> ctypes.CDLL:
     """The CUDA library; it loads without a driver, launching needs one. Raises Unavailable."""
-    library = _cuda()
-    if isinstance(library, Unavailable):
-        raise library
-    return library
+    return _usable(_cuda())
 
 
 def cuda_unavailable_reason(device: torch.device) -> str | None:

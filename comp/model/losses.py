@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from comp_kernels import alignment_loss
-from comp_kernels.ops.alignment_loss.reference import unit_rows
+from comp_kernels.ops.alignment_loss.reference import mean_over_group, unit_rows
 
 from ..data.batch import IGNORED
 
@@ -198,7 +198,7 @@ def contrastive_loss(
     places = every_valid.cumsum(0)[first : first + len(valid)] - 1  # of the own texts among the valid ones
     cosines = unit_rows(vision[valid]) @ F.normalize(every_text[every_valid].to(vision.dtype), dim=1).T
     total = F.cross_entropy(cosines / temperature, places[valid], reduction="sum")
-    return _mean_over_group(total, valid, group)
+    return mean_over_group(total, valid, group)
 
 
 def chunked_alignment_loss(
@@ -218,18 +218,7 @@ def chunked_alignment_loss(
     total = vision.new_zeros((), dtype=torch.float32)
     for rows, texts, counted in zip(vision.split(chunk), text.split(chunk), valid.split(chunk)):
         total = total + counted.sum() * alignment_loss(rows, texts, prototypes, valid=counted, **settings)
-    return _mean_over_group(total, valid, group)
-
-
-def _mean_over_group(total: Tensor, valid: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Sum of the local rows -> mean over the group's valid rows, with the gradient of the local ones; 0 where none is valid."""
-    count = valid.sum()
-    if group is not None:
-        dist.all_reduce(count, group=group)
-        everywhere = total.detach().clone()
-        dist.all_reduce(everywhere, group=group)
-        total = total + (everywhere - total.detach())
-    return total / count.clamp(min=1)
+    return mean_over_group(total, valid, group)
 
 
 def _gather_rows(text: Tensor, valid: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, int]:

@@ -128,11 +128,14 @@ def alignment_loss(
         )
     log_prediction = (vision @ prototypes.T / temperature).log_softmax(-1)
     per_row = -(target * log_prediction).sum(-1)
-    total = torch.where(valid, per_row, 0.0).sum()
+    return mean_over_group(torch.where(valid, per_row, 0.0).sum(), valid, group)
+
+
+def mean_over_group(total: Tensor, valid: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Sum of the local rows -> mean over the group's valid rows, with the gradient of the local ones; 0 where none is valid."""
     count = valid.sum()
     if group is not None:
         dist.all_reduce(count, group=group)
-        # The value is the mean over the group; the gradient is the one of this process's own rows.
         everywhere = total.detach().clone()
         dist.all_reduce(everywhere, group=group)
         total = total + (everywhere - total.detach())

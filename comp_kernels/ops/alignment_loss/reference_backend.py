@@ -20,22 +20,9 @@ def declines(call: Call) -> str | None:
 
 def definition(call: Call) -> Tensor:
     """The loss of features as they are given, differentiable to any order."""
+    arguments = {name: value for name, value in call._asdict().items() if name not in ("group", "gradient")}
     with torch.autocast(call.device.type, enabled=False):  # the definition is float32 arithmetic
-        return reference.alignment_loss(
-            call.vision,
-            call.text,
-            call.prototypes,
-            prior=call.prior,
-            mode=call.mode,
-            epsilon=call.epsilon,
-            temperature=call.temperature,
-            num_iters=call.num_iters,
-            prior_temperature=call.prior_temperature,
-            valid=call.valid,
-            normalize=call.normalize,
-            prototype_gradient=call.prototype_gradient,
-            group=group_by_name(call.group),
-        )
+        return reference.alignment_loss(**arguments, group=group_by_name(call.group))
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..._backends import function_of
-from ..._namespace import LIBRARY, OPS, register
+from ..._namespace import LIBRARY, register
 from .call import Call
 
 OPERATOR = "alignment_loss"
@@ -74,11 +74,8 @@ def refuse_double_backward(ctx, *grads):
     raise NotImplementedError("alignment_loss has no second derivatives: use backend='reference' for double backward")
 
 
-register("alignment_loss", forward, forward_fake, autograd, setup_context)
-register("alignment_loss_backward", backward, backward_fake, refuse_double_backward)
-
-FORWARD = OPS.alignment_loss
-BACKWARD = OPS.alignment_loss_backward
+FORWARD = register("alignment_loss", forward, forward_fake, autograd, setup_context)
+BACKWARD = register("alignment_loss_backward", backward, backward_fake, refuse_double_backward)
 
 
 @register_flop_formula(FORWARD)

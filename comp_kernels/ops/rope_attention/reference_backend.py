@@ -22,21 +22,7 @@ def declines(call: Call) -> str | None:
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """(out, lse), differentiable to any order."""
     with torch.autocast(call.device.type, enabled=False):  # the definition is float32 arithmetic
-        out, lse = reference.rope_attention(
-            call.q,
-            call.k,
-            call.v,
-            call.cos,
-            call.sin,
-            call.cu_seqlens,
-            rotary_dim=call.rotary_dim,
-            pair_stride=call.pair_stride,
-            cos_k=call.cos_k,
-            sin_k=call.sin_k,
-            cu_seqlens_k=call.cu_seqlens_k,
-            scale=call.scale,
-            return_lse=True,
-        )
+        out, lse = reference.rope_attention(**call._asdict(), return_lse=True)
     return out, lse
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..._backends import function_of, implementation
-from ..._namespace import LIBRARY, OPS, register, watched
+from ..._namespace import LIBRARY, register, watched
 from .call import Call, bounds_of_all
 
 OPERATOR = "rope_attention"
@@ -132,11 +132,8 @@ def refuse_double_backward(ctx, *grads):
     )
 
 
-register("rope_attention_forward", forward_kernel, forward_fake, autograd, setup_context)
-register("rope_attention_backward", backward_kernel, backward_fake, refuse_double_backward)
-
-FORWARD = OPS.rope_attention_forward
-BACKWARD = OPS.rope_attention_backward
+FORWARD = register("rope_attention_forward", forward_kernel, forward_fake, autograd, setup_context)
+BACKWARD = register("rope_attention_backward", backward_kernel, backward_fake, refuse_double_backward)
 
 
 def attention_flops(q: Tensor, k: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor) -> int:

@@ -20,18 +20,8 @@ def declines(call: Call) -> str | None:
 
 def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """P [..., n, K], u [..., n], v [..., K]."""
-    plan, u, v = reference.sinkhorn(
-        call.scores,
-        row_marginals=call.row_marginals,
-        col_marginals=call.col_marginals,
-        epsilon=call.epsilon,
-        num_iters=call.num_iters,
-        tol=call.tol,
-        group=group_by_name(call.group),
-        return_potentials=True,
-        order=call.order,
-        eps=call.eps,
-    )
+    arguments = call._asdict() | dict(group=group_by_name(call.group))
+    plan, u, v = reference.sinkhorn(**arguments, return_potentials=True)
     return plan, u, v
 
 

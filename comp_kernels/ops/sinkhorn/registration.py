@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..._backends import function_of, transforms_active
-from ..._namespace import LIBRARY, OPS, register, watched
+from ..._namespace import LIBRARY, register, watched
 from . import gradients, reference_backend, small
 from .call import Call
 
@@ -120,11 +120,8 @@ def refuse_double_backward(ctx, *grads):
     raise NotImplementedError("sinkhorn has no second derivatives: use comp_kernels.reference.sinkhorn for double backward")
 
 
-register("sinkhorn", forward_kernel, forward_fake, autograd, setup_context)
-register("sinkhorn_backward", backward, backward_fake, refuse_double_backward)
-
-FORWARD = OPS.sinkhorn
-BACKWARD = OPS.sinkhorn_backward
+FORWARD = register("sinkhorn", forward_kernel, forward_fake, autograd, setup_context)
+BACKWARD = register("sinkhorn_backward", backward, backward_fake, refuse_double_backward)
 
 
 def solve(call: Call, gradient: str, backend: str, fallback: bool) -> tuple[Tensor, Tensor, Tensor]:
