@@ -35,36 +35,40 @@ MANY_ROWS, REPEATED_BYTES_OF_MANY = 2048, 48 << 20
 BFLOAT16_TERMS = {"highest": 3, "high": 2, "medium": 1}  # by torch.get_float32_matmul_precision(): 24, 16 and 8 bits
 
 
-class Matmul:
-    """torch.mm in the computing dtype."""
+def cut(begin: int, end: int, width: int | None) -> list[slice]:
+    """Columns begin to end in pieces of that width; None: in one."""
+    width = max(end - begin if width is None else width, 1)
+    return [slice(start, min(start + width, end)) for start in range(begin, end, width)]
 
-    def __init__(self, prototypes: Tensor, dtype: torch.dtype) -> None:
-        self.prototypes, self.dtype = prototypes, dtype
+
+class Matmul:
+    """torch.mm in the computing dtype, for so many rows of vision and as many of text."""
+
+    def __init__(self, prototypes: Tensor, rows: int, dtype: torch.dtype) -> None:
+        self.prototypes, self.rows, self.dtype = prototypes, rows, dtype
         self.row_dtype, self.terms = dtype, 1  # of the features
         self.gradient_dtype, self.gradient_terms = dtype, 1  # of the score gradients
         self.raw = False  # whether features are as the user gave them, with a factor per row
         self.wide = prototypes.dtype == dtype
         self.memory: Tensor | None = None
+        self.widened: tuple[slice, Tensor] | None = None  # the columns that are in this memory at present
 
     def scratch(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Memory that is used again by the next call."""
+        self.widened = None
         size = math.prod(shape) * dtype.itemsize
         if self.memory is None or self.memory.numel() < size:
             self.memory = None
             self.memory = self.prototypes.new_empty(size, dtype=torch.uint8)
         return self.memory[:size].view(dtype).view(shape)
 
-    def max_cols(self) -> int | None:
-        """Columns of a tile of scores at most; None: any number."""
-        return self.wide_cols()
+    def gradient_cols(self) -> int | None:
+        """Columns of a tile of score gradients at most; None: any number."""
+        return None
 
-    def gradient_cols(self, rows: int) -> int | None:
-        """The same for a tile of score gradients."""
-        return self.wide_cols()
-
-    def extra_elements(self, rows: int, cols: int) -> int:
+    def extra_elements(self, cols: int) -> int:
         """Memory beside the scores for tiles of `cols`, in elements of the computing dtype."""
-        return 0 if self.wide else cols * self.prototypes.shape[1]
+        return min(cols, self.wide_cols() or 0) * self.prototypes.shape[1]
 
     def wide_cols(self) -> int | None:
         """Columns that are widened at a time; None: none are."""
@@ -78,15 +82,14 @@ class Matmul:
         rows = self.prototypes[columns]
         if self.wide:
             return rows
-        return self.scratch(tuple(rows.shape), self.dtype).copy_(rows)
+        if self.widened is None or self.widened[0] != columns:
+            self.widened = columns, self.scratch(tuple(rows.shape), self.dtype).copy_(rows)
+        return self.widened[1]
 
     def scores(self, features: Tensor, columns: slice, out: Tensor) -> None:
         """out [m, C] = features [m, terms D] @ prototypes^T, summed over the terms."""
-        torch.mm(features, self.tile(columns).T, out=out)
-
-    def repeated_cols(self, rows: int) -> int | None:
-        """Columns whose prototypes are repeated for the terms at a time, with so many rows; None: none are."""
-        return None
+        for part in cut(columns.start, columns.stop, self.wide_cols()):
+            torch.mm(features, self.tile(part).T, out=out[:, part.start - columns.start : part.stop - columns.start])
 
     def score_gradients(self, scores: Tensor) -> Tensor:
         """[terms, n, C]: where the gradient of a tile of scores goes; here over the scores themselves."""
@@ -94,10 +97,13 @@ class Matmul:
 
     def add_gradient(self, score_gradients: Tensor, columns: slice, out: Tensor, first: bool) -> None:
         """out [terms, n, D] (+)= score_gradients [terms, n, C] @ prototypes."""
-        if first:
-            torch.mm(score_gradients[0], self.tile(columns), out=out[0])
-        else:
-            out[0].addmm_(score_gradients[0], self.tile(columns))
+        # From the end: what the scores of these columns widened last may still be there.
+        for part in reversed(cut(columns.start, columns.stop, self.wide_cols())):
+            of_part = score_gradients[0, :, part.start - columns.start : part.stop - columns.start]
+            if first and part.stop == columns.stop:
+                torch.mm(of_part, self.tile(part), out=out[0])
+            else:
+                out[0].addmm_(of_part, self.tile(part))
 
     def prototype_gradient(self, score_gradients: Tensor, features: Tensor, out: Tensor) -> None:
         """out [C, D] = score_gradients [1, n, C]^T @ features [n, D]."""
@@ -107,8 +113,8 @@ class Matmul:
 class OneDnn(Matmul):
     """float32 through torch's oneDNN, which takes weights without gaps between rows and returns fresh memory."""
 
-    def __init__(self, prototypes: Tensor, dtype: torch.dtype) -> None:
-        super().__init__(prototypes, dtype)
+    def __init__(self, prototypes: Tensor, rows: int, dtype: torch.dtype) -> None:
+        super().__init__(prototypes, rows, dtype)
         self.parts: list[Tensor] = []  # of a tile, by channels
 
     def scores(self, features: Tensor, columns: slice, out: Tensor) -> None:
@@ -122,8 +128,8 @@ class OneDnn(Matmul):
             found = _linear_plus(features[:, begin : begin + part.shape[1]], part, found)
         out.copy_(found)
 
-    def extra_elements(self, rows: int, cols: int) -> int:
-        return super().extra_elements(rows, cols) + cols * self.prototypes.shape[1] + rows * cols
+    def extra_elements(self, cols: int) -> int:
+        return super().extra_elements(cols) + cols * (self.prototypes.shape[1] + self.rows)
 
     def channel_parts(self, columns: slice) -> Iterator[tuple[int, Tensor]]:
         """(first channel, prototypes [C, channels] without gaps) for each part of the channels."""
@@ -160,29 +166,23 @@ class OneDnn(Matmul):
 class Half(Matmul):
     """16-bit operands, float32 results."""
 
-    def __init__(self, prototypes: Tensor, dtype: torch.dtype, features_dtype: torch.dtype) -> None:
-        super().__init__(prototypes, dtype)
+    def __init__(self, prototypes: Tensor, rows: int, dtype: torch.dtype, features_dtype: torch.dtype) -> None:
+        super().__init__(prototypes, rows, dtype)
         self.row_dtype = prototypes.dtype
         self.raw = features_dtype == prototypes.dtype
         self.terms = 1 if self.raw else BFLOAT16_TERMS[torch.get_float32_matmul_precision()]
+        self.repeated_bytes = REPEATED_BYTES if rows < MANY_ROWS else REPEATED_BYTES_OF_MANY
         # float16 has not the range of score gradients: there the last product takes widened tiles.
         self.half_gradients = prototypes.dtype == torch.bfloat16
         if self.half_gradients:
             self.gradient_dtype, self.gradient_terms = torch.bfloat16, self.terms
 
-    def max_cols(self) -> int | None:
-        return None
+    def gradient_cols(self) -> int | None:
+        return self.columns_in(GRADIENT_BYTES, self.gradient_terms * self.rows * 2) if self.half_gradients else None
 
-    def gradient_cols(self, rows: int) -> int | None:
-        return self.columns_in(GRADIENT_BYTES, self.gradient_terms * rows * 2) if self.half_gradients else self.wide_cols()
-
-    def repeated_cols(self, rows: int) -> int | None:
-        if self.terms == 1:
-            return None
-        return self.columns_in(self.repeated_bytes(rows), self.terms * self.prototypes.shape[1] * 2)
-
-    def repeated_bytes(self, rows: int) -> int:
-        return REPEATED_BYTES if rows < MANY_ROWS else REPEATED_BYTES_OF_MANY
+    def repeated_cols(self) -> int | None:
+        """Columns whose prototypes are repeated for the terms at a time; None: none are."""
+        return self.columns_in(self.repeated_bytes, self.terms * self.prototypes.shape[1] * 2) if self.terms > 1 else None
 
     def columns_in(self, size: int, bytes_per_column: int) -> int:
         """In equal parts of the prototypes."""
@@ -190,17 +190,18 @@ class Half(Matmul):
         parts = max(-(-self.prototypes.shape[0] // cols), 1)
         return -(-self.prototypes.shape[0] // parts // COLUMNS) * COLUMNS
 
-    def extra_elements(self, rows: int, cols: int) -> int:
-        repeated = 0 if self.terms == 1 else min(self.repeated_bytes(rows), self.terms * cols * self.prototypes.shape[1] * 2)
-        gradients = min(GRADIENT_BYTES, self.gradient_terms * rows * cols * 2)
+    def extra_elements(self, cols: int) -> int:
+        repeated = 0 if self.terms == 1 else min(self.repeated_bytes, self.terms * cols * self.prototypes.shape[1] * 2)
+        gradients = min(GRADIENT_BYTES, self.gradient_terms * self.rows * cols * 2)
         return max(repeated, gradients) // 4
 
     def scores(self, features: Tensor, columns: slice, out: Tensor) -> None:
-        tile = self.prototypes[columns]
-        if self.terms > 1:
-            cols, dim = tile.shape
-            tile = self.scratch((cols, self.terms, dim), tile.dtype).copy_(tile.unsqueeze(1)).view(cols, -1)
-        _wide_mm(features, tile.T, out)
+        for part in cut(columns.start, columns.stop, self.repeated_cols()):
+            tile = self.prototypes[part]
+            if self.terms > 1:
+                cols, dim = tile.shape
+                tile = self.scratch((cols, self.terms, dim), tile.dtype).copy_(tile.unsqueeze(1)).view(cols, -1)
+            _wide_mm(features, tile.T, out[:, part.start - columns.start : part.stop - columns.start])
 
     def score_gradients(self, scores: Tensor) -> Tensor:
         if not self.half_gradients:
@@ -218,15 +219,15 @@ class Half(Matmul):
 
 
 def choose_products(
-    prototypes: Tensor, dtype: torch.dtype, features_dtype: torch.dtype, prototype_gradient: bool, on_gpu: bool
+    prototypes: Tensor, rows: int, dtype: torch.dtype, features_dtype: torch.dtype, prototype_gradient: bool, on_gpu: bool
 ) -> Matmul:
-    """The products for features of `features_dtype` with prototypes, computing in `dtype`."""
+    """The products of `rows` rows of vision and of text, of `features_dtype`, with prototypes, computing in `dtype`."""
     if not on_gpu:
-        return (OneDnn if dtype == torch.float32 and onednn_is_faster() else Matmul)(prototypes, dtype)
+        return (OneDnn if dtype == torch.float32 and onednn_is_faster() else Matmul)(prototypes, rows, dtype)
     half = prototypes.dtype == torch.bfloat16 or prototypes.dtype == features_dtype == torch.float16
     if dtype == torch.float32 and half and not prototype_gradient:
-        return Half(prototypes, dtype, features_dtype)
-    return Matmul(prototypes, dtype)
+        return Half(prototypes, rows, dtype, features_dtype)
+    return Matmul(prototypes, rows, dtype)
 
 
 def onednn_is_faster() -> bool:

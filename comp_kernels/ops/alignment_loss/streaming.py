@@ -26,7 +26,7 @@ from ..._units import LOG2E
 from .._log_domain.over_group import group_by_name, merge_over_group, scale
 from .call import Call
 from .features import Features
-from .products import COLUMNS, Matmul, choose_products
+from .products import COLUMNS, Matmul, choose_products, cut
 
 Pair = tuple[Tensor, Tensor]  # running maximum in bits and sum of 2^(entry - maximum), per row
 
@@ -77,10 +77,6 @@ def kept_columns(num_rows: int, dim: int, num_words: int, tile: int, extra: int,
     return max(columns - num_words, 0) // tile * tile, text
 
 
-def cut(begin: int, end: int, width: int) -> list[slice]:
-    return [slice(start, min(start + width, end)) for start in range(begin, end, max(width, 1))]
-
-
 class Scores:
     """Products of the features with all prototypes, in tiles. Vision and text scores of the first `both` columns stay in
     memory, text scores of the first `text_cols`."""
@@ -88,13 +84,11 @@ class Scores:
     def __init__(self, steps: ModuleType, products: Matmul, features: Features, words: int, normalize: bool) -> None:
         rows, dim = features.num_rows, products.prototypes.shape[1]
         tile = tile_columns(rows, dim, words, steps.LIMITS)
-        widest = min(products.max_cols() or words, words)
         self.steps, self.products, self.features, self.words = steps, products, features, words
-        extra = products.extra_elements(rows, tile) + int(steps.LIMITS.pairs * rows * words)
+        extra = products.extra_elements(tile) + int(steps.LIMITS.pairs * rows * words)
         extra += (2 * products.terms + products.gradient_terms + 1) * rows * dim  # the features, their gradients
         self.both, self.text_cols = kept_columns(rows, dim, words, tile, extra, steps.LIMITS.share_of_many)
-        kept_tile = widest if steps.LIMITS.whole_kept else tile
-        tile = min(tile, max(widest, 1))
+        kept_tile = None if steps.LIMITS.whole_kept else tile
         self.tiles = cut(0, self.both, kept_tile) + cut(self.both, self.text_cols, tile) + cut(self.text_cols, words, tile)
         new = features.inverse_length.new_empty
         self.kept_both = new((2 * rows, self.both))
@@ -118,13 +112,13 @@ class Scores:
             kept = columns.stop <= self.both
             both = self.kept_both[:, columns] if kept else self.scratch[:, : columns.stop - columns.start]
             if first or not kept:
-                self._multiply(self.features.rows, columns, both)
+                self.products.scores(self.features.rows, columns, both)
             vision, text = both[:rows], both[rows:]
         else:
             vision, text = self.scratch[:rows, : columns.stop - columns.start], self._kept_text(columns)
-            self._multiply(self.features.vision, columns, vision)
+            self.products.scores(self.features.vision, columns, vision)
             if first:
-                self._multiply(self.features.text, columns, text)
+                self.products.scores(self.features.text, columns, text)
         self.filled = max(self.filled, columns.stop)
         return vision, text
 
@@ -133,7 +127,7 @@ class Scores:
         if columns.stop <= self.text_cols:
             return self._kept_text(columns)
         tile = self.scratch[self.features.num_rows :, : columns.stop - columns.start]
-        self._multiply(self.features.text, columns, tile)
+        self.products.scores(self.features.text, columns, tile)
         return tile
 
     def text_tiles(self) -> list[slice]:
@@ -145,12 +139,6 @@ class Scores:
         if columns.stop <= self.both:
             return self.kept_both[self.features.num_rows :, columns]
         return self.kept_text[:, columns.start - self.both : columns.stop - self.both]
-
-    def _multiply(self, features: Tensor, columns: slice, out: Tensor) -> None:
-        """out [m, C] = the sum of features [m, terms D] @ prototypes^T."""
-        width = self.products.repeated_cols(self.features.num_rows) or columns.stop - columns.start
-        for part in cut(columns.start, columns.stop, width):
-            self.products.scores(features, part, out[:, part.start - columns.start : part.stop - columns.start])
 
 
 def forward(call: Call, steps: ModuleType) -> tuple[Tensor, Tensor, Tensor]:
@@ -167,14 +155,14 @@ class Stream:
 
     def __init__(self, steps: ModuleType, call: Call) -> None:
         self.steps, self.call, self.group = steps, call, group_by_name(call.group)
+        self.num_rows = call.vision.shape[0]
         dtype = torch.promote_types(call.vision.dtype, torch.float32)
         features_dtype = call.vision.dtype if call.vision.dtype == call.text.dtype else torch.float32
         on_gpu = steps.on_gpu(call.device)
-        self.products = choose_products(call.prototypes, dtype, features_dtype, call.prototype_gradient, on_gpu)
+        self.products = choose_products(call.prototypes, self.num_rows, dtype, features_dtype, call.prototype_gradient, on_gpu)
         self.features = steps.prepare_features(call, self.products)
         self.scores = Scores(steps, self.products, self.features, call.prototypes.shape[0], call.normalize)
         self.like = self.features.inverse_length  # for dtype and device
-        self.num_rows = call.vision.shape[0]
         self.num_valid, self.row_weight, self.start = self._rows()
         self.text_factor, self.vision_factor = LOG2E / call.epsilon, LOG2E / call.temperature
 
@@ -276,7 +264,7 @@ class Stream:
 
     def loss_tiles(self) -> list[slice]:
         """Tiles for the last pass: narrower where score gradients take memory of their own."""
-        width = self.products.gradient_cols(self.num_rows) or self.scores.words
+        width = self.products.gradient_cols()
         return [part for columns in self.scores.tiles for part in cut(columns.start, columns.stop, width)]
 
     def loss(self, target: Target, vision_pair: Pair) -> tuple[Tensor, Tensor, Tensor]:

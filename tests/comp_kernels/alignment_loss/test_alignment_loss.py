@@ -92,7 +92,7 @@ def test_products_of_onednn(dtype, view, monkeypatch):
     monkeypatch.setattr(products, "ONEDNN_CHANNELS", 20)
     prototypes = torch.randn(300, 56 if view else 48).to(DTYPES[dtype])[:, :48]
     features, score_gradients = torch.randn(14, 48), torch.randn(1, 14, 300)
-    onednn, exact = products.OneDnn(prototypes, torch.float32), prototypes.double()
+    onednn, exact = products.OneDnn(prototypes, 7, torch.float32), prototypes.double()
     for columns in (slice(0, 256), slice(256, 300)):
         found, plain = torch.empty(14, columns.stop - columns.start), features @ prototypes[columns].float().T
         onednn.scores(features, columns, found)
@@ -106,6 +106,24 @@ def test_products_of_onednn(dtype, view, monkeypatch):
     onednn.prototype_gradient(score_gradients, features, found)
     expected = score_gradients[0].T @ features
     assert_within_budget("of prototypes", found, score_gradients[0].T.double() @ features.double(), expected)
+
+
+def test_products_with_widened_prototypes(monkeypatch):
+    """In three parts; the gradient begins with the one that the scores widened last."""
+    monkeypatch.setitem(products.WIDE_ELEMENTS, "cpu", 256 * 24)
+    prototypes, features = torch.randn(700, 24).half(), torch.randn(10, 24).double()
+    matmul, wide = products.Matmul(prototypes, 5, torch.float64), prototypes.double()
+    scores = torch.full((10, 900), torch.nan).double()[:, :700]
+    matmul.scores(features, slice(0, 700), scores)
+    torch.testing.assert_close(scores, features @ wide.T)
+    assert matmul.widened[0] == slice(512, 700)
+    prototypes[512:] = 0  # not read again
+    found = torch.full((1, 5, 24), torch.nan).double()
+    matmul.add_gradient(scores[None, :5], slice(0, 700), found, first=True)
+    torch.testing.assert_close(found[0], scores[:5] @ wide)
+    prototypes[:] = wide
+    matmul.add_gradient(scores[None, 5:, 16:300], slice(16, 300), found, first=False)
+    torch.testing.assert_close(found[0], scores[:5] @ wide + scores[5:, 16:300] @ wide[16:300])
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -136,8 +154,8 @@ def test_products_of_16_bits(words, features, mode, monkeypatch):
     """As on a GPU: features as they came or as a sum of terms, float32 results, within the budget of float32 products."""
     chosen = []
 
-    def choose(prototypes, dtype, features_dtype, prototype_gradient, on_gpu):
-        chosen.append(products.Half(prototypes, dtype, features_dtype))
+    def choose(prototypes, rows, dtype, features_dtype, prototype_gradient, on_gpu):
+        chosen.append(products.Half(prototypes, rows, dtype, features_dtype))
         return chosen[-1]
 
     monkeypatch.setattr(streaming, "choose_products", choose)
