@@ -38,6 +38,24 @@ def watched(tensors: Iterable[torch.Tensor | None]) -> bool:
     return False
 
 
+def past_the_dispatcher(kernel: Callable, setup_context: Callable, autograd: Callable) -> Callable:
+    """An operator's kernel with its autograd rule for calls that are not `watched`. To be called with the tensors that may
+    receive gradients, in the operator's order, and then with all of its arguments as one tuple."""
+
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *arguments):
+            output = kernel(*arguments[-1])
+            setup_context(ctx, arguments[-1], output)
+            return output
+
+        @staticmethod
+        def backward(ctx, *cotangents):
+            return autograd(ctx, *cotangents)
+
+    return Direct.apply
+
+
 def register(name: str, kernel: Callable, fake: Callable, autograd: Callable, setup_context: Callable | None = None) -> Any:
     """The defined operator `name`, with its kernel for every device, its shapes for tracing and its autograd rule."""
     LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")

@@ -1,5 +1,8 @@
-"""rope_attention as a torch operator: opcheck, torch.compile, autocast, FLOP counts, double backward."""
+"""rope_attention as a torch operator: opcheck, torch.compile, autocast, FLOP counts, double backward. All operators: the way
+past torch's dispatcher."""
 
+import functools
+import importlib
 import shutil
 import subprocess
 import sys
@@ -84,12 +87,37 @@ def test_autocast_casts_q_k_v_and_never_the_tables():
     assert torch.equal(again[0], cos) and q.grad.dtype == torch.float32
 
 
-def test_direct_calls_equal_those_that_something_watches():
-    """An eager call goes past the dispatcher, unless a mode or the profiler is there to see the operator: same bits."""
-    inputs = make_attention_inputs(AttentionCase("packed", [30, 41]))
+def sinkhorn_with_gradient(**settings) -> dict[str, torch.Tensor]:
+    scores = torch.randn(5, 4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    plan, u, v = ck.sinkhorn(scores, epsilon=0.5, return_potentials=True, **settings)
+    return dict(plan=plan, gradient=torch.autograd.grad(plan.square().sum() + u.sum() - v.sum(), scores)[0])
 
-    def run():
-        return attention_with_gradients(inputs, lambda *args, **kwargs: ck.rope_attention(*args, return_lse=True, **kwargs))
+
+def alignment_loss_with_gradients() -> dict[str, torch.Tensor]:
+    features = torch.randn(2 * 6 + 40, 8, generator=torch.Generator().manual_seed(0))
+    vision, text, prototypes = (x.requires_grad_() for x in features.split((6, 6, 40)))
+    loss = ck.alignment_loss(vision, text, prototypes, prototype_gradient=True)
+    gradients = torch.autograd.grad(2 * loss, (vision, prototypes))
+    return dict(loss=loss, vision=gradients[0], prototypes=gradients[1])
+
+
+def rope_attention_with_gradients() -> dict[str, torch.Tensor]:
+    inputs = make_attention_inputs(AttentionCase("packed", [30, 41]))
+    return attention_with_gradients(inputs, lambda *args, **kwargs: ck.rope_attention(*args, return_lse=True, **kwargs))
+
+
+@pytest.mark.parametrize(
+    "run, operators",
+    (
+        (rope_attention_with_gradients, ("rope_attention_forward", "rope_attention_backward")),
+        (functools.partial(sinkhorn_with_gradient, gradient="unrolled"), ("sinkhorn", "sinkhorn_backward")),
+        (functools.partial(sinkhorn_with_gradient, gradient="implicit"), ("sinkhorn", "sinkhorn_backward")),
+        (alignment_loss_with_gradients, ("alignment_loss", "alignment_loss_backward")),
+    ),
+    ids=("rope_attention", "sinkhorn, unrolled", "sinkhorn, implicit", "alignment_loss"),
+)
+def test_direct_calls_equal_those_that_something_watches(run, operators, monkeypatch):
+    """An eager call goes past the dispatcher, unless a mode or the profiler is there to see the operator: same bits."""
 
     class Record(TorchDispatchMode):
         def __init__(self):
@@ -100,15 +128,18 @@ def test_direct_calls_equal_those_that_something_watches():
             self.seen.add(str(function))
             return function(*args, **(kwargs or {}))
 
-    direct = run()
     with Record() as mode:
         dispatched = run()
-    assert {f"comp_kernels.rope_attention_{which}.default" for which in ("forward", "backward")} <= mode.seen
-    assert all(torch.equal(direct[name], dispatched[name]) for name in dispatched)
+    assert {f"comp_kernels.{name}.default" for name in operators} <= mode.seen
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         run()
-    names = {event.name for event in profiler.events()}
-    assert {f"comp_kernels::rope_attention_{which}" for which in ("forward", "backward")} <= names
+    assert {f"comp_kernels::{name}" for name in operators} <= {event.name for event in profiler.events()}
+    for operator in ("rope_attention", "sinkhorn", "alignment_loss"):
+        registration = importlib.import_module(f"comp_kernels.ops.{operator}.registration")
+        for name in ("FORWARD", "BACKWARD"):
+            monkeypatch.setattr(registration, name, None)  # nobody calls it now
+    direct = run()
+    assert all(torch.equal(direct[name], dispatched[name]) for name in dispatched)
 
 
 def test_batched_gradients():

@@ -22,7 +22,7 @@ from ..._checks import (
 )
 from . import reference, reference_backend
 from .call import Call
-from .registration import FORWARD
+from .registration import loss_of
 
 
 def alignment_loss(
@@ -104,8 +104,7 @@ def alignment_loss(
     if backend == "reference" and has_values(vision):  # else the operators tell the shapes
         return reference_backend.definition(call)
     # The processes of a group exchange sums in their backend's units: none may go on with another by itself.
-    loss, *_ = FORWARD.default(*call, backend, fallback and group is None)
-    return loss
+    return loss_of(call, backend, fallback and group is None)
 
 
 def check_features(vision: Tensor, text: Tensor, prototypes: Tensor, valid: Tensor | None) -> None:

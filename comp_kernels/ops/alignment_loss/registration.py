@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..._backends import function_of
-from ..._namespace import LIBRARY, register
+from ..._namespace import LIBRARY, past_the_dispatcher, register, watched
 from .call import Call
 
 OPERATOR = "alignment_loss"
@@ -54,7 +54,6 @@ def backward_fake(grad_loss: Tensor, gradient: Tensor, x: Tensor) -> Tensor:
 
 
 def setup_context(ctx, inputs, output) -> None:
-    ctx.num_inputs = len(inputs)
     ctx.wanted = inputs[-4], inputs[-3]
     ctx.save_for_backward(output[1], inputs[0], output[2], inputs[2])
     ctx.mark_non_differentiable(output[1], output[2])
@@ -63,11 +62,14 @@ def setup_context(ctx, inputs, output) -> None:
 
 def autograd(ctx, grad_loss, *_) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
+    # Of a gradient that is to be differentiated again (create_graph), the operator says that it cannot.
+    through_operator = torch.is_grad_enabled() or saved[0].is_meta or watched((grad_loss, *saved))
+    function = BACKWARD.default if through_operator else backward
     found = [
-        BACKWARD.default(grad_loss, gradient, x) if wanted and grad_loss is not None else None
+        function(grad_loss, gradient, x) if wanted and grad_loss is not None else None
         for wanted, gradient, x in zip(ctx.wanted, saved[::2], saved[1::2])
     ]
-    return found[0], None, found[1], *(None for _ in range(ctx.num_inputs - 3))
+    return found[0], None, found[1], *[None] * (len(ctx.needs_input_grad) - 3)
 
 
 def refuse_double_backward(ctx, *grads):
@@ -76,6 +78,15 @@ def refuse_double_backward(ctx, *grads):
 
 FORWARD = register("alignment_loss", forward, forward_fake, autograd, setup_context)
 BACKWARD = register("alignment_loss_backward", backward, backward_fake, refuse_double_backward)
+DIRECT = past_the_dispatcher(forward, setup_context, autograd)
+
+
+def loss_of(call: Call, backend: str, fallback: bool) -> Tensor:
+    """By the operator, or where nothing but autograd follows the call, by its kernel."""
+    arguments = (*call, backend, fallback)
+    if call.vision.is_meta or watched(call[:5]):
+        return FORWARD.default(*arguments)[0]
+    return DIRECT(*call[:3], arguments)[0]
 
 
 @register_flop_formula(FORWARD)

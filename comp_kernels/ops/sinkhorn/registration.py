@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..._backends import function_of, transforms_active
-from ..._namespace import LIBRARY, register, watched
+from ..._namespace import LIBRARY, past_the_dispatcher, register, watched
 from . import gradients, reference_backend, small
 from .call import Call
 
@@ -111,9 +111,12 @@ def setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-def autograd(ctx, grad_plan, grad_u, grad_v) -> tuple[Tensor | None, ...]:
-    found = BACKWARD.default(*ctx.saved_tensors, grad_plan, grad_u, grad_v, *ctx.settings)
-    return found, *(None for _ in range(11))
+def autograd(ctx, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    tensors = (*ctx.saved_tensors, *cotangents)
+    # Of a gradient that is to be differentiated again (create_graph), the operator says that it cannot.
+    through_operator = torch.is_grad_enabled() or tensors[0].is_meta or watched(tensors)
+    found = (BACKWARD.default if through_operator else backward)(*tensors, *ctx.settings)
+    return found, *[None] * (len(ctx.needs_input_grad) - 1)
 
 
 def refuse_double_backward(ctx, *grads):
@@ -122,10 +125,14 @@ def refuse_double_backward(ctx, *grads):
 
 FORWARD = register("sinkhorn", forward_kernel, forward_fake, autograd, setup_context)
 BACKWARD = register("sinkhorn_backward", backward, backward_fake, refuse_double_backward)
+DIRECT = past_the_dispatcher(forward_kernel, setup_context, autograd)
 
 
 def solve(call: Call, gradient: str, backend: str, fallback: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The operator, or where nothing but this call sees it, its kernel."""
-    if transforms_active() or not (gradient != "detach" or call.scores.is_meta or watched(call[:3])):
-        return forward(call, backend, fallback)
-    return FORWARD.default(*call, gradient, backend, fallback)
+    """The operator, or where nothing but autograd follows the call, its kernel."""
+    if not transforms_active():
+        if call.scores.is_meta or watched(call[:3]):
+            return FORWARD.default(*call, gradient, backend, fallback)
+        if gradient != "detach" and call.scores.requires_grad and torch.is_grad_enabled():
+            return DIRECT(call.scores, (*call, gradient, backend, fallback))
+    return forward(call, backend, fallback)

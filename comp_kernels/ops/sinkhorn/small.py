@@ -46,7 +46,7 @@ def declines(call: Call) -> str | None:
 
 def contiguous_items(scores: Tensor) -> Tensor:
     """scores [G, n, K] with every matrix contiguous, and one matrix that stands for all where they are expanded."""
-    return scores if scores[0].is_contiguous() else scores.contiguous()
+    return scores if scores.is_contiguous() or scores[0].is_contiguous() else scores.contiguous()
 
 
 def solve(run: Callable[[str, SmallParams, Tensor], None], call: Call) -> tuple[Tensor, Tensor, Tensor]:
