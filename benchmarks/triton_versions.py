@@ -107,16 +107,16 @@ def attention(case: AttentionCase, dtype: torch.dtype, everything: bool) -> Call
 
 
 def ot(dtype: torch.dtype, rows: int, tol: float | None) -> Callable[[], object]:
-    from comp_kernels.ops.sinkhorn import triton_backend
+    from comp_kernels.ops.sinkhorn.triton_steps import Steps
 
     scores = torch.zeros(2, rows, 4096, dtype=dtype)
 
     def call():
         for cols in (4096, 4090):
             sinkhorn(scores[:, :, :cols], epsilon=0.1, num_iters=2, tol=tol, backend="triton")
-        u2, v2 = torch.zeros(2, rows), torch.zeros(2, 4096)
-        triton_backend.column_statistics(scores, 1.0, u2)  # over a process group
-        triton_backend.merge_rows(*triton_backend.row_pairs(scores, 1.0, v2), peaks=u2, sums=u2)
+        steps = Steps(scores, 1.0)  # over a process group
+        steps.column_statistics(torch.zeros(2, rows))
+        steps.row_log_sums(torch.zeros(2, 4096))
 
     return call
 

@@ -129,11 +129,11 @@ def sinkhorn_keys(seed, batches, tol, shortest, longest, cols=1000) -> list[set]
     return found
 
 
-@pytest.mark.parametrize("tol, kernels", [(None, 3), (1e-3, 4)])
-def test_sinkhorn_of_any_batch(tol, kernels):
-    """30 batches of 33 rows and more; the first of several iterations to a tolerance has no error to measure."""
+@pytest.mark.parametrize("tol", [None, 1e-3])
+def test_sinkhorn_of_any_batch(tol):
+    """30 batches of 33 rows and more, the first iteration as all others."""
     first, *others = run_compiled(sinkhorn_keys, 0, 30, tol, 33, 1500)
-    assert len(first) == kernels
+    assert len(first) == 3
     assert all(keys == first for keys in others)
 
 

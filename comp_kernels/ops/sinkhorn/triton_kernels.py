@@ -19,6 +19,7 @@ VARYING = (
     "num_rows",
     "num_cols",
     "num_blocks",
+    "iteration",
     "item_stride",
     "row_stride",
     "a_item_stride",
@@ -65,14 +66,14 @@ def load_entries(scores, o_n, o_k, m_n, m_k, row_stride, factor):
 
 @triton.jit(do_not_specialize=VARYING)
 def column_step_kernel(
-    scores, u, v, b, v_new, row_peaks, row_sums, col_peaks, col_sums, errors, stop,
-    num_rows, num_cols, num_blocks, item_stride, row_stride, b_item_stride, factor,
-    ITERATE: tl.constexpr, FIRST: tl.constexpr, HAS_TOL: tl.constexpr,
-    ALIGN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    scores, u, v, a, b, v_new, row_peaks, row_sums, col_peaks, col_sums, errors, stop,
+    num_rows, num_cols, num_blocks, item_stride, row_stride, a_item_stride, b_item_stride, iteration, factor,
+    ITERATE: tl.constexpr, HAS_TOL: tl.constexpr, ALIGN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of columns, items). ITERATE: v_new [G, K], and row_peaks, row_sums [G, blocks, pair_stride] of the plan with
-    scaled columns; else col_peaks, col_sums [G, K]. HAS_TOL: nothing happens once *stop is set, and errors [G, blocks] receives
-    the L1 error of the column sums as they were (not in the FIRST iteration)."""
+    scaled columns; iteration 0 starts from u = 0 in rows that have mass. Else col_peaks, col_sums [G, K]. HAS_TOL: nothing
+    happens once *stop is set, and errors [G, blocks] receives the L1 error of the column sums as they were with v (infinite
+    in iteration 0)."""
     i_block, i_item = tl.program_id(0), tl.program_id(1).to(tl.int64)
     if HAS_TOL:
         if tl.load(stop) != 0:
@@ -89,7 +90,13 @@ def column_step_kernel(
         o_n = first + tl.arange(0, BN)
         m_n = o_n < num_rows
         x = load_entries(scores, o_n, o_k, m_n, m_k, row_stride, factor)
-        x += tl.load(u + o_n, mask=m_n, other=-float("inf"))[:, None]
+        if ITERATE:
+            mass = tl.load(a + i_item * a_item_stride + o_n, mask=m_n, other=0.0)
+            shift = tl.load(u + o_n, mask=o_n < num_rows * min(iteration, 1), other=0.0)
+            shift = tl.where(mass > 0, shift, -float("inf"))
+        else:
+            shift = tl.load(u + o_n, mask=m_n, other=-float("inf"))
+        x += shift[:, None]
         tile_peak = tl.max(x, axis=0)
         tile_total = tl.sum(tl.exp2(x - finite_or_zero(tile_peak)[None, :]), axis=0)
         peak, total = merge_sums(peak, total, tile_peak, tile_total)
@@ -100,8 +107,8 @@ def column_step_kernel(
     else:
         target = tl.load(b + i_item * b_item_stride + o_k, mask=m_k, other=0.0)
         log_sum = peak + tl.log2(total)
-        if HAS_TOL and not FIRST:
-            old = tl.load(v + i_item * num_cols + o_k, mask=m_k, other=-float("inf"))
+        if HAS_TOL:
+            old = tl.load(v + i_item * num_cols + o_k, mask=o_k < num_cols * min(iteration, 1), other=float("inf"))
             sums = tl.where(target > 0, tl.exp2(log_sum + old), 0.0)
             tl.store(errors + i_item * num_blocks + i_block, tl.sum(tl.abs(sums - target)))
         scaled = tl.where(target > 0, tl.log2(target) - log_sum, -float("inf"))
@@ -123,7 +130,7 @@ def column_step_kernel(
 def row_step_kernel(
     scores, v, row_peaks, row_sums,
     num_rows, num_cols, num_blocks, item_stride, row_stride, factor,
-    HAS_V: tl.constexpr, ALIGN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    ALIGN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """row_peaks, row_sums [G, blocks, pair_stride] of the entries plus v. Grid (blocks of columns, items, blocks of rows)."""
     i_block, i_item = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -131,8 +138,7 @@ def row_step_kernel(
     o_n, o_k = tl.program_id(2) * BN + tl.arange(0, BN), i_block * BK + tl.arange(0, BK)
     m_n, m_k = o_n < num_rows, o_k < num_cols
     x = load_entries(scores + i_item * multiple(item_stride, ALIGN), o_n, o_k, m_n, m_k, row_stride, factor)
-    if HAS_V:
-        x += tl.load(v + i_item * num_cols + o_k, mask=m_k, other=-float("inf"))[None, :]
+    x += tl.load(v + i_item * num_cols + o_k, mask=m_k, other=-float("inf"))[None, :]
     row_peak = tl.max(x, axis=1)
     o_out = (i_item * num_blocks + i_block) * pair_stride(num_rows) + o_n
     tl.store(row_peaks + o_out, row_peak, mask=m_n)
@@ -141,19 +147,18 @@ def row_step_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def merge_rows_kernel(
-    row_peaks, row_sums, a, u, peaks, sums, stop,
+    row_peaks, row_sums, a, out, stop,
     num_rows, num_blocks, a_item_stride,
     SCALE: tl.constexpr, HAS_TOL: tl.constexpr, BN: tl.constexpr, BB: tl.constexpr,
 ):  # fmt: skip
-    """Merge the pairs [G, blocks, pair_stride] over the blocks. SCALE: u [G, n] = log2 a - log2 of the sum; else the pairs join
-    peaks, sums [G, n]. Grid (blocks of rows, items)."""
+    """out [G, n] = log2 of the sum of the pairs [G, blocks, pair_stride] over the blocks; SCALE: the potential that makes it
+    a. Grid (blocks of rows, items)."""
     i_item = tl.program_id(1).to(tl.int64)
     if HAS_TOL:
         if tl.load(stop) != 0:
             return
     o_n = tl.program_id(0) * BN + tl.arange(0, BN)
     m_n = o_n < num_rows
-    o_item = i_item * num_rows + o_n
     stride = pair_stride(num_rows)
     row_peaks += i_item * num_blocks * stride
     row_sums += i_item * num_blocks * stride
@@ -168,31 +173,32 @@ def merge_rows_kernel(
         top = tl.max(block_peaks, axis=0)
         block_total = tl.sum(block_sums * tl.exp2(block_peaks - finite_or_zero(top)[None, :]), axis=0)
         peak, total = merge_sums(peak, total, top, block_total)
+    found = peak + tl.log2(total)
     if SCALE:
         mass = tl.load(a + i_item * a_item_stride + o_n, mask=m_n, other=0.0)
-        scaled = tl.where(mass > 0, tl.log2(mass) - (peak + tl.log2(total)), -float("inf"))
-        tl.store(u + o_item, scaled, mask=m_n)
-    else:
-        old_peak = tl.load(peaks + o_item, mask=m_n, other=-float("inf"))
-        old_total = tl.load(sums + o_item, mask=m_n, other=0.0)
-        peak, total = merge_sums(peak, total, old_peak, old_total)
-        tl.store(peaks + o_item, peak, mask=m_n)
-        tl.store(sums + o_item, total, mask=m_n)
+        found = tl.where(mass > 0, tl.log2(mass) - found, -float("inf"))
+    tl.store(out + i_item * num_rows + o_n, found, mask=m_n)
 
 
 @triton.jit(do_not_specialize=VARYING)
 def plan_kernel(
-    scores, u, v, plan,
-    num_rows, num_cols, item_stride, row_stride, factor,
+    scores, u, v, plan, u_out, v_out,
+    num_rows, num_cols, num_blocks, item_stride, row_stride, factor, unit,
     ALIGN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """plan [G, n, K] = 2^(entry + u + v). Grid (blocks of columns, items, blocks of rows)."""
-    i_item = tl.program_id(1).to(tl.int64)
+    """plan [G, n, K] = 2^(entry + u + v), u_out [G, n] = u * unit, v_out [G, K] = v * unit. Grid (blocks of columns, items,
+    blocks of rows)."""
+    i_block, i_item, i_rows = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     num_cols, row_stride = multiple(num_cols, ALIGN), multiple(row_stride, ALIGN)
-    o_n, o_k = tl.program_id(2) * BN + tl.arange(0, BN), tl.program_id(0) * BK + tl.arange(0, BK)
+    o_n, o_k = i_rows * BN + tl.arange(0, BN), i_block * BK + tl.arange(0, BK)
     m_n, m_k = o_n < num_rows, o_k < num_cols
+    u2 = tl.load(u + i_item * num_rows + o_n, mask=m_n, other=-float("inf"))
+    v2 = tl.load(v + i_item * num_cols + o_k, mask=m_k, other=-float("inf"))
+    if i_block == 0:
+        tl.store(u_out + i_item * num_rows + o_n, u2 * unit, mask=m_n)
+    if i_rows == 0:
+        tl.store(v_out + i_item * num_cols + o_k, v2 * unit, mask=m_k)
     x = load_entries(scores + i_item * multiple(item_stride, ALIGN), o_n, o_k, m_n, m_k, row_stride, factor)
-    x += tl.load(u + i_item * num_rows + o_n, mask=m_n, other=-float("inf"))[:, None]
-    x += tl.load(v + i_item * num_cols + o_k, mask=m_k, other=-float("inf"))[None, :]
+    x = x + u2[:, None] + v2[None, :]
     out = plan + i_item * num_rows * num_cols + o_n.to(tl.int64)[:, None] * num_cols + o_k[None, :]
     tl.store(out, tl.exp2(x), mask=m_n[:, None] & m_k[None, :])
