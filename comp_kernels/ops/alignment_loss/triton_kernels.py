@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..sinkhorn.triton_kernels import VARYING, finite_or_zero, merge_sums, multiple
+from ..sinkhorn.triton_kernels import VARYING, finite_or_zero, merge_block, merge_sums, multiple
 
 # What changes with every batch: no kernel is compiled again for it.
 SIZES = (*VARYING, "first_block", "gradient_stride", "term_stride")
@@ -243,11 +243,7 @@ def merge_pairs_kernel(
         o_b = first + tl.arange(0, BB)
         mask = (o_b < num_blocks)[:, None] & m_n[None, :]
         o_pair = o_b.to(tl.int64)[:, None] * num_rows + o_n[None, :]
-        block_peaks = tl.load(row_peaks + o_pair, mask=mask, other=-float("inf"))  # [BB, BN]
-        block_sums = tl.load(row_sums + o_pair, mask=mask, other=0.0)
-        top = tl.max(block_peaks, axis=0)
-        block_total = tl.sum(block_sums * tl.exp2(block_peaks - finite_or_zero(top)[None, :]), axis=0)
-        peak, total = merge_sums(peak, total, top, block_total)
+        peak, total = merge_block(peak, total, row_peaks, row_sums, o_pair, mask)
     if SCALE:
         scaled = -(peak + tl.log2(total))
         if HAS_VALID:

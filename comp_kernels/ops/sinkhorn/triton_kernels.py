@@ -58,6 +58,16 @@ def merge_sums(peak, total, other_peak, other_total):
 
 
 @triton.jit
+def merge_block(peak, total, row_peaks, row_sums, o_pair, mask):
+    """The sums [BN] together with the pairs [BB, BN] at `o_pair`."""
+    block_peaks = tl.load(row_peaks + o_pair, mask=mask, other=-float("inf"))
+    block_sums = tl.load(row_sums + o_pair, mask=mask, other=0.0)
+    top = tl.max(block_peaks, axis=0)
+    block_total = tl.sum(block_sums * tl.exp2(block_peaks - finite_or_zero(top)[None, :]), axis=0)
+    return merge_sums(peak, total, top, block_total)
+
+
+@triton.jit
 def load_entries(scores, o_n, o_k, m_n, m_k, row_stride, factor):
     """[BN, BK] entries in bits, -inf outside."""
     tile = tl.load(scores + o_n.to(tl.int64)[:, None] * row_stride + o_k[None, :], mask=m_n[:, None] & m_k[None, :], other=0.0)
@@ -168,11 +178,7 @@ def merge_rows_kernel(
         o_b = first + tl.arange(0, BB)
         mask = (o_b < num_blocks)[:, None] & (o_n < stride)[None, :]  # what no row wrote is read, and goes nowhere
         o_pair = o_b[:, None] * stride + o_n[None, :]
-        block_peaks = tl.load(row_peaks + o_pair, mask=mask, other=-float("inf"))  # [BB, BN]
-        block_sums = tl.load(row_sums + o_pair, mask=mask, other=0.0)
-        top = tl.max(block_peaks, axis=0)
-        block_total = tl.sum(block_sums * tl.exp2(block_peaks - finite_or_zero(top)[None, :]), axis=0)
-        peak, total = merge_sums(peak, total, top, block_total)
+        peak, total = merge_block(peak, total, row_peaks, row_sums, o_pair, mask)
     found = peak + tl.log2(total)
     if SCALE:
         mass = tl.load(a + i_item * a_item_stride + o_n, mask=m_n, other=0.0)
