@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import GenerationConfig, PreTrainedModel
 
-from .config import MAX_PIXELS, AlignmentConfig, Config, ConfigError, StageConfig, VisionConfig
+from .config import AlignmentConfig, Config, ConfigError, StageConfig, VisionConfig
 from .data.encode import ImageSettings, SampleEncoder
 from .data.template import ChatTemplate, load_tokenizer, num_rows
 from .files import write_json
@@ -134,18 +135,15 @@ def make_sample_encoder(
     template: ChatTemplate,
     *,
     max_text_tokens: int,
-    resolution: int | None = None,
-    pad_to_square: bool = False,
-    min_visual_tokens: int = 4,
-    max_visual_tokens: int = 3000,
-    max_image_pixels: int = MAX_PIXELS,
     answer_tokens: int = 0,
     alignment: AlignmentConfig | None = None,
+    **choices: Any,
 ) -> SampleEncoder:
-    """Turns samples into what the model eats, at native size or as squares of `resolution` pixels.
+    """Turns samples into what the model eats, at native size if nothing else is chosen.
 
     answer_tokens:  positions of the language model that a question leaves to its answer.
     alignment:      how the text of the alignment loss is made.
+    choices:        fields of `ImageSettings` that the model does not settle.
     """
     vision = model.encoder.config
     images = ImageSettings(
@@ -153,11 +151,7 @@ def make_sample_encoder(
         merge_size=vision.merge_size,
         mean=vision.image_mean,
         std=vision.image_std,
-        resolution=resolution,
-        pad_to_square=pad_to_square,
-        min_visual_tokens=min_visual_tokens,
-        max_visual_tokens=max_visual_tokens,
-        max_image_pixels=max_image_pixels,
+        **choices,
     )
     shuffle, longest = (False, None) if alignment is None else (alignment.shuffle_answers, alignment.max_text_tokens)
     return SampleEncoder(

@@ -31,10 +31,10 @@ class ImageSettings:
     merge_size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    resolution: int | None
+    resolution: int | None = None
     """Side of square images in pixels; None: native size and aspect ratio."""
-    min_visual_tokens: int
-    max_visual_tokens: int
+    min_visual_tokens: int = 4
+    max_visual_tokens: int = 3000
     """Of one sample; its images share it evenly."""
     max_image_pixels: int = MAX_PIXELS
     """Larger files are not decoded."""

@@ -86,9 +86,9 @@ def step_data(
 class StepDataset(torch.utils.data.Dataset):
     """Item s is the `StepData` of optimiser step s.
 
-    padded:  rows of text cost as much as the longest of their forward pass.
-    cost:    the samples of a step are then shared out among the processes by what
-             `SampleEncoder.estimate` says of them, not by number. Every process estimates all of them.
+    cost:     the samples of a step are then shared out among the processes by what
+              `SampleEncoder.estimate` says of them, not by number. Every process estimates all of them.
+    budgets:  of a forward pass, see `pack`.
     """
 
     def __init__(
@@ -100,12 +100,10 @@ class StepDataset(torch.utils.data.Dataset):
         epochs: float,
         seed: int,
         max_steps: int | None = None,
-        forward_visual_tokens: int | None = None,
-        forward_text_tokens: int | None = None,
-        padded: bool = False,
         cost: Cost | None = None,
         rank: int = 0,
         world_size: int = 1,
+        **budgets: Any,
     ):
         self.samples = samples
         self.encoder = encoder
@@ -113,7 +111,7 @@ class StepDataset(torch.utils.data.Dataset):
         self.num_positions = max(1, round(epochs * len(samples)))
         whole = math.ceil(self.num_positions / batch_size)
         self.num_steps = min(whole, max_steps or whole)
-        self.pack = partial(pack, visual_tokens=forward_visual_tokens, text_tokens=forward_text_tokens, padded=padded)
+        self.pack = partial(pack, **budgets)
         self.cost = cost
         self.rank, self.world_size = rank, world_size
         self.order = SampleOrder(len(samples), seed)

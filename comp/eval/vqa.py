@@ -51,39 +51,16 @@ def answer_questions(
     samples: Dataset,
     encoder: SampleEncoder,
     *,
-    indices: Sequence[int],
-    metric: str,
-    max_new_tokens: int,
-    batch_size: int,
-    device: torch.device | str = "cpu",
     after_batch: Callable[[], bool] | None = None,
-    say: Callable[[str], None] | None = None,
+    **settings: Any,
 ) -> tuple[list[Prediction], list[str]]:
-    """Greedy answers to questions, scored.
+    """All that `answer_batches` gives with such settings: the predictions in the order of the indices, and a message for every
+    sample that could not be used.
 
-    Args:
-        model:  a CoMP, or anything with its `generate`.
-        encoder:  what turns a sample into ids and patches (comp.build.question_encoder).
-        indices:  of the questions in `samples`.
-        metric:  for samples that name none, one of `comp.eval.metrics.METRICS`.
-        after_batch:  called after every batch; true ends the evaluation there.
-        say:  called with what the samples' records hold and nobody reads (`Sample.notes`); None: on stderr, each once.
-
-    Returns the predictions in the order of `indices`, and a message for every sample that could not be used.
-    Raises ConfigError where a metric does not exist, or cannot score the answers of its sample.
+    after_batch:  called after every batch; true ends the evaluation there.
     """
     results: list[Prediction | str] = []
-    for batch in answer_batches(
-        model,
-        samples,
-        encoder,
-        indices=indices,
-        metric=metric,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        device=device,
-        say=say,
-    ):
+    for batch in answer_batches(model, samples, encoder, **settings):
         results += batch
         if after_batch is not None and after_batch():
             break
@@ -102,7 +79,18 @@ def answer_batches(
     device: torch.device | str = "cpu",
     say: Callable[[str], None] | None = None,
 ) -> Iterator[list[Prediction | str]]:
-    """`answer_questions` batch by batch: for each index, in order, its prediction, or a message that it cannot be used."""
+    """Greedy answers to questions, scored, batch by batch: for each index, in order, its prediction, or a message that the
+    sample cannot be used.
+
+    Args:
+        model:  a CoMP, or anything with its `generate`.
+        encoder:  what turns a sample into ids and patches (comp.build.question_encoder).
+        indices:  of the questions in `samples`.
+        metric:  for samples that name none, one of `comp.eval.metrics.METRICS`.
+        say:  called with what the samples' records hold and nobody reads (`Sample.notes`); None: on stderr, each once.
+
+    Raises ConfigError where a metric does not exist, or cannot score the answers of its sample.
+    """
     for begin in range(0, len(indices), batch_size):
         chunk = indices[begin : begin + batch_size]
         results: dict[int, Prediction | str] = {}

@@ -161,15 +161,19 @@ def common(config: dict[str, Any], *, width: int, layers: int, heads: int, patch
     return fields
 
 
-def read_siglip(config: dict[str, Any]) -> dict[str, Any]:
+def clip_blocks(config: dict[str, Any], *, patch: int, activation: str, norm_eps: float) -> dict[str, Any]:
+    """What SigLIP has of CLIP."""
     return dict(
-        common(config, width=768, layers=12, heads=12, patch=16, image=224),
-        family="siglip",
+        common(config, width=768, layers=12, heads=12, patch=patch, image=224),
         mlp_width=config.get("intermediate_size", 3072),
-        activation=config.get("hidden_act", "gelu_pytorch_tanh"),
-        norm_eps=config.get("layer_norm_eps", 1e-6),
+        activation=config.get("hidden_act", activation),
+        norm_eps=config.get("layer_norm_eps", norm_eps),
         final_norm=False,
     )
+
+
+def read_siglip(config: dict[str, Any]) -> dict[str, Any]:
+    return dict(clip_blocks(config, patch=16, activation="gelu_pytorch_tanh", norm_eps=1e-6), family="siglip")
 
 
 def read_siglip2(config: dict[str, Any]) -> dict[str, Any]:
@@ -180,15 +184,11 @@ def read_siglip2(config: dict[str, Any]) -> dict[str, Any]:
 
 def read_clip(config: dict[str, Any]) -> dict[str, Any]:
     return dict(
-        common(config, width=768, layers=12, heads=12, patch=32, image=224),
+        clip_blocks(config, patch=32, activation="quick_gelu", norm_eps=1e-5),
         family="clip",
-        mlp_width=config.get("intermediate_size", 3072),
-        activation=config.get("hidden_act", "quick_gelu"),
-        norm_eps=config.get("layer_norm_eps", 1e-5),
         patch_bias=False,
         num_prefix_tokens=1,
         pre_norm=True,
-        final_norm=False,
         image_mean=CLIP_STATISTICS[0],
         image_std=CLIP_STATISTICS[1],
     )

@@ -74,8 +74,8 @@ def reading_loss(
         epochs=max(1.0, steps * stage.batch_size / len(samples)),  # as often as the steps need
         max_steps=steps,
         seed=seed,
-        forward_visual_tokens=stage.forward_visual_tokens,
-        forward_text_tokens=stage.forward_text_tokens,
+        visual_tokens=stage.forward_visual_tokens,
+        text_tokens=stage.forward_text_tokens,
     )
     model.train()
     with closing(iterate_steps(dataset, start=0, num_workers=config.num_workers)) as prepared:

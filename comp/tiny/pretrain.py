@@ -19,6 +19,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,6 +44,8 @@ from .scenes import Drawing, Mark, Question, Scene
 
 IMAGE_SIZE, PATCH_SIZE = 64, 8
 GRID = IMAGE_SIZE // PATCH_SIZE
+SIZE: dict[str, Any] = dict(hidden_size=96, num_hidden_layers=4, num_attention_heads=3)
+"""Of both models."""
 VOCABULARY_SIZE = 512
 TEMPLATE_TEXT = "system user assistant You are a helpful assistant."
 """What every conversation repeats: words that are one token each halve its length."""
@@ -78,10 +81,8 @@ def main() -> None:
 def pretrain_vision(folder: Path, steps: int, seed: int, batch_size: int = 32, continued: bool = False) -> None:
     """Train the tower with labels and save it without its classification head."""
     config = SiglipVisionConfig(
-        hidden_size=96,
+        **SIZE,
         intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=3,
         image_size=IMAGE_SIZE,
         patch_size=PATCH_SIZE,
         vision_use_head=False,
@@ -140,11 +141,9 @@ def pretrain_language(
     template = ChatTemplate(tokenizer)
     config = Qwen2Config(
         vocab_size=num_rows(tokenizer),
-        hidden_size=96,
+        **SIZE,
         intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=3,
-        num_key_value_heads=3,
+        num_key_value_heads=SIZE["num_attention_heads"],
         max_position_embeddings=2048,
         tie_word_embeddings=True,
         bos_token_id=None,

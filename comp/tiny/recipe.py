@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ..config import (
     AlignmentConfig,
@@ -22,6 +23,8 @@ from ..config import (
 )
 
 ASSETS = Path(__file__).parent / "assets"
+FIRST: dict[str, Any] = dict(name="I", trainable=("adapter",), rope=False, resolution="pretrain")
+"""Stage I: the adapter alone, at the resolution that the tower knows."""
 
 
 def tiny() -> Config:
@@ -30,36 +33,21 @@ def tiny() -> Config:
     stage = partial(StageConfig, max_visual_tokens=128, max_text_tokens=320, batch_size=32, forward_text_tokens=2400)
     alignment = AlignmentConfig(weight=0.2, mode="sinkhorn", epsilon=0.05, temperature=0.05)
     everything = OptimConfig(lr_vision=2e-4, lr_adapter=2e-3, lr_language=5e-4, betas=(0.9, 0.98))
+    second = partial(stage, optim=everything, alignment=alignment)
     return Config(
         name="tiny",
         vision=VisionConfig(path=str(ASSETS / "vision")),
         language=LanguageConfig(path=str(ASSETS / "language")),
         stages=[
             stage(
-                name="I",
-                trainable=("adapter",),
-                rope=False,
-                resolution="pretrain",
+                **FIRST,
                 max_steps=200,
                 optim=OptimConfig(lr_adapter=4e-3, betas=(0.9, 0.98)),
                 alignment=alignment,
                 data=[short_strips(seed=1)],
             ),
-            stage(
-                name="II-a",
-                resolution=96,
-                max_steps=80,
-                optim=everything,
-                alignment=alignment,
-                data=[short_strips(seed=2), pages(seed=2)],
-            ),
-            stage(
-                name="II-b",
-                max_steps=360,
-                optim=everything,
-                alignment=alignment,
-                data=[short_strips(seed=3), pages(seed=3)],
-            ),
+            second(name="II-a", resolution=96, max_steps=80, data=[short_strips(seed=2), pages(seed=2)]),
+            second(name="II-b", max_steps=360, data=[short_strips(seed=3), pages(seed=3)]),
             stage(
                 name="III",
                 max_steps=160,
@@ -114,10 +102,7 @@ def smollm2(data: str = "data/smollm2") -> Config:
         language=LanguageConfig(path=f"{data}/language"),
         stages=[
             stage(
-                name="I",
-                trainable=("adapter",),
-                rope=False,
-                resolution="pretrain",
+                **FIRST,
                 optim=OptimConfig(lr_adapter=1e-3),
                 alignment=alignment,
             ),

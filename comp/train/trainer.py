@@ -282,33 +282,26 @@ class Trainer:
 
     def _open_stage(self, index: int) -> StepDataset | StreamSteps:
         config, stage = self.config, self.config.stages[index]
-        sources = self.sources[index]
+        sources, encoder = self.sources[index], sample_encoder(self.model, self.template, config, stage)
+        shared: dict[str, Any] = dict(
+            batch_size=stage.batch_size,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            visual_tokens=stage.forward_visual_tokens,
+            text_tokens=stage.forward_text_tokens,
+            padded=self.padded,
+        )
         if isinstance(sources, Streams):
             assert stage.max_steps is not None  # see _open_data
-            return StreamSteps(
-                sources,
-                sample_encoder(self.model, self.template, config, stage),
-                batch_size=stage.batch_size,
-                num_steps=stage.max_steps,
-                rank=self.world.rank,
-                world_size=self.world.size,
-                visual_tokens=stage.forward_visual_tokens,
-                text_tokens=stage.forward_text_tokens,
-                padded=self.padded,
-            )
+            return StreamSteps(sources, encoder, num_steps=stage.max_steps, **shared)
         return StepDataset(
             sources,
-            sample_encoder(self.model, self.template, config, stage),
-            batch_size=stage.batch_size,
+            encoder,
             epochs=stage.epochs,
             max_steps=stage.max_steps,
             seed=int(np.random.SeedSequence([config.seed, index]).generate_state(1)[0]),
-            forward_visual_tokens=stage.forward_visual_tokens,
-            forward_text_tokens=stage.forward_text_tokens,
-            padded=self.padded,
             cost=self.work.sample if config.balance else None,
-            rank=self.world.rank,
-            world_size=self.world.size,
+            **shared,
         )
 
     def _set_prior(self) -> None:

@@ -64,8 +64,8 @@ class VisionAttention:
     classes: tuple[str, ...]
     qkv: Callable[[Foreign, Tensor], tuple[Tensor, ...]]  # x [.., C] -> q, k, v [.., H, D]
     output: str  # the last projection
-    scale: str
-    dropout: str
+    scale: str = "scaling"
+    dropout: str = "attention_dropout"
     tables: Callable[[dict[str, Any]], tuple[Tensor, Tensor]] | None = None  # the call's arguments -> cos, sin; None: no RoPE
     pair_stride: Callable[[int], int | None] = rotate_half  # a function of the module: a patched model can be pickled
     packed: bool = False  # hidden states [T, C] with cu_seqlens; else [B, S, C] with a mask
@@ -101,8 +101,6 @@ class VisionAttention:
 
 packed_attention = partial(
     VisionAttention,
-    scale="scaling",
-    dropout="attention_dropout",
     output="proj",
     tables=real_tables,
     packed=True,
@@ -131,7 +129,6 @@ FAMILIES = (
         ("pixtral.PixtralAttention", "dinov3_vit.DINOv3ViTAttention"),
         separate_qkv,
         output="o_proj",
-        scale="scaling",
         dropout="dropout",
         tables=real_tables,
     ),
@@ -139,8 +136,6 @@ FAMILIES = (
         ("gemma4.Gemma4VisionAttention",),
         normed_qkv,
         output="o_proj",
-        scale="scaling",
-        dropout="attention_dropout",
         tables=real_tables,
         pair_stride=rotate_quarters,
         parameters=("hidden_states", "position_embeddings", "attention_mask", "position_ids"),
@@ -149,8 +144,6 @@ FAMILIES = (
         ("llama4.Llama4VisionAttention",),
         separate_qkv,
         output="o_proj",
-        scale="scaling",
-        dropout="attention_dropout",
         tables=complex_tables,
         pair_stride=rotate_neighbours,
         mask=None,
@@ -180,8 +173,6 @@ FAMILIES = (
         ),
         separate_qkv,
         output="o_proj",
-        scale="scaling",
-        dropout="attention_dropout",
     ),
 )
 

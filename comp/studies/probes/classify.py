@@ -23,21 +23,9 @@ from ...config import ConfigError
 from ...data.decode import to_rgb
 from ...eval.batches import in_batches
 from ...model import VisionEncoder
-from ...parallel import CPU_ALONE, Place, place_of, stop_world
-from ...runs import encoders_of
+from ...parallel import CPU_ALONE, Place
 from ...tiny.digits import load_scans
-from .frozen import (
-    IMAGE_ENDINGS,
-    Measure,
-    Trial,
-    add_options,
-    data_key,
-    describe_table,
-    fit,
-    run_trial,
-    settings_from,
-    subset,
-)
+from .frozen import IMAGE_ENDINGS, Measure, Trial, data_key, fit, probe_command, subset
 
 
 @dataclass(frozen=True)
@@ -244,29 +232,17 @@ def classification_trial(
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="with train/ and val/ (default: scikit-learn's digits)")
-    add_options(parser, ProbeSettings(), PAPER)
-    options = parser.parse_args(arguments)
-    try:
-        settings = settings_from(options, ProbeSettings(), PAPER, data=options.data)
-        place = place_of(options)
-        if options.data is None:
-            train, test, name, described = (
-                digit_images("train"),
-                digit_images("heldout"),
-                "digits",
-                "handwritten digits (scikit-learn)",
-            )
-        else:
-            train = folder_images(options.data / "train")
-            test = folder_images(options.data / "val", sorted(p.name for p in (options.data / "train").iterdir() if p.is_dir()))
-            name = described = options.data.name
-        trial = classification_trial(
-            name, described, train.first(options.train_images), test.first(options.test_images), settings, options.seeds, place
-        )
-        run_trial(trial, options.run, encoders_of(options.run, options.stages), place)
-    except ConfigError as error:
-        parser.error(str(error))
-    if place.world.is_main:
-        print(describe_table(options.run / "probes" / name))
-    stop_world(place.world)
-    return 0
+    return probe_command(parser, arguments, ProbeSettings(), PAPER, trial_of)
+
+
+def trial_of(options: argparse.Namespace, settings: ProbeSettings, place: Place) -> Trial:
+    """What the command line asks for."""
+    if options.data is None:
+        train, test = digit_images("train"), digit_images("heldout")
+        name, described = "digits", "handwritten digits (scikit-learn)"
+    else:
+        train = folder_images(options.data / "train")
+        test = folder_images(options.data / "val", sorted(p.name for p in (options.data / "train").iterdir() if p.is_dir()))
+        name = described = options.data.name
+    train, test = train.first(options.train_images), test.first(options.test_images)
+    return classification_trial(name, described, train, test, settings, options.seeds, place)

@@ -26,7 +26,8 @@ from ...config import ConfigError
 from ...eval.batches import RESAMPLES
 from ...log import table
 from ...model import VisionEncoder
-from ...parallel import Place, add_place_options
+from ...parallel import Place, add_place_options, place_of, stop_world
+from ...runs import encoders_of
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -60,6 +61,8 @@ class Trial:
     """Everything that the outcome depends on but the encoder. A kept outcome with another key is measured anew."""
     run: Callable[[VisionEncoder], Mapping[str, Tensor | list[Tensor]]]
     """Returns "counts" [probes, images, K], and whatever else is to be kept."""
+    draw: Callable[[dict[str, dict], Path], None] | None = None
+    """Pictures of the outcomes by encoder, into the trial's folder."""
 
 
 def fit(head: nn.Module, losses: Iterable[Tensor], settings: Any, *, num_steps: int, warmup: float, cosine: bool) -> nn.Module:
@@ -99,7 +102,8 @@ def subset(items: Sequence, count: int | None) -> list:
 
 def run_trial(trial: Trial, run: Path, encoders: Iterator[tuple[str, VisionEncoder]], place: Place) -> dict[str, dict]:
     """The outcome per encoder, kept in RUN/probes/NAME: an interrupted trial goes on with the encoders that are missing.
-    Writes table.json there, which the report page shows. All processes call it, the first one reads and writes."""
+    Writes table.json there, which the report page shows, and what the trial draws. All processes call it, the first one reads
+    and writes."""
     folder, world = run / "probes" / trial.name, place.world
     outcomes: dict[str, dict] = {}
     for label, encoder in encoders:  # the first one has found RUN to be a run
@@ -116,6 +120,8 @@ def run_trial(trial: Trial, run: Path, encoders: Iterator[tuple[str, VisionEncod
     if world.is_main:
         made = make_table({label: outcome["counts"] for label, outcome in outcomes.items()}, trial.measures)
         (folder / "table.json").write_text(json.dumps(dict(title=trial.title, text=trial.text, **made), indent=1))
+        if trial.draw is not None:
+            trial.draw(outcomes, folder)
     return outcomes
 
 
@@ -175,6 +181,33 @@ def change_of(before: Tensor, after: Tensor, measure: Measure) -> tuple[float, f
 
 
 # --- command line ------------------------------------------------------------------------------------------------------------
+
+
+def probe_command(
+    parser: argparse.ArgumentParser,
+    arguments: Sequence[str] | None,
+    small: DataclassInstance,
+    paper: DataclassInstance,
+    make_trial: Callable[[argparse.Namespace, Any, Place], Trial],
+) -> int:
+    """Run a probe from its command line and print its table.
+
+    parser:      has `--data` and what else is the probe's own.
+    make_trial:  from options, settings and place; may raise ConfigError.
+    """
+    add_options(parser, small, paper)
+    options = parser.parse_args(arguments)
+    try:
+        settings = settings_from(options, small, paper, data=options.data)
+        place = place_of(options)
+        trial = make_trial(options, settings, place)
+        run_trial(trial, options.run, encoders_of(options.run, options.stages), place)
+    except ConfigError as error:
+        parser.error(str(error))
+    if place.world.is_main:
+        print(describe_table(options.run / "probes" / trial.name))
+    stop_world(place.world)
+    return 0
 
 
 def add_options(parser: argparse.ArgumentParser, small: DataclassInstance, paper: DataclassInstance) -> None:

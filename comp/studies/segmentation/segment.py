@@ -35,18 +35,8 @@ from ...data.batch import IGNORED
 from ...data.images import to_raster
 from ...eval.batches import in_batches
 from ...model import VisionEncoder
-from ...parallel import CPU_ALONE, Place, place_of, stop_world
-from ...runs import encoders_of
-from ..probes.frozen import (
-    Measure,
-    Trial,
-    add_options,
-    data_key,
-    describe_table,
-    fit,
-    run_trial,
-    settings_from,
-)
+from ...parallel import CPU_ALONE, Place
+from ..probes.frozen import Measure, Trial, data_key, fit, probe_command
 from .data import AnnotatedImages, annotated_folder, augmented_square
 from .heads import make_head
 
@@ -298,6 +288,9 @@ def segmentation_trial(
         counts, examples = evaluate_heads(encoder, heads, test, settings, place)
         return {"counts": counts, "examples": examples}
 
+    def draw(outcomes: dict[str, dict], folder: Path) -> None:
+        draw_examples(test, {label: outcome["examples"] for label, outcome in outcomes.items()}, folder / "examples.png")
+
     measures = list(MEASURES)
     text = (
         f"{dict(upernet='UperNet', linear='Linear')[settings.head]} head on the frozen encoder: {len(train.pairs):,} training "
@@ -310,7 +303,7 @@ def segmentation_trial(
         measures += [Measure(c, iou_of(k)) for k, c in enumerate(train.classes)]
     data = data_key(*(path for images in (train, test) for pair in images.pairs for path in pair))
     key = f"{dataclasses.asdict(settings)} {seeds} {train.classes} {data}"
-    return Trial(name, f"Segmentation: {name}", text, measures, key, run)
+    return Trial(name, f"Segmentation: {name}", text, measures, key, run, draw)
 
 
 def check_crop(encoder: VisionEncoder, settings: SegmentationSettings) -> None:
@@ -349,21 +342,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, metavar="FOLDER", required=True, help="in ADE20K's layout")
     parser.add_argument("--num-classes", type=positive_int, metavar="N", help="where FOLDER has no classes.txt")
-    add_options(parser, SegmentationSettings(), PAPER)
-    options = parser.parse_args(arguments)
-    try:
-        settings = settings_from(options, SegmentationSettings(), PAPER, data=options.data)
-        place = place_of(options)
-        train, test = (annotated_folder(options.data, split, options.num_classes) for split in ("training", "validation"))
-        train, test = train.first(options.train_images), test.first(options.test_images)
-        name = f"{options.data.name}-{settings.head}"
-        trial = segmentation_trial(name, train, test, settings, options.seeds, place)
-        outcomes = run_trial(trial, options.run, encoders_of(options.run, options.stages), place)
-    except ConfigError as error:
-        parser.error(str(error))
-    if place.world.is_main:
-        folder = options.run / "probes" / name
-        draw_examples(test, {label: outcome["examples"] for label, outcome in outcomes.items()}, folder / "examples.png")
-        print(describe_table(folder))
-    stop_world(place.world)
-    return 0
+    return probe_command(parser, arguments, SegmentationSettings(), PAPER, trial_of)
+
+
+def trial_of(options: argparse.Namespace, settings: SegmentationSettings, place: Place) -> Trial:
+    """What the command line asks for."""
+    train, test = (annotated_folder(options.data, split, options.num_classes) for split in ("training", "validation"))
+    train, test = train.first(options.train_images), test.first(options.test_images)
+    return segmentation_trial(f"{options.data.name}-{settings.head}", train, test, settings, options.seeds, place)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -54,17 +56,8 @@ def sinkhorn(
     """
     if order == "rows_cols":
         rows, cols = marginals_or_defaults(scores, row_marginals, col_marginals, group)
-        plan, v, u = sinkhorn(
-            scores.mT,
-            epsilon=epsilon,
-            num_iters=num_iters,
-            row_marginals=cols,
-            col_marginals=rows,
-            tol=tol,
-            group=group,
-            eps=eps,
-            return_potentials=True,
-        )
+        settings: dict[str, Any] = dict(epsilon=epsilon, num_iters=num_iters, tol=tol, group=group, eps=eps)
+        plan, v, u = sinkhorn(scores.mT, row_marginals=cols, col_marginals=rows, **settings, return_potentials=True)
         return (plan.mT.contiguous(), u, v) if return_potentials else plan.mT.contiguous()
     compute = torch.promote_types(scores.dtype, torch.float32)
     log_kernel = scores.to(compute) / epsilon

@@ -534,7 +534,7 @@ def test_bad_samples_are_skipped_by_name(template):
 
 
 def test_counts_of_a_step(template):
-    data = steps(template, forward_text_tokens=120)[0]
+    data = steps(template, text_tokens=120)[0]
     assert len(data.batches) > 1
     assert data.num_images == sum(len(b.grid_thw) for b in data.batches)
     assert data.num_text_tokens == sum(int(b.attention_mask.sum()) for b in data.batches)

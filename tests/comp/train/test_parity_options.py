@@ -69,8 +69,8 @@ def step_of(folder, *overrides, stage=2):
         batch_size=8,
         epochs=1,
         seed=0,
-        forward_visual_tokens=settings.forward_visual_tokens,
-        forward_text_tokens=settings.forward_text_tokens,
+        visual_tokens=settings.forward_visual_tokens,
+        text_tokens=settings.forward_text_tokens,
     )
     data = dataset[0]
     totals = StepTotals.gather(data, ALONE, stop=False)
