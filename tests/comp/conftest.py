@@ -1,9 +1,12 @@
-"""Toy pre-trained models and the toy's chat template, made once per test session."""
+"""Toy pre-trained models and the toy's chat template, made once per test session; memory that nobody wrote shows as NaN."""
 
 import pytest
 from toy import make_tokenizer, save_toy_models
+from unwritten_memory import unwritten_memory_is_nan
 
 from comp.data.template import ChatTemplate, load_tokenizer
+
+__all__ = ["unwritten_memory_is_nan"]
 
 
 @pytest.fixture(scope="session")

@@ -1,15 +1,5 @@
-"""Memory that no kernel wrote shows as NaN (integers: as their largest value) in every test of this folder."""
+"""Memory that no kernel wrote shows as NaN in every test of this folder."""
 
-import pytest
-import torch
+from unwritten_memory import unwritten_memory_is_nan
 
-
-@pytest.fixture(autouse=True)
-def _unwritten_memory_is_nan(monkeypatch):
-    """torch.empty and its relatives are filled; torch does so in its deterministic mode alone."""
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(1).isnan()
-    yield
-    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+__all__ = ["unwritten_memory_is_nan"]
