@@ -64,9 +64,10 @@ def test_scores_depend_on_relative_position_only():
 
 
 GOLDEN_COUNTS = torch.tensor([500, 300, 150, 50, 0])
+GOLDEN_SETTINGS = dict(prior=GOLDEN_COUNTS, epsilon=0.05, temperature=0.05, prior_temperature=1.0, normalize=False)
 GOLDEN_TEXT = [[0.10, 0.08, 0.02, -0.01, 0.05], [0.00, 0.09, 0.11, 0.03, 0.02], [0.04, 0.04, 0.04, 0.12, 0.10]]
 GOLDEN_VISION = [[0.05, 0.02, 0.01, 0.00, 0.03], [0.01, 0.02, 0.06, 0.02, 0.00], [0.00, 0.03, 0.02, 0.05, 0.04]]
-# Targets computed once with an independent script in float64 (epsilon = temperature = 0.05, prior temperature 1, 3 iterations).
+# Targets computed once with an independent script in float64 (these settings, 3 iterations).
 GOLDEN_TARGETS = {
     "released": [
         [0.645333, 0.237405, 0.045594, 0.018537, 0.053131],
@@ -98,13 +99,9 @@ def test_alignment_golden_values(mode):
         vision,
         text,
         torch.eye(5, dtype=torch.float64),
-        prior=GOLDEN_COUNTS,
         mode=mode,
-        epsilon=0.05,
-        temperature=0.05,
-        prior_temperature=1.0,
-        normalize=False,
         backend="reference",
+        **GOLDEN_SETTINGS,
     )
     assert abs(loss - expected) < 2e-6
 

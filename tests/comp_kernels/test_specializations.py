@@ -8,20 +8,13 @@ import random
 import pytest
 import torch
 from emulation import run_compiled
+from kernel_names import ATTENTION
 
 import comp_kernels as ck
 from comp_kernels._triton_compile import compile_launch, record, specialization
 from comp_kernels.testing import AttentionCase, make_attention_inputs
 
 pytestmark = pytest.mark.compiles
-
-ATTENTION = {
-    "attention_forward_kernel",
-    "rotate_kernel",
-    "row_terms_kernel",
-    "query_gradient_kernel",
-    "key_value_gradient_kernel",
-}
 
 
 def lengths_of_a_batch(rng: random.Random, shortest: int, longest: int) -> list[int]:

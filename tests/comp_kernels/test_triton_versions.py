@@ -7,36 +7,13 @@ import subprocess
 import pytest
 import torch
 from emulation import run_compiled
+from kernel_names import KERNELS
 
 from benchmarks import triton_versions as versions
 from comp_kernels import sinkhorn
 from comp_kernels.ops.rope_attention import triton_configs
 
 pytestmark = pytest.mark.compiles
-
-KERNELS = {
-    "attention_forward_kernel",
-    "rotate_kernel",
-    "unrotate_kernel",
-    "row_terms_kernel",
-    "query_gradient_kernel",
-    "key_value_gradient_kernel",
-    "column_step_kernel",
-    "row_step_kernel",
-    "merge_rows_kernel",
-    "plan_kernel",
-    "small_forward_kernel",
-    "small_backward_kernel",
-    "count_rows_kernel",
-    "features_kernel",
-    "norms_kernel",
-    "row_pairs_kernel",
-    "columns_kernel",
-    "merge_pairs_kernel",
-    "loss_kernel",
-    "total_kernel",
-    "through_length_kernel",
-}
 
 
 def chosen(arch: str, tiles_only: bool) -> tuple[set, set, list]:

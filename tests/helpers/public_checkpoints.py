@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 Shapes = dict[str, tuple[int, ...]]
@@ -136,21 +137,22 @@ def aimv2_file(layers: int) -> Shapes:
     return shapes
 
 
-def llama_file(
-    width: int, mlp: int, layers: int, words: int, queries: int, keys: int, *, tied: bool, qkv_bias: bool, head_norm: int = 0
-) -> Shapes:
-    """Qwen2.5, Qwen3 and SmolLM2: queries and keys are the widths of those projections."""
+def llama_file(config: dict[str, Any], layers: int) -> Shapes:
+    """Qwen2.5, Qwen3 and SmolLM2."""
+    width, mlp, words = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    head = config.get("head_dim", width // config["num_attention_heads"])
+    queries, keys = head * config["num_attention_heads"], head * config["num_key_value_heads"]
     shapes: Shapes = {"model.embed_tokens.weight": (words, width), "model.norm.weight": (width,)}
-    if not tied:
+    if not config["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (words, width)
     for i in range(layers):
         block = f"model.layers.{i}"
         shapes |= {f"{block}.input_layernorm.weight": (width,), f"{block}.post_attention_layernorm.weight": (width,)}
         for name, outputs in (("q", queries), ("k", keys), ("v", keys)):
-            shapes |= linear(f"{block}.self_attn.{name}_proj", outputs, width, bias=qkv_bias)
+            shapes |= linear(f"{block}.self_attn.{name}_proj", outputs, width, bias=config["model_type"] == "qwen2")
         shapes |= linear(f"{block}.self_attn.o_proj", width, queries, bias=False)
-        if head_norm:
-            shapes |= {f"{block}.self_attn.q_norm.weight": (head_norm,), f"{block}.self_attn.k_norm.weight": (head_norm,)}
+        if config["model_type"] == "qwen3":
+            shapes |= {f"{block}.self_attn.q_norm.weight": (head,), f"{block}.self_attn.k_norm.weight": (head,)}
         for name in ("gate", "up"):
             shapes |= linear(f"{block}.mlp.{name}_proj", mlp, width, bias=False)
         shapes |= linear(f"{block}.mlp.down_proj", width, mlp, bias=False)
@@ -179,6 +181,16 @@ def siglip_config(side: int, **vision: Any) -> dict[str, Any]:
         "transformers_version": "4.37.0.dev0",
         "vision_config": {"image_size": side, "model_type": "siglip_vision_model", **vision},
     }
+
+
+def siglip(hub: str, side: int, words: int, million_parameters: float, **vision: Any) -> PublicFile:
+    sizes = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, patch_size=16) | vision
+    width, mlp, patch = sizes["hidden_size"], sizes["intermediate_size"], sizes["patch_size"]
+
+    def shapes(layers: int) -> Shapes:
+        return siglip_file(width, mlp, layers, patch, (side // patch) ** 2, words=words, text_positions=64)
+
+    return PublicFile(hub, siglip_config(side, **vision), sizes["num_hidden_layers"], shapes, million_parameters)
 
 
 SO400M = dict(hidden_size=1152, intermediate_size=4304, num_attention_heads=16, num_hidden_layers=27)
@@ -226,27 +238,9 @@ CLIP_LARGE_336 = {
 }
 
 TOWER_FILES = [
-    PublicFile(
-        "google/siglip-so400m-patch14-384",
-        siglip_config(384, **SO400M, patch_size=14),
-        27,
-        lambda layers: siglip_file(1152, 4304, layers, 14, 729, words=32000, text_positions=64),
-        413.0,
-    ),
-    PublicFile(
-        "google/siglip-base-patch16-384",
-        siglip_config(384),
-        12,
-        lambda layers: siglip_file(768, 3072, layers, 16, 576, words=32000, text_positions=64),
-        86.1,
-    ),
-    PublicFile(
-        "google/siglip2-so400m-patch14-384",
-        siglip_config(384, **SO400M, patch_size=14),
-        27,
-        lambda layers: siglip_file(1152, 4304, layers, 14, 729, words=256000, text_positions=64),
-        413.0,
-    ),
+    siglip("google/siglip-so400m-patch14-384", 384, 32000, 413.0, **SO400M, patch_size=14),
+    siglip("google/siglip-base-patch16-384", 384, 32000, 86.1),
+    siglip("google/siglip2-so400m-patch14-384", 384, 256000, 413.0, **SO400M, patch_size=14),
     PublicFile(
         "google/siglip2-so400m-patch16-naflex",
         {
@@ -309,65 +303,42 @@ TOWER_FILES = [
 ]
 
 
-def qwen2(**changes: Any) -> dict[str, Any]:
+def language_file(hub: str, million_parameters: float, config: dict[str, Any]) -> PublicFile:
+    return PublicFile(hub, config, config["num_hidden_layers"], partial(llama_file, config), million_parameters)
+
+
+def qwen2(width: int, mlp: int, layers: int, heads: int, key_heads: int, positions: int, **fields: Any) -> dict[str, Any]:
     return {
         "architectures": ["Qwen2ForCausalLM"],
         "attention_dropout": 0.0,
         "bos_token_id": 151643,
         "hidden_act": "silu",
+        "hidden_size": width,
         "initializer_range": 0.02,
+        "intermediate_size": mlp,
+        "max_position_embeddings": positions,
         "model_type": "qwen2",
+        "num_attention_heads": heads,
+        "num_hidden_layers": layers,
+        "num_key_value_heads": key_heads,
         "rms_norm_eps": 1e-06,
         "rope_theta": 1000000.0,
+        "sliding_window": positions,
         "torch_dtype": "bfloat16",
         "use_cache": True,
         "use_sliding_window": False,
-        **changes,
+        **fields,
     }
 
 
+INSTRUCTED = dict(eos_token_id=151645, max_window_layers=21, tie_word_embeddings=True, vocab_size=151936)
+BASE = dict(eos_token_id=151643, max_window_layers=28, tie_word_embeddings=False, vocab_size=152064, use_mrope=False)
 LANGUAGE_FILES = [
-    PublicFile(
-        "Qwen/Qwen2.5-0.5B-Instruct",
-        qwen2(
-            eos_token_id=151645,
-            hidden_size=896,
-            intermediate_size=4864,
-            max_position_embeddings=32768,
-            max_window_layers=21,
-            num_attention_heads=14,
-            num_hidden_layers=24,
-            num_key_value_heads=2,
-            sliding_window=32768,
-            tie_word_embeddings=True,
-            vocab_size=151936,
-        ),
-        24,
-        lambda layers: llama_file(896, 4864, layers, 151936, 896, 128, tied=True, qkv_bias=True),
-        494.0,
-    ),
-    PublicFile(
-        "Qwen/Qwen2.5-7B",
-        qwen2(
-            eos_token_id=151643,
-            hidden_size=3584,
-            intermediate_size=18944,
-            max_position_embeddings=131072,
-            max_window_layers=28,
-            num_attention_heads=28,
-            num_hidden_layers=28,
-            num_key_value_heads=4,
-            sliding_window=131072,
-            tie_word_embeddings=False,
-            use_mrope=False,
-            vocab_size=152064,
-        ),
-        28,
-        lambda layers: llama_file(3584, 18944, layers, 152064, 3584, 512, tied=False, qkv_bias=True),
-        7615.6,
-    ),
-    PublicFile(
+    language_file("Qwen/Qwen2.5-0.5B-Instruct", 494.0, qwen2(896, 4864, 24, 14, 2, positions=32768, **INSTRUCTED)),
+    language_file("Qwen/Qwen2.5-7B", 7615.6, qwen2(3584, 18944, 28, 28, 4, positions=131072, **BASE)),
+    language_file(
         "Qwen/Qwen3-0.6B",
+        596.0,
         {
             "architectures": ["Qwen3ForCausalLM"],
             "attention_bias": False,
@@ -395,12 +366,10 @@ LANGUAGE_FILES = [
             "use_sliding_window": False,
             "vocab_size": 151936,
         },
-        28,
-        lambda layers: llama_file(1024, 3072, layers, 151936, 2048, 1024, tied=True, qkv_bias=False, head_norm=128),
-        596.0,
     ),
-    PublicFile(
+    language_file(
         "HuggingFaceTB/SmolLM2-135M-Instruct",
+        134.5,
         {
             "architectures": ["LlamaForCausalLM"],
             "attention_bias": False,
@@ -429,9 +398,6 @@ LANGUAGE_FILES = [
             "use_cache": True,
             "vocab_size": 49152,
         },
-        30,
-        lambda layers: llama_file(576, 1536, layers, 49152, 576, 192, tied=True, qkv_bias=False),
-        134.5,
     ),
 ]
 

@@ -17,6 +17,7 @@ BLOCKS = dict(num_hidden_layers=2, num_attention_heads=2)
 IMAGES = torch.tensor([[1, 4, 6], [1, 2, 4], [1, 8, 4]])  # frames, rows, columns of patches
 WITH_CLIP = torch.tensor([[1, 4, 6], [2, 2, 4], [1, 8, 4]])
 QWEN = dict(depth=2, num_heads=2, patch_size=4, spatial_merge_size=2, temporal_patch_size=2)
+LATER_QWEN = QWEN | dict(hidden_size=64, intermediate_size=96)
 
 
 def randn(*shape: int) -> Tensor:
@@ -39,27 +40,20 @@ def qwen2_vl() -> Tower:
 def qwen2_5_vl() -> Tower:
     """One layer of windows of 2 x 2 merged patches, cut off at the borders, and one of whole images."""
     config = modeling_qwen2_5_vl.Qwen2_5_VLVisionConfig(
-        **QWEN, hidden_size=64, intermediate_size=96, window_size=16, fullatt_block_indexes=[1], out_hidden_size=48
+        **LATER_QWEN, window_size=16, fullatt_block_indexes=[1], out_hidden_size=48
     )
     return packed(modeling_qwen2_5_vl.Qwen2_5_VisionTransformerPretrainedModel(config))
 
 
 def qwen3_vl() -> Tower:
     config = modeling_qwen3_vl.Qwen3VLVisionConfig(
-        **QWEN,
-        hidden_size=64,
-        intermediate_size=96,
-        out_hidden_size=48,
-        num_position_embeddings=64,
-        deepstack_visual_indexes=[0],
+        **LATER_QWEN, out_hidden_size=48, num_position_embeddings=64, deepstack_visual_indexes=[0]
     )
     return packed(modeling_qwen3_vl.Qwen3VLVisionModel(config))
 
 
 def glm4v() -> Tower:
-    config = modeling_glm4v.Glm4vVisionConfig(
-        **QWEN, hidden_size=64, intermediate_size=96, out_hidden_size=64, image_size=32, hidden_act="silu"
-    )
+    config = modeling_glm4v.Glm4vVisionConfig(**LATER_QWEN, out_hidden_size=64, image_size=32, hidden_act="silu")
     return packed(modeling_glm4v.Glm4vVisionModel(config), IMAGES)
 
 

@@ -38,9 +38,8 @@ def test_seed_reads_the_first_character(prediction, expected):
     assert choices.seed(prediction, ["B"]) == expected
 
 
-@pytest.mark.parametrize(
-    ("prediction", "expected"),
-    [
+CHOICES = {
+    "mmmu": [
         ("B", "B"),
         ("B.", "B"),
         ("(B)", "B"),
@@ -62,15 +61,40 @@ def test_seed_reads_the_first_character(prediction, expected):
         ("E", None),
         ("", None),
     ],
+    "mmbench": [
+        ("B", "B"),
+        ("The answer is B", "B"),
+        ("A dog", "A"),  # three words at most: a letter
+        ("A dog on grass", "B"),  # more: an article; the text decides
+        ("A big dog", "A"),
+        ("the answer is A", None),
+        ("B or C", None),
+        ("B. dog", "B"),
+        ("it is (C).", "C"),
+        (": D", "D"),
+        ("(B) and C.", "C"),  # "C." is tried before "(B)"
+        ("B. and C.", None),
+        ("E", "E"),  # A to E, whatever the number of options
+        ("a horse!", "D"),
+        ("the black cat", None),  # "cat" is an option too
+        ("bird", None),
+        ("", None),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("rules", "prediction", "expected"), [(rules, *case) for rules, cases in CHOICES.items() for case in cases]
 )
-def test_mmmu_choice(prediction, expected):
-    assert choices.mmmu_choice(prediction, ANIMALS) == expected
+def test_choice(rules, prediction, expected):
+    assert getattr(choices, f"{rules}_choice")(prediction, ANIMALS) == expected
 
 
-def test_mmmu_scores_the_chance_of_a_draw_where_no_rule_applies():
-    assert choices.mmmu("no idea", ["B"], ANIMALS) == 0.25
-    assert choices.mmmu("B", ["B"], ANIMALS) == 1
-    assert choices.mmmu("A", ["B"], ANIMALS) == 0
+def test_where_no_rule_applies_the_score_is_the_chance_of_a_draw():
+    assert choices.mmmu("no idea", ["B"], ANIMALS) == 1 / len(ANIMALS)
+    assert choices.mmbench("bird", ["A"], ANIMALS) == 1 / 5  # A to E, whatever the number of options
+    for score in (choices.mmmu, choices.mmbench):
+        assert [score(text, ["B"], ANIMALS) for text in ("B", "A")] == [1, 0]
 
 
 @pytest.mark.parametrize(
@@ -98,35 +122,3 @@ def test_mmmu_scores_the_chance_of_a_draw_where_no_rule_applies():
 )
 def test_mmmu_open(prediction, answers, expected):
     assert choices.mmmu(prediction, answers) == expected
-
-
-@pytest.mark.parametrize(
-    ("prediction", "expected"),
-    [
-        ("B", "B"),
-        ("The answer is B", "B"),
-        ("A dog", "A"),  # three words at most: a letter
-        ("A dog on grass", "B"),  # more: an article; the text decides
-        ("A big dog", "A"),
-        ("the answer is A", None),
-        ("B or C", None),
-        ("B. dog", "B"),
-        ("it is (C).", "C"),
-        (": D", "D"),
-        ("(B) and C.", "C"),  # "C." is tried before "(B)"
-        ("B. and C.", None),
-        ("E", "E"),  # A to E, whatever the number of options
-        ("a horse!", "D"),
-        ("the black cat", None),  # "cat" is an option too
-        ("bird", None),
-        ("", None),
-    ],
-)
-def test_mmbench_choice(prediction, expected):
-    assert choices.mmbench_choice(prediction, ANIMALS) == expected
-
-
-def test_mmbench_scores_the_chance_of_a_draw_among_five():
-    assert choices.mmbench("bird", ["A"], ANIMALS) == 0.2
-    assert choices.mmbench("D", ["D"], ANIMALS) == 1
-    assert choices.mmbench("horse", ["A"], ANIMALS) == 0

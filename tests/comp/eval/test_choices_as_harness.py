@@ -4,14 +4,12 @@ import importlib
 import random
 import sys
 import types
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import pytest
+from harness import harness_folder
 
 from comp.eval import choices
 
-HARNESS = "0.7.3"
 PACKAGES = ("tasks", "tasks._task_utils", "tasks.mmbench", "tasks.mmmu", "tasks.realworldqa", "filters")
 NUM_ANSWERS = 5000
 WORDS = """A B C D E (A) (B). B. C, :D :D. A) B). a b left Left left. Turn Right Up. two Two Two. 2 red car cat dog no answer
@@ -29,13 +27,7 @@ OPEN_ANSWERS = [["3.14"], ["1234"], ["red car", "a"], ["2", "two"], ["-5"]]
 @pytest.fixture(scope="module")
 def harness():
     """Its modules of rules by name, imported without their packages, which ask for the dependencies of every benchmark."""
-    try:
-        installed = version("lmms-eval")
-    except PackageNotFoundError:
-        pytest.skip(f"lmms-eval is not installed: pip install --no-deps lmms-eval=={HARNESS} loguru pytz")
-    if installed != HARNESS:
-        pytest.skip(f"compared with the rules of lmms-eval {HARNESS}, {installed} is installed")
-    root = Path(importlib.import_module("lmms_eval").__file__).parent
+    root = harness_folder()
     before = dict(sys.modules)
     for name in PACKAGES:
         package = types.ModuleType(f"lmms_eval.{name}")

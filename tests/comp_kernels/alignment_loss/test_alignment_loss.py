@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_reference import GOLDEN_COUNTS, GOLDEN_TARGETS, GOLDEN_TEXT, GOLDEN_VISION
+from test_reference import GOLDEN_SETTINGS, GOLDEN_TARGETS, GOLDEN_TEXT, GOLDEN_VISION
 
 import comp_kernels as ck
 from comp_kernels import reference
@@ -183,18 +183,7 @@ def test_golden_values(mode, backend):
     vision, text = torch.tensor(GOLDEN_VISION, requires_grad=True), torch.tensor(GOLDEN_TEXT)
     target = torch.tensor(GOLDEN_TARGETS[mode])
     prediction = (vision / 0.05).softmax(-1)
-    loss = ck.alignment_loss(
-        vision,
-        text,
-        torch.eye(5),
-        prior=GOLDEN_COUNTS,
-        mode=mode,
-        epsilon=0.05,
-        temperature=0.05,
-        prior_temperature=1.0,
-        normalize=False,
-        backend=backend,
-    )
+    loss = ck.alignment_loss(vision, text, torch.eye(5), mode=mode, backend=backend, **GOLDEN_SETTINGS)
     assert abs(loss - -(target * prediction.log()).sum(-1).mean()) < 3e-6
     (gradient,) = torch.autograd.grad(loss, vision)
     torch.testing.assert_close(gradient, ((prediction - target) / 0.05 / 3).detach(), rtol=0, atol=2e-5)
