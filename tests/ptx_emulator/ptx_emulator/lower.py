@@ -15,6 +15,7 @@ from .parser import TYPE_SIZE, Imm, Instr, Mem, Module, Pair, Paren, PtxError, R
 NONE = 0xFFFFFFFF
 K = dict(normal=0, bra=1, brx=2, call=3, callr=4, ret=5, exit=6, trap=7, bar=8, wsync=9, aligned=10, warpbar=11, poll=12)
 WIN_FUNC = 0x5D00 << 48
+FLOATS = ("f32", "f64", "f16", "bf16", "f16x2", "bf16x2")
 SPACES = {"global": 1, "shared": 2, "local": 3, "param": 4, "const": 1}
 SPEC = [
     "tid.x",
@@ -628,7 +629,7 @@ class Lowerer:
         t = p[-1]
         base = name or p[0]
         n = len(o) - 1
-        if t in ("f32", "f64") or t in ("f16", "bf16", "f16x2", "bf16x2"):
+        if t in FLOATS:
             size = TYPE_SIZE[t]
             if base == "mad":
                 base = "fma"
@@ -676,22 +677,22 @@ class Lowerer:
 
     op_sub = op_addc = op_subc = op_add
 
+    def integer_product(self, p) -> tuple[str, int, str, int]:
+        """(type, its size, which part is wanted, the size of the result)."""
+        size = TYPE_SIZE[p[-1]]
+        part = next((x for x in p if x in ("lo", "hi", "wide")), "lo")
+        return p[-1], size, part, size * 2 if part == "wide" else size
+
     def op_mul(self, i, p, o):
-        t = p[-1]
-        if t in ("f32", "f64", "f16", "bf16", "f16x2", "bf16x2"):
+        if p[-1] in FLOATS:
             return self.arith(i, p, o)
-        size = TYPE_SIZE[t]
-        md = next((x for x in p if x in ("lo", "hi", "wide")), "lo")
-        ds = size * 2 if md == "wide" else size
+        t, size, md, ds = self.integer_product(p)
         self.emit(f"mul.{md}.{t}", d=[self.dst(o[0], ds)], s=[self.get(x, size, t) for x in o[1:3]])
 
     def op_mad(self, i, p, o):
-        t = p[-1]
-        if t in ("f32", "f64", "f16", "bf16", "f16x2", "bf16x2"):
+        if p[-1] in FLOATS:
             return self.arith(i, p, o)
-        size = TYPE_SIZE[t]
-        md = next((x for x in p if x in ("lo", "hi", "wide")), "lo")
-        ds = size * 2 if md == "wide" else size
+        t, size, md, ds = self.integer_product(p)
         if "cc" in p or p[0] == "madc":
             tt = {"b32": "u32"}.get(t, t)
             return self.emit(

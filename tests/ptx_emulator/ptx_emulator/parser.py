@@ -499,15 +499,19 @@ class Parser:
             ops.append(self.operand(scopes))
         return Instr(op, ops, guard, line, self.loc, op.split("."))
 
+    def operands_until(self, closing: str, scopes: list) -> list:
+        """What stands between the bracket here and `closing`."""
+        self.i += 1
+        items = []
+        while not self.accept(closing):
+            if not self.accept(","):
+                items.append(self.operand(scopes))
+        return items
+
     def operand(self, scopes: list):
         k, v, line = self.t[self.i]
         if v == "{":
-            self.i += 1
-            items = []
-            while not self.accept("}"):
-                if not self.accept(","):
-                    items.append(self.operand(scopes))
-            return Vec(items)
+            return Vec(self.operands_until("}", scopes))
         if v == "[":
             self.i += 1
             base = self.operand(scopes)
@@ -527,12 +531,7 @@ class Parser:
                     raise PtxError(f"line {line}: bad address")
             return Mem(base, off, extra)
         if v == "(":
-            self.i += 1
-            items = []
-            while not self.accept(")"):
-                if not self.accept(","):
-                    items.append(self.operand(scopes))
-            return Paren(items)
+            return Paren(self.operands_until(")", scopes))
         if v == "!":
             self.i += 1
             r = self.operand(scopes)

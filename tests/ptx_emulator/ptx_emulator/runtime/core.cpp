@@ -37,6 +37,14 @@ static void pick(Warp& w) {  // choose the group to run among the runnable lanes
   if (!w.div) w.divcount = 0;
 }
 static inline void park(Warp& w, u32 m, u32 pc) { EACH(m) w.lpc[i] = pc; }
+// let the running lanes wait, in the set `waiting`, before an instruction that was counted for the lanes m and did not run
+static void hold(Warp& w, Stat& s, u32 m, u32& waiting) {
+  s.n--; s.lanes -= __builtin_popcount(m); w.ninsn--;
+  park(w, w.active, w.pc);
+  waiting |= w.active;
+  w.active = 0;
+  pick(w);
+}
 
 // ---- CTA barriers --------------------------------------------------------------------------------------
 static u32 live_threads(Cta& c) { u32 n = 0; for (Warp* w : c.warps) if (!w->done) n += 32; return n; }
@@ -593,16 +601,12 @@ template <bool CHECK> static void run_warp(Warp& w, s64 budget) {
       case K_BAR: {
         if (!m) { w.pc++; break; }
         if (I.m[4] && w.active != w.live) {  // aligned: wait for the other lanes of the warp first
-          s.n--; s.lanes -= __builtin_popcount(m); w.ninsn--;
           u32 others = w.live & ~w.active;
           if ((others & ~(w.blk | w.barw | w.poll)) == 0 && (others & ~w.poll)) {
             int l = __builtin_ctz(others & ~w.poll);
             throw SimError("barrier", fmt("divergent bar.sync: lanes 0x%08x of the warp are here while lane %d waits at PTX line %u", w.active, l, code[w.lpc[l]].line), __builtin_ctz(w.active));
           }
-          park(w, w.active, w.pc);
-          w.blk |= w.active;
-          w.active = 0;
-          pick(w);
+          hold(w, s, m, w.blk);
           break;
         }
         do_bar(w, I, m);
@@ -614,11 +618,7 @@ template <bool CHECK> static void run_warp(Warp& w, s64 budget) {
         if (I.kind == K_WSYNC) { u32 mm = w.R<u32>(I.o[I.no - 1])[__builtin_ctz(m)]; need = mm & w.live;
           if (!(mm & (m & -m))) throw SimError("warp-sync", fmt("member mask 0x%08x does not name the executing lane", mm), __builtin_ctz(m)); }
         if (need & ~w.active) {
-          s.n--; s.lanes -= __builtin_popcount(m); w.ninsn--;
-          park(w, w.active, w.pc);
-          w.blk |= w.active;
-          w.active = 0;
-          pick(w);
+          hold(w, s, m, w.blk);
           break;
         }
         I.fn(w, I, I.kind == K_WSYNC ? m & need : m);
@@ -641,11 +641,7 @@ template <bool CHECK> static void run_warp(Warp& w, s64 budget) {
         w.ctl = 0;
         I.fn(w, I, m);
         if (!w.ctl) { w.pc++; break; }
-        s.n--; s.lanes -= __builtin_popcount(m); w.ninsn--;
-        park(w, w.active, w.pc);
-        w.poll |= w.active;
-        w.active = 0;
-        pick(w);
+        hold(w, s, m, w.poll);
         break;
       }
     }
