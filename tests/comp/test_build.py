@@ -111,6 +111,7 @@ def tokenizer_with_holes(special: bool):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
 
+@pytest.mark.slow
 def test_unused_ids_between_the_words(toy_folder):
     """Every id has a row, and the word prior counts them all; the run learns from words behind the unused ids."""
     tokenizer = tokenizer_with_holes(special=True)

@@ -75,6 +75,7 @@ save_file(out, "out.safetensors")
 """
 
 
+@pytest.mark.slow
 def test_a_tower_of_any_family_and_its_adapter(tmp_path):
     """At native sizes, with every kind of positions; to 1e-5 of the largest feature, where bicubic tables of transformers'
     image processor are rounded as ours."""
@@ -157,6 +158,7 @@ save_file({"loss": loss.detach()}, "out.safetensors")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("position_ids", ["mrope", "1d"])
 def test_the_whole_model_answers_as_ours(position_ids, toy_folder, tmp_path):
     """One image, several, none; rows alone, padded in one batch, several beams; the answers end where ours do."""

@@ -68,6 +68,7 @@ def rank_of_two(rank: int, folder: str) -> None:
 SHAPES = [((2, 3), torch.float32), ((4,), torch.float32), ((), torch.float32), ((5,), torch.bfloat16), ((7,), torch.float64)]
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     mp.spawn(rank_of_two, (str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2))

@@ -50,6 +50,7 @@ def test_opcheck(case):
     torch.library.opcheck(FORWARD, arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ("aot_eager", "inductor"))
 def test_compiled_without_recompiling_for_new_lengths(backend):
     """One graph, forward and backward, for any number of tokens and sequences."""

@@ -81,6 +81,7 @@ def random_file(file: PublicFile, folder, layers: int = 2):
     return folder
 
 
+@pytest.mark.slow
 @by_hub
 def test_a_tower_at_full_width(file, tmp_path):
     """Read from the public layout, the features are those of transformers' class; what that writes today is read as well."""
@@ -114,6 +115,7 @@ def test_a_tower_at_full_width(file, tmp_path):
         assert torch.equal(again.state_dict()[key], tensor), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", LANGUAGE_FILES, ids=lambda file: file.hub)
 def test_a_language_model(file, tmp_path):
     """Names and shapes of the whole are those that transformers' class has; at full width with a layer or two and few words the

@@ -14,6 +14,8 @@ from toy import export_toy_model, save_toy_models, toy_config
 
 from comp.config_io import to_dict
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).parents[3]
 PROGRAMS = {
     "comp.studies.probes": "comp.studies.probes.classify",

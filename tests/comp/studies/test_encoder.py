@@ -64,6 +64,7 @@ def test_the_reader_reads_a_tower_with_the_positions_it_has(toy_models):
         assert not rope or reading_config(config, tower, 5).vision.pos_mode == mode
 
 
+@pytest.mark.slow
 def test_a_run_measures_its_towers_and_prints_them(toy_models, few_pages, tmp_path, monkeypatch, capsys):
     config = toy_config(toy_models, output_dir=str(tmp_path))
     config.eval = dataclasses.replace(config.eval, encoder=("II-b", "III"), reading_steps=2)

@@ -5,11 +5,13 @@ import subprocess
 import sys
 import time
 
+import pytest
 import torch
 
 from comp.train.startup import Startup, process_age
 
 
+@pytest.mark.slow
 def test_age_counts_from_the_start_of_the_process():
     began = time.monotonic()
     code = "import time; time.sleep(0.3); from comp.train.startup import process_age; print(process_age())"

@@ -56,6 +56,7 @@ def share(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_shares_add_up(tmp_path):
     """And the most forward passes of any process are those of all; one that was asked to stop stops all."""
     mp.spawn(share, (str(tmp_path),), nprocs=2)

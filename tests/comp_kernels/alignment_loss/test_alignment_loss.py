@@ -10,6 +10,8 @@ from comp_kernels.ops.alignment_loss import api, products, streaming
 from comp_kernels.testing import ALIGNMENT_CASES, assert_within_budget, make_alignment_inputs
 
 BACKENDS = [name for name in ck.available_backends("alignment_loss", "cpu") if name != "reference"]
+# Triton's interpreter takes seconds for what the others do at once.
+SLOWLY = [pytest.param(name, marks=pytest.mark.slow) if name == "triton" else name for name in BACKENDS]
 MODES = ("sinkhorn", "literal", "released", "softmax")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -128,7 +130,7 @@ def test_products_with_widened_prototypes(monkeypatch):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", SLOWLY)
 def test_gradient_of_prototypes(backend, dtype, mode):
     inputs = make_alignment_inputs(ALIGNMENT_CASES["several_tiles"], DTYPES[dtype])
     settings = dict(mode=mode, epsilon=0.05, temperature=0.05, prior=inputs.prior, valid=inputs.valid, prototype_gradient=True)
@@ -145,6 +147,7 @@ def test_gradient_of_prototypes(backend, dtype, mode):
         assert_within_budget(name, *triple)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("triton" not in BACKENDS, reason="they are the Triton backend's, and triton is not installed")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
@@ -269,7 +272,7 @@ def test_a_prior_that_is_no_number_reaches_the_loss(mode, monkeypatch):
             assert ck.alignment_loss(vision, text, prototypes, prior=prior, mode=mode, backend=backend).isnan(), backend
 
 
-@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("backend", ["reference", *SLOWLY])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("normalize", (True, False))
 def test_nan_reaches_the_loss(mode, normalize, backend):

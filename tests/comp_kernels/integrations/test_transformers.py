@@ -219,6 +219,7 @@ def test_a_query_without_keys_gets_zeros():
     torch.testing.assert_close(out[0, 10:], attention.out_proj.bias.expand(6, -1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["siglip", "qwen2_vl"])
 def test_under_torch_compile(name):
     tower = tower_in_eval(name)

@@ -374,6 +374,7 @@ def compiled(file: str, head_size: int, folder: Path) -> tuple[Path, str]:
     return folder / "out.cubin", subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize(("file", "head_size"), BUILT)
 @needs_cuda_emulation
 def test_machine_code_has_no_spills_and_no_serialised_products(file, head_size, tmp_path):
@@ -383,6 +384,7 @@ def test_machine_code_has_no_spills_and_no_serialised_products(file, head_size, 
     assert "serialized" not in remarks  # ptxas says so where wgmma cannot overlap
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("head_size", [64, 72, 80, 96, 128])
 @needs_cuda_emulation
 def test_kept_rows_keep_their_registers(head_size, tmp_path):

@@ -223,7 +223,9 @@ KINDS_OF_SCORES = {
 # Rows of 4,096 to 17,003 columns: sums of so many terms in one float lose five digits. 301 of 4,100: several pieces of rows,
 # each with its own column sums.
 @pytest.mark.parametrize("kind", KINDS_OF_SCORES)
-@pytest.mark.parametrize("shape", [(13, 301), (9, 17003), (34, 8192), (2, 301, 4100), (2, 34, 65)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(13, 301), (9, 17003), (34, 8192), pytest.param((2, 301, 4100), marks=pytest.mark.slow), (2, 34, 65)], ids=str
+)
 def test_many_iterations_on_the_kept_plan(shape, kind):
     scores = KINDS_OF_SCORES[kind](torch.rand(shape) * 2 - 1)
     cols = torch.rand(shape[-1]) + 0.1

@@ -69,6 +69,7 @@ def work(rank: int, shares: tuple[int, ...], folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", ((8, 0), (2, 2, 2, 2)), ids=str)
 def test_shares_equal_the_whole(rows, tmp_path):
     """A process may have no rows at all."""
