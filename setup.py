@@ -122,9 +122,10 @@ def build_cpu(lib: Path, objects: Path) -> None:
     ]
     sets = {isa: (flags, sorted(CSRC.glob("*/cpu/kernels/*.cpp"))) for isa, flags in instruction_sets(target(compiler)).items()}
     defines = []
-    if "avx512" in sets and accepts(compiler, BFLOAT16_FLAGS):
-        sets["avx512_bf16"] = BFLOAT16_FLAGS, sorted(CSRC.glob("rope_attention/cpu/kernels/*.cpp"))
-        defines.append("-DCOMP_KERNELS_HAS_AVX512_BF16")
+    if "avx512" in sets and all(accepts(compiler, flags) for flags in BFLOAT16_FLAGS.values()):
+        sources = sorted(CSRC.glob("rope_attention/cpu/kernels/*.cpp"))
+        sets |= {isa: (flags, sources) for isa, flags in BFLOAT16_FLAGS.items()}
+        defines.append("-DCOMP_KERNELS_HAS_BFLOAT16")
     for isa, (flags, sources) in sets.items():
         flags = [*flags, f"-DCOMP_KERNELS_ISA={isa}"]
         jobs += [(source, objects / f"{name_of(source)}.{isa}.o", flags) for source in sources]

@@ -34,9 +34,9 @@ def exponential_rate() -> float:
 def _library(pairs: bool) -> ctypes.CDLL:
     """peaks.cpp, compiled as the kernels are, for the instruction set that they run in; pairs: for bfloat16."""
     isa = _native.cpu().comp_kernels_cpu_isa().decode().split()[0]
-    if isa == "avx512_bf16" and not pairs:
+    if isa in BFLOAT16_FLAGS and not pairs:
         isa = "avx512"
-    x86 = {**X86_FLAGS, "avx512_bf16": BFLOAT16_FLAGS}
+    x86 = {**X86_FLAGS, **BFLOAT16_FLAGS}
     flags = [*CXX_FLAGS, *(x86[isa] if platform.machine() in ("x86_64", "AMD64") else []), f"-DCOMP_KERNELS_ISA={isa}"]
     headers = [*(CSRC / "common" / "cpu").glob("*.h"), *(CSRC / "rope_attention" / "cpu" / "kernels").glob("*.h")]
     text = b"".join(path.read_bytes() for path in [SOURCE, *sorted(headers)]) + " ".join(flags).encode()

@@ -20,8 +20,9 @@ X86_FLAGS = {
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512 -mtune=icelake-server".split(),
 }
 """By instruction set; files of csrc/*/cpu/kernels are compiled once for each."""
-BFLOAT16_FLAGS = [*X86_FLAGS["avx512"], "-mavx512bf16", "-DCOMP_KERNELS_BFLOAT16_PAIRS"]
-"""Of the set that multiplies bfloat16, for attention alone; left out where the compiler does not know it (GCC before 10)."""
+_PAIRS = [*X86_FLAGS["avx512"], "-mavx512bf16", "-DCOMP_KERNELS_BFLOAT16_PAIRS"]
+BFLOAT16_FLAGS = {"avx512_bf16": _PAIRS, "amx": [*_PAIRS, "-mamx-tile", "-mamx-bf16", "-DCOMP_KERNELS_TILES"]}
+"""Of the sets that multiply bfloat16, for attention alone; left out where the compiler does not know them (GCC before 11)."""
 
 
 def fingerprint(library: str) -> str | None:

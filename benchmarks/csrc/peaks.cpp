@@ -1,5 +1,5 @@
-// What this processor does at best when nothing is in the way: multiply-adds in registers (in the set that multiplies bfloat16,
-// its dot products), the kernels' own exponential in the first level cache. The yardsticks of the benchmarks, per instruction
+// What this processor does at best when nothing is in the way: multiply-adds in registers (in the sets that multiply bfloat16,
+// its dot products or tiles), the kernels' own exponential in the first level cache. The yardsticks of the benchmarks, per instruction
 // set; peaks.py builds and calls them.
 #include <chrono>
 #include <thread>
@@ -12,6 +12,20 @@ namespace comp_kernels::COMP_KERNELS_ISA {
 namespace {
 
 // Multiply-adds in registers, `steps` rounds of them; returns the floating-point operations done.
+#ifdef COMP_KERNELS_TILES
+double multiply_adds(int64_t steps) {
+  constexpr int kTiles = 4;
+  steps /= 4;  // a tile keeps its unit busy for 16 cycles
+  const TileRegisters registers;
+  for (int64_t step = 0; step < steps; ++step) {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  return 2.0 * kPack * kTiles * kTile * kTile * kTile * static_cast<double>(steps);
+}
+#else
 double multiply_adds(int64_t steps) {
   // Enough independent sums to cover the latency of two units: 4 cycles, and 6 of dot products (Zen 5).
   constexpr int kChains = kRegisters == 32 ? 24 : 12;
@@ -31,6 +45,7 @@ double multiply_adds(int64_t steps) {
   for (auto& sum : sums) sink = sink + sum[0];
   return 2.0 * kPack * kChains * kLanes<float> * static_cast<double>(steps);
 }
+#endif
 
 // exp2 of floats that stay in the first level cache, `rounds` times; returns the exponentials taken.
 double exponentials(int64_t rounds) {

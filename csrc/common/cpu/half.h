@@ -73,4 +73,46 @@ CK_INLINE void narrow(float x, float16& to) {
 #endif
 }
 
+// A vector of numbers in any storage format.
+CK_INLINE Vec<float> load_widened(const float* p) { return load(p); }
+CK_INLINE Vec<double> load_widened(const double* p) { return load(p); }
+CK_INLINE Vec<float> load_widened(const bfloat16* p) {
+  typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+  typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
+  Halves halves;
+  std::memcpy(&halves, p, sizeof halves);
+  return (Vec<float>)(__builtin_convertvector(halves, Words) << 16);
+}
+CK_INLINE Vec<float> load_widened(const float16* p) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+  return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  Vec<float> wide;
+  for (int i = 0; i < kLanes<float>; ++i) wide[i] = widen(p[i]);
+  return wide;
+#endif
+}
+
+// The same, back again.
+CK_INLINE void store_narrowed(Vec<float> x, float* to) { store(to, x); }
+CK_INLINE void store_narrowed(Vec<double> x, double* to) { store(to, x); }
+CK_INLINE void store_narrowed(Vec<float> x, bfloat16* to) {
+  typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+  typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
+  const Words bits = (Words)x, rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Halves halves = __builtin_convertvector(x == x ? rounded : 0x7fc0u | (bits >> 16), Halves);
+  std::memcpy(to, &halves, sizeof halves);
+}
+CK_INLINE void store_narrowed(Vec<float> x, float16* to) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kLanes<float>; ++i) narrow(x[i], to[i]);
+#endif
+}
+
 }  // namespace comp_kernels::COMP_KERNELS_ISA

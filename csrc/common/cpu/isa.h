@@ -10,7 +10,7 @@
 namespace comp_kernels {
 
 // Ordered: each set contains those before it. Baseline is what the architecture guarantees (SSE2, or NEON on aarch64).
-enum class Isa { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
+enum class Isa { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, amx = 4 };
 
 // The set in use: the best this processor has, or a lower one by the environment variable COMP_KERNELS_CPU_ISA.
 Isa active_isa();
@@ -46,18 +46,22 @@ Isa active_isa();
 #define DISPATCH_ISA(function, ...) ::comp_kernels::baseline::function(__VA_ARGS__)
 #endif
 
-// Where the compiler knows the set avx512_bf16, declares a function that it has; DISPATCH_BFLOAT16 calls it where the processor
-// has the set too, and the variant of DISPATCH_ISA elsewhere.
-#ifdef COMP_KERNELS_HAS_AVX512_BF16
+// Where the compiler knows the sets avx512_bf16 and amx, declares a function that they have; DISPATCH_BFLOAT16 calls it where one
+// of them is in use, and the variant of DISPATCH_ISA elsewhere.
+#ifdef COMP_KERNELS_HAS_BFLOAT16
 #define DECLARE_BFLOAT16(declaration) \
   namespace comp_kernels {            \
   namespace avx512_bf16 {             \
   declaration;                        \
   }                                   \
+  namespace amx {                     \
+  declaration;                        \
+  }                                   \
   }
-#define DISPATCH_BFLOAT16(function, ...)                                                                                 \
-  (::comp_kernels::active_isa() == ::comp_kernels::Isa::avx512_bf16 ? ::comp_kernels::avx512_bf16::function(__VA_ARGS__) \
-                                                                    : DISPATCH_ISA(function, __VA_ARGS__))
+#define DISPATCH_BFLOAT16(function, ...)                                                                                   \
+  (::comp_kernels::active_isa() == ::comp_kernels::Isa::amx           ? ::comp_kernels::amx::function(__VA_ARGS__)         \
+   : ::comp_kernels::active_isa() == ::comp_kernels::Isa::avx512_bf16 ? ::comp_kernels::avx512_bf16::function(__VA_ARGS__) \
+                                                                      : DISPATCH_ISA(function, __VA_ARGS__))
 #else
 #define DECLARE_BFLOAT16(declaration)
 #define DISPATCH_BFLOAT16(function, ...) DISPATCH_ISA(function, __VA_ARGS__)

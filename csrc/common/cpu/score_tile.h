@@ -28,27 +28,6 @@ using Compute = typename ComputeOf<S>::type;
 template <typename T>
 constexpr T kMinusInfinity = -std::numeric_limits<T>::infinity();
 
-CK_INLINE Vec<float> load_widened(const float* p) { return load(p); }
-CK_INLINE Vec<double> load_widened(const double* p) { return load(p); }
-CK_INLINE Vec<float> load_widened(const bfloat16* p) {
-  typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
-  typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
-  Halves halves;
-  std::memcpy(&halves, p, sizeof halves);
-  return (Vec<float>)(__builtin_convertvector(halves, Words) << 16);
-}
-CK_INLINE Vec<float> load_widened(const float16* p) {
-#if defined(__AVX512F__)
-  return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-#elif defined(__F16C__)
-  return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-#else
-  Vec<float> wide;
-  for (int i = 0; i < kLanes<float>; ++i) wide[i] = widen(p[i]);
-  return wide;
-#endif
-}
-
 // A matrix of scores, or a tile of one: entry (i, k) is scores_ik * col_scale_k * factor, in bits.
 template <typename S>
 struct Scores {

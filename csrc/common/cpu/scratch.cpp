@@ -5,10 +5,14 @@
 #include <cstdlib>
 #include <cstring>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 namespace comp_kernels {
 namespace {
 
-constexpr int64_t kPage = 4096;
+constexpr int64_t kPage = 4096, kHugePage = int64_t{2} << 20;
 constexpr int64_t kMostKept = int64_t{64} << 20;  // a larger block goes back to the system
 
 // The page before a block holds its size.
@@ -30,8 +34,12 @@ char* take_scratch(int64_t bytes) {
     if (size_of(block) >= bytes) return block;
     release(block);
   }
-  char* start = static_cast<char*>(std::aligned_alloc(kPage, kPage + bytes));
+  const int64_t whole = (kPage + bytes + kHugePage - 1) / kHugePage * kHugePage;
+  char* start = static_cast<char*>(std::aligned_alloc(kHugePage, whole));
   if (start == nullptr) return nullptr;
+#ifdef MADV_HUGEPAGE
+  madvise(start, whole, MADV_HUGEPAGE);  // packed keys and scores lie on more small pages than the processor has translations for
+#endif
   size_of(start + kPage) = bytes;
 #ifdef __SANITIZE_ADDRESS__
   std::memset(start + kPage, 0xff, bytes);  // NaN: what is read before it is written shows in the results

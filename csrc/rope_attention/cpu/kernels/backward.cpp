@@ -20,7 +20,7 @@ constexpr BlockSizes kBlocks{/*queries=*/96, /*keys=*/96};  // about
 
 // Queries are rows of products, keys are columns of some and rows of others.
 template <typename T>
-constexpr BlockSizes kMultiple{tile_rows(2), std::lcm(tile_rows(2), kLanes<T>)};
+constexpr BlockSizes kMultiple{std::lcm(tile_rows(2), kPack* kDepthStep), std::lcm(tile_rows(2), kRowsTogether<T>)};
 template <typename T>
 constexpr BlockSizes kMost{longest_block(kBlocks.queries, kMultiple<T>.queries), longest_block(kBlocks.keys, kMultiple<T>.keys)};
 template <typename T>
@@ -41,41 +41,49 @@ template <typename T>
 constexpr int64_t kScoreStride = row_stride<T>(kMostScores<T>);
 template <typename T>
 constexpr int64_t kLeftStride = row_stride<T>(kMostScores<T> / kPack);  // of dscores_left
+template <typename T>
+constexpr int64_t kColumnStride = row_stride<T>(operand_depth(kMost<T>.queries));  // of query_columns, dout_columns
 
 // Scratch of one worker. Rows are row_stride apart; panels as in the forward pass. Operands of products are in elements
-// (pairs.h): what is summed over has 1 / kPack of its length. One element per number, and left and right operands are the same
-// memory.
+// (pairs.h): what is summed over has operand_depth of its length. One element per number, and left and right operands are the
+// same memory. Tiles (tiles.h) read left operands by rows alone, so P' dO and dS' Q are computed as their transposes dO' P, Q' dS.
 template <typename T>
 struct BackwardScratch {
-  T* keys;                           // [keys / kPack, D], rotated, right operand of dQ
-  T *dkeys, *dvalues;                // [keys, D]
-  T *key_panels, *value_panels;      // [D / kPack, keys] by blocks, right operands of S and dP
-  T *query, *dout;                   // [most queries, D / kPack], left operands of S and dP
-  T *query_right, *dout_right;       // [most queries / kPack, D], right operands of dK and dV
+  T* keys;                           // [operand_depth(keys), D], rotated, right operand of dQ
+  T *dkeys, *dvalues;                // [keys, D]; tiles: [D, keys], key_stride apart
+  T *key_panels, *value_panels;      // [operand_depth(D), keys] by blocks, right operands of S and dP
+  T *query, *dout;                   // [most queries, operand_depth(D)], left operands of S and dP
+  T *query_right, *dout_right;       // [operand_depth(queries), D], right operands of dK and dV
+  T *query_columns, *dout_columns;   // tiles: their transposes, left operands of dK' and dV'
   T* dquery;                         // [most queries, D]
   T *probabilities, *dscores;        // [most queries, most keys], S, dP, then transposed, kPack apart: left operands of dV, dK
   T* dscores_left;                   // [most queries, most keys / kPack], left operand of dQ
   T *row_lse, *row_lse_rest;         // [most queries], the exponent is (S - lse) scale_log2 - rest
   T *row_delta, *row_dlse;           // [most queries]
-  T *key_rows, *value_rows;          // [kLanes, D], on their way into operands; the second for dout, too
+  T *key_rows, *value_rows;          // [kRowsTogether, D], on their way into operands; the second for dout and for dK, dV, too
   T* out;                            // [kLanes, D], rows of out
+  int64_t key_stride;                // of dkeys and dvalues
   RowsAhead ahead;
   int64_t packed_key = -1, packed_key_end = -1, packed_head = -1;  // what the keys and panels hold
 
   void carve(Carver& carver, const int64_t& most_keys, const int64_t& head_dim) {
     const int64_t stride = row_stride<T>(head_dim), padded = round_up_to_lanes<T>(most_keys);
     constexpr int64_t kRows = round_up_to_lanes<T>(kMost<T>.queries);  // of a block, whole vectors of rows
-    carver.take(keys, padded / kPack * stride);
-    for (T** rows : {&dkeys, &dvalues}) carver.take(*rows, padded * stride);
-    for (T** panels : {&key_panels, &value_panels}) carver.take(*panels, padded * (head_dim / kPack));
+    carver.take(keys, operand_depth(padded) * stride);
+    key_stride = kTiles ? row_stride<T>(most_keys) : stride;
+    for (T** rows : {&dkeys, &dvalues}) carver.take(*rows, kTiles ? round_up_to_lanes<T>(head_dim) * key_stride : padded * stride);
+    for (T** panels : {&key_panels, &value_panels}) carver.take(*panels, padded * operand_depth(head_dim));
     for (T** rows : {&query, &dout, &dquery}) carver.take(*rows, kRows * stride);
     for (T** tile : {&probabilities, &dscores}) carver.take(*tile, kRows * kScoreStride<T>);
     for (T** row : {&row_lse, &row_lse_rest, &row_delta, &row_dlse}) carver.take(*row, kRows);
-    for (T** rows : {&key_rows, &value_rows, &out}) carver.take(*rows, kLanes<T> * stride);
+    for (T** rows : {&key_rows, &value_rows, &out}) carver.take(*rows, kRowsTogether<T> * stride);
     query_right = query, dout_right = dout, dscores_left = dscores;
     if constexpr (kPack > 1) {
       for (T** rows : {&query_right, &dout_right}) carver.take(*rows, kRows / kPack * stride);
       carver.take(dscores_left, kRows * kLeftStride<T>);
+    }
+    if constexpr (kTiles) {
+      for (T** columns : {&query_columns, &dout_columns}) carver.take(*columns, round_up_to_lanes<T>(head_dim) * kColumnStride<T>);
     }
   }
 };
@@ -87,22 +95,25 @@ void pack_keys_and_values(const Params& p, const AttentionItem& item, BackwardSc
   scratch.packed_key_end = item.key_end;
   scratch.packed_head = item.head_k;
   constexpr int L = kLanes<T>;
-  const int64_t D = p.head_dim, depth = D / kPack, stride = row_stride<T>(D), count = item.key_end - item.key_begin;
+  const int64_t D = p.head_dim, depth = operand_depth(D), stride = row_stride<T>(D), count = item.key_end - item.key_begin;
   const int64_t step = blocks_of<T>(item).keys;
   for (int64_t block = 0; block < count; block += step) {
     const int64_t in_block = min(count - block, step);
     const int64_t columns = round_up_to_lanes<T>(in_block);
-    for (int64_t j = 0; j < in_block; j += L) {
-      const int64_t rows = min(in_block - j, L), token = item.key_begin + block + j;
+    for (int64_t j = 0; j < in_block; j += kRowsTogether<T>) {
+      const int64_t rows = min(in_block - j, kRowsTogether<T>), whole = round_up_to_lanes<T>(rows);
+      const int64_t token = item.key_begin + block + j;
       T *keys = kPack == 1 ? scratch.keys + (block + j) * stride : scratch.key_rows, *values = scratch.value_rows;
       load_rows<S>(p.k, p.k_stride_token, p.k_stride_head, token, rows, item.head_k, key_tables<T>(p), keys, stride, p);
       load_rows<S>(p.v, p.v_stride_token, p.v_stride_head, token, rows, item.head_k, Tables<T>{}, values, stride, p);
-      for (int64_t i = rows * stride; i < L * stride; ++i) keys[i] = values[i] = 0;
-      if constexpr (kPack > 1) as_right_operand(keys, L, D, stride, scratch.keys + (block + j) / kPack * stride);
-      as_left_operand(keys, L, D, stride);
-      as_left_operand(values, L, D, stride);
-      transpose_into_panels(keys, stride, depth, scratch.key_panels + block * depth, columns, j);
-      transpose_into_panels(values, stride, depth, scratch.value_panels + block * depth, columns, j);
+      for (int64_t i = rows * stride; i < whole * stride; ++i) keys[i] = values[i] = 0;
+      if constexpr (kPack > 1) as_right_operand(keys, whole, D, stride, scratch.keys + (block + j) / kPack * stride);
+      as_left_operand(keys, whole, D, stride);
+      as_left_operand(values, whole, D, stride);
+      for (int64_t i = 0; i < whole; i += L) {
+        transpose_into_panels(keys + i * stride, stride, depth, scratch.key_panels + block * depth, columns, j + i);
+        transpose_into_panels(values + i * stride, stride, depth, scratch.value_panels + block * depth, columns, j + i);
+      }
     }
   }
 }
@@ -127,7 +138,16 @@ void load_queries(const Params& p, BackwardScratch<T>& scratch, int64_t token, i
       as_left_operand(dout, L, D, stride);
       as_left_operand(scratch.out, L, D, stride);
     }
-    store(scratch.row_delta + i, row_dots(dout, scratch.out, stride, D / kPack));
+    if constexpr (kTiles) {  // the diagonal of dO O'
+      const int64_t depth = operand_depth(D);
+      T *columns = scratch.key_rows, *products = scratch.probabilities;
+      transpose(scratch.out, stride, depth, columns, L);
+      product<T, RowsOfA::strided, RowsOfB::in_panels>(Result::overwritten, L, 1, depth, dout, stride, columns, 0, products, L,
+                                                       scratch.ahead);
+      for (int64_t r = 0; r < L; ++r) scratch.row_delta[i + r] = products[r * L + r];
+    } else {
+      store(scratch.row_delta + i, row_dots(dout, scratch.out, stride, D / kPack));
+    }
   }
   if constexpr (kPack > 1) {
     const int64_t padded = (queries + 1) / 2 * 2;
@@ -138,6 +158,12 @@ void load_queries(const Params& p, BackwardScratch<T>& scratch, int64_t token, i
     as_right_operand(scratch.dout, queries, D, stride, scratch.dout_right);
     as_left_operand(scratch.query, padded, D, stride);
     as_left_operand(scratch.dout, padded, D, stride);
+  }
+  if constexpr (kTiles) {
+    for (int64_t i = 0; i < operand_depth(queries); i += L) {
+      transpose(scratch.query_right + i * stride, stride, round_up_to_lanes<T>(D), scratch.query_columns + i, kColumnStride<T>);
+      transpose(scratch.dout_right + i * stride, stride, round_up_to_lanes<T>(D), scratch.dout_columns + i, kColumnStride<T>);
+    }
   }
   for (int64_t i = 0; i < queries; ++i) {
     const int64_t statistic = head * p.num_tokens + token + i;
@@ -169,9 +195,12 @@ CK_INLINE void weights_and_gradients(const BackwardScratch<T>& scratch, int64_t 
     constexpr T kLowest = -std::numeric_limits<T>::infinity();
     for (int n = 0; n < kTogether; ++n) weights[n] = select<T>(first_lanes<T>(keys - j - n * L), weights[n], broadcast(kLowest));
   }
-  exp2(weights);
+  weights_of<T>(weights);
 #pragma GCC unroll 8
   for (int n = 0; n < kTogether; ++n) gradients[n] = weights[n] * (load(dp + n * L) - delta + dlse);
+  if (kTiles && j + kTogether * L > keys) {  // dP is not there for whole tiles
+    for (int n = 0; n < kTogether; ++n) gradients[n] = select<T>(first_lanes<T>(keys - j - n * L), gradients[n], Vec<T>{});
+  }
 }
 
 // S and dP of one block -> P and dS as the products read them; P becomes zero beyond the keys.
@@ -201,6 +230,9 @@ void softmax_gradients(BackwardScratch<T>& scratch, int64_t queries, int64_t key
       }
     }
   }
+  for (int64_t i = (queries + 1) / kPack; i < operand_depth(queries); ++i) {  // pairs that only fill up a step
+    for (T* rows : {scratch.probabilities, scratch.dscores}) std::fill_n(rows + i * kPack * kScoreStride<T>, padded, T(0));
+  }
 }
 
 template <typename S, typename T>
@@ -209,7 +241,7 @@ void backward_block(const Params& p, const AttentionItem& item, BackwardScratch<
   constexpr int L = kLanes<T>;
   const int64_t D = p.head_dim, stride = row_stride<T>(D), score_stride = kScoreStride<T>;
   const int64_t vectors = round_up_to_lanes<T>(D) / L, count = item.key_end - item.key_begin;
-  const int64_t depth = D / kPack, rows = (queries + kPack - 1) / kPack * kPack;  // pairs of a query alone have zeros
+  const int64_t depth = operand_depth(D), rows = (queries + kPack - 1) / kPack * kPack;  // pairs of a query alone have zeros
   load_queries<S>(p, scratch, token, queries, head);
   // The first block of queries of the item's first head begins the sums over queries, the first block of keys those over keys.
   const bool first = token == item.query_begin && head == item.head_k * (p.num_heads / p.num_heads_k);
@@ -225,7 +257,16 @@ void backward_block(const Params& p, const AttentionItem& item, BackwardScratch<
                                                      scratch.value_panels + block * depth, 0, scratch.dscores, score_stride,
                                                      scratch.ahead);
     softmax_gradients(scratch, queries, keys, scale_in_bits<T>(p));
-    if (item.key_gradients) {
+    if constexpr (kTiles) {
+      if (item.key_gradients) {
+        product<T, RowsOfA::strided, RowsOfB::in_rows>(onto_keys, D, key_vectors, operand_depth(queries), scratch.dout_columns,
+                                                       kColumnStride<T>, scratch.probabilities, kPack * score_stride,
+                                                       scratch.dvalues + block, scratch.key_stride, scratch.ahead);
+        product<T, RowsOfA::strided, RowsOfB::in_rows>(onto_keys, D, key_vectors, operand_depth(queries), scratch.query_columns,
+                                                       kColumnStride<T>, scratch.dscores, kPack * score_stride,
+                                                       scratch.dkeys + block, scratch.key_stride, scratch.ahead);
+      }
+    } else if (item.key_gradients) {
       product<T, RowsOfA::transposed, RowsOfB::in_rows>(onto_keys, keys, vectors, rows / kPack, scratch.probabilities,
                                                         kPack * score_stride, scratch.dout_right, stride,
                                                         scratch.dvalues + block * stride, stride, scratch.ahead);
@@ -234,10 +275,9 @@ void backward_block(const Params& p, const AttentionItem& item, BackwardScratch<
                                                         scratch.dkeys + block * stride, stride, scratch.ahead);
     }
     if (item.query_gradients) {
-      product<T, RowsOfA::strided, RowsOfB::in_rows>(block == 0 ? Result::overwritten : Result::accumulated, queries, vectors,
-                                                     (keys + kPack - 1) / kPack, scratch.dscores_left, kLeftStride<T>,
-                                                     scratch.keys + block / kPack * stride, stride, scratch.dquery, stride,
-                                                     scratch.ahead);
+      product<T, RowsOfA::strided, RowsOfB::in_rows>(
+          block == 0 ? Result::overwritten : Result::accumulated, queries, vectors, operand_depth(keys), scratch.dscores_left,
+          kLeftStride<T>, scratch.keys + block / kPack * stride, stride, scratch.dquery, stride, scratch.ahead);
     }
   }
   if (item.query_gradients) {
@@ -287,13 +327,26 @@ void look_ahead(const Params& p, const AttentionItem& item, bool last, const Att
 template <typename S, typename T>
 void store_key_gradients(const Params& p, const AttentionItem& item, BackwardScratch<T>& scratch) {
   const int64_t D = p.head_dim, stride = row_stride<T>(D), count = item.key_end - item.key_begin;
-  if (item.query_begin == item.query_end) {  // no block of queries wrote any
-    for (T* rows : {scratch.dkeys, scratch.dvalues}) std::fill(rows, rows + count * stride, T(0));
-  }
-  store_rotated_gradients<S>(scratch.dkeys, stride, static_cast<T>(p.scale), p.k, p.k_stride_token, p.k_stride_head, item.key_begin,
-                             count, item.head_k, p.num_heads_k, key_tables<T>(p), p.dk, p);
-  for (int64_t j = 0; j < count; ++j) {
-    narrow_row(scratch.dvalues + j * stride, static_cast<S*>(p.dv) + ((item.key_begin + j) * p.num_heads_k + item.head_k) * D, D);
+  const bool none = item.query_begin == item.query_end;  // no block of queries wrote any
+  const int64_t step = kTiles ? kLanes<T> : count;
+  for (int64_t first = 0; first < count; first += step) {
+    const int64_t rows = min(count - first, step), token = item.key_begin + first;
+    T *dkeys = scratch.dkeys, *dvalues = scratch.dvalues;
+    if constexpr (kTiles) {
+      for (int64_t d = 0; d < D; d += kLanes<T>) {
+        transpose(scratch.dkeys + d * scratch.key_stride + first, scratch.key_stride, kLanes<T>, scratch.key_rows + d, stride);
+        transpose(scratch.dvalues + d * scratch.key_stride + first, scratch.key_stride, kLanes<T>, scratch.value_rows + d, stride);
+      }
+      dkeys = scratch.key_rows, dvalues = scratch.value_rows;
+    }
+    if (none) {
+      for (T* gradients : {dkeys, dvalues}) std::fill_n(gradients, rows * stride, T(0));
+    }
+    store_rotated_gradients<S>(dkeys, stride, static_cast<T>(p.scale), p.k, p.k_stride_token, p.k_stride_head, token, rows,
+                               item.head_k, p.num_heads_k, key_tables<T>(p), p.dk, p);
+    for (int64_t j = 0; j < rows; ++j) {
+      narrow_row(dvalues + j * stride, T(1), static_cast<S*>(p.dv) + ((token + j) * p.num_heads_k + item.head_k) * D, D);
+    }
   }
 }
 
@@ -307,6 +360,7 @@ const char* backward(const Params& p) {
   if (!scratch.allocated()) return "out of memory for the packed keys and their gradients";
   parallel_draws(workers, static_cast<int64_t>(items.size()), [&](int64_t worker, auto draw) {
     BackwardScratch<T>& mine = scratch[worker];
+    [[maybe_unused]] const TileRegisters tiles;
     for (int64_t index = draw(), next = -1; index >= 0; index = next) {
       const AttentionItem& item = items[index];
       pack_keys_and_values<S>(p, item, mine);

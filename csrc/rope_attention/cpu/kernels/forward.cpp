@@ -11,7 +11,7 @@
 namespace comp_kernels::COMP_KERNELS_ISA {
 namespace {
 
-constexpr int64_t kQueries = 96, kKeys = 192;  // of a block, about
+constexpr int64_t kQueries = kTiles ? 64 : 96, kKeys = kTiles ? 256 : 192;  // of a block, about
 
 // Lengths of the blocks of queries and keys. Those of the keys decide how a row is summed, so they depend on the sequence alone,
 // not on the number of threads.
@@ -33,9 +33,9 @@ constexpr double kLn2 = 0.693147180559945309417;
 template <typename T>
 struct ForwardScratch {
   T* key_panels;  // all keys of the packed (sequence, head), block by block
-  T* values;      // [keys / kPack, D]
-  T* rows;        // [kLanes, D], rotated keys on their way into the panels, values on their way into pairs
-  T* query;       // [kMostQueries, D / kPack], negated if the scale is negative: the maximum is taken before scaling
+  T* values;      // [operand_depth(keys), D]
+  T* rows;        // [kRowsTogether, D], rotated keys on their way into the panels, values on their way into pairs
+  T* query;       // [kMostQueries, operand_depth(D)], negated if the scale is negative: the maximum is taken before scaling
   T* scores;      // [kMostQueries, kMostKeys], then probabilities [kMostQueries, kMostKeys / kPack]
   T* output;      // [kMostQueries, D], unnormalised
   T* row_shift;   // [kMostQueries], maximum of the scores so far, not scaled
@@ -45,9 +45,9 @@ struct ForwardScratch {
 
   void carve(Carver& carver, const int64_t& most_keys, const int64_t& head_dim) {
     const int64_t stride = row_stride<T>(head_dim);
-    carver.take(key_panels, round_up_to_lanes<T>(most_keys) * head_dim);
-    carver.take(values, (most_keys + 1) / kPack * stride);
-    carver.take(rows, kLanes<T> * stride);
+    carver.take(key_panels, round_up_to_lanes<T>(most_keys) * operand_depth(head_dim));
+    carver.take(values, operand_depth(most_keys) * stride);
+    carver.take(rows, kRowsTogether<T> * stride);
     carver.take(query, kMostQueries * stride);
     carver.take(scores, kMostQueries * row_stride<T>(kMostKeys<T>));
     carver.take(output, kMostQueries * stride);
@@ -63,7 +63,7 @@ void pack_keys_and_values(const Params& p, const AttentionItem& item, ForwardScr
   scratch.packed_key_end = item.key_end;
   scratch.packed_head = item.head_k;
   constexpr int L = kLanes<T>;
-  const int64_t stride = row_stride<T>(p.head_dim), depth = p.head_dim / kPack, count = item.key_end - item.key_begin;
+  const int64_t stride = row_stride<T>(p.head_dim), depth = operand_depth(p.head_dim), count = item.key_end - item.key_begin;
   const int64_t step = keys_per_block<T>(item);
   for (int64_t block = 0; block < count; block += step) {
     const int64_t in_block = min(count - block, step);
@@ -81,9 +81,10 @@ void pack_keys_and_values(const Params& p, const AttentionItem& item, ForwardScr
   if constexpr (kPack == 1) {
     load_values(0, count, scratch.values);
   } else {
-    for (int64_t j = 0; j < count; j += L) {
-      load_values(j, min(count - j, L), scratch.rows);
-      as_right_operand(scratch.rows, min(count - j, L), p.head_dim, stride, scratch.values + j / kPack * stride);
+    for (int64_t j = 0; j < count; j += kRowsTogether<T>) {
+      const int64_t rows = min(count - j, kRowsTogether<T>);
+      load_values(j, rows, scratch.rows);
+      as_right_operand(scratch.rows, rows, p.head_dim, stride, scratch.values + j / kPack * stride);
     }
   }
 }
@@ -123,7 +124,7 @@ void online_softmax(ForwardScratch<T>& scratch, int64_t queries, int64_t keys, i
     for (int64_t r = 0; r < rows; ++r) {
       T* row = scores[r];
       const T shift_r = scratch.row_shift[i + r];
-      Vec<T> sum{};
+      Vec<T> sum[kTogether] = {};
       for (int64_t j = 0; j < keys; j += kTogether * L) {
         Vec<T> e[kTogether];
 #pragma GCC unroll 8
@@ -131,12 +132,13 @@ void online_softmax(ForwardScratch<T>& scratch, int64_t queries, int64_t keys, i
         if (j + kTogether * L > keys) {
           for (int n = 0; n < kTogether; ++n) e[n] = select<T>(first_lanes<T>(keys - j - n * L), e[n], broadcast(kLowest));
         }
-        exp2(e);
+        weights_of<T>(e);
 #pragma GCC unroll 8
-        for (int n = 0; n < kTogether; ++n) sum += e[n];
+        for (int n = 0; n < kTogether; ++n) sum[n] += e[n];
         store_operands(row + j / kPack, e);
       }
-      sums[r] = sum;
+      static_assert(kTogether == 2);
+      sums[r] = sum[0] + sum[1];
     }
     for (int64_t r = rows; r < L; ++r) sums[r] = Vec<T>{};
     transpose_square<T>(sums);
@@ -161,10 +163,12 @@ void store_outputs(const Params& p, ForwardScratch<T>& scratch, int64_t token, i
                    bool any_keys) {
   const int64_t D = p.head_dim, stride = row_stride<T>(D);
   for (int64_t i = 0; i < queries; ++i) {
-    T* row = scratch.output + i * stride;
-    const T inverse = any_keys ? 1 / scratch.row_sum[i] : T(0);
-    for (int64_t d = 0; d < D; ++d) row[d] = any_keys ? row[d] * inverse : T(0);
-    narrow_row(row, static_cast<S*>(p.out) + ((token + i) * p.num_heads + head) * D, D);
+    S* to = static_cast<S*>(p.out) + ((token + i) * p.num_heads + head) * D;
+    if (any_keys) {
+      narrow_row(scratch.output + i * stride, 1 / scratch.row_sum[i], to, D);
+    } else {
+      std::memset(to, 0, D * sizeof(S));
+    }
   }
   double* lse = static_cast<double*>(p.lse) + head * p.num_tokens + token;
   constexpr int L = kLanes<double>;
@@ -192,18 +196,18 @@ void forward_block(const Params& p, const AttentionItem& item, ForwardScratch<T>
                    int64_t head) {
   constexpr int L = kLanes<T>;
   const int64_t D = p.head_dim, stride = row_stride<T>(D), score_stride = row_stride<T>(kMostKeys<T>);
-  const int64_t count = item.key_end - item.key_begin;
+  const int64_t count = item.key_end - item.key_begin, depth = operand_depth(D);
   const T scale_log2 = std::fabs(scale_in_bits<T>(p));
   load_queries<S>(p, scratch, token, queries, head);
   const int64_t step = keys_per_block<T>(item);
   for (int64_t block = 0; block < count; block += step) {
     const int64_t keys = min(count - block, step);
-    product<T, RowsOfA::strided, RowsOfB::in_panels>(Result::overwritten, queries, round_up_to_lanes<T>(keys) / L, D / kPack,
-                                                     scratch.query, stride, scratch.key_panels + block * (D / kPack), 0,
-                                                     scratch.scores, score_stride, scratch.ahead);
+    product<T, RowsOfA::strided, RowsOfB::in_panels>(Result::overwritten, queries, round_up_to_lanes<T>(keys) / L, depth,
+                                                     scratch.query, stride, scratch.key_panels + block * depth, 0, scratch.scores,
+                                                     score_stride, scratch.ahead);
     online_softmax(scratch, queries, keys, D, scale_log2, block == 0);
     product<T, RowsOfA::strided, RowsOfB::in_rows>(
-        block == 0 ? Result::overwritten : Result::accumulated, queries, round_up_to_lanes<T>(D) / L, (keys + kPack - 1) / kPack,
+        block == 0 ? Result::overwritten : Result::accumulated, queries, round_up_to_lanes<T>(D) / L, operand_depth(keys),
         scratch.scores, score_stride, scratch.values + block / kPack * stride, stride, scratch.output, stride, scratch.ahead);
   }
   store_outputs<S>(p, scratch, token, queries, head, scale_log2, count > 0);
@@ -244,6 +248,7 @@ const char* forward(const Params& p) {
   if (!scratch.allocated()) return "out of memory for the packed keys";
   parallel_draws(workers, static_cast<int64_t>(items.size()), [&](int64_t worker, auto draw) {
     ForwardScratch<T>& mine = scratch[worker];
+    [[maybe_unused]] const TileRegisters tiles;
     for (int64_t index = draw(), next = -1; index >= 0; index = next) {
       const AttentionItem& item = items[index];
       pack_keys_and_values<S>(p, item, mine);

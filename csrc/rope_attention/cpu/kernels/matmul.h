@@ -10,6 +10,7 @@
 
 #include "pairs.h"
 #include "rows_ahead.h"
+#include "tiles.h"
 #include "common/cpu/simd.h"
 
 namespace comp_kernels::COMP_KERNELS_ISA {
@@ -23,6 +24,7 @@ constexpr int kRegisters = 16;
 // Rows of a register tile that is `vectors` wide: accumulators, one row of B and one broadcast fill the registers. Of 32
 // registers some are left over: 12 rows divide blocks better than 14.
 constexpr int tile_rows(int vectors) {
+  if (kTiles) return 16;
   const int rows = (kRegisters - vectors - 1) / vectors, multiple = kRegisters == 32 ? 4 : 2;
   return vectors == 1 ? kRegisters / 2 : rows / multiple * multiple;
 }
@@ -99,7 +101,10 @@ void product_rows(int64_t rows, int64_t depth, const T* a, int64_t a_stride, con
 }
 
 // Widths of the panels that `vectors` columns are cut into: twos, and for an odd number a three (or a single one) at the end.
-constexpr int64_t panel_vectors(int64_t vectors_left) { return vectors_left == 3 || vectors_left == 1 ? vectors_left : 2; }
+constexpr int64_t panel_vectors(int64_t vectors_left) {
+  if (kTiles) return 1;
+  return vectors_left == 3 || vectors_left == 1 ? vectors_left : 2;
+}
 
 template <typename T, RowsOfA kA, RowsOfB kB, Result kResult>
 void product_panels(int64_t rows, int64_t vectors, int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* c,
@@ -125,18 +130,36 @@ void product_panels(int64_t rows, int64_t vectors, int64_t depth, const T* a, in
 template <typename T, RowsOfA kA, RowsOfB kB>
 void product(Result result, int64_t rows, int64_t vectors, int64_t depth, const T* a, int64_t a_stride, const T* b,
              int64_t b_stride, T* c, int64_t c_stride, RowsAhead& ahead) {
+#ifdef COMP_KERNELS_TILES
+  static_assert(kA == RowsOfA::strided, "tiles of A are rows");
+  constexpr bool kPanels = kB == RowsOfB::in_panels;
+  const auto tiles = result == Result::overwritten ? product_on_tiles<false> : product_on_tiles<true>;
+  tiles(rows, vectors * kTile, depth, a, a_stride, b, kPanels ? kTile : b_stride, kPanels ? kTile * depth : kTile, c, c_stride,
+        ahead);
+#else
   if (result == Result::overwritten) {
     product_panels<T, kA, kB, Result::overwritten>(rows, vectors, depth, a, a_stride, b, b_stride, c, c_stride, ahead);
   } else {
     product_panels<T, kA, kB, Result::accumulated>(rows, vectors, depth, a, a_stride, b, b_stride, c, c_stride, ahead);
   }
+#endif
 }
+
+// Elements of the depth of a product that sums `count` numbers: whole pairs, whole steps. Operands are zero from `count` on.
+constexpr int64_t operand_depth(int64_t count) {
+  const int64_t elements = (count + kPack - 1) / kPack;
+  return (elements + kDepthStep - 1) / kDepthStep * kDepthStep;
+}
+
+// Rows that are turned into operands together: whole vectors of rows, and whole steps of a depth that they are summed over.
+template <typename T>
+constexpr int64_t kRowsTogether = kLanes<T> > kPack* kDepthStep ? kLanes<T> : kPack* kDepthStep;
 
 // About how many tiles a product has.
 template <typename T>
 int64_t count_tiles(int64_t rows, int64_t columns) {
   constexpr int64_t kTileColumns = 2 * kLanes<T>;
-  return (rows / tile_rows(2) + 1) * ((columns + kTileColumns - 1) / kTileColumns);
+  return (rows / (kTiles ? 32 : tile_rows(2)) + 1) * ((columns + kTileColumns - 1) / kTileColumns);
 }
 
 // Rows of `columns` elements are kept this far apart: whole cache lines, an odd number of them, so that a column of a matrix
@@ -194,6 +217,20 @@ Vec<T> row_dots(const T* a, const T* b, int64_t stride, int64_t depth) {
     }
   }
   return sum;
+}
+
+// x [kLanes, columns] -> y [columns, kLanes], `columns` whole vectors.
+template <typename T>
+void transpose(const T* x, int64_t x_stride, int64_t columns, T* y, int64_t y_stride) {
+  constexpr int L = kLanes<T>;
+  for (int64_t j = 0; j < columns; j += L) {
+    Vec<T> square[L];
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) square[i] = load(x + i * x_stride + j);
+    transpose_square<T>(square);
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) store(y + (j + i) * y_stride, square[i]);
+  }
 }
 
 // rows [kLanes, depth] (readable up to depth rounded up to whole vectors) -> columns first_column .. + kLanes of the packed

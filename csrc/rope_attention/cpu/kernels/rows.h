@@ -34,12 +34,19 @@ constexpr int64_t longest_block(int64_t about, int64_t multiple) { return (about
 
 template <typename S>
 CK_INLINE void widen_row(const S* x, Compute<S>* y, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) y[i] = widen(x[i]);
+  constexpr int L = kLanes<Compute<S>>;
+  int64_t i = 0;
+  for (; i + L <= n; i += L) store(y + i, load_widened(x + i));
+  for (; i < n; ++i) y[i] = widen(x[i]);
 }
 
+// y = factor * x
 template <typename S>
-CK_INLINE void narrow_row(const Compute<S>* x, S* y, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) narrow(x[i], y[i]);
+CK_INLINE void narrow_row(const Compute<S>* x, Compute<S> factor, S* y, int64_t n) {
+  constexpr int L = kLanes<Compute<S>>;
+  int64_t i = 0;
+  for (; i + L <= n; i += L) store_narrowed(load(x + i) * factor, y + i);
+  for (; i < n; ++i) narrow(x[i] * factor, y[i]);
 }
 
 // One side's rotary tables (queries' or keys'), and the gradients of their entries.
@@ -87,9 +94,10 @@ struct PairIndex {
 enum class Rotation { forward, transposed };
 
 // y = x * cos + swap(x) * sin over the first rotary_dim channels, or the transpose of that, which turns the gradient of the
-// rotated row into that of the row. Tables are read from entry `row` on; x and y are different memory.
-template <Rotation kRotation, typename T>
-CK_INLINE void rotate_row(const T* x, T* y, const Tables<T>& tables, int64_t row, const Params& p) {
+// rotated row into that of the row. Tables are read from entry `row` on; x and y are different memory. x is read as it is stored:
+// on its way through a buffer, vectors of it would be loaded across those just stored, and wait for them.
+template <Rotation kRotation, typename S, typename T>
+CK_INLINE void rotate_row(const S* x, T* y, const Tables<T>& tables, int64_t row, const Params& p) {
   constexpr int L = kLanes<T>;
   constexpr bool kForward = kRotation == Rotation::forward;
   const int64_t stride = p.pair_stride;
@@ -101,7 +109,8 @@ CK_INLINE void rotate_row(const T* x, T* y, const Tables<T>& tables, int64_t row
         if (j + L > stride) j = stride - L;  // the last vector overlaps its neighbour
         const PairIndex t(one_per_pair, stride, block, j);
         const int64_t a = block + j, b = a + stride;
-        const Vec<T> first = load(x + a), second = load(x + b), sin_a = load(sin + t.first), sin_b = load(sin + t.second);
+        const Vec<T> first = load_widened(x + a), second = load_widened(x + b), sin_a = load(sin + t.first),
+                     sin_b = load(sin + t.second);
         store(y + a, kForward ? first * load(cos + t.first) - second * sin_a : first * load(cos + t.first) + second * sin_b);
         store(y + b, kForward ? second * load(cos + t.second) + first * sin_b : second * load(cos + t.second) - first * sin_a);
       }
@@ -113,7 +122,7 @@ CK_INLINE void rotate_row(const T* x, T* y, const Tables<T>& tables, int64_t row
     Vec<T> sign;
     for (int i = 0; i < L; ++i) sign[i] = (i % 2 == 0) == kForward ? T(-1) : T(1);
     for (; done + L <= p.rotary_dim; done += L) {
-      const Vec<T> v = load(x + done), c = load(cos + done), s = load(sin + done);
+      const Vec<T> v = load_widened(x + done), c = load(cos + done), s = load(sin + done);
       store(y + done, v * c + (kForward ? swap_neighbours<T>(v) * sign * s : swap_neighbours<T>(v * s) * sign));
     }
   }
@@ -121,7 +130,7 @@ CK_INLINE void rotate_row(const T* x, T* y, const Tables<T>& tables, int64_t row
     for (int64_t j = 0; j < stride; ++j) {
       const PairIndex t(one_per_pair, stride, block, j);
       const int64_t a = block + j, b = a + stride;
-      const T first = x[a], second = x[b];
+      const T first = widen(x[a]), second = widen(x[b]);
       y[a] = kForward ? first * cos[t.first] - second * sin[t.first] : first * cos[t.first] + second * sin[t.second];
       y[b] = kForward ? second * cos[t.second] + first * sin[t.second] : second * cos[t.second] - first * sin[t.first];
     }
@@ -158,16 +167,8 @@ CK_INLINE void load_row(const S* x, T* y, int64_t columns, const Tables<T>& tabl
   if (!tables.rotate()) {
     widen_row(x, y, D);
   } else {
-    T widened[kMaxHeadDim];
-    const T* source;
-    if constexpr (std::is_same_v<S, T>) {
-      source = x;
-    } else {
-      widen_row(x, widened, D);
-      source = widened;
-    }
-    rotate_row<Rotation::forward>(source, y, tables, row, p);
-    for (int64_t d = p.rotary_dim; d < D; ++d) y[d] = source[d];
+    rotate_row<Rotation::forward>(x, y, tables, row, p);
+    widen_row(x + p.rotary_dim, y + p.rotary_dim, D - p.rotary_dim);
   }
   for (int64_t d = D; d < columns; ++d) y[d] = 0;
 }
@@ -197,18 +198,23 @@ void load_rows(const void* x, int64_t token_stride, int64_t head_stride, int64_t
   }
 }
 
-// Rows x [rows, D] as load_rows leaves them, in place -> rows of a left operand, [rows, D / kPack].
+// Rows x [rows, D] as load_rows leaves them, in place -> rows of a left operand, [rows, operand_depth(D)].
 template <typename T>
 void as_left_operand(T* x, int64_t rows, int64_t head_dim, int64_t stride) {
   if constexpr (kPack > 1) {
-    for (int64_t i = 0; i < rows; ++i) pair_columns(x + i * stride, x + i * stride, round_up_to_lanes<T>(head_dim));
+    const int64_t columns = round_up_to_lanes<T>(head_dim), depth = operand_depth(head_dim);
+    for (int64_t i = 0; i < rows; ++i, x += stride) {
+      pair_columns(x, x, columns);
+      for (int64_t d = columns / kPack; d < depth; ++d) x[d] = 0;
+    }
   }
 }
 
-// Such rows -> pairs of rows, a right operand whose depth is the rows, [rows / 2 rounded up, D]. Without pairs the rows are it.
+// Such rows -> pairs of rows, a right operand whose depth is the rows, [operand_depth(rows), D]. Without pairs the rows are it.
 template <typename T>
 void as_right_operand(const T* x, int64_t rows, int64_t head_dim, int64_t stride, T* to) {
   pair_rows(x, rows, round_up_to_lanes<T>(head_dim), stride, to);
+  for (int64_t i = (rows + 1) / kPack * stride; i < operand_depth(rows) * stride; ++i) to[i] = 0;
 }
 
 // Neighbouring vectors of a row of results -> what a later product reads as its left operand.
@@ -245,8 +251,7 @@ void store_rotated_gradients(const T* g, int64_t stride, T scale, const void* x,
       for (int64_t d = p.rotary_dim; d < D; ++d) turned[d] = g[d];
       gradient = turned;
     }
-    S* to = static_cast<S*>(dx) + row * D;
-    for (int64_t d = 0; d < D; ++d) narrow(gradient[d] * scale, to[d]);
+    narrow_row(gradient, scale, static_cast<S*>(dx) + row * D, D);
   }
 }
 

@@ -1,0 +1,120 @@
+// Products on AMX: C (+)= A B with tiles of 16 rows of 64 bytes, 16 x 16 numbers of C, 16 x 16 pairs of bfloat16 (pairs.h) of A or B.
+//
+// Only the set that is compiled with COMP_KERNELS_TILES has them. Operands are what the vector products read (matmul.h), but whole
+// tiles: the depth is a multiple of kDepthStep elements, filled up with zeros, and rows of A and C up to the next multiple of 16 are
+// memory that may be read and overwritten.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "common/cpu/simd.h"
+#include "rows_ahead.h"
+
+namespace comp_kernels::COMP_KERNELS_ISA {
+
+#ifdef COMP_KERNELS_TILES
+
+constexpr bool kTiles = true;
+constexpr int64_t kTile = 16;  // rows of a tile, and numbers or pairs in a row of it
+constexpr int64_t kDepthStep = kTile;  // elements of the depth that one instruction multiplies
+
+// The calling thread's tile registers, all of full size, while this lives. Other code on the thread (oneDNN) sets its own.
+class TileRegisters {
+ public:
+  TileRegisters() {
+    struct alignas(64) Configuration {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {};
+      uint8_t rows[16] = {};
+    } configuration;
+    for (int tile = 0; tile < 8; ++tile) configuration.row_bytes[tile] = 64, configuration.rows[tile] = kTile;
+    // Not _tile_loadconfig: to GCC it reads eight bytes, and the stores of all others are dropped.
+    asm volatile("ldtilecfg %0" ::"m"(configuration));
+  }
+  ~TileRegisters() { _tile_release(); }
+  TileRegisters(const TileRegisters&) = delete;
+  TileRegisters& operator=(const TileRegisters&) = delete;
+};
+
+// C tiles kRows x kColumns, at most 2 x 2 of them: tile registers 0 to 3 hold C, 4 and 5 A, 6 and 7 B, so that each tile loaded
+// serves two products.
+template <int kRows, int kColumns, bool kAccumulate>
+CK_INLINE void multiply_tiles(int64_t depth, const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t b_column,
+                              float* c, int64_t c_stride) {
+  constexpr int64_t kBytes = sizeof(float);
+  const int64_t a_bytes = a_stride * kBytes, b_bytes = b_stride * kBytes, c_bytes = c_stride * kBytes;
+  float* c_low = c + kTile * c_stride;
+  if constexpr (kAccumulate) {
+    _tile_loadd(0, c, c_bytes);
+    if constexpr (kColumns > 1) _tile_loadd(1, c + kTile, c_bytes);
+    if constexpr (kRows > 1) _tile_loadd(2, c_low, c_bytes);
+    if constexpr (kRows > 1 && kColumns > 1) _tile_loadd(3, c_low + kTile, c_bytes);
+  } else {
+    _tile_zero(0);
+    if constexpr (kColumns > 1) _tile_zero(1);
+    if constexpr (kRows > 1) _tile_zero(2);
+    if constexpr (kRows > 1 && kColumns > 1) _tile_zero(3);
+  }
+  for (int64_t k = 0; k < depth; k += kDepthStep, a += kDepthStep, b += kDepthStep * b_stride) {
+    _tile_loadd(6, b, b_bytes);
+    _tile_loadd(4, a, a_bytes);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (kColumns > 1) {
+      _tile_loadd(7, b + b_column, b_bytes);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if constexpr (kRows > 1) {
+      _tile_loadd(5, a + kTile * a_stride, a_bytes);
+      _tile_dpbf16ps(2, 5, 6);
+      if constexpr (kColumns > 1) _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, c, c_bytes);
+  if constexpr (kColumns > 1) _tile_stored(1, c + kTile, c_bytes);
+  if constexpr (kRows > 1) _tile_stored(2, c_low, c_bytes);
+  if constexpr (kRows > 1 && kColumns > 1) _tile_stored(3, c_low + kTile, c_bytes);
+}
+
+// C [rows, columns] (+)= A [rows, depth] B [depth, columns]. Rows of B are b_stride apart, its next kTile columns b_column.
+template <bool kAccumulate>
+void product_on_tiles(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_stride, const float* b,
+                      int64_t b_stride, int64_t b_column, float* c, int64_t c_stride, RowsAhead& ahead) {
+  asm volatile("" ::: "memory");  // GCC's tile loads do not say that they read memory
+  for (int64_t n = 0; n < columns; n += 2 * kTile, b += 2 * b_column) {
+    const bool two = n + kTile < columns;
+    int64_t m = 0;
+    for (; m + kTile < rows; m += 2 * kTile) {
+      const float* left = a + m * a_stride;
+      float* to = c + m * c_stride + n;
+      if (two) {
+        multiply_tiles<2, 2, kAccumulate>(depth, left, a_stride, b, b_stride, b_column, to, c_stride);
+      } else {
+        multiply_tiles<2, 1, kAccumulate>(depth, left, a_stride, b, b_stride, b_column, to, c_stride);
+      }
+      ahead.step();
+    }
+    if (m < rows) {
+      const float* left = a + m * a_stride;
+      float* to = c + m * c_stride + n;
+      if (two) {
+        multiply_tiles<1, 2, kAccumulate>(depth, left, a_stride, b, b_stride, b_column, to, c_stride);
+      } else {
+        multiply_tiles<1, 1, kAccumulate>(depth, left, a_stride, b, b_stride, b_column, to, c_stride);
+      }
+      ahead.step();
+    }
+  }
+  asm volatile("" ::: "memory");
+}
+
+#else
+
+constexpr bool kTiles = false;
+constexpr int64_t kDepthStep = 1;
+
+struct TileRegisters {};
+
+#endif
+
+}  // namespace comp_kernels::COMP_KERNELS_ISA
