@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 
 #include "common/cpu/half.h"
 #include "common/cpu/score_tile.h"
@@ -16,6 +15,14 @@ namespace comp_kernels::COMP_KERNELS_ISA {
 template <typename T, int kParts>
 struct Lanes {
   Vec<T> part[kParts];
+
+  Lanes() = default;
+  // Vector by vector: GCC copies a struct in pieces of 32 bytes, and a vector of 64 that is loaded soon after waits for both.
+  CK_INLINE Lanes(const Lanes& other) { *this = other; }
+  CK_INLINE Lanes& operator=(const Lanes& other) {
+    for (int p = 0; p < kParts; ++p) part[p] = other.part[p];
+    return *this;
+  }
 
   template <typename F>
   static CK_INLINE Lanes of(F&& f) {
@@ -142,31 +149,35 @@ struct Problems {
   CK_INLINE int lanes(int wanted) const { return static_cast<int>(std::min<int64_t>(wanted, last - first + 1)); }
 };
 
-// Calls block(begin, width) for pieces of at most `wide` that cover 0 .. count - 1. The last one overlaps the one before it where
-// that keeps it full.
-template <typename F>
-CK_INLINE void cover(int count, int wide, F&& block) {
-  for (int begin = 0; begin < count; begin += wide) block(std::max(0, std::min(begin, count - wide)), std::min(wide, count));
+// Calls block(begin) for pieces of kWide that cover 0 .. count - 1; the last one may overlap the one before it.
+template <int kWide, typename F>
+CK_INLINE void cover(int count, F&& block) {
+  for (int begin = 0; begin < count; begin += kWide) block(std::min(begin, count - kWide));
 }
 
-// part p of to[slot[e]] = number e of all problems.
+// part p of to[slot[e]] = number e of all problems. Fewer numbers than lanes go one by one: a transposition of whole vectors would
+// take longer.
 template <typename S, typename T, int kParts>
 [[gnu::noinline]] void load_lanes(Lanes<T, kParts>* to, int p, const S* base, const Problems& at, int count, const uint16_t* slot) {
   constexpr int kCount = kLanes<T>;
-  cover(count, kCount, [&](int begin, int width) {
-    Vec<T> x[kCount];
+  if (at.stride == 0) {  // the same for all
+    for (int e = 0; e < count; ++e) to[slot[e]].part[p] = broadcast<T>(widen(base[e]));
+    return;
+  }
+  if (count < kCount) {
+    T block[kCount][kCount];
     for (int lane = 0; lane < kCount; ++lane) {
-      const S* from = base + at.offset(lane) + begin;
-      if (width == kCount) {
-        x[lane] = load_widened(from);
-      } else {
-        S padded[kCount] = {};
-        std::memcpy(padded, from, width * sizeof(S));
-        x[lane] = load_widened(padded);
-      }
+      const S* from = base + at.offset(lane);
+      for (int e = 0; e < count; ++e) block[e][lane] = widen(from[e]);
     }
+    for (int e = 0; e < count; ++e) to[slot[e]].part[p] = load(block[e]);
+    return;
+  }
+  cover<kCount>(count, [&](int begin) {
+    Vec<T> x[kCount];
+    for (int lane = 0; lane < kCount; ++lane) x[lane] = load_widened(base + at.offset(lane) + begin);
     transpose<T>(x);
-    for (int j = 0; j < width; ++j) to[slot[begin + j]].part[p] = x[j];
+    for (int j = 0; j < kCount; ++j) to[slot[begin + j]].part[p] = x[j];
   });
 }
 
@@ -175,23 +186,29 @@ template <typename S, typename T, int kParts>
 [[gnu::noinline]] void store_lanes(const Lanes<T, kParts>* from, int p, S* base, const Problems& at, int count,
                                    const uint16_t* slot) {
   constexpr int kCount = kLanes<T>;
-  cover(count, kCount, [&](int begin, int width) {
+  const int lanes = at.lanes(kCount);
+  if (count < kCount) {
+    T block[kCount][kCount];
+    for (int e = 0; e < count; ++e) store(block[e], from[slot[e]].part[p]);
+    for (int lane = 0; lane < lanes; ++lane) {
+      S* to = base + at.offset(lane);
+      for (int e = 0; e < count; ++e) narrow(block[e][lane], to[e]);
+    }
+    return;
+  }
+  cover<kCount>(count, [&](int begin) {
     Vec<T> x[kCount];
-    for (int j = 0; j < kCount; ++j) x[j] = j < width ? from[slot[begin + j]].part[p] : Vec<T>{};
+    for (int j = 0; j < kCount; ++j) x[j] = from[slot[begin + j]].part[p];
     transpose<T>(x);
-    for (int lane = 0; lane < at.lanes(kCount); ++lane) {
+    for (int lane = 0; lane < lanes; ++lane) {
       S* to = base + at.offset(lane) + begin;
       if constexpr (sizeof(S) == sizeof(T)) {
-        if (width == kCount) {
-          store(to, x[lane]);
-          continue;
-        }
+        store(to, x[lane]);
+      } else {
+        T wide[kCount];
+        store(wide, x[lane]);
+        for (int j = 0; j < kCount; ++j) narrow(wide[j], to[j]);
       }
-      T wide[kCount];
-      S narrowed[kCount];
-      store(wide, x[lane]);
-      for (int j = 0; j < kCount; ++j) narrow(wide[j], narrowed[j]);
-      std::memcpy(to, narrowed, width * sizeof(S));
     }
   });
 }
