@@ -40,8 +40,8 @@ class TileRegisters {
 // C tiles kRows x kColumns, at most 2 x 2 of them: tile registers 0 to 3 hold C, 4 and 5 A, 6 and 7 B, so that each tile loaded
 // serves two products.
 template <int kRows, int kColumns, bool kAccumulate>
-CK_INLINE void multiply_tiles(int64_t depth, const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t b_column,
-                              float* c, int64_t c_stride) {
+void multiply_tiles(int64_t depth, const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t b_column, float* c,
+                    int64_t c_stride) {
   constexpr int64_t kBytes = sizeof(float);
   const int64_t a_bytes = a_stride * kBytes, b_bytes = b_stride * kBytes, c_bytes = c_stride * kBytes;
   float* c_low = c + kTile * c_stride;
@@ -82,26 +82,11 @@ void product_on_tiles(int64_t rows, int64_t columns, int64_t depth, const float*
                       int64_t b_stride, int64_t b_column, float* c, int64_t c_stride, RowsAhead& ahead) {
   asm volatile("" ::: "memory");  // GCC's tile loads do not say that they read memory
   for (int64_t n = 0; n < columns; n += 2 * kTile, b += 2 * b_column) {
-    const bool two = n + kTile < columns;
-    int64_t m = 0;
-    for (; m + kTile < rows; m += 2 * kTile) {
-      const float* left = a + m * a_stride;
-      float* to = c + m * c_stride + n;
-      if (two) {
-        multiply_tiles<2, 2, kAccumulate>(depth, left, a_stride, b, b_stride, b_column, to, c_stride);
-      } else {
-        multiply_tiles<2, 1, kAccumulate>(depth, left, a_stride, b, b_stride, b_column, to, c_stride);
-      }
-      ahead.step();
-    }
-    if (m < rows) {
-      const float* left = a + m * a_stride;
-      float* to = c + m * c_stride + n;
-      if (two) {
-        multiply_tiles<1, 2, kAccumulate>(depth, left, a_stride, b, b_stride, b_column, to, c_stride);
-      } else {
-        multiply_tiles<1, 1, kAccumulate>(depth, left, a_stride, b, b_stride, b_column, to, c_stride);
-      }
+    for (int64_t m = 0; m < rows; m += 2 * kTile) {
+      const auto of_rows = [&](auto multiply_two, auto multiply_one) { return m + kTile < rows ? multiply_two : multiply_one; };
+      const auto multiply = n + kTile < columns ? of_rows(multiply_tiles<2, 2, kAccumulate>, multiply_tiles<1, 2, kAccumulate>)
+                                                : of_rows(multiply_tiles<2, 1, kAccumulate>, multiply_tiles<1, 1, kAccumulate>);
+      multiply(depth, a + m * a_stride, a_stride, b, b_stride, b_column, c + m * c_stride + n, c_stride);
       ahead.step();
     }
   }
