@@ -1,17 +1,20 @@
 """An optimiser step of the trainer on rows of mixed lengths: packed and padded rows, and another checkout of this project.
 
-    python -m benchmarks.training_step [--peer FOLDER] [--threads 2] [--layers 30] [--samples 16] [--clock cpu] [--compile]
+    python -m benchmarks.training_step [--arms packed bf16] [--peer FOLDER] [--threads 2] [--layers 30] [--samples 16]
+                                       [--so400m 0] [--sides 2 16] [--answers 4 256] [--clock cpu] [--compile]
 
 The language model has the shape of SmolLM2-135M (30 layers of 576 channels, 49,152 words, random weights), the tower is that of
 the recipe `smollm2`, and so are losses, optimiser and budgets of its stage II-b. Lengths are drawn log-uniformly: images of
-4 to 256 visual tokens, answers of 4 to 256 tokens. Every arm is a process of its own that takes the same samples; arms run in
-turn, `--rounds` times. Printed are medians of seconds per step, tokens per second without padding, and the largest
-resident memory.
+2 x 2 to 16 x 16 visual tokens, answers of 4 to 256 tokens; `--sides 14 16 --answers 4 75` is near to the recipe, whose rows
+have at most 355 tokens, half of them above 290. `--so400m N` takes N layers of the shape of SigLIP So400m for the tower. Arm
+"bf16" is "packed" under autocast. Every arm is a process of its own that takes the same samples; arms run in turn, `--rounds`
+times. Printed are medians of seconds per step, tokens per second without padding, and the largest resident memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import json
 import math
@@ -38,7 +41,7 @@ def module(name: str) -> Any:
     raise ModuleNotFoundError(name)
 
 
-def make_samples(count: int, vocabulary: int, image_id: int) -> list[Any]:
+def make_samples(count: int, vocabulary: int, image_id: int, sides: list[int], answers: list[int]) -> list[Any]:
     import torch
 
     from comp.data.packing import EncodedSample
@@ -50,8 +53,8 @@ def make_samples(count: int, vocabulary: int, image_id: int) -> list[Any]:
 
     samples = []
     for number in range(count):
-        rows, columns = (max(2, round(drawn(2, 16))) for _ in range(2))
-        visual, answer = rows * columns, round(drawn(4, 256))
+        rows, columns = (max(2, round(drawn(*sides))) for _ in range(2))
+        visual, answer = rows * columns, round(drawn(*answers))
         grid = (1, 2 * rows, 2 * columns)
         words = torch.randint(10, vocabulary - 10, (24 + answer,), generator=generator).tolist()
         ids = [*words[:6], *[image_id] * visual, *words[6:]]
@@ -99,6 +102,9 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
     )
     stage = next(stage for stage in RECIPES["smollm2"]().stages if stage.name == "II-b")
     tower = VisionEncoder.from_pretrained(RECIPES["smollm2"]().vision.path).float()
+    if options.so400m:
+        shape = dict(width=1152, num_heads=16, mlp_width=4304, num_layers=options.so400m)
+        tower = VisionEncoder(dataclasses.replace(tower.config, **shape))
     arguments = {} if options.arm != "padded" else dict(pack_rows=False)
     model = CoMP(tower, LlamaForCausalLM(config), image_token_id=vocabulary - 1, **arguments)
     model.set_word_counts(torch.ones(vocabulary))
@@ -108,7 +114,7 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
     model.encoder.pos_mode = "abs+rope"
     optimizer = optim.build_optimizer(model, stage.optim)
     model.train()
-    samples = make_samples(options.samples, vocabulary, vocabulary - 1)
+    samples = make_samples(options.samples, vocabulary, vocabulary - 1, options.sides, options.answers)
     limits: dict[str, Any] = dict(visual_tokens=stage.forward_visual_tokens, text_tokens=stage.forward_text_tokens)
     if "padded" in inspect.signature(pack).parameters:
         limits["padded"] = options.arm == "padded"
@@ -128,10 +134,10 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
     totals = step_module.StepTotals.gather(data, world, stop=False)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     clock = time.process_time if options.clock == "cpu" else time.perf_counter
-    times, losses = [], []
+    times, losses, bf16 = [], [], options.bf16 or options.arm == "bf16"
     for _ in range(options.steps + 1):
         begin = clock()
-        losses.append(step_module.train_step(model, optimizer, data, totals, stage, world, pad_id=0, bf16=options.bf16).loss)
+        losses.append(step_module.train_step(model, optimizer, data, totals, stage, world, pad_id=0, bf16=bf16).loss)
         times.append(clock() - begin)
     return dict(
         seconds=times[1:],
@@ -148,7 +154,8 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
 def run_arm(arm: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, __file__, "--worker", "--arm", arm, "--samples", f"{options.samples}"]
     command += ["--layers", f"{options.layers}", "--steps", f"{options.steps}", "--threads", f"{options.threads}"]
-    command += ["--clock", options.clock]
+    command += ["--clock", options.clock, "--so400m", f"{options.so400m}"]
+    command += ["--sides", *map(str, options.sides), "--answers", *map(str, options.answers)]
     command += ["--compile"] * (options.compile and arm == "packed") + ["--bf16"] * options.bf16
     environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": f"{options.threads}"}
     done = subprocess.run(command, env=environment, cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
@@ -160,7 +167,7 @@ def line(arm: str, runs: list[dict[str, Any]]) -> str:
     seconds = statistics.median(s for run in runs for s in run["seconds"])
     peak = statistics.median(run["peak_gib"] for run in runs)
     one = runs[0]
-    padding = 0.0 if arm == "packed" else 1 - one["tokens"] / one["slots"]
+    padding = 0.0 if arm in ("packed", "bf16") else 1 - one["tokens"] / one["slots"]
     return (
         f"{arm:7} {seconds:6.2f} {one['tokens'] / seconds:9.0f} {100 * padding:7.0f}% {one['forwards']:9} {peak:9.2f}"
         f"  {one['losses'][0]:.6f}"
@@ -170,9 +177,12 @@ def line(arm: str, runs: list[dict[str, Any]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", type=Path, help="another checkout, with its libraries built")
-    parser.add_argument("--arms", nargs="+", default=["packed", "padded"], choices=["packed", "padded"])
+    parser.add_argument("--arms", nargs="+", default=["packed", "padded"], choices=["packed", "padded", "bf16"])
     parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--sides", type=int, nargs=2, default=[2, 16], help="of images, in visual tokens")
+    parser.add_argument("--answers", type=int, nargs=2, default=[4, 256], help="tokens of answers")
     parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--so400m", type=int, default=0, help="layers of SigLIP So400m in place of the recipe's tower")
     parser.add_argument("--steps", type=int, default=1, help="timed steps of each arm in each round, after one that is not")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
@@ -180,7 +190,7 @@ def main() -> int:
         "--clock", default="wall", choices=("wall", "cpu"), help="cpu: processor time of all threads, where others compute too"
     )
     parser.add_argument("--compile", action="store_true", help="compile the blocks of the packed arm")
-    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--bf16", action="store_true", help="all arms under autocast")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--arm", default="packed", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,9 @@ from .config import Config, ConfigError
 
 if TYPE_CHECKING:
     from .model.multimodal import CoMP
+
+
+CPU_INFO = Path("/proc/cpuinfo")
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -144,6 +148,15 @@ def stop_world(world: World) -> None:
 
 def uses_bf16(config: Config, world: World) -> bool:
     return config.precision == "bf16" or (config.precision == "auto" and world.device.type == "cuda")
+
+
+def multiplies_bf16() -> bool | None:
+    """Whether this processor has products of bfloat16, by its flags; None on systems that do not tell."""
+    try:
+        words = set(CPU_INFO.read_text().split())
+    except OSError:
+        return None
+    return not words.isdisjoint(("avx512_bf16", "amx_bf16", "bf16"))  # the last on ARM
 
 
 def distribute(model: CoMP, config: Config, world: World) -> CoMP:

@@ -29,7 +29,7 @@ from ..data.template import num_rows
 from ..eval.vqa import answer_questions, blind_baselines, scores_by_type, write_predictions
 from ..files import checksum, write_json
 from ..log import MetricsLog, Progress, table
-from ..parallel import distribute, gathered, note_trainable_changed, start_world, uses_bf16, uses_fsdp
+from ..parallel import distribute, gathered, multiplies_bf16, note_trainable_changed, start_world, uses_bf16, uses_fsdp
 from .checkpoint import CheckpointError, CheckpointStore
 from .optim import build_optimizer, lr_multiplier, part_reports, set_learning_rates, set_trainable
 from .plots import plot_run
@@ -85,6 +85,8 @@ class Trainer:
             print(f"rows of text are padded: {model.padded_because}", file=sys.stderr)
         self.model = distribute(model, config, self.world)
         self.bf16 = uses_bf16(config, self.world)
+        if self.bf16 and self.world.device.type == "cpu" and multiplies_bf16() is False and self.world.is_main:
+            print("precision=bf16 is slower than fp32 here: this processor has no products of bfloat16", file=sys.stderr)
         self.peak = peak_flops(config.peak_tflops, self.world.device, bf16=self.bf16)
         self.startup.say("models loaded")
         self.datasets = [self._open_stage(index) for index in range(len(config.stages))]

@@ -121,6 +121,27 @@ def test_attention_by_hand():
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize(("length", "learns", "expected"), [(9, True, torch.float32), (9, False, None), (400, True, None)])
+def test_short_rows_learn_in_float32_under_autocast(monkeypatch, length, learns, expected):
+    """torch's bfloat16 attention has a slow backward pass for them; results keep the dtype that it would have given."""
+    found = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def noting(query, *args, **kwargs):
+        found.append(torch.bfloat16 if torch.is_autocast_enabled("cpu") else query.dtype)
+        return attention(query, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noting)
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = 1, True
+    rotated = torch.randn(2, 1, 2, length + 5, 8, requires_grad=learns)  # float32 again by the tables
+    value = torch.randn(1, 2, length + 5, 8, dtype=torch.bfloat16, requires_grad=learns)
+    with torch.autocast("cpu", torch.bfloat16):
+        bounds = torch.tensor([0, 5, length + 5], dtype=torch.int32)
+        out, _ = packed_attention(module, *rotated, value, None, cu_seq_lens_q=bounds, max_length_q=length)
+    assert found == [expected or torch.bfloat16] * 2 and out.dtype == torch.bfloat16
+
+
 def test_rows_without_tokens_are_left_out():
     rows = Rows.of(torch.tensor([[1, 1, 0], [0, 0, 0], [1, 1, 1]]))
     assert rows.cu_seqlens.tolist() == [0, 2, 5] and rows.index.tolist() == [[0, 1, 0, 1, 2]] and rows.longest == 3
