@@ -104,8 +104,10 @@ void pack_keys_and_values(const Params& p, const AttentionItem& item, BackwardSc
       const int64_t rows = min(in_block - j, kRowsTogether<T>), whole = round_up_to_lanes<T>(rows);
       const int64_t token = item.key_begin + block + j;
       T *keys = kPack == 1 ? scratch.keys + (block + j) * stride : scratch.key_rows, *values = scratch.value_rows;
-      load_rows<S>(p.k, p.k_stride_token, p.k_stride_head, token, rows, item.head_k, key_tables<T>(p), keys, stride, p);
-      load_rows<S>(p.v, p.v_stride_token, p.v_stride_head, token, rows, item.head_k, Tables<T>{}, values, stride, p);
+      load_rows<S>(p.k, p.k_stride_token, p.k_stride_head, token, rows, block + j, count, item.head_k, key_tables<T>(p), keys,
+                   stride, p);
+      load_rows<S>(p.v, p.v_stride_token, p.v_stride_head, token, rows, block + j, count, item.head_k, Tables<T>{}, values, stride,
+                   p);
       for (int64_t i = rows * stride; i < whole * stride; ++i) keys[i] = values[i] = 0;
       if constexpr (kPack > 1) as_right_operand(keys, whole, D, stride, scratch.keys + (block + j) / kPack * stride);
       as_left_operand(keys, whole, D, stride);
@@ -127,10 +129,11 @@ void load_queries(const Params& p, BackwardScratch<T>& scratch, int64_t token, i
   for (int64_t i = 0; i < queries; i += L) {
     const int64_t rows = min(queries - i, L);
     T* dout = scratch.dout + i * stride;
-    load_rows<S>(p.q, p.q_stride_token, p.q_stride_head, token + i, rows, head, query_tables<T>(p), scratch.query + i * stride,
+    load_rows<S>(p.q, p.q_stride_token, p.q_stride_head, token + i, rows, i, queries, head, query_tables<T>(p),
+                 scratch.query + i * stride, stride, p);
+    load_rows<S>(p.grad_out, p.grad_out_stride_token, p.grad_out_stride_head, token + i, rows, i, queries, head, Tables<T>{}, dout,
                  stride, p);
-    load_rows<S>(p.grad_out, p.grad_out_stride_token, p.grad_out_stride_head, token + i, rows, head, Tables<T>{}, dout, stride, p);
-    load_rows<S>(p.out, p.num_heads * D, D, token + i, rows, head, Tables<T>{}, scratch.out, stride, p);
+    load_rows<S>(p.out, p.num_heads * D, D, token + i, rows, i, queries, head, Tables<T>{}, scratch.out, stride, p);
     // delta in the order in which the products sum dP, so that the two cancel exactly where one key has all the weight.
     if constexpr (kPack > 1) {
       std::copy_n(dout, L * stride, scratch.value_rows);  // dout itself becomes two operands below
@@ -293,6 +296,7 @@ template <typename S, typename T>
 void look_ahead(const Params& p, const AttentionItem& item, bool last, const AttentionItem* next, BackwardScratch<T>& scratch,
                 int64_t token, int64_t queries, int64_t head) {
   const int64_t D = p.head_dim, group = p.num_heads / p.num_heads_k, keys = item.key_end - item.key_begin, end = token + queries;
+  if constexpr (!kTilesAsk) return;
   RowsAhead& ahead = scratch.ahead;
   const auto add_queries = [&](const AttentionItem& of, int64_t begin, int64_t of_head) {
     const int64_t rows = min(of.query_end - begin, blocks_of<T>(of).queries);
@@ -345,7 +349,9 @@ void store_key_gradients(const Params& p, const AttentionItem& item, BackwardScr
     store_rotated_gradients<S>(dkeys, stride, static_cast<T>(p.scale), p.k, p.k_stride_token, p.k_stride_head, token, rows,
                                item.head_k, p.num_heads_k, key_tables<T>(p), p.dk, p);
     for (int64_t j = 0; j < rows; ++j) {
-      narrow_row(dvalues + j * stride, T(1), static_cast<S*>(p.dv) + ((token + j) * p.num_heads_k + item.head_k) * D, D);
+      S* dv = static_cast<S*>(p.dv) + ((token + j) * p.num_heads_k + item.head_k) * D;
+      ask_ahead(dv, p.num_heads_k * D, first + j, count, D);
+      narrow_row(dvalues + j * stride, T(1), dv, D);
     }
   }
 }

@@ -69,14 +69,16 @@ void pack_keys_and_values(const Params& p, const AttentionItem& item, ForwardScr
     const int64_t in_block = min(count - block, step);
     for (int64_t j = 0; j < in_block; j += L) {
       const int64_t rows = min(in_block - j, L), token = item.key_begin + block + j;
-      load_rows<S>(p.k, p.k_stride_token, p.k_stride_head, token, rows, item.head_k, key_tables<T>(p), scratch.rows, stride, p);
+      load_rows<S>(p.k, p.k_stride_token, p.k_stride_head, token, rows, block + j, count, item.head_k, key_tables<T>(p),
+                   scratch.rows, stride, p);
       for (int64_t i = rows * stride; i < L * stride; ++i) scratch.rows[i] = 0;
       as_left_operand(scratch.rows, L, p.head_dim, stride);
       transpose_into_panels(scratch.rows, stride, depth, scratch.key_panels + block * depth, round_up_to_lanes<T>(in_block), j);
     }
   }
   const auto load_values = [&](int64_t j, int64_t rows, T* to) {
-    load_rows<S>(p.v, p.v_stride_token, p.v_stride_head, item.key_begin + j, rows, item.head_k, Tables<T>{}, to, stride, p);
+    load_rows<S>(p.v, p.v_stride_token, p.v_stride_head, item.key_begin + j, rows, j, count, item.head_k, Tables<T>{}, to, stride,
+                 p);
   };
   if constexpr (kPack == 1) {
     load_values(0, count, scratch.values);
@@ -164,6 +166,7 @@ void store_outputs(const Params& p, ForwardScratch<T>& scratch, int64_t token, i
   const int64_t D = p.head_dim, stride = row_stride<T>(D);
   for (int64_t i = 0; i < queries; ++i) {
     S* to = static_cast<S*>(p.out) + ((token + i) * p.num_heads + head) * D;
+    ask_ahead(to, p.num_heads * D, i, queries, D);
     if (any_keys) {
       narrow_row(scratch.output + i * stride, 1 / scratch.row_sum[i], to, D);
     } else {
@@ -184,7 +187,8 @@ void store_outputs(const Params& p, ForwardScratch<T>& scratch, int64_t token, i
 template <typename S, typename T>
 void load_queries(const Params& p, ForwardScratch<T>& scratch, int64_t token, int64_t queries, int64_t head) {
   const int64_t stride = row_stride<T>(p.head_dim);
-  load_rows<S>(p.q, p.q_stride_token, p.q_stride_head, token, queries, head, query_tables<T>(p), scratch.query, stride, p);
+  load_rows<S>(p.q, p.q_stride_token, p.q_stride_head, token, queries, 0, queries, head, query_tables<T>(p), scratch.query, stride,
+               p);
   if (p.scale < 0) {
     for (int64_t i = 0; i < queries * stride; ++i) scratch.query[i] = -scratch.query[i];
   }
@@ -219,6 +223,7 @@ template <typename S, typename T>
 void look_ahead(const Params& p, const AttentionItem& item, const AttentionItem* next, ForwardScratch<T>& scratch, int64_t token,
                 int64_t queries, int64_t head) {
   const int64_t D = p.head_dim, group = p.num_heads / p.num_heads_k, keys = item.key_end - item.key_begin, end = token + queries;
+  if constexpr (!kTilesAsk) return;
   RowsAhead& ahead = scratch.ahead;
   const auto add_queries = [&](const AttentionItem& of, int64_t begin, int64_t of_head) {
     add_rows<S>(ahead, p.q, p.q_stride_token, p.q_stride_head, begin, min(of.query_end - begin, queries_per_block(of)), of_head);

@@ -187,13 +187,15 @@ void add_rows(RowsAhead& ahead, const void* x, int64_t heads, int64_t token, int
   add_rows<S>(ahead, x, heads * p.head_dim, p.head_dim, token, rows, head);
 }
 
-// Rows token .. token + rows of one head, from x [*, heads, D] with the given strides, to y with rows `stride` apart.
+// Rows token .. token + rows of one head, from x [*, heads, D] with the given strides, to y with rows `stride` apart. They follow
+// `done` rows of the `count` that the caller is about to read.
 template <typename S, typename T>
-void load_rows(const void* x, int64_t token_stride, int64_t head_stride, int64_t token, int64_t rows, int64_t head,
-               const Tables<T>& tables, T* y, int64_t stride, const Params& p) {
+void load_rows(const void* x, int64_t token_stride, int64_t head_stride, int64_t token, int64_t rows, int64_t done, int64_t count,
+               int64_t head, const Tables<T>& tables, T* y, int64_t stride, const Params& p) {
   const int64_t columns = round_up_to_lanes<T>(p.head_dim);
   const S* from = static_cast<const S*>(x) + token * token_stride + head * head_stride;
   for (int64_t i = 0; i < rows; ++i, from += token_stride, y += stride) {
+    ask_ahead(from, token_stride, done + i, count, p.head_dim);
     load_row(from, y, columns, tables, tables.row(token + i, head), p);
   }
 }
@@ -240,6 +242,8 @@ void store_rotated_gradients(const T* g, int64_t stride, T scale, const void* x,
   T turned[kMaxHeadDim];
   for (int64_t i = 0; i < rows; ++i, from += token_stride, g += stride) {
     const int64_t row = (token + i) * heads + head;
+    S* to = static_cast<S*>(dx) + row * D;
+    ask_ahead(to, heads * D, i, rows, D);
     const T* gradient = g;
     if (tables.rotate()) {
       if (tables.dcos != nullptr) {
@@ -251,7 +255,7 @@ void store_rotated_gradients(const T* g, int64_t stride, T scale, const void* x,
       for (int64_t d = p.rotary_dim; d < D; ++d) turned[d] = g[d];
       gradient = turned;
     }
-    narrow_row(gradient, scale, static_cast<S*>(dx) + row * D, D);
+    narrow_row(gradient, scale, to, D);
   }
 }
 
