@@ -5,12 +5,25 @@
 
 namespace comp_kernels {
 
+// Element types, defined in ptx.cuh and in sinkhorn's entries.cuh.
+struct bf16;
+struct fp16;
+struct fp32;
+struct tf32;
+struct tf32x3;
+
 struct Kernel {
   const char* name;      // its extern "C" name, the same in the PTX
   const void* function;  // host stub
   int threads;           // per block
   int shared_bytes;      // dynamic shared memory per block
   int rows;              // rows of the tensor that one block owns, where that has a meaning
+};
+
+// The config (see DEFINE_KERNEL) of kernels that ask for no dynamic shared memory.
+template <int threads, int rows>
+struct FixedBlock {
+  static constexpr int kThreads = threads, kSharedBytes = 0, kRows = rows;
 };
 
 // Of the current device, 80 for 8.0; 0 when there is none.
@@ -26,8 +39,7 @@ struct Device {
 Device device();
 
 // Launch on a cudaStream_t, or hand over to the launch hook. Returns null or what went wrong.
-const char* launch(const Kernel& kernel, int64_t grid_x, int64_t grid_y, const void* params, int64_t params_bytes,
-                   void* stream);
+const char* launch(const Kernel& kernel, int64_t grid_x, int64_t grid_y, const void* params, int64_t params_bytes, void* stream);
 
 template <typename Params>
 const char* launch(const Kernel& kernel, int64_t grid_x, int64_t grid_y, const Params& params, void* stream) {
@@ -46,6 +58,24 @@ const char* clear(void* memory, int64_t bytes, void* stream);
 __attribute__((format(printf, 1, 2))) const char* failure(const char* format, ...);
 
 }  // namespace comp_kernels
+
+// A kernel named `symbol` in C, which runs function<arguments>(params), and kernel<arguments>(), which returns its Kernel.
+// arguments, config: in parentheses, for they may hold commas. config: a type with kThreads, kSharedBytes and, named by `rows`,
+// the rows of a block. Behind these: how many blocks a multiprocessor must hold, where that is asked for.
+#define DEFINE_KERNEL(symbol, Params, function, kernel, arguments, config, rows, ...)                              \
+  namespace comp_kernels {                                                                                         \
+  using symbol##_config = BARE config;                                                                             \
+  extern "C" __global__ void __launch_bounds__(symbol##_config::kThreads __VA_OPT__(, ) __VA_ARGS__)               \
+      symbol(const __grid_constant__ Params params) {                                                              \
+    function<BARE arguments>(params);                                                                              \
+  }                                                                                                                \
+  template <>                                                                                                      \
+  Kernel kernel<BARE arguments>() {                                                                                \
+    using Config = symbol##_config;                                                                                \
+    return {#symbol, reinterpret_cast<const void*>(symbol), Config::kThreads, Config::kSharedBytes, Config::rows}; \
+  }                                                                                                                \
+  }
+#define BARE(...) __VA_ARGS__
 
 // INSTANTIATE_... macros paste their arguments into names; through this one, an argument may be a macro itself.
 #define WITH_EXPANDED(instantiate, ...) instantiate(__VA_ARGS__)

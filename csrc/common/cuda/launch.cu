@@ -60,8 +60,7 @@ Device device() {
   return facts;
 }
 
-const char* launch(const Kernel& kernel, int64_t grid_x, int64_t grid_y, const void* params, int64_t params_bytes,
-                   void* stream) {
+const char* launch(const Kernel& kernel, int64_t grid_x, int64_t grid_y, const void* params, int64_t params_bytes, void* stream) {
   if (grid_x == 0 || grid_y == 0) return nullptr;
   if (grid_x > INT32_MAX || grid_y > 65535) {
     return failure("%s needs a grid of %lld x %lld blocks, CUDA allows 2147483647 x 65535", kernel.name,
@@ -89,8 +88,8 @@ const char* launch_cooperative(const Kernel& kernel, int64_t grid_x, int64_t gri
   cudaError_t error = allow_shared(kernel);
   int per_multiprocessor = 0;
   if (error == cudaSuccess) {
-    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel.function, kernel.threads,
-                                                          kernel.shared_bytes);
+    error =
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel.function, kernel.threads, kernel.shared_bytes);
   }
   if (error == cudaSuccess && static_cast<int64_t>(per_multiprocessor) * device().multiprocessors < grid_x * grid_y) {
     *refused = true;
@@ -99,8 +98,7 @@ const char* launch_cooperative(const Kernel& kernel, int64_t grid_x, int64_t gri
   if (error == cudaSuccess) {
     void* arguments[] = {const_cast<void*>(params)};
     error = cudaLaunchCooperativeKernel(kernel.function, dim3(static_cast<unsigned>(grid_x), static_cast<unsigned>(grid_y)),
-                                        dim3(kernel.threads), arguments, kernel.shared_bytes,
-                                        static_cast<cudaStream_t>(stream));
+                                        dim3(kernel.threads), arguments, kernel.shared_bytes, static_cast<cudaStream_t>(stream));
   }
   if (error == cudaSuccess) return nullptr;
   if (error == cudaErrorCooperativeLaunchTooLarge || error == cudaErrorNotSupported) {

@@ -4,6 +4,8 @@
 
 #include <stdint.h>
 
+#include <type_traits>
+
 namespace comp_kernels {
 
 // Loops whose index must be a constant expression: unrolled<4>([&](auto i) { f<i * 32>(); }).
@@ -27,21 +29,9 @@ struct tf32 {};
 struct tf32x3 {};
 
 template <typename T>
-struct ElementOf {
-  using type = uint16_t;
-};
-template <>
-struct ElementOf<tf32> {
-  using type = float;
-};
-template <>
-struct ElementOf<tf32x3> {
-  using type = float;
-};
+constexpr bool kFloat32 = std::is_same_v<T, tf32> || std::is_same_v<T, tf32x3>;
 template <typename T>
-using Element = typename ElementOf<T>::type;
-template <typename T>
-constexpr bool kFloat32 = sizeof(Element<T>) == 4;
+using Element = std::conditional_t<kFloat32<T>, float, uint16_t>;
 template <typename T>
 constexpr int kChunkElements = 16 / static_cast<int>(sizeof(Element<T>));  // of one 16-byte access
 
@@ -61,8 +51,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 // 16 bytes from global memory to `shared` + kOffset; `bytes` (0 or 16) of them are read, the rest is zero.
 template <int kOffset>
 __device__ __forceinline__ void copy_async_16(uint32_t shared, const void* global, int bytes) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0+%3], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes),
-               "n"(kOffset)
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0+%3], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes), "n"(kOffset)
                : "memory");
 }
 __device__ __forceinline__ void copy_async_8(uint32_t shared, const void* global, int bytes) {
@@ -117,29 +106,35 @@ __device__ __forceinline__ void load_matrix_x2_transposed(uint32_t (&r)[2], uint
 
 // c[16, 8] += a[16, 16] b[16, 8]; a row-major, b column-major, c in float32. _first: c = a b.
 template <typename T>
-__device__ __forceinline__ void mma_k16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1);
+__device__ __forceinline__ void mma_k16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                        uint32_t b1);
 template <>
-__device__ __forceinline__ void mma_k16<bf16>(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+__device__ __forceinline__ void mma_k16<bf16>(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                              uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 template <>
-__device__ __forceinline__ void mma_k16<fp16>(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+__device__ __forceinline__ void mma_k16<fp16>(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                              uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 template <typename T>
-__device__ __forceinline__ void mma_k16_first(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1);
+__device__ __forceinline__ void mma_k16_first(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                              uint32_t b1);
 template <>
-__device__ __forceinline__ void mma_k16_first<bf16>(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+__device__ __forceinline__ void mma_k16_first<bf16>(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                                    uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
       : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(0.f));
 }
 template <>
-__device__ __forceinline__ void mma_k16_first<fp16>(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+__device__ __forceinline__ void mma_k16_first<fp16>(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                                    uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
       : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(0.f));
@@ -193,9 +188,7 @@ __device__ __forceinline__ void unpack<bf16>(uint32_t packed, float& low, float&
 }
 template <>
 __device__ __forceinline__ void unpack<fp16>(uint32_t packed, float& low, float& high) {
-  asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}"
-      : "=f"(low), "=f"(high)
-      : "r"(packed));
+  asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}" : "=f"(low), "=f"(high) : "r"(packed));
 }
 
 __device__ __forceinline__ float exp2_approx(float x) {

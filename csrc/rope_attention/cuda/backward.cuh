@@ -59,8 +59,9 @@ struct BackwardConfig {
   static constexpr int kBlocks = kHeadDim <= 80 && !kFloat32<T> ? 2 : 1;  // of 16 rows per warp
   static constexpr int kWarpRows = 16 * kBlocks;
   static constexpr int kRows = kWarps * kWarpRows;
-  static constexpr int kColumns = kFloat32<T> ? (kHeadDim <= 64 ? 32 : kHeadDim <= 128 ? 16 : 8)  // per tile
-                                  : kWide || (kKeyRows && kBlocks == 2 && kHeadDim > 64) ? 16 : 32;
+  static constexpr int kFloatColumns = kHeadDim <= 64 ? 32 : kHeadDim <= 128 ? 16 : 8;
+  static constexpr int kHalfColumns = kWide || (kKeyRows && kBlocks == 2 && kHeadDim > 64) ? 16 : 32;
+  static constexpr int kColumns = kFloat32<T> ? kFloatColumns : kHalfColumns;  // per tile
   static constexpr int kTailColumns = kColumns < 16 ? 1 : 2;  // of eight columns, per step of a tile that is not full
   static constexpr bool kRowsHeld = !kKeyRows && kHeadDim <= 64;         // in registers
   static constexpr int kRowBytes = kPaddedRowBytes<T, kHeadDim>;
@@ -133,8 +134,7 @@ __device__ __forceinline__ void attention_backward(const BackwardParams& params)
     using RowCopy = TileCopy<Config::kRows, kChunks, Config::kRowBytes, Config::kThreads>;
     RowCopy(at(rows_one, tile.row, row_head), rows_one.stride_token, params.head_dim).next(base, tile.rows);
     if constexpr (Config::kFirst) {
-      RowCopy(at(rows_two, tile.row, row_head), rows_two.stride_token, params.head_dim)
-          .next(base + Config::kRowsBytes, tile.rows);
+      RowCopy(at(rows_two, tile.row, row_head), rows_two.stride_token, params.head_dim).next(base + Config::kRowsBytes, tile.rows);
     }
   }
 
@@ -273,8 +273,8 @@ __device__ __forceinline__ void attention_backward(const BackwardParams& params)
           constexpr int kTail = Config::kTailColumns;
           for (int from = 0; from < exist; from += 8 * kTail) {
             step(Constant<kTail>{}, Constant<1>{}, stage + from * Config::kRowBytes,
-                 stage + Config::kTileBytes + from * Config::kRowBytes, column_stats + from * Config::kStatsStride, h,
-                 start + from, exist - from);
+                 stage + Config::kTileBytes + from * Config::kRowBytes, column_stats + from * Config::kStatsStride, h, start + from,
+                 exist - from);
           }
         }
       }
@@ -297,22 +297,12 @@ __device__ __forceinline__ void attention_backward(const BackwardParams& params)
 
 }  // namespace comp_kernels
 
-#define INSTANTIATE_BACKWARD_OF(T, kHeadDim, gradients, name)                                                               \
-  extern "C" __global__ void __launch_bounds__(                                                                            \
-      comp_kernels::BackwardConfig<comp_kernels::T, kHeadDim, comp_kernels::gradients>::kThreads, 2)                       \
-      rope_attention_backward_##name##_##T##_##kHeadDim(const __grid_constant__ comp_kernels::BackwardParams params) {     \
-    comp_kernels::attention_backward<comp_kernels::T, kHeadDim, comp_kernels::gradients>(params);                          \
-  }                                                                                                                        \
-  template <>                                                                                                              \
-  comp_kernels::Kernel comp_kernels::backward_kernel<comp_kernels::T, kHeadDim, comp_kernels::gradients>() {               \
-    using Config = BackwardConfig<T, kHeadDim, gradients>;                                                                 \
-    return {"rope_attention_backward_" #name "_" #T "_" #kHeadDim,                                                         \
-            reinterpret_cast<const void*>(rope_attention_backward_##name##_##T##_##kHeadDim), Config::kThreads,            \
-            Config::kSharedBytes, Config::kRows};                                                                          \
-  }
+#define INSTANTIATE_BACKWARD_OF(T, kHeadDim, gradients, name)                                                           \
+  DEFINE_KERNEL(rope_attention_backward_##name##_##T##_##kHeadDim, BackwardParams, attention_backward, backward_kernel, \
+                (T, kHeadDim, gradients), (BackwardConfig<T, kHeadDim, gradients>), kRows, 2)
 #if HEAD_DIM <= 128  // kSharedKeysHeadDim
-#define INSTANTIATE_BACKWARD(T, kHeadDim)                               \
-  INSTANTIATE_BACKWARD_OF(T, kHeadDim, Gradients::kQueries, queries)    \
+#define INSTANTIATE_BACKWARD(T, kHeadDim)                            \
+  INSTANTIATE_BACKWARD_OF(T, kHeadDim, Gradients::kQueries, queries) \
   INSTANTIATE_BACKWARD_OF(T, kHeadDim, Gradients::kKeysAndValues, keys)
 #else
 #define INSTANTIATE_BACKWARD(T, kHeadDim)                            \

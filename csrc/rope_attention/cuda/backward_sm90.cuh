@@ -124,16 +124,13 @@ struct KeptRows {
   template <int kCount>
   __device__ __forceinline__ void start(Accumulator<1, kCount>& c, uint32_t columns) const {
     wgmma_fence();
-    const uint64_t whole = matrix_descriptor(columns, 128, Config::kStride);
-    // The second half of the last step, where the rows are zero, reads the first half again: something finite.
-    const uint64_t last = kHeadDim % 16 == 0 ? whole : matrix_descriptor(columns, 0, Config::kStride);
+    const StepColumns<kHeadDim> b(columns, Config::kStride);
 #pragma unroll
     for (int k = 0; k < Config::kSteps; ++k) {
-      const uint64_t b = advanced(k + 1 < Config::kSteps ? whole : last, k * 256);
       if constexpr (Config::kHeld) {
-        Wgmma<T, kCount * 8>::from_registers_along(c, fragment[k], b, k > 0);
+        Wgmma<T, kCount * 8>::from_registers_along(c, fragment[k], b[k], k > 0);
       } else {
-        Wgmma<T, kCount * 8>::from_shared(c, advanced(descriptor, k * 256), b, k > 0);
+        Wgmma<T, kCount * 8>::from_shared(c, advanced(descriptor, k * 256), b[k], k > 0);
       }
     }
     wgmma_commit();
@@ -196,7 +193,8 @@ __device__ __forceinline__ void attention_backward_sm90(const BackwardSm90Params
   // Whether weights are computed exactly (prepare.cuh). What has to be read for that comes while the first tile does.
   bool exact = false;
   for (int head = first_head; head < first_head + (kKeyRows ? heads : 1); ++head) {
-    exact |= kKeyRows ? any_huge(params.huge + static_cast<int64_t>(head) * params.column_slots + tile.other_start, 0, tile.other_rows - 1)
+    exact |= kKeyRows ? any_huge(params.huge + static_cast<int64_t>(head) * params.column_slots + tile.other_start, 0,
+                                 tile.other_rows - 1)
                       : any_huge(params.huge + row_image, 0, 0);
   }
   Accumulator<1, kHeadDim / 8> first, second;  // second: dV, unused when queries own the rows
@@ -223,8 +221,7 @@ __device__ __forceinline__ void attention_backward_sm90(const BackwardSm90Params
     if (step > 0 && lane == 0) barrier_arrive(ring.empty(now.before().stage));
     if (!kKeyRows && exist < Config::kColumns) mask_columns<1, kCount>(p, exist, scale_log2);
     if constexpr (!kKeyRows) exist -= Config::kColumns;
-    const RowStats* column_stats =
-        reinterpret_cast<const RowStats*>(shared + (ring.stats(now.stage) - ring.base)) + lane % 4 * 2;
+    const RowStats* column_stats = reinterpret_cast<const RowStats*>(shared + (ring.stats(now.stage) - ring.base)) + lane % 4 * 2;
     auto weigh = [&](auto exactly, const float* lows) {  // lows: of the rows, or of the columns of this tile
 #pragma unroll
       for (int n = 0; n < kCount; ++n) {
@@ -249,8 +246,9 @@ __device__ __forceinline__ void attention_backward_sm90(const BackwardSm90Params
       }
     };
     if (exact) {
-      const int64_t column = (static_cast<int64_t>(first_head + step / tiles) * params.column_slots + tile.other_start) * kImageKeys +
-                             step % tiles * Config::kColumns;
+      const int64_t column =
+          (static_cast<int64_t>(first_head + step / tiles) * params.column_slots + tile.other_start) * kImageKeys +
+          step % tiles * Config::kColumns;
       weigh(Constant<1>{}, params.low + (kKeyRows ? column : row_image * kImageKeys + own));
     } else {
       weigh(Constant<0>{}, nullptr);
@@ -311,18 +309,9 @@ __device__ __forceinline__ void attention_backward_sm90(const BackwardSm90Params
 
 }  // namespace comp_kernels
 
-#define INSTANTIATE_BACKWARD_SM90_OF(T, kHeadDim, kKeyRows, rows)                                                          \
-  extern "C" __global__ void __launch_bounds__(comp_kernels::BackwardSm90Config<kHeadDim, kKeyRows>::kThreads, 1)          \
-      rope_attention_backward_sm90_##rows##_##T##_##kHeadDim(const __grid_constant__ comp_kernels::BackwardSm90Params p) { \
-    comp_kernels::attention_backward_sm90<comp_kernels::T, kHeadDim, kKeyRows>(p);                                         \
-  }                                                                                                                        \
-  template <>                                                                                                              \
-  comp_kernels::Kernel comp_kernels::backward_sm90_kernel<comp_kernels::T, kHeadDim, kKeyRows>() {                         \
-    using Config = BackwardSm90Config<kHeadDim, kKeyRows>;                                                                 \
-    return {"rope_attention_backward_sm90_" #rows "_" #T "_" #kHeadDim,                                                    \
-            reinterpret_cast<const void*>(rope_attention_backward_sm90_##rows##_##T##_##kHeadDim), Config::kThreads,       \
-            Config::kSharedBytes, Config::kRows};                                                                          \
-  }
+#define INSTANTIATE_BACKWARD_SM90_OF(T, kHeadDim, kKeyRows, rows)                                                    \
+  DEFINE_KERNEL(rope_attention_backward_sm90_##rows##_##T##_##kHeadDim, BackwardSm90Params, attention_backward_sm90, \
+                backward_sm90_kernel, (T, kHeadDim, kKeyRows), (BackwardSm90Config<kHeadDim, kKeyRows>), kRows, 1)
 #define INSTANTIATE_BACKWARD_SM90(T, kHeadDim)              \
   INSTANTIATE_BACKWARD_SM90_OF(T, kHeadDim, false, queries) \
   INSTANTIATE_BACKWARD_SM90_OF(T, kHeadDim, true, keys)

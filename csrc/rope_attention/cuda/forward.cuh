@@ -103,7 +103,7 @@ __device__ __forceinline__ void attention_forward(const ForwardParams& params) {
         constexpr int kTail = Config::kTailColumns;
         for (int at = 0; at < exist; at += 8 * kTail) {
           warp.template step<kTail, true>(stage + at * Config::kRowBytes, stage + Config::kTileBytes + at * Config::kRowBytes,
-                                      start + at == 0, exist - at);
+                                          start + at == 0, exist - at);
         }
       }
     }
@@ -118,15 +118,6 @@ __device__ __forceinline__ void attention_forward(const ForwardParams& params) {
 
 }  // namespace comp_kernels
 
-#define INSTANTIATE_FORWARD(T, kHeadDim)                                                                                   \
-  extern "C" __global__ void __launch_bounds__(comp_kernels::ForwardConfig<comp_kernels::T, kHeadDim>::kThreads, 2)                         \
-      rope_attention_forward_##T##_##kHeadDim(const __grid_constant__ comp_kernels::ForwardParams params) {                \
-    comp_kernels::attention_forward<comp_kernels::T, kHeadDim>(params);                                                    \
-  }                                                                                                                        \
-  template <>                                                                                                              \
-  comp_kernels::Kernel comp_kernels::forward_kernel<comp_kernels::T, kHeadDim>() {                                         \
-    using Config = ForwardConfig<T, kHeadDim>;                                                                             \
-    return {"rope_attention_forward_" #T "_" #kHeadDim,                                                                    \
-            reinterpret_cast<const void*>(rope_attention_forward_##T##_##kHeadDim), Config::kThreads,                      \
-            Config::kSharedBytes, Config::kQueries};                                                                       \
-  }
+#define INSTANTIATE_FORWARD(T, kHeadDim)                                                                                  \
+  DEFINE_KERNEL(rope_attention_forward_##T##_##kHeadDim, ForwardParams, attention_forward, forward_kernel, (T, kHeadDim), \
+                (ForwardConfig<T, kHeadDim>), kQueries, 2)

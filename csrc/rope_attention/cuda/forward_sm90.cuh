@@ -54,9 +54,7 @@ struct Ring {
   uint32_t base;
 
   enum Half { kKeys = 0, kValues = 1 };
-  __device__ uint32_t tile(int stage, Half half) const {
-    return base + Config::kRing + (stage * 2 + half) * Config::kTileBytes;
-  }
+  __device__ uint32_t tile(int stage, Half half) const { return base + Config::kRing + (stage * 2 + half) * Config::kTileBytes; }
   __device__ uint32_t full(int stage, Half half) const { return base + (stage * 2 + half) * 8; }
   __device__ uint32_t empty(int stage, Half half) const { return base + Config::kBarrierBytes / 2 + (stage * 2 + half) * 8; }
 };
@@ -110,13 +108,10 @@ struct ConsumerWarp : SoftmaxRows<T, Config::kHeadDim, 1> {
   template <int kCount>
   __device__ __forceinline__ void start_scores(Accumulator<1, kCount>& s, uint32_t keys) {
     wgmma_fence();
-    const uint64_t whole = matrix_descriptor(keys, 128, Config::kKeyStride);
-    // The second half of the last step, where the queries are zero, reads the first half again: something finite.
-    const uint64_t last = kHeadDim % 16 == 0 ? whole : matrix_descriptor(keys, 0, Config::kKeyStride);
+    const StepColumns<kHeadDim> columns(keys, Config::kKeyStride);
 #pragma unroll
     for (int k = 0; k < Config::kSteps; ++k) {
-      const uint64_t b = advanced(k + 1 < Config::kSteps ? whole : last, k * 256);
-      Wgmma<T, kCount * 8>::from_shared(s, advanced(queries, k * 2 * Config::kQueryLeading), b, k > 0);
+      Wgmma<T, kCount * 8>::from_shared(s, advanced(queries, k * 2 * Config::kQueryLeading), columns[k], k > 0);
     }
     wgmma_commit();
   }
@@ -328,15 +323,6 @@ __device__ __forceinline__ void attention_forward_sm90(const ForwardParams& para
 
 }  // namespace comp_kernels
 
-#define INSTANTIATE_FORWARD_SM90(T, kHeadDim)                                                                              \
-  extern "C" __global__ void __launch_bounds__(comp_kernels::ForwardSm90Config<kHeadDim>::kThreads, 1)                     \
-      rope_attention_forward_sm90_##T##_##kHeadDim(const __grid_constant__ comp_kernels::ForwardParams params) {           \
-    comp_kernels::attention_forward_sm90<comp_kernels::T, kHeadDim>(params);                                               \
-  }                                                                                                                        \
-  template <>                                                                                                              \
-  comp_kernels::Kernel comp_kernels::forward_sm90_kernel<comp_kernels::T, kHeadDim>() {                                    \
-    using Config = ForwardSm90Config<kHeadDim>;                                                                            \
-    return {"rope_attention_forward_sm90_" #T "_" #kHeadDim,                                                               \
-            reinterpret_cast<const void*>(rope_attention_forward_sm90_##T##_##kHeadDim), Config::kThreads,                 \
-            Config::kSharedBytes, Config::kQueries};                                                                       \
-  }
+#define INSTANTIATE_FORWARD_SM90(T, kHeadDim)                                                                             \
+  DEFINE_KERNEL(rope_attention_forward_sm90_##T##_##kHeadDim, ForwardParams, attention_forward_sm90, forward_sm90_kernel, \
+                (T, kHeadDim), (ForwardSm90Config<kHeadDim>), kQueries, 1)

@@ -67,8 +67,10 @@ __device__ __forceinline__ void list_longest_first(const PersistentPrepareParams
       const bool slack = b == params.sequences;
       for (int i = 0; i < count; ++i) {
         const int row = i * params.tile_rows;
-        params.tiles[at + i] = {{start + row, min(params.tile_rows, rows - row), slack ? 0 : first_slot(params.cu_seqlens_k, b), keys},
-                                first_slot(params.cu_seqlens, b) * kImageKeys + row, {}};
+        params.tiles[at + i] = {
+            {start + row, min(params.tile_rows, rows - row), slack ? 0 : first_slot(params.cu_seqlens_k, b), keys},
+            first_slot(params.cu_seqlens, b) * kImageKeys + row,
+            {}};
       }
     });
   }
@@ -224,25 +226,9 @@ __device__ __forceinline__ void attention_forward_persistent(const PersistentPar
 
 }  // namespace comp_kernels
 
-#define INSTANTIATE_PERSISTENT(T, kHeadDim)                                                                                \
-  extern "C" __global__ void __launch_bounds__(comp_kernels::PersistentConfig<kHeadDim>::kThreads, 1)                      \
-      rope_attention_persistent_sm90_##T##_##kHeadDim(const __grid_constant__ comp_kernels::PersistentParams params) {     \
-    comp_kernels::attention_forward_persistent<comp_kernels::T, kHeadDim>(params);                                         \
-  }                                                                                                                        \
-  template <>                                                                                                              \
-  comp_kernels::Kernel comp_kernels::persistent_sm90_kernel<comp_kernels::T, kHeadDim>() {                                 \
-    using Config = PersistentConfig<kHeadDim>;                                                                             \
-    return {"rope_attention_persistent_sm90_" #T "_" #kHeadDim,                                                            \
-            reinterpret_cast<const void*>(rope_attention_persistent_sm90_##T##_##kHeadDim), Config::kThreads,              \
-            Config::kSharedBytes, Config::kQueries};                                                                       \
-  }
-#define INSTANTIATE_PREPARE_PERSISTENT(T)                                                                                  \
-  extern "C" __global__ void __launch_bounds__(comp_kernels::kImageThreads, 2)                                             \
-      rope_attention_prepare_persistent_##T(const __grid_constant__ comp_kernels::PersistentPrepareParams params) {        \
-    comp_kernels::prepare_persistent<comp_kernels::T>(params);                                                             \
-  }                                                                                                                        \
-  template <>                                                                                                              \
-  comp_kernels::Kernel comp_kernels::prepare_persistent_kernel<comp_kernels::T>() {                                        \
-    return {"rope_attention_prepare_persistent_" #T, reinterpret_cast<const void*>(rope_attention_prepare_persistent_##T), \
-            kImageThreads, 0, kImageKeys};                                                                                 \
-  }
+#define INSTANTIATE_PERSISTENT(T, kHeadDim)                                                                      \
+  DEFINE_KERNEL(rope_attention_persistent_sm90_##T##_##kHeadDim, PersistentParams, attention_forward_persistent, \
+                persistent_sm90_kernel, (T, kHeadDim), (PersistentConfig<kHeadDim>), kQueries, 1)
+#define INSTANTIATE_PREPARE_PERSISTENT(T)                                                                                      \
+  DEFINE_KERNEL(rope_attention_prepare_persistent_##T, PersistentPrepareParams, prepare_persistent, prepare_persistent_kernel, \
+                (T), (FixedBlock<kImageThreads, kImageKeys>), kRows, 2)

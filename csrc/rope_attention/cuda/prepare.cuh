@@ -59,9 +59,7 @@ constexpr int kPrepareThreads = 256;
 constexpr int kPrepareRows = 128;  // rows per block
 
 // Blocks that a job over all rows of all heads takes.
-__host__ __device__ inline int row_blocks(int tokens, int heads) {
-  return (tokens + kPrepareRows - 1) / kPrepareRows * heads;
-}
+__host__ __device__ inline int row_blocks(int tokens, int heads) { return (tokens + kPrepareRows - 1) / kPrepareRows * heads; }
 
 template <typename T>
 __device__ void rotate_block(const RotateJob& job, int block, int sequences, int head_dim) {
@@ -148,13 +146,6 @@ __device__ __forceinline__ void prepare(const PrepareParams& params) {
 }  // namespace comp_kernels
 
 // T: what stands in the kernel's name, and an element type.
-#define INSTANTIATE_PREPARE(T)                                                                                            \
-  extern "C" __global__ void __launch_bounds__(comp_kernels::kPrepareThreads)                                             \
-      rope_attention_prepare_##T(const __grid_constant__ comp_kernels::PrepareParams params) {                            \
-    comp_kernels::prepare<comp_kernels::T>(params);                                                                       \
-  }                                                                                                                       \
-  template <>                                                                                                             \
-  comp_kernels::Kernel comp_kernels::prepare_kernel<comp_kernels::T>() {                                                  \
-    return {"rope_attention_prepare_" #T, reinterpret_cast<const void*>(rope_attention_prepare_##T), kPrepareThreads, 0,  \
-            kPrepareRows};                                                                                                \
-  }
+#define INSTANTIATE_PREPARE(T)                                                           \
+  DEFINE_KERNEL(rope_attention_prepare_##T, PrepareParams, prepare, prepare_kernel, (T), \
+                (FixedBlock<kPrepareThreads, kPrepareRows>), kRows)

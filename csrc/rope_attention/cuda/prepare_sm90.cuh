@@ -53,9 +53,7 @@ __device__ __forceinline__ void image_of(const ImageJob& job, const Place& place
   uint4 chunks[kBatch];
   for_batches_in_rows<kBatch>(
       threadIdx.x, kImageThreads, turned ? 0 : rows, head_dim / 8,
-      [&](int slot, int row, int chunk) {
-        chunks[slot] = *reinterpret_cast<const uint4*>(x + row * job.stride_token + chunk * 8);
-      },
+      [&](int slot, int row, int chunk) { chunks[slot] = *reinterpret_cast<const uint4*>(x + row * job.stride_token + chunk * 8); },
       [&](int slot, int row, int chunk) { *reinterpret_cast<uint4*>(job.images + place(row, chunk * 8)) = chunks[slot]; });
   for_each_in_rows(threadIdx.x, kImageThreads, kImageKeys - rows, head_dim / 8, [&](int row, int chunk) {
     *reinterpret_cast<uint4*>(job.images + place(rows + row, chunk * 8)) = uint4{0, 0, 0, 0};
@@ -64,15 +62,15 @@ __device__ __forceinline__ void image_of(const ImageJob& job, const Place& place
   const int64_t table = start * job.tables.token_stride + head * job.tables.head_stride;
   rotate_rows<T, true>(threadIdx.x, kImageThreads, rows, head_dim, job.tables, [&](int row, auto turn_row) {
     const int64_t table_row = table + static_cast<int64_t>(row) * job.tables.token_stride;
-    turn_row([&](int channel) { return job.images + place(row, channel); }, x + row * job.stride_token,
-             job.tables.cos + table_row, job.tables.sin + table_row);
+    turn_row([&](int channel) { return job.images + place(row, channel); }, x + row * job.stride_token, job.tables.cos + table_row,
+             job.tables.sin + table_row);
   });
 }
 
 // grad_out to its image, and from the same loads delta. tile: of all heads.
 template <typename T, typename Place>
-__device__ __forceinline__ void image_with_stats(const StatsJob& job, const ImageJob& image, int64_t tile,
-                                                 const Place& place, int64_t start, int rows, int head, int head_dim) {
+__device__ __forceinline__ void image_with_stats(const StatsJob& job, const ImageJob& image, int64_t tile, const Place& place,
+                                                 int64_t start, int rows, int head, int head_dim) {
   constexpr int kLanes = 8;  // per row
   const int lane = threadIdx.x % kLanes;
   bool huge = false;
@@ -83,8 +81,10 @@ __device__ __forceinline__ void image_with_stats(const StatsJob& job, const Imag
     for (int c = lane * 8; c < head_dim; c += kLanes * 8) {
       Packed<T, 8> g{};
       if (row < rows) {
-        g = *reinterpret_cast<const Packed<T, 8>*>(elements<T>(job.grad_out) + token * job.stride_token + head * job.stride_head + c);
-        const Packed<T, 8> o = *reinterpret_cast<const Packed<T, 8>*>(elements<T>(job.out) + (token * job.heads + head) * head_dim + c);
+        g = *reinterpret_cast<const Packed<T, 8>*>(elements<T>(job.grad_out) + token * job.stride_token + head * job.stride_head +
+                                                   c);
+        const Packed<T, 8> o =
+            *reinterpret_cast<const Packed<T, 8>*>(elements<T>(job.out) + (token * job.heads + head) * head_dim + c);
         add_product<T>(delta, o, g);
       }
       *reinterpret_cast<Packed<T, 8>*>(image.images + place(row, c)) = g;
@@ -149,13 +149,6 @@ __device__ __forceinline__ void prepare_sm90(const PrepareSm90Params& params) {
 
 }  // namespace comp_kernels
 
-#define INSTANTIATE_PREPARE_SM90(T)                                                                                       \
-  extern "C" __global__ void __launch_bounds__(comp_kernels::kImageThreads, 2)                                             \
-      rope_attention_prepare_sm90_##T(const __grid_constant__ comp_kernels::PrepareSm90Params params) {                   \
-    comp_kernels::prepare_sm90<comp_kernels::T>(params);                                                                  \
-  }                                                                                                                       \
-  template <>                                                                                                             \
-  comp_kernels::Kernel comp_kernels::prepare_sm90_kernel<comp_kernels::T>() {                                             \
-    return {"rope_attention_prepare_sm90_" #T, reinterpret_cast<const void*>(rope_attention_prepare_sm90_##T),            \
-            kImageThreads, 0, kImageKeys};                                                                                \
-  }
+#define INSTANTIATE_PREPARE_SM90(T)                                                                         \
+  DEFINE_KERNEL(rope_attention_prepare_sm90_##T, PrepareSm90Params, prepare_sm90, prepare_sm90_kernel, (T), \
+                (FixedBlock<kImageThreads, kImageKeys>), kRows, 2)

@@ -45,7 +45,7 @@ __device__ __forceinline__ void multiply_transposed(Accumulator<kBlocks, kColumn
       load_matrix_x4<n * 16 * kRowBytes + k * 32>(b, address);
 #pragma unroll
       for (int m = 0; m < kBlocks; ++m) {
-        const uint32_t(&a)[4] = rows.full[m][kHeld ? k : 0];
+        const uint32_t (&a)[4] = rows.full[m][kHeld ? k : 0];
         if constexpr (k == 0) {
           mma_k16_first<T>(c[m][2 * n], a[0], a[1], a[2], a[3], b[0], b[1]);
           mma_k16_first<T>(c[m][2 * n + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
@@ -82,7 +82,7 @@ __device__ __forceinline__ void multiply_add_halves(Accumulator<kBlocks, kHeadDi
     for (int m = 0; m < kBlocks; ++m) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float(&w)[4] = weights[m][2 * k + i / 2];
+        const float (&w)[4] = weights[m][2 * k + i / 2];
         a[m][i] = pack<T>(w[i % 2 * 2], w[i % 2 * 2 + 1]);
       }
     }
@@ -108,8 +108,8 @@ __device__ __forceinline__ void multiply_add_halves(Accumulator<kBlocks, kHeadDi
 
 // c += weights columns: the weights, rounded to T, are [16 * kBlocks, 8 * kColumns]; the columns [8 * kColumns, kHeadDim].
 template <typename T, int kHeadDim, int kBlocks, int kColumns>
-__device__ __forceinline__ void multiply_add(Accumulator<kBlocks, kHeadDim / 8>& c,
-                                             const Accumulator<kBlocks, kColumns>& weights, uint32_t columns) {
+__device__ __forceinline__ void multiply_add(Accumulator<kBlocks, kHeadDim / 8>& c, const Accumulator<kBlocks, kColumns>& weights,
+                                             uint32_t columns) {
   if constexpr (kFloat32<T>) {
     multiply_add_tf32<T, kHeadDim, kBlocks, kColumns>(c, weights, columns);
   } else {

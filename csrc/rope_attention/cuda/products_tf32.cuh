@@ -72,8 +72,7 @@ struct RowOperand<T, kHeadDim, kBlocks, kHeld, true> {
 // c = rows columns^T over kHeadDim channels, for the 8 * kColumns columns whose rows start at `columns`.
 template <typename T, int kHeadDim, int kBlocks, bool kHeld, int kColumns>
 __device__ __forceinline__ void multiply_transposed(Accumulator<kBlocks, kColumns>& c,
-                                                    const RowOperand<T, kHeadDim, kBlocks, kHeld, true>& rows,
-                                                    uint32_t columns) {
+                                                    const RowOperand<T, kHeadDim, kBlocks, kHeld, true>& rows, uint32_t columns) {
   constexpr int kRowBytes = kPaddedRowBytes<T, kHeadDim>;
   constexpr int kApart = 4;  // steps of eight channels that are summed apart
   const uint32_t address = columns + lane_offset_of_columns<kRowBytes>();
@@ -126,7 +125,7 @@ __device__ __forceinline__ void multiply_add_tf32(Accumulator<kBlocks, kHeadDim 
   for (int k = 0; k < kColumns; ++k) {
 #pragma unroll
     for (int m = 0; m < kBlocks; ++m) {
-      const float(&w)[4] = weights[m][k];
+      const float (&w)[4] = weights[m][k];
       a[k][m][0].set(w[0]), a[k][m][1].set(w[2]), a[k][m][2].set(w[1]), a[k][m][3].set(w[3]);
     }
   }

@@ -95,20 +95,12 @@ template <typename T>
 Kernel persistent_kernel_of(int64_t) {
   return {};
 }
-template <>
-Kernel prepare_persistent_kernel<bf16>() {
+template <typename T>
+Kernel prepare_persistent_kernel() {
   return {};
 }
-template <>
-Kernel prepare_persistent_kernel<fp16>() {
-  return {};
-}
-template <>
-Kernel prepare_sm90_kernel<bf16>() {
-  return {};
-}
-template <>
-Kernel prepare_sm90_kernel<fp16>() {
+template <typename T>
+Kernel prepare_sm90_kernel() {
   return {};
 }
 #endif
@@ -120,7 +112,8 @@ Kernel sm90_kernel_of(const Params& p, Pass pass) {
 // Whether the sm_90a kernels serve: compiled in, on such a device, for this head size.
 bool takes_sm90(const Params& p) {
   const int64_t d = p.head_dim;
-  return COMP_KERNELS_SM90A && !is_float32(p) && compute_capability() == 90 && (d == 64 || d == 72 || d == 80 || d == 96 || d == 128);
+  return COMP_KERNELS_SM90A && !is_float32(p) && compute_capability() == 90 &&
+         (d == 64 || d == 72 || d == 80 || d == 96 || d == 128);
 }
 
 // Tiles of the sm_90a backward have 128 rows: for short sequences smaller ones do less in vain (197 tokens: 0.92x measured).
@@ -167,8 +160,11 @@ int64_t average_length(const Params& p) {
 // Shared memory that a block may have on every device of this capability.
 int most_shared_bytes() {
   switch (compute_capability()) {
-    case 80: case 87: return 163 * 1024;
-    case 90: case 100: case 103: return 227 * 1024;
+    case 80:
+    case 87: return 163 * 1024;
+    case 90:
+    case 100:
+    case 103: return 227 * 1024;
     default: return 99 * 1024;
   }
 }
@@ -299,8 +295,7 @@ const char* check(const Params& p, bool backward) {
     return failure("dtype must be bfloat16, float16 or float32, got code %lld", static_cast<long long>(p.dtype));
   }
   if (p.head_dim <= 0 || p.head_dim % 8 != 0 || p.head_dim > kMaxHeadDim) {
-    return failure("head_dim must be a multiple of 8 and at most %d, got %lld", kMaxHeadDim,
-                   static_cast<long long>(p.head_dim));
+    return failure("head_dim must be a multiple of 8 and at most %d, got %lld", kMaxHeadDim, static_cast<long long>(p.head_dim));
   }
   if (std::max(p.num_tokens, p.num_tokens_k) > INT32_MAX / 2) {
     return failure("at most %d tokens, got %lld and %lld", INT32_MAX / 2, static_cast<long long>(p.num_tokens),
@@ -369,8 +364,7 @@ const char* launch_prepare(const Params& p, PrepareParams& prepare, void* stream
 }
 
 // A tensor, or its turned copy [heads, tokens, head_dim].
-Operand operand(const void* data, int64_t stride_token, int64_t stride_head, const void* turned, int64_t tokens,
-                int64_t head_dim) {
+Operand operand(const void* data, int64_t stride_token, int64_t stride_head, const void* turned, int64_t tokens, int64_t head_dim) {
   if (turned != nullptr) return {turned, head_dim, tokens * head_dim};
   return {data, stride_token, stride_head};
 }
@@ -468,7 +462,8 @@ const char* forward_persistent(const Params& p, void* memory, void* stream) {
   params.tiles = workspace.tiles;
   params.num_tiles = static_cast<int>(workspace.num_tiles);
   const int64_t items = workspace.num_tiles * p.num_heads;
-  if (items > INT32_MAX / 2) return failure("at most %d tiles of all heads, got %lld", INT32_MAX / 2, static_cast<long long>(items));
+  if (items > INT32_MAX / 2)
+    return failure("at most %d tiles of all heads, got %lld", INT32_MAX / 2, static_cast<long long>(items));
   return launch(kernel, std::min<int64_t>(persistent_blocks, items), 1, params, stream);
 }
 

@@ -5,17 +5,12 @@
 
 namespace comp_kernels {
 
-struct bf16;
-struct fp16;
-struct tf32;
-struct tf32x3;
-
 // What a backward kernel makes. Up to kSharedKeysHeadDim channels dK and dV come of one kernel, beyond that of one each.
 enum class Gradients { kQueries, kKeysAndValues, kKeys, kValues };
 constexpr int kSharedKeysHeadDim = 128;
 
-// kHeadDim: 32, 64, 72, 80, 96, 128, 192 or 256 (float32: 32, 64, 80, 128 or 256); smaller head sizes run in the next larger one, its further
-// channels are zero.
+// kHeadDim: 32, 64, 72, 80, 96, 128, 192 or 256 (float32: 32, 64, 80, 128 or 256); smaller head sizes run in the next larger
+// one, its further channels are zero.
 template <typename T, int kHeadDim>
 Kernel forward_kernel();
 template <typename T, int kHeadDim, Gradients kGradients>

@@ -33,7 +33,9 @@ __device__ __forceinline__ Pairing pairing_of(const Tables& tables) {
 }
 
 template <Pairing kPairing>
-constexpr int kUnitChannels = kPairing == Pairing::kHalf8 ? 16 : kPairing == Pairing::kGeneric ? 2 : 8;
+constexpr int kUnitChannels = kPairing == Pairing::kHalf8     ? 16
+                              : kPairing == Pairing::kGeneric ? 2
+                                                              : 8;
 
 // kCount consecutive elements as words, moved in one access of 16 bytes or less, or several.
 template <typename T, int kCount>
@@ -115,13 +117,12 @@ struct RotaryUnit {
   static constexpr bool kNeighbours = kPairing == Pairing::kInterleaved;
   static constexpr int kVec = kNeighbours ? 4 : kUnitChannels<kPairing> / 2;  // pairs
   Element<T> first_one, second_one;  // of kGeneric
-  Packed<T, kVec < 4 ? 4 : kVec> a, b;  // the first and second channels of the pairs; neighbours: 4 channels each
+  Packed<T, (kVec < 4 ? 4 : kVec)> a, b;  // the first and second channels of the pairs; neighbours: 4 channels each
   float cos1[kVec], sin1[kVec], cos2[kVec], sin2[kVec];
   int first;
 
   // from: the row; cos, sin: this token's (and head's) row of the tables.
-  __device__ __forceinline__ void load(const Element<T>* from, const float* cos, const float* sin, const Tables& tables,
-                                       int unit) {
+  __device__ __forceinline__ void load(const Element<T>* from, const float* cos, const float* sin, const Tables& tables, int unit) {
     const bool half_width = tables.width != tables.rotary_dim;
     if constexpr (kNeighbours) {
       first = unit * 8;
@@ -251,9 +252,7 @@ __device__ __forceinline__ void rotate_rows_as(int thread, int threads, int rows
           });
         },
         [&](int slot, int row, int) {
-          with_row(row, [&](auto to, const Element<T>*, const float*, const float*) {
-            units[slot].store(to, tables.pair_stride);
-          });
+          with_row(row, [&](auto to, const Element<T>*, const float*, const float*) { units[slot].store(to, tables.pair_stride); });
         });
   } else {
     for_each_in_rows(thread, threads, rows, units_per_row, [&](int row, int unit) {
@@ -276,14 +275,11 @@ template <typename T, bool kAhead = false, typename WithRow>
 __device__ __forceinline__ void rotate_rows(int thread, int threads, int rows, int head_dim, const Tables& tables,
                                             WithRow with_row) {
   switch (pairing_of(tables)) {
-    case Pairing::kHalf8:
-      return rotate_rows_as<T, Pairing::kHalf8, kAhead>(thread, threads, rows, head_dim, tables, with_row);
-    case Pairing::kHalf4:
-      return rotate_rows_as<T, Pairing::kHalf4, kAhead>(thread, threads, rows, head_dim, tables, with_row);
+    case Pairing::kHalf8: return rotate_rows_as<T, Pairing::kHalf8, kAhead>(thread, threads, rows, head_dim, tables, with_row);
+    case Pairing::kHalf4: return rotate_rows_as<T, Pairing::kHalf4, kAhead>(thread, threads, rows, head_dim, tables, with_row);
     case Pairing::kInterleaved:
       return rotate_rows_as<T, Pairing::kInterleaved, kAhead>(thread, threads, rows, head_dim, tables, with_row);
-    case Pairing::kGeneric:
-      return rotate_rows_as<T, Pairing::kGeneric, kAhead>(thread, threads, rows, head_dim, tables, with_row);
+    case Pairing::kGeneric: return rotate_rows_as<T, Pairing::kGeneric, kAhead>(thread, threads, rows, head_dim, tables, with_row);
   }
 }
 

@@ -70,7 +70,9 @@ struct ShortBackward {
   __device__ RowStats* stats() const { return reinterpret_cast<RowStats*>(scores() + Config::kScoreBytes); }
   __device__ float* lows() const { return reinterpret_cast<float*>(stats() + Config::kQueries); }
   static __device__ int warp() { return threadIdx.x / 32; }
-  static __device__ Rows rows_of(const Operand& x, int head) { return {elements<T>(x.data) + head * x.stride_head, x.stride_token}; }
+  static __device__ Rows rows_of(const Operand& x, int head) {
+    return {elements<T>(x.data) + head * x.stride_head, x.stride_token};
+  }
 
   // Start the copy of keys and values; wait for it with arrive().
   __device__ __forceinline__ void load_keys(int token, int rows, int head) const {
@@ -79,7 +81,8 @@ struct ShortBackward {
                                                   threadIdx.x);
   }
 
-  // A chunk of queries, dO and statistics. kPairs: see turn_rows. Rows that do not exist get a softmax denominator of infinity: their P is zero.
+  // A chunk of queries, dO and statistics. kPairs: see turn_rows. Rows that do not exist get a softmax denominator of infinity:
+  // their P is zero.
   template <bool kPairs>
   __device__ __forceinline__ void load_queries(int token, int rows, int head) const {
     constexpr int kLanes = 8;  // per row
@@ -92,7 +95,8 @@ struct ShortBackward {
       const int row = first + threadIdx.x / kLanes;
       const int64_t at = token + row;
       const uint16_t* out = elements<T>(params.out) + (at * params.dq.heads + head) * kHeadDim;
-      const uint16_t* grad = elements<T>(params.grad_out.data) + at * params.grad_out.stride_token + head * params.grad_out.stride_head;
+      const uint16_t* grad =
+          elements<T>(params.grad_out.data) + at * params.grad_out.stride_token + head * params.grad_out.stride_head;
       float delta = 0.f;
 #pragma unroll
       for (int c = lane * 8; c < kHeadDim; c += kLanes * 8) {
@@ -201,8 +205,8 @@ struct ShortBackward {
       });
       if constexpr (kHeadDim % 16 != 0) {
         uint32_t b[2];
-        load_matrix_x2_transposed<kHeadDim / 16 * 32>(
-            b, shared_address(shared) + at * kRowBytes + lane_offset_of_half<kRowBytes>());
+        load_matrix_x2_transposed<kHeadDim / 16 * 32>(b,
+                                                      shared_address(shared) + at * kRowBytes + lane_offset_of_half<kRowBytes>());
         mma_k16<T>(dq[0][kHeadDim / 8 - 1], a[0], a[1], a[2], a[3], b[0], b[1]);
       }
     }
@@ -301,17 +305,7 @@ __device__ __forceinline__ void attention_short_backward(const ShortBackwardPara
 
 }  // namespace comp_kernels
 
-#define INSTANTIATE_SHORT_BACKWARD(T, kHeadDim, kMostKeys)                                                                     \
-  extern "C" __global__ void __launch_bounds__(comp_kernels::ShortBackwardConfig<kHeadDim, kMostKeys>::kThreads,               \
-                                               comp_kernels::ShortBackwardConfig<kHeadDim, kMostKeys>::kBlocksPerSm)           \
-      rope_attention_short_backward_##T##_##kHeadDim##_##kMostKeys(                                                            \
-          const __grid_constant__ comp_kernels::ShortBackwardParams params) {                                              \
-    comp_kernels::attention_short_backward<comp_kernels::T, kHeadDim, kMostKeys>(params);                                      \
-  }                                                                                                                        \
-  template <>                                                                                                              \
-  comp_kernels::Kernel comp_kernels::short_backward_kernel<comp_kernels::T, kHeadDim, kMostKeys>() {                           \
-    using Config = ShortBackwardConfig<kHeadDim, kMostKeys>;                                                                   \
-    return {"rope_attention_short_backward_" #T "_" #kHeadDim "_" #kMostKeys,                                                  \
-            reinterpret_cast<const void*>(rope_attention_short_backward_##T##_##kHeadDim##_##kMostKeys), Config::kThreads,     \
-            Config::kSharedBytes, Config::kKeys};                                                                          \
-  }
+#define INSTANTIATE_SHORT_BACKWARD(T, kHeadDim, kMostKeys)                                                                   \
+  DEFINE_KERNEL(rope_attention_short_backward_##T##_##kHeadDim##_##kMostKeys, ShortBackwardParams, attention_short_backward, \
+                short_backward_kernel, (T, kHeadDim, kMostKeys), (ShortBackwardConfig<kHeadDim, kMostKeys>), kKeys,          \
+                (ShortBackwardConfig<kHeadDim, kMostKeys>::kBlocksPerSm))

@@ -134,17 +134,7 @@ __device__ __forceinline__ void attention_short_forward(const ShortForwardParams
 
 }  // namespace comp_kernels
 
-#define INSTANTIATE_SHORT_FORWARD(T, kHeadDim, kMostKeys)                                                                      \
-  extern "C" __global__ void __launch_bounds__(comp_kernels::ShortForwardConfig<kHeadDim, kMostKeys>::kThreads,                \
-                                               comp_kernels::ShortForwardConfig<kHeadDim, kMostKeys>::kBlocksPerSm)            \
-      rope_attention_short_forward_##T##_##kHeadDim##_##kMostKeys(                                                             \
-          const __grid_constant__ comp_kernels::ShortForwardParams params) {                                               \
-    comp_kernels::attention_short_forward<comp_kernels::T, kHeadDim, kMostKeys>(params);                                       \
-  }                                                                                                                        \
-  template <>                                                                                                              \
-  comp_kernels::Kernel comp_kernels::short_forward_kernel<comp_kernels::T, kHeadDim, kMostKeys>() {                            \
-    using Config = ShortForwardConfig<kHeadDim, kMostKeys>;                                                                    \
-    return {"rope_attention_short_forward_" #T "_" #kHeadDim "_" #kMostKeys,                                                   \
-            reinterpret_cast<const void*>(rope_attention_short_forward_##T##_##kHeadDim##_##kMostKeys), Config::kThreads,      \
-            Config::kSharedBytes, Config::kRows};                                                                          \
-  }
+#define INSTANTIATE_SHORT_FORWARD(T, kHeadDim, kMostKeys)                                                                 \
+  DEFINE_KERNEL(rope_attention_short_forward_##T##_##kHeadDim##_##kMostKeys, ShortForwardParams, attention_short_forward, \
+                short_forward_kernel, (T, kHeadDim, kMostKeys), (ShortForwardConfig<kHeadDim, kMostKeys>), kRows,         \
+                (ShortForwardConfig<kHeadDim, kMostKeys>::kBlocksPerSm))

@@ -183,8 +183,8 @@ __device__ __forceinline__ void load_queries(const ForwardParams& params, const 
     const int row = (index & ~7) | (index & 1) << 2 | (index >> 1 & 3);
     if (row >= tile.rows) return;
     const int64_t token = tile.row + row, table_row = token * params.tables.token_stride + head * params.tables.head_stride;
-    turn_row([&](int channel) { return place(row, channel); },
-             q + token * params.q_stride_token, params.tables.cos + table_row, params.tables.sin + table_row);
+    turn_row([&](int channel) { return place(row, channel); }, q + token * params.q_stride_token, params.tables.cos + table_row,
+             params.tables.sin + table_row);
   });
 }
 

@@ -91,13 +91,6 @@ __device__ __forceinline__ void make_images(const ImageParams& params) {
 
 }  // namespace comp_kernels
 
-#define INSTANTIATE_IMAGES(T)                                                                                             \
-  extern "C" __global__ void __launch_bounds__(comp_kernels::kImageThreads, 2)                                             \
-      rope_attention_images_##T(const __grid_constant__ comp_kernels::ImageParams params) {                               \
-    comp_kernels::make_images<comp_kernels::T>(params);                                                                   \
-  }                                                                                                                       \
-  template <>                                                                                                             \
-  comp_kernels::Kernel comp_kernels::images_kernel<comp_kernels::T>() {                                                   \
-    return {"rope_attention_images_" #T, reinterpret_cast<const void*>(rope_attention_images_##T), kImageThreads, 0,      \
-            kImageKeys};                                                                                                  \
-  }
+#define INSTANTIATE_IMAGES(T)                                                                                                     \
+  DEFINE_KERNEL(rope_attention_images_##T, ImageParams, make_images, images_kernel, (T), (FixedBlock<kImageThreads, kImageKeys>), \
+                kRows, 2)

@@ -14,9 +14,7 @@ struct __align__(16) Tile {
 };
 
 // Upper bound of the number of tiles for any cu_seqlens: every sequence, and the slack after the last, ends one tile early.
-__host__ __device__ inline int64_t max_tiles(int64_t tokens, int64_t sequences, int tile) {
-  return tokens / tile + sequences + 1;
-}
+__host__ __device__ inline int64_t max_tiles(int64_t tokens, int64_t sequences, int tile) { return tokens / tile + sequences + 1; }
 
 struct ListJob {
   Tile* tiles;

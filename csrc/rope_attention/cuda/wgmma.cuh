@@ -20,6 +20,19 @@ __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t shared, uint32_t 
 // The same operand `bytes` (a multiple of 16) further on.
 __device__ __forceinline__ uint64_t advanced(uint64_t descriptor, int bytes) { return descriptor + (bytes >> 4); }
 
+// Rows of kHeadDim channels in an image as right operand, K-major, in steps of 16 channels. stride: to the next 8 rows.
+template <int kHeadDim>
+struct StepColumns {
+  uint64_t whole, last;
+  __device__ __forceinline__ StepColumns(uint32_t image, uint32_t stride)
+      : whole(matrix_descriptor(image, 128, stride)),
+        // The second half of the last step, where the left operand is zero, reads the first half again: something finite.
+        last(kHeadDim % 16 == 0 ? whole : matrix_descriptor(image, 0, stride)) {}
+  __device__ __forceinline__ uint64_t operator[](int step) const {
+    return advanced((step + 1) * 16 < kHeadDim ? whole : last, step * 256);
+  }
+};
+
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int kPending>
@@ -51,36 +64,36 @@ __device__ __forceinline__ void pin(uint32_t (&a)[kSteps][4]) {
 template <typename T, int kN>
 struct Wgmma;
 
-#define WGMMA_OUTPUTS_8(c, n)                                                                                          \
+#define WGMMA_OUTPUTS_8(c, n)                                                                                         \
   "+f"(c[0][n][0]), "+f"(c[0][n][1]), "+f"(c[0][n][2]), "+f"(c[0][n][3]), "+f"(c[0][n + 1][0]), "+f"(c[0][n + 1][1]), \
       "+f"(c[0][n + 1][2]), "+f"(c[0][n + 1][3])
 
 // registers: the list of the kN / 2 accumulator registers; i0..i4: the numbers of the asm operands that follow them.
-#define WGMMA_SPECIALIZATION(T, type, kN, registers, i0, i1, i2, i3, i4, i5, ...)                                              \
-  template <>                                                                                                              \
-  struct Wgmma<T, kN> {                                                                                                    \
-    static __device__ __forceinline__ void from_shared(Accumulator<1, kN / 8>& c, uint64_t a, uint64_t b, int add) {       \
-      asm volatile("{.reg .pred p; setp.ne.b32 p, %" #i2 ", 0; wgmma.mma_async.sync.aligned.m64n" #kN "k16.f32." type "." \
-                   type " {" registers "}, %" #i0 ", %" #i1 ", p, 1, 1, 0, 0;}"                                            \
-                   : __VA_ARGS__                                                                                           \
-                   : "l"(a), "l"(b), "r"(add));                                                                            \
-    }                                                                                                                      \
-    static __device__ __forceinline__ void from_registers(Accumulator<1, kN / 8>& c, const uint32_t (&a)[4], uint64_t b) { \
-      asm volatile("wgmma.mma_async.sync.aligned.m64n" #kN "k16.f32." type "." type " {" registers "}, {%" #i0 ", %" #i1  \
-                   ", %" #i2 ", %" #i3 "}, %" #i4 ", 1, 1, 1, 1;"                                                          \
-                   : __VA_ARGS__                                                                                           \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                                  \
-    }                                                                                                                      \
-    static __device__ __forceinline__ void from_registers_along(Accumulator<1, kN / 8>& c, const uint32_t (&a)[4],         \
-                                                                uint64_t b, int add) {                                     \
-      asm volatile("{.reg .pred p; setp.ne.b32 p, %" #i5 ", 0; wgmma.mma_async.sync.aligned.m64n" #kN "k16.f32." type "."  \
-                   type " {" registers "}, {%" #i0 ", %" #i1 ", %" #i2 ", %" #i3 "}, %" #i4 ", p, 1, 1, 0;}"               \
-                   : __VA_ARGS__                                                                                           \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));                                        \
-    }                                                                                                                      \
+#define WGMMA_SPECIALIZATION(T, type, kN, registers, i0, i1, i2, i3, i4, i5, ...)                                                  \
+  template <>                                                                                                                      \
+  struct Wgmma<T, kN> {                                                                                                            \
+    static __device__ __forceinline__ void from_shared(Accumulator<1, kN / 8>& c, uint64_t a, uint64_t b, int add) {               \
+      asm volatile("{.reg .pred p; setp.ne.b32 p, %" #i2 ", 0; wgmma.mma_async.sync.aligned.m64n" #kN "k16.f32." type "." type     \
+                   " {" registers "}, %" #i0 ", %" #i1 ", p, 1, 1, 0, 0;}"                                                         \
+                   : __VA_ARGS__                                                                                                   \
+                   : "l"(a), "l"(b), "r"(add));                                                                                    \
+    }                                                                                                                              \
+    static __device__ __forceinline__ void from_registers(Accumulator<1, kN / 8>& c, const uint32_t (&a)[4], uint64_t b) {         \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n" #kN "k16.f32." type "." type " {" registers "}, {%" #i0 ", %" #i1 ", %" #i2 \
+                   ", %" #i3 "}, %" #i4 ", 1, 1, 1, 1;"                                                                            \
+                   : __VA_ARGS__                                                                                                   \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                                          \
+    }                                                                                                                              \
+    static __device__ __forceinline__ void from_registers_along(Accumulator<1, kN / 8>& c, const uint32_t (&a)[4], uint64_t b,     \
+                                                                int add) {                                                         \
+      asm volatile("{.reg .pred p; setp.ne.b32 p, %" #i5 ", 0; wgmma.mma_async.sync.aligned.m64n" #kN "k16.f32." type "." type     \
+                   " {" registers "}, {%" #i0 ", %" #i1 ", %" #i2 ", %" #i3 "}, %" #i4 ", p, 1, 1, 0;}"                            \
+                   : __VA_ARGS__                                                                                                   \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));                                                \
+    }                                                                                                                              \
   };
-#define WGMMA_SPECIALIZATIONS(kN, registers, i0, i1, i2, i3, i4, i5, ...)                            \
-  WGMMA_SPECIALIZATION(bf16, "bf16", kN, registers, i0, i1, i2, i3, i4, i5, __VA_ARGS__)             \
+#define WGMMA_SPECIALIZATIONS(kN, registers, i0, i1, i2, i3, i4, i5, ...)                \
+  WGMMA_SPECIALIZATION(bf16, "bf16", kN, registers, i0, i1, i2, i3, i4, i5, __VA_ARGS__) \
   WGMMA_SPECIALIZATION(fp16, "f16", kN, registers, i0, i1, i2, i3, i4, i5, __VA_ARGS__)
 
 #define WGMMA_REGISTERS_0 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
@@ -93,18 +106,17 @@ WGMMA_SPECIALIZATIONS(32, WGMMA_REGISTERS_0, 16, 17, 18, 19, 20, 21, WGMMA_OUTPU
 WGMMA_SPECIALIZATIONS(64, WGMMA_REGISTERS_0 ", " WGMMA_REGISTERS_16, 32, 33, 34, 35, 36, 37, WGMMA_OUTPUTS_8(c, 0),
                       WGMMA_OUTPUTS_8(c, 2), WGMMA_OUTPUTS_8(c, 4), WGMMA_OUTPUTS_8(c, 6))
 WGMMA_SPECIALIZATIONS(72, WGMMA_REGISTERS_0 ", " WGMMA_REGISTERS_16 ", " WGMMA_REGISTERS_32_36, 36, 37, 38, 39, 40, 41,
-                      WGMMA_OUTPUTS_8(c, 0), WGMMA_OUTPUTS_8(c, 2), WGMMA_OUTPUTS_8(c, 4), WGMMA_OUTPUTS_8(c, 6),
-                      "+f"(c[0][8][0]), "+f"(c[0][8][1]), "+f"(c[0][8][2]), "+f"(c[0][8][3]))
+                      WGMMA_OUTPUTS_8(c, 0), WGMMA_OUTPUTS_8(c, 2), WGMMA_OUTPUTS_8(c, 4), WGMMA_OUTPUTS_8(c, 6), "+f"(c[0][8][0]),
+                      "+f"(c[0][8][1]), "+f"(c[0][8][2]), "+f"(c[0][8][3]))
 WGMMA_SPECIALIZATIONS(80, WGMMA_REGISTERS_0 ", " WGMMA_REGISTERS_16 ", " WGMMA_REGISTERS_32_40, 40, 41, 42, 43, 44, 45,
                       WGMMA_OUTPUTS_8(c, 0), WGMMA_OUTPUTS_8(c, 2), WGMMA_OUTPUTS_8(c, 4), WGMMA_OUTPUTS_8(c, 6),
                       WGMMA_OUTPUTS_8(c, 8))
 WGMMA_SPECIALIZATIONS(96, WGMMA_REGISTERS_0 ", " WGMMA_REGISTERS_16 ", " WGMMA_REGISTERS_32, 48, 49, 50, 51, 52, 53,
                       WGMMA_OUTPUTS_8(c, 0), WGMMA_OUTPUTS_8(c, 2), WGMMA_OUTPUTS_8(c, 4), WGMMA_OUTPUTS_8(c, 6),
                       WGMMA_OUTPUTS_8(c, 8), WGMMA_OUTPUTS_8(c, 10))
-WGMMA_SPECIALIZATIONS(128, WGMMA_REGISTERS_0 ", " WGMMA_REGISTERS_16 ", " WGMMA_REGISTERS_32 ", " WGMMA_REGISTERS_48,
-                      64, 65, 66, 67, 68, 69, WGMMA_OUTPUTS_8(c, 0), WGMMA_OUTPUTS_8(c, 2), WGMMA_OUTPUTS_8(c, 4),
-                      WGMMA_OUTPUTS_8(c, 6), WGMMA_OUTPUTS_8(c, 8), WGMMA_OUTPUTS_8(c, 10), WGMMA_OUTPUTS_8(c, 12),
-                      WGMMA_OUTPUTS_8(c, 14))
+WGMMA_SPECIALIZATIONS(128, WGMMA_REGISTERS_0 ", " WGMMA_REGISTERS_16 ", " WGMMA_REGISTERS_32 ", " WGMMA_REGISTERS_48, 64, 65, 66,
+                      67, 68, 69, WGMMA_OUTPUTS_8(c, 0), WGMMA_OUTPUTS_8(c, 2), WGMMA_OUTPUTS_8(c, 4), WGMMA_OUTPUTS_8(c, 6),
+                      WGMMA_OUTPUTS_8(c, 8), WGMMA_OUTPUTS_8(c, 10), WGMMA_OUTPUTS_8(c, 12), WGMMA_OUTPUTS_8(c, 14))
 
 // Weights as left operands of from_registers: c rounded to T, in the first kCount / 2 of packed. Only while no product that
 // reads packed is under way.
@@ -115,7 +127,7 @@ __device__ __forceinline__ void pack_left(uint32_t (&packed)[kSteps][4], const A
   for (int k = 0; k < kCount / 2; ++k) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float(&w)[4] = c[0][2 * k + i / 2];
+      const float (&w)[4] = c[0][2 * k + i / 2];
       packed[k][i] = pack<T>(w[i % 2 * 2], w[i % 2 * 2 + 1]);
     }
   }
@@ -144,8 +156,8 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
 }
 // Contiguous bytes (a multiple of 16) from global to shared memory; completes on the barrier.
 __device__ __forceinline__ void copy_bulk(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
-               "l"(global), "r"(bytes), "r"(barrier)
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared), "l"(global),
+               "r"(bytes), "r"(barrier)
                : "memory");
 }
 // Make this thread's ordinary writes to shared memory visible to wgmma and bulk copies.

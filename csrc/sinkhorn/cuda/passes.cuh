@@ -56,8 +56,11 @@ __device__ __forceinline__ void sinkhorn_columns(const SinkhornParams& params) {
         const int i = row + r * kWarps;
         float u2 = -kInfinity;  // a row that is not there weighs nothing
         if (i < end) {
-          u2 = params.u2 ? params.u2[static_cast<int64_t>(item) * params.rows + i]
-                         : params.row_marginals[item * params.row_marginals_stride + i] == 0.f ? -kInfinity : 0.f;
+          if (params.u2) {
+            u2 = params.u2[static_cast<int64_t>(item) * params.rows + i];
+          } else if (params.row_marginals[item * params.row_marginals_stride + i] != 0.f) {
+            u2 = 0.f;
+          }
         }
 #pragma unroll
         for (int c = 0; c < kVec; ++c) x[r][c] = i < end ? entry(x[r][c], params.factor, u2) : -kInfinity;
@@ -170,17 +173,10 @@ __device__ __forceinline__ void sinkhorn_plan(const SinkhornParams& params) {
 
 }  // namespace comp_kernels
 
-#define INSTANTIATE_SINKHORN_PASS(pass, T, kVec)                                                                         \
-  extern "C" __global__ void __launch_bounds__(comp_kernels::kSinkhornThreads)                                           \
-      sinkhorn_##pass##_##T##_##kVec(const __grid_constant__ comp_kernels::SinkhornParams params) {                      \
-    comp_kernels::sinkhorn_##pass<comp_kernels::T, kVec>(params);                                                        \
-  }                                                                                                                      \
-  template <>                                                                                                            \
-  comp_kernels::Kernel comp_kernels::sinkhorn_##pass##_kernel<comp_kernels::T, kVec>() {                                 \
-    return {"sinkhorn_" #pass "_" #T "_" #kVec, reinterpret_cast<const void*>(sinkhorn_##pass##_##T##_##kVec),           \
-            kSinkhornThreads, 0, 1};                                                                                     \
-  }
-#define INSTANTIATE_SINKHORN(T, kVec)           \
-  INSTANTIATE_SINKHORN_PASS(columns, T, kVec)   \
-  INSTANTIATE_SINKHORN_PASS(rows, T, kVec)      \
+#define INSTANTIATE_SINKHORN_PASS(pass, T, kVec)                                                                      \
+  DEFINE_KERNEL(sinkhorn_##pass##_##T##_##kVec, SinkhornParams, sinkhorn_##pass, sinkhorn_##pass##_kernel, (T, kVec), \
+                (FixedBlock<kSinkhornThreads, 1>), kRows)
+#define INSTANTIATE_SINKHORN(T, kVec)         \
+  INSTANTIATE_SINKHORN_PASS(columns, T, kVec) \
+  INSTANTIATE_SINKHORN_PASS(rows, T, kVec)    \
   INSTANTIATE_SINKHORN_PASS(plan, T, kVec)

@@ -112,10 +112,10 @@ class Resident {
   }
   __device__ __forceinline__ int lane() const { return threadIdx.x % 32; }
   __device__ __forceinline__ int warp() const { return threadIdx.x / 32; }
-  __device__ __forceinline__ int lanes() const { return 1 << p.lane_bits; }                            // that share a row
-  __device__ __forceinline__ int group() const { return threadIdx.x & (lanes() - 1); }                 // this one's columns of a tile
-  __device__ __forceinline__ int own_row() const { return threadIdx.x >> p.lane_bits; }                // and row of each step
-  __device__ __forceinline__ int step_rows() const { return kResidentThreads >> p.lane_bits; }         // that all threads take at once
+  __device__ __forceinline__ int lanes() const { return 1 << p.lane_bits; }  // that share a row
+  __device__ __forceinline__ int group() const { return threadIdx.x & (lanes() - 1); }  // this one's columns of a tile
+  __device__ __forceinline__ int own_row() const { return threadIdx.x >> p.lane_bits; }  // and row of each step
+  __device__ __forceinline__ int step_rows() const { return kResidentThreads >> p.lane_bits; }  // that all threads take at once
   __device__ __forceinline__ int cols_per_tile() const { return kVec << p.lane_bits; }
 
   // Wait for the team.
@@ -137,12 +137,8 @@ class Resident {
   __device__ __forceinline__ float* v2_of(int iterations) const {
     return p.v2 + (static_cast<int64_t>(iterations & 1) * p.items + item()) * p.cols;
   }
-  __device__ __forceinline__ float row_marginal(int row) const {
-    return p.row_marginals[item() * p.row_marginals_stride + row];
-  }
-  __device__ __forceinline__ float col_marginal(int col) const {
-    return p.col_marginals[item() * p.col_marginals_stride + col];
-  }
+  __device__ __forceinline__ float row_marginal(int row) const { return p.row_marginals[item() * p.row_marginals_stride + row]; }
+  __device__ __forceinline__ float col_marginal(int col) const { return p.col_marginals[item() * p.col_marginals_stride + col]; }
   // Rows of a tile in shared memory, and the first of its chunks there.
   __device__ __forceinline__ int resident_rows(int tile) const {
     return (p.resident_steps + (tile < p.more_resident ? 1 : 0)) * step_rows();
@@ -611,15 +607,15 @@ class Resident {
 
 }  // namespace comp_kernels
 
-#define INSTANTIATE_SINKHORN_RESIDENT(T, kVec)                                                                            \
-  extern "C" __global__ void __launch_bounds__(comp_kernels::kResidentThreads, 1)                                         \
-      sinkhorn_resident_##T##_##kVec(const __grid_constant__ comp_kernels::ResidentParams params) {                       \
-    extern __shared__ __align__(16) char resident_shared[];                                                               \
-    comp_kernels::Resident<comp_kernels::T, kVec> block(params, resident_shared);                                         \
-    block.run();                                                                                                          \
-  }                                                                                                                       \
-  template <>                                                                                                             \
-  comp_kernels::Kernel comp_kernels::sinkhorn_resident_kernel<comp_kernels::T, kVec>() {                                  \
-    return {"sinkhorn_resident_" #T "_" #kVec, reinterpret_cast<const void*>(sinkhorn_resident_##T##_##kVec),             \
-            kResidentThreads, 0, 1};                                                                                      \
+#define INSTANTIATE_SINKHORN_RESIDENT(T, kVec)                                                                                     \
+  extern "C" __global__ void __launch_bounds__(comp_kernels::kResidentThreads, 1)                                                  \
+      sinkhorn_resident_##T##_##kVec(const __grid_constant__ comp_kernels::ResidentParams params) {                                \
+    extern __shared__ __align__(16) char resident_shared[];                                                                        \
+    comp_kernels::Resident<comp_kernels::T, kVec> block(params, resident_shared);                                                  \
+    block.run();                                                                                                                   \
+  }                                                                                                                                \
+  template <>                                                                                                                      \
+  comp_kernels::Kernel comp_kernels::sinkhorn_resident_kernel<comp_kernels::T, kVec>() {                                           \
+    return {"sinkhorn_resident_" #T "_" #kVec, reinterpret_cast<const void*>(sinkhorn_resident_##T##_##kVec), kResidentThreads, 0, \
+            1};                                                                                                                    \
   }

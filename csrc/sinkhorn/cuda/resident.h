@@ -5,10 +5,6 @@
 
 namespace comp_kernels {
 
-struct bf16;
-struct fp16;
-struct fp32;
-
 constexpr int kResidentThreads = 512;
 constexpr int kResidentWarps = kResidentThreads / 32;
 constexpr int kResidentTile = 128;  // columns of a tile at most
@@ -55,7 +51,8 @@ struct ResidentParams {
   int padded;         // n rounded up to a multiple of the rows that all threads take at once
   int batches;        // of resident_rows_at_once of those
   int tiles_per_block, larger_blocks;  // tiles of a block; so many, the first, have one more
-  // Of each tile, so many steps of 512 >> lane_bits rows are in shared memory, of the first tiles one more; others are read again.
+  // Of each tile, so many steps of 512 >> lane_bits rows are in shared memory, of the first tiles one more; the others are read
+  // again.
   int resident_steps, more_resident;
   int merge_all;      // 1: each block merges all rows for itself; 0: its share, with one barrier more
   int step;           // kAllSteps, or iteration * kSteps + a ResidentStep

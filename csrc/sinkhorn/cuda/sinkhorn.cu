@@ -26,8 +26,8 @@ Kernels kernels_of() {
 template <typename T>
 Kernels kernels_of(const Params& p) {
   constexpr int kVec = kScoresPerAccess<T>;
-  const bool aligned = reinterpret_cast<uintptr_t>(p.scores) % 16 == 0 && p.row_stride % kVec == 0 &&
-                       p.item_stride % kVec == 0 && p.num_cols % kVec == 0;
+  const bool aligned = reinterpret_cast<uintptr_t>(p.scores) % 16 == 0 && p.row_stride % kVec == 0 && p.item_stride % kVec == 0 &&
+                       p.num_cols % kVec == 0;
   return aligned ? kernels_of<T, kVec>() : kernels_of<T, 1>();
 }
 
@@ -69,8 +69,7 @@ SinkhornParams params_of(const Params& p, int vec) {
 }
 
 const char* launch_columns(const Params& p, const Kernels& kernels, const SinkhornParams& params, void* stream) {
-  const char* wrong =
-      launch(kernels.columns, column_blocks(p, kernels.vec), p.num_items * params.chunks, params, stream);
+  const char* wrong = launch(kernels.columns, column_blocks(p, kernels.vec), p.num_items * params.chunks, params, stream);
   if (wrong != nullptr) return wrong;
   return launch(sinkhorn_merge_kernel(), (p.num_cols + kSinkhornThreads - 1) / kSinkhornThreads, p.num_items, params, stream);
 }
@@ -227,8 +226,13 @@ COMP_KERNELS_EXPORT int64_t comp_kernels_cuda_sinkhorn_workspace(const comp_kern
 COMP_KERNELS_EXPORT void comp_kernels_cuda_sinkhorn_split(const comp_kernels_sinkhorn_params* params, int64_t numbers[7]) {
   const comp_kernels::Split split = comp_kernels::split_of(*params);
   const bool serves = split.nanoseconds > 0;
-  const int64_t found[7] = {split.team, split.teams, split.lanes * comp_kernels::kernels_of(*params).vec,
-                            split.shared_bytes, split.score_bytes, split.merge_all, static_cast<int64_t>(split.nanoseconds)};
+  const int64_t found[7] = {split.team,
+                            split.teams,
+                            split.lanes * comp_kernels::kernels_of(*params).vec,
+                            split.shared_bytes,
+                            split.score_bytes,
+                            split.merge_all,
+                            static_cast<int64_t>(split.nanoseconds)};
   for (int i = 0; i < 7; ++i) numbers[i] = serves ? found[i] : 0;
 }
 

@@ -5,10 +5,6 @@
 
 namespace comp_kernels {
 
-struct bf16;
-struct fp16;
-struct fp32;
-
 template <typename T, int kVec>
 Kernel sinkhorn_columns_kernel();
 template <typename T, int kVec>
@@ -16,5 +12,11 @@ Kernel sinkhorn_rows_kernel();
 template <typename T, int kVec>
 Kernel sinkhorn_plan_kernel();
 Kernel sinkhorn_merge_kernel();
+
+// Those over many small matrices, by element type and padded side (4, 8, 16, 32); see small.cu.
+template <typename T, int kSide>
+Kernel sinkhorn_small_forward_kernel();
+template <typename T, int kSide>
+Kernel sinkhorn_small_backward_kernel();
 
 }  // namespace comp_kernels

@@ -8,7 +8,7 @@
 
 #include "common/cuda/ptx.cuh"
 #include "entries.cuh"
-#include "small.h"
+#include "sinkhorn.h"
 
 namespace comp_kernels {
 
@@ -122,8 +122,8 @@ struct SmallMatrix {
 
   __device__ __forceinline__ bool even(float marginal, bool mine) const {
     const float most = reduce_group<kSide>(mine ? marginal : 0.f, [](float x, float y) { return fmaxf(x, y); });
-    const float least = reduce_group<kSide>(mine && marginal != 0.f ? marginal : kInfinity,
-                                            [](float x, float y) { return fminf(x, y); });
+    const float least =
+        reduce_group<kSide>(mine && marginal != 0.f ? marginal : kInfinity, [](float x, float y) { return fminf(x, y); });
     const float sum = reduce_group<kSide>(mine ? marginal : 0.f, [](float x, float y) { return x + y; });  // sees NaN
     return most <= least * kSmallMarginalRatio && sum < kInfinity && least < kInfinity;
   }
@@ -163,9 +163,7 @@ struct SmallMatrix {
       sum += own_col[i];
     }
     of_x.put(top);
-    for_group<kSide>(xs(), [&](int i, float top) {
-      own_row[i] = has(lane, i) ? exp2_approx((own_row[i] - top) * p.factor) : 0.f;
-    });
+    for_group<kSide>(xs(), [&](int i, float top) { own_row[i] = has(lane, i) ? exp2_approx((own_row[i] - top) * p.factor) : 0.f; });
     const float inverse = in_first() ? 1.f / sum : 0.f;
     of_w.put(inverse);
     for_group<kSide>(ws(), [&](int i, float inverse) { own_row[i] *= inverse; });
@@ -459,22 +457,15 @@ __device__ __forceinline__ void sinkhorn_small_backward(const SinkhornSmallParam
 
 }  // namespace comp_kernels
 
-#define INSTANTIATE_SINKHORN_SMALL_PASS(pass, T, kSide)                                                                   \
-  extern "C" __global__ void __launch_bounds__(comp_kernels::kSmallThreads)                                               \
-      sinkhorn_small_##pass##_##T##_##kSide(const __grid_constant__ comp_kernels::SinkhornSmallParams params) {           \
-    comp_kernels::sinkhorn_small_##pass<comp_kernels::T, kSide>(params);                                                  \
-  }                                                                                                                       \
-  template <>                                                                                                             \
-  comp_kernels::Kernel comp_kernels::sinkhorn_small_##pass##_kernel<comp_kernels::T, kSide>() {                           \
-    return {"sinkhorn_small_" #pass "_" #T "_" #kSide,                                                                    \
-            reinterpret_cast<const void*>(sinkhorn_small_##pass##_##T##_##kSide), kSmallThreads, 0, kSmallThreads / kSide}; \
-  }
-#define INSTANTIATE_SINKHORN_SMALL(T)                \
-  INSTANTIATE_SINKHORN_SMALL_PASS(forward, T, 4)     \
-  INSTANTIATE_SINKHORN_SMALL_PASS(forward, T, 8)     \
-  INSTANTIATE_SINKHORN_SMALL_PASS(forward, T, 16)    \
-  INSTANTIATE_SINKHORN_SMALL_PASS(forward, T, 32)    \
-  INSTANTIATE_SINKHORN_SMALL_PASS(backward, T, 4)    \
-  INSTANTIATE_SINKHORN_SMALL_PASS(backward, T, 8)    \
-  INSTANTIATE_SINKHORN_SMALL_PASS(backward, T, 16)   \
+#define INSTANTIATE_SINKHORN_SMALL_PASS(pass, T, kSide)                                                                            \
+  DEFINE_KERNEL(sinkhorn_small_##pass##_##T##_##kSide, SinkhornSmallParams, sinkhorn_small_##pass, sinkhorn_small_##pass##_kernel, \
+                (T, kSide), (FixedBlock<kSmallThreads, kSmallThreads / kSide>), kRows)
+#define INSTANTIATE_SINKHORN_SMALL(T)              \
+  INSTANTIATE_SINKHORN_SMALL_PASS(forward, T, 4)   \
+  INSTANTIATE_SINKHORN_SMALL_PASS(forward, T, 8)   \
+  INSTANTIATE_SINKHORN_SMALL_PASS(forward, T, 16)  \
+  INSTANTIATE_SINKHORN_SMALL_PASS(forward, T, 32)  \
+  INSTANTIATE_SINKHORN_SMALL_PASS(backward, T, 4)  \
+  INSTANTIATE_SINKHORN_SMALL_PASS(backward, T, 8)  \
+  INSTANTIATE_SINKHORN_SMALL_PASS(backward, T, 16) \
   INSTANTIATE_SINKHORN_SMALL_PASS(backward, T, 32)

@@ -56,7 +56,8 @@ SinkhornSmallParams params_of(const Params& p) {
   params.plan = static_cast<float*>(p.plan);
   params.grad_plan = static_cast<const float*>(p.grad_plan);
   params.grad_scores = p.grad_scores;
-  const auto *row_marginals = static_cast<const float*>(p.row_marginals), *col_marginals = static_cast<const float*>(p.col_marginals);
+  const auto *row_marginals = static_cast<const float*>(p.row_marginals),
+             *col_marginals = static_cast<const float*>(p.col_marginals);
   const auto *grad_u = static_cast<const float*>(p.grad_u), *grad_v = static_cast<const float*>(p.grad_v);
   auto *u = static_cast<float*>(p.u), *v = static_cast<float*>(p.v);
   params.a = rows_first ? col_marginals : row_marginals, params.b = rows_first ? row_marginals : col_marginals;

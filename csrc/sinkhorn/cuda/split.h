@@ -25,7 +25,7 @@ struct Problem {
 
 namespace split_model {
 
-constexpr double kMemory = 4300, kCache = 5500, kOneBlock = 50;  // bytes per nanosecond: HBM and L2 for all, and what one SM gets
+constexpr double kMemory = 4300, kCache = 5500, kOneBlock = 50;  // bytes per nanosecond: HBM and L2 of all, of L2 one SM
 constexpr double kCacheBytes = 40e6;  // of the scores that the L2 still holds when they are read again
 constexpr double kExponentials = 28;  // per nanosecond and SM: 16 per cycle
 constexpr double kBarrier = 1500, kTile = 250, kLaunch = 5000;  // of blocks; of the block's threads, twice a tile; of a call
