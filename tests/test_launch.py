@@ -64,6 +64,7 @@ def run(script, folder, tools):
     return (folder / "launched" / "summary.json").read_text()
 
 
+@pytest.mark.slow
 def test_torchrun_on_one_machine_with_own_data(tmp_path, tools, monkeypatch):
     monkeypatch.chdir(tmp_path)
     example = re.search(r"^## Your own data$.*?^```python\n(.*?)^```$", USAGE, flags=re.MULTILINE | re.DOTALL)[1]
@@ -74,6 +75,7 @@ def test_torchrun_on_one_machine_with_own_data(tmp_path, tools, monkeypatch):
     assert '"processes": 2' in run(f"{command} 'stages.*.data=[{{path: {tmp_path / 'eight.jsonl'}}}]'", tmp_path, tools)
 
 
+@pytest.mark.slow
 def test_slurm_script_on_two_nodes(tmp_path, tools):
     script = re.search(r"^```slurm\n(.*?)\n```$", USAGE, flags=re.MULTILINE | re.DOTALL)[1]
     small = {"--nproc-per-node 8": "--nproc-per-node 1", ":29500": f":{free_port()}", " --recipe siglip-so400m_qwen2.5-7b": ""}

@@ -53,6 +53,7 @@ def test_dry_run_of_a_part(name, tmp_path, monkeypatch):
     assert what_it_says.get(name, lambda: True)()
 
 
+@pytest.mark.slow
 def test_dry_run_of_the_checks(tmp_path):
     """By the command: each in a process, a row per test function, the page at the end."""
     command = [sys.executable, "-m", "benchmarks.gpu_session", "--dry-run", "--out", str(tmp_path), "--parts", ",".join(CHECKS)]
