@@ -14,7 +14,7 @@ namespace {
 // Multiply-adds in registers, `steps` rounds of them; returns the floating-point operations done.
 #ifdef COMP_KERNELS_TILES
 double multiply_adds(int64_t steps) {
-  constexpr int kTiles = 4;
+  constexpr int kSums = 4;
   steps /= 4;  // a tile keeps its unit busy for 16 cycles
   const TileRegisters registers;
   for (int64_t step = 0; step < steps; ++step) {
@@ -23,7 +23,7 @@ double multiply_adds(int64_t steps) {
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
-  return 2.0 * kPack * kTiles * kTile * kTile * kTile * static_cast<double>(steps);
+  return 2.0 * kPack * kSums * kTile * kTile * kTile * static_cast<double>(steps);
 }
 #else
 double multiply_adds(int64_t steps) {

@@ -222,6 +222,7 @@ void forward_block(const Params& p, const AttentionItem& item, ForwardScratch<T>
 template <typename S, typename T>
 void look_ahead(const Params& p, const AttentionItem& item, const AttentionItem* next, ForwardScratch<T>& scratch, int64_t token,
                 int64_t queries, int64_t head) {
+  if constexpr (!kTilesAsk) return;
   const int64_t D = p.head_dim, group = p.num_heads / p.num_heads_k, keys = item.key_end - item.key_begin, end = token + queries;
   if constexpr (!kTilesAsk) return;
   RowsAhead& ahead = scratch.ahead;

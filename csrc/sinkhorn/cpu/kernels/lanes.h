@@ -200,16 +200,7 @@ template <typename S, typename T, int kParts>
     Vec<T> x[kCount];
     for (int j = 0; j < kCount; ++j) x[j] = from[slot[begin + j]].part[p];
     transpose<T>(x);
-    for (int lane = 0; lane < lanes; ++lane) {
-      S* to = base + at.offset(lane) + begin;
-      if constexpr (sizeof(S) == sizeof(T)) {
-        store(to, x[lane]);
-      } else {
-        T wide[kCount];
-        store(wide, x[lane]);
-        for (int j = 0; j < kCount; ++j) narrow(wide[j], to[j]);
-      }
-    }
+    for (int lane = 0; lane < lanes; ++lane) store_narrowed(x[lane], base + at.offset(lane) + begin);
   });
 }
 
