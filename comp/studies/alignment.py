@@ -28,6 +28,7 @@ from ..config_io import apply_overrides
 from ..data.batch import Batch
 from ..data.mixture import open_sources
 from ..data.packing import collate
+from ..data.template import num_rows
 from ..log import table
 from ..model.multimodal import CoMP
 from ..recipes import RECIPES
@@ -96,8 +97,8 @@ def examine(config: Config, num_samples: int | None = None) -> tuple[list[str], 
     if not aligned:
         raise ConfigError("no stage of this configuration has an alignment loss")
     last, _ = aligned[-1]
-    model.set_word_counts(count_words(open_sources(last.data, config.seed), template, len(template.tokenizer)))
-    width, vocabulary = model.adapter.language_width, len(template.tokenizer)
+    width, vocabulary = model.adapter.language_width, num_rows(template.tokenizer)
+    model.set_word_counts(count_words(open_sources(last.data, config.seed), template, vocabulary))
     proposed = propose_temperature(width, vocabulary)
     header = ["stage", "mode", "epsilon", "entropy", "information", "top word", "share", "epsilon at 2.08 nats", "random"]
     header += [f"{name} {part}" for part in ("adapter", "vision") for name in ("force", "cosine")]

@@ -86,9 +86,12 @@ def sweep(
             named = [p if name is None else dataclasses.replace(p, question_type=name) for p in predictions]
             own.append((named, skipped))
         everything = [part for share in place.world.gather(own) for part in share]
+        skipped = [message for _, messages in everything for message in messages]
         results[cap] = scores_by_type(p for predictions, _ in everything for p in predictions)
+        if not results[cap]:
+            raise ConfigError(f"no question could be asked at {cap} visual tokens; the first: {skipped[:1]}")
         if place.world.is_main:
-            for message in (m for _, skipped in everything for m in skipped):
+            for message in skipped:
                 print(f"skipped {message}", file=sys.stderr)
             print(f"{cap} visual tokens: {100 * results[cap][OVERALL]['score']:.1f}%", file=sys.stderr)
     return results

@@ -28,13 +28,18 @@ class PartReport:
 
 
 def set_trainable(model: CoMP, trainable: Iterable[str]) -> None:
-    """Switch gradients on for the parameters of the named parts, off for all others. Of a part with LoRA the updates alone
-    train."""
+    """Switch gradients on for what learns of the named parts, off for all else."""
     trainable = set(trainable)
     for part, parameters in model.named_parts().items():
-        updates = {name for name in parameters if LORA in name}
-        for name, parameter in parameters.items():
-            parameter.requires_grad_(part in trainable and (not updates or name in updates))
+        for parameter in parameters.values():
+            parameter.requires_grad_(False)
+        for parameter in learning(parameters) if part in trainable else ():
+            parameter.requires_grad_(True)
+
+
+def learning(parameters: dict[str, nn.Parameter]) -> list[nn.Parameter]:
+    """Of the parameters of a part, by name, those that learn where the part trains: all of them, or LoRA's updates alone."""
+    return [p for name, p in parameters.items() if LORA in name] or list(parameters.values())
 
 
 def build_optimizer(model: CoMP, config: OptimConfig) -> torch.optim.AdamW:

@@ -15,6 +15,7 @@ from ..eval.vqa import all_types
 from ..log import read_records, table
 from ..model.multimodal import CoMP
 from ..parallel import World
+from .optim import learning
 from .run_state import RunState
 
 MAX_SKIPPED_NAMES = 1000
@@ -60,7 +61,7 @@ def _stage_summary(stage: StageConfig, records: Sequence[dict[str, Any]], model:
         "parameters": {
             part: {
                 "all": sum(p.numel() for p in named.values()),
-                "trainable": sum(p.numel() for p in named.values()) if part in stage.trainable else 0,
+                "trainable": sum(p.numel() for p in learning(named)) if part in stage.trainable else 0,
                 "lr": stage.optim.lr(part) if part in stage.trainable else 0.0,
             }
             for part, named in model.named_parts().items()

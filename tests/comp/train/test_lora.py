@@ -1,5 +1,6 @@
 """LoRA through peft: what trains, exact resume, and what is exported, merged and as an adapter."""
 
+import json
 import sys
 from unittest.mock import patch
 
@@ -51,6 +52,13 @@ def test_the_updates_alone_train(toy_folder):
     assert reports["language"].num_trainable == language and reports["adapter"].num_trainable == 0
     blocks = 2 * RANK * ((32 + 96) + (32 + 32) + 2 * (32 + 64))
     assert reports["vision"].num_trainable == blocks
+
+
+def test_the_summary_counts_the_updates_alone(finished):
+    parts = json.loads((finished / "summary.json").read_text())["stages"][1]["parameters"]
+    updates = 2 * RANK * ((32 + 32) + (64 + 32))  # as above
+    assert parts["language"]["trainable"] == updates < parts["language"]["all"]
+    assert parts["adapter"]["trainable"] == parts["adapter"]["all"]
 
 
 def test_a_step_leaves_the_base_as_it_was(finished, toy_models):
