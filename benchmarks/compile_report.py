@@ -299,12 +299,8 @@ def compile_matrix(entries: list[Entry], file: Path) -> None:
         print(f"{entry}: {len(rows)} kernels", flush=True)
 
 
-def lines(file: Path) -> list[str]:
-    return file.read_text().splitlines() if file.exists() else []
-
-
 def rows_of(file: Path) -> Iterator[tuple[Entry, Code]]:
-    for line in lines(file):
+    for line in file.read_text().splitlines() if file.exists() else []:
         value = json.loads(line)
         entry = Entry(**{**value["entry"], "lengths": tuple(value["entry"]["lengths"])})
         yield entry, Code(**{**value["code"], "loop": Counter(value["code"]["loop"])})

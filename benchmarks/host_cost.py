@@ -78,7 +78,6 @@ def attention(backend: str, device: str) -> dict[str, Case]:
     q, k, v, grad = torch.randn(4, TOKENS, HEADS, HEAD_DIM, device=device, dtype=dtype)
     cos, sin = torch.randn(2, TOKENS, HEAD_DIM // 2, device=device)
     bounds = torch.tensor([0, TOKENS], dtype=torch.int32, device=device)
-    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     calls = [[x.clone().requires_grad_() for x in (q, k, v)] for _ in range(LAYERS)]
     leaves, cotangents = [x for call in calls for x in call], [grad] * LAYERS
 

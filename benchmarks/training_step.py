@@ -8,7 +8,7 @@ the recipe `smollm2`, and so are losses, optimiser and budgets of its stage II-b
 2 x 2 to 16 x 16 visual tokens, answers of 4 to 256 tokens; `--sides 14 16 --answers 4 75` is near to the recipe, whose rows
 have at most 355 tokens, half of them above 290. `--so400m N` takes N layers of the shape of SigLIP So400m for the tower. Arm
 "bf16" is "packed" under autocast. Every arm is a process of its own that takes the same samples; arms run in turn, `--rounds`
-times. Printed are medians of seconds per step, tokens per second without padding, and the largest resident memory.
+times. It prints medians of seconds per step, tokens per second without padding, and the largest resident memory.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parents[1]
 PATCHES_PER_TOKEN, PATCH = 4, 8
+VOCABULARY = 49_152
+IMAGE_ID = VOCABULARY - 1
 
 
 def module(name: str) -> Any:
@@ -41,7 +43,7 @@ def module(name: str) -> Any:
     raise ModuleNotFoundError(name)
 
 
-def make_samples(count: int, vocabulary: int, image_id: int, sides: list[int], answers: list[int]) -> list[Any]:
+def make_samples(count: int, sides: list[int], answers: list[int]) -> list[Any]:
     import torch
 
     from comp.data.packing import EncodedSample
@@ -56,8 +58,8 @@ def make_samples(count: int, vocabulary: int, image_id: int, sides: list[int], a
         rows, columns = (max(2, round(drawn(*sides))) for _ in range(2))
         visual, answer = rows * columns, round(drawn(*answers))
         grid = (1, 2 * rows, 2 * columns)
-        words = torch.randint(10, vocabulary - 10, (24 + answer,), generator=generator).tolist()
-        ids = [*words[:6], *[image_id] * visual, *words[6:]]
+        words = torch.randint(10, VOCABULARY - 10, (24 + answer,), generator=generator).tolist()
+        ids = [*words[:6], *[IMAGE_ID] * visual, *words[6:]]
         labels = [-100] * (len(ids) - answer) + ids[-answer:]
         patches = torch.rand(PATCHES_PER_TOKEN * visual, 3 * PATCH * PATCH, generator=generator)
         samples.append(
@@ -74,24 +76,17 @@ def make_samples(count: int, vocabulary: int, image_id: int, sides: list[int], a
     return samples
 
 
-def work(options: argparse.Namespace) -> dict[str, Any]:
-    """The steps of one arm, in a process of its own."""
-    import inspect
-
+def make_model(options: argparse.Namespace, stage: Any) -> Any:
+    """A CoMP of the shapes that the options ask for, random weights, ready for the steps of a stage."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.set_num_threads(options.threads)
-    from comp.data.loader import StepData
-    from comp.data.packing import collate, pack
     from comp.model import CoMP, VisionEncoder
     from comp.recipes import RECIPES
 
-    step_module, optim, parallel = module("step"), module("optim"), module("parallel")
     torch.manual_seed(0)
-    vocabulary = 49_152
     config = LlamaConfig(
-        vocab_size=vocabulary,
+        vocab_size=VOCABULARY,
         hidden_size=576,
         intermediate_size=1536,
         num_hidden_layers=options.layers,
@@ -100,28 +95,33 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
         tie_word_embeddings=True,
         max_position_embeddings=8192,
     )
-    stage = next(stage for stage in RECIPES["smollm2"]().stages if stage.name == "II-b")
     tower = VisionEncoder.from_pretrained(RECIPES["smollm2"]().vision.path).float()
     if options.so400m:
         shape = dict(width=1152, num_heads=16, mlp_width=4304, num_layers=options.so400m)
         tower = VisionEncoder(dataclasses.replace(tower.config, **shape))
     arguments = {} if options.arm != "padded" else dict(pack_rows=False)
-    model = CoMP(tower, LlamaForCausalLM(config), image_token_id=vocabulary - 1, **arguments)
-    model.set_word_counts(torch.ones(vocabulary))
+    model = CoMP(tower, LlamaForCausalLM(config), image_token_id=IMAGE_ID, **arguments)
+    model.set_word_counts(torch.ones(VOCABULARY))
     if options.compile:
-        parallel.compile_blocks(model)
-    optim.set_trainable(model, stage.trainable)
+        module("parallel").compile_blocks(model)
+    module("optim").set_trainable(model, stage.trainable)
     model.encoder.pos_mode = "abs+rope"
-    optimizer = optim.build_optimizer(model, stage.optim)
-    model.train()
-    samples = make_samples(options.samples, vocabulary, vocabulary - 1, options.sides, options.answers)
+    return model.train()
+
+
+def make_step(samples: list[Any], stage: Any, *, padded: bool) -> Any:
+    """The samples packed under the budgets of the stage, as the trainer's loader hands them over."""
+    import inspect
+
+    from comp.data.loader import StepData
+    from comp.data.packing import collate, pack
+
     limits: dict[str, Any] = dict(visual_tokens=stage.forward_visual_tokens, text_tokens=stage.forward_text_tokens)
-    if "padded" in inspect.signature(pack).parameters:
-        limits["padded"] = options.arm == "padded"
-    groups = pack(samples, **limits)
+    if "padded" in inspect.signature(pack).parameters:  # not in checkouts from before rows were packed
+        limits["padded"] = padded
     fields = dict(
         step=0,
-        batches=[collate(group, pad_id=0, patch_features=3 * PATCH * PATCH) for group in groups],
+        batches=[collate(group, pad_id=0, patch_features=3 * PATCH * PATCH) for group in pack(samples, **limits)],
         num_samples=len(samples),
         num_images=len(samples),
         num_text_tokens=sum(len(s.input_ids) for s in samples),
@@ -129,10 +129,24 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
         skipped=[],
         notes=[],
     )
-    data = StepData(**{name: value for name, value in fields.items() if name in StepData.__dataclass_fields__})
+    return StepData(**{name: value for name, value in fields.items() if name in StepData.__dataclass_fields__})
+
+
+def work(options: argparse.Namespace) -> dict[str, Any]:
+    """The steps of one arm, in a process of its own."""
+    import torch
+
+    torch.set_num_threads(options.threads)
+    from comp.recipes import RECIPES
+
+    step_module, parallel = module("step"), module("parallel")
+    stage = next(stage for stage in RECIPES["smollm2"]().stages if stage.name == "II-b")
+    model = make_model(options, stage)
+    optimizer = module("optim").build_optimizer(model, stage.optim)
+    samples = make_samples(options.samples, options.sides, options.answers)
+    data = make_step(samples, stage, padded=options.arm == "padded")
     world = parallel.World(rank=0, size=1, device=torch.device("cpu"), group=None)
     totals = step_module.StepTotals.gather(data, world, stop=False)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     clock = time.process_time if options.clock == "cpu" else time.perf_counter
     times, losses, bf16 = [], [], options.bf16 or options.arm == "bf16"
     for _ in range(options.steps + 1):
@@ -140,14 +154,12 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
         losses.append(step_module.train_step(model, optimizer, data, totals, stage, world, pad_id=0, bf16=bf16).loss)
         times.append(clock() - begin)
     return dict(
-        seconds=times[1:],
-        first=times[0],
+        seconds=times[1:],  # the first step warms up
         losses=losses,
-        tokens=fields["num_text_tokens"],
+        tokens=data.num_text_tokens,
         slots=sum(batch.input_ids.numel() for batch in data.batches),
-        forwards=len(groups),
+        forwards=len(data.batches),
         peak_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        start_gib=before / 2**20,
     )
 
 

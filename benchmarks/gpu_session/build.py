@@ -14,7 +14,7 @@ from .session import ROOT, Session
 
 
 def build(session: Session) -> None:
-    """Into OUT/build; the library in use stays. In a dry run of a compiler that does nothing the CPU library."""
+    """Into OUT/build; the library in use stays. A dry run builds the CPU library, with a compiler that does nothing."""
     folder = session.out.absolute() / "build"
     shutil.rmtree(folder, ignore_errors=True)
     name = "cpu" if session.tiny else "cuda"

@@ -10,7 +10,6 @@ from .session import Session
 
 
 def host(session: Session) -> None:
-    """The calls of host_cost, with real launches; nothing waits for the device."""
     warm_up, count = (1, 2) if session.tiny else (20, 160)
     for (op, backend, which), case in host_cost.cases(session.device, cpu=session.tiny).items():
         if session.tiny and backend != "cpu":  # Triton's interpreter has another cost

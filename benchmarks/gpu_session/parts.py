@@ -59,7 +59,7 @@ def run_parts(names: list[str], session: Session, minutes: float, baseline: Path
             command = [sys.executable, "-m", __package__, "--out", str(session.out), "--part", name]
             command += ["--dry-run"] * session.tiny
             command += ["--baseline", str(baseline)] if baseline else []
-            limit = min(max(end - start, 1), part.limit * (10 if session.tiny else 1))  # of a slow machine it says nothing
+            limit = min(max(end - start, 1), part.limit * (10 if session.tiny else 1))  # a dry run may be on a slow machine
             environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if session.tiny else {})
             try:
                 status = subprocess.run(command, timeout=limit, env=environment).returncode

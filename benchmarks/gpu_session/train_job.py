@@ -8,7 +8,6 @@ GPU, in bfloat16), beside the same steps unsharded.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import statistics
@@ -20,6 +19,7 @@ import torch.distributed as dist
 
 from comp.config import Config
 from comp.config_io import apply_overrides
+from comp.log import read_records
 from comp.parallel import World
 from comp.recipes import RECIPES
 from comp.train.startup import process_age
@@ -53,7 +53,7 @@ def run(session: Session, name: str, steps: int, cache: str) -> None:
         torch.cuda.reset_peak_memory_stats()
     trainer = MeasuredTrainer(config)
     trainer.run()
-    records = losses_of(trainer)
+    records = steps_of(trainer)
     counted = records[int(SKIPPED * steps) : steps - PROFILED]
     seconds = sum(record["step_time"] for record in counted)
     session.say(
@@ -83,10 +83,9 @@ def job(session: Session, name: str, steps: int, *overrides: str) -> Config:
     return apply_overrides(config, settings)
 
 
-def losses_of(trainer: Trainer) -> list[dict]:
+def steps_of(trainer: Trainer) -> list[dict]:
     """The records of its steps."""
-    records = map(json.loads, (trainer.folder / "metrics.jsonl").read_text().splitlines())
-    return [record for record in records if record["event"] == "train"]
+    return read_records(trainer.folder / "metrics.jsonl", "train")
 
 
 class MeasuredTrainer(Trainer):
@@ -121,8 +120,8 @@ class MeasuredTrainer(Trainer):
         """Of the time of all kernels in the profiled steps (on the CPU: of all operators), that of rope_attention."""
         events = self.profile.key_averages()
         kind = "device" if self.world.device.type == "cuda" else "cpu"
-        all = sum(getattr(event, f"self_{kind}_time_total") for event in events)
-        return sum(getattr(event, f"{kind}_time_total") for event in events if event.key.startswith(ATTENTION)) / all
+        whole = sum(getattr(event, f"self_{kind}_time_total") for event in events)
+        return sum(getattr(event, f"{kind}_time_total") for event in events if event.key.startswith(ATTENTION)) / whole
 
 
 # --- FSDP2 -------------------------------------------------------------------------------------------------------------------
@@ -137,8 +136,8 @@ def fsdp(session: Session) -> None:
     with group_of_one(session.device) as world, mock.patch("comp.train.trainer.start_world", lambda device: world):
         sharded = Trainer(job(session, "fsdp", steps, "precision=bf16", "parallel=fsdp"))
         sharded.run()
-    found, expected = ([record["loss"] for record in losses_of(trainer)] for trainer in (sharded, plain))
-    times = [[1e3 * record["step_time"] for record in losses_of(trainer)] for trainer in (sharded, plain)]
+    found, expected = ([record["loss"] for record in steps_of(trainer)] for trainer in (sharded, plain))
+    times = [[1e3 * record["step_time"] for record in steps_of(trainer)] for trainer in (sharded, plain)]
     difference = max(abs(a - b) / abs(b) for a, b in zip(found, expected))
     sharded_ms, plain_ms = (round(statistics.median(ms[steps // 2 :]), 1) for ms in times)
     parameters = sum(type(p).__name__ == "DTensor" for p in sharded.model.parameters())
