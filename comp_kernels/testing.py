@@ -54,7 +54,7 @@ def error_and_allowance(actual: Tensor, exact: Tensor, peer: Tensor, largest_ter
 
 @dataclass(frozen=True)
 class RotaryLayout:
-    """How one family of models arranges its rotary embedding; `tables(positions, heads, head_dim)` makes cos and sin."""
+    """How one family of models arranges its rotary embedding; `tables` makes cos and sin."""
 
     name: str
     rotary_dim: Callable[[int], int]  # head_dim -> rotary_dim
@@ -128,7 +128,7 @@ PACKED = {
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """One call of rope_attention, described by sizes; `make` builds its tensors."""
+    """One call of rope_attention, described by sizes; `make_attention_inputs` builds its tensors."""
 
     name: str
     lengths: list[int]
@@ -454,7 +454,7 @@ SINKHORN_CASES = {
 
 
 def make_sinkhorn_inputs(case: SinkhornCase, dtype: torch.dtype = torch.float32) -> tuple[Tensor, dict[str, Tensor]]:
-    """Scores in [-1, 1) like cosines, and the marginals as keyword arguments, both of the computing dtype of `dtype`."""
+    """Scores in [-1, 1) like cosines, of `dtype`; the marginals as keyword arguments, of the dtype that it is computed in."""
     generator = torch.Generator().manual_seed(case.seed)
     scores = (torch.rand(case.shape, generator=generator, dtype=torch.float64) * 2 - 1).to(dtype)
     if case.marginals == "default":

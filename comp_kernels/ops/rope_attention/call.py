@@ -106,13 +106,22 @@ _passed: dict[tuple, tuple[int, int, float]] = {}
 def check_and_lay_out(tensors: Tensors, rotary_dim: int | None, pair_stride: int | None, scale: float | None) -> Call:
     """What checked_call says, for a call that was not seen before."""
     q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k = tensors
+    q, k, v = checked_qkv(q, k, v)
+    cu_seqlens, cu_seqlens_k = checked_bounds(q, k, cu_seqlens, cu_seqlens_k)
+    settings = checked_settings(q.shape[2], rotary_dim, pair_stride, scale, rotates=cos is not None)
+    tables = checked_tables(q, k, cos, sin, cos_k, sin_k, *settings[:2])
+    return Call(q, k, v, *tables, cu_seqlens, cu_seqlens_k, *settings)
+
+
+def checked_qkv(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v in one dtype (autocast's, where it is on), each with a contiguous last dimension."""
     check_tensor("q", q, "[T, Hq, D]", dim=3, floating=True)
     if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
         q, k, v = (autocast(x) for x in (q, k, v))
     check_tensor("k", k, "[Tk, Hkv, D]", dim=3, like=("q", q))
     check_tensor("v", v, "[Tk, Hkv, D]", dim=3, like=("q", q))
-    num_tokens, num_heads, head_dim = q.shape
-    num_tokens_k, num_heads_k, head_dim_k = k.shape
+    _, num_heads, head_dim = q.shape
+    _, num_heads_k, head_dim_k = k.shape
     if head_dim == 0:
         raise ValueError(f"q must be [T, Hq, D] with a head size D of at least 1, got {tuple(q.shape)}")
     if k.shape != v.shape or head_dim_k != head_dim:
@@ -129,7 +138,14 @@ def check_and_lay_out(tensors: Tensors, rotary_dim: int | None, pair_stride: int
         for name, x in (("q", q), ("k", k), ("v", v)):
             check_dense(name, x)
         raise
+    return q, k, v
 
+
+def checked_bounds(
+    q: Tensor, k: Tensor, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Both in int32; without bounds of their own the keys have those of the queries. None: one sequence of all rows."""
+    num_tokens, num_tokens_k = q.shape[0], k.shape[0]
     if cu_seqlens_k is not None:
         if cu_seqlens is None:
             raise ValueError("cu_seqlens_k needs cu_seqlens: give both for cross attention, or neither for one sequence")
@@ -139,18 +155,25 @@ def check_and_lay_out(tensors: Tensors, rotary_dim: int | None, pair_stride: int
             raise ValueError(
                 f"cu_seqlens_k must have as many entries as cu_seqlens ({cu_seqlens.shape[0]}), got {cu_seqlens_k.shape[0]}"
             )
-        cu_seqlens, cu_seqlens_k = as_int32(cu_seqlens), as_int32(cu_seqlens_k)
-    elif cu_seqlens is not None:
-        check_cu_seqlens("cu_seqlens", cu_seqlens, num_tokens, q.device)
-        if num_tokens_k != num_tokens:
-            raise ValueError(
-                f"k must have as many tokens as q ({num_tokens}) when both use cu_seqlens, got {num_tokens_k}; "
-                "pass cu_seqlens_k for cross attention"
-            )
-        cu_seqlens = cu_seqlens_k = as_int32(cu_seqlens)
+        return as_int32(cu_seqlens), as_int32(cu_seqlens_k)
+    if cu_seqlens is None:
+        return None, None
+    check_cu_seqlens("cu_seqlens", cu_seqlens, num_tokens, q.device)
+    if num_tokens_k != num_tokens:
+        raise ValueError(
+            f"k must have as many tokens as q ({num_tokens}) when both use cu_seqlens, got {num_tokens_k}; "
+            "pass cu_seqlens_k for cross attention"
+        )
+    bounds = as_int32(cu_seqlens)
+    return bounds, bounds
 
+
+def checked_settings(
+    head_dim: int, rotary_dim: int | None, pair_stride: int | None, scale: float | None, *, rotates: bool
+) -> tuple[int, int, float]:
+    """rotary_dim, pair_stride and scale with their defaults."""
     if rotary_dim is None:
-        rotary_dim = head_dim if cos is not None else max(head_dim // 2 * 2, 2)  # nothing turns: any even number will do
+        rotary_dim = head_dim if rotates else max(head_dim // 2 * 2, 2)  # nothing turns: any even number will do
     else:
         check_integer("rotary_dim", rotary_dim)
     if not 0 < rotary_dim <= max(head_dim, 2) or rotary_dim % 2 != 0:
@@ -168,7 +191,23 @@ def check_and_lay_out(tensors: Tensors, rotary_dim: int | None, pair_stride: int
     else:
         check_number("scale", scale)
         scale = float(scale)
+    return rotary_dim, pair_stride, scale
 
+
+def checked_tables(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    cos_k: Tensor | None,
+    sin_k: Tensor | None,
+    rotary_dim: int,
+    pair_stride: int,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """(cos, sin, cos_k, sin_k), contiguous and of `table_dtype`, all four or none; without tables of their own the keys
+    have those of the queries."""
+    num_tokens, num_heads, _ = q.shape
+    num_tokens_k, num_heads_k, _ = k.shape
     if cos is None or sin is None:
         if cos is not sin:
             raise one_table("cos", cos, "sin")
@@ -193,7 +232,7 @@ def check_and_lay_out(tensors: Tensors, rotary_dim: int | None, pair_stride: int
                 f"cos_k and sin_k are needed when cos has one table per query head ({num_heads}) and k has {num_heads_k} heads"
             )
         cos, sin = cos_k, sin_k = contiguous(cos, table_dtype(q.dtype)), contiguous(sin, table_dtype(q.dtype))
-    return Call(q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, rotary_dim, pair_stride, scale)
+    return cos, sin, cos_k, sin_k
 
 
 def autocast(x: Tensor) -> Tensor:

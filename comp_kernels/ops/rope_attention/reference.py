@@ -95,7 +95,7 @@ def rope_attention(
         if cos_k is not None and sin_k is not None:
             cos_j, sin_j = cos_k[start_k:end_k].to(compute), sin_k[start_k:end_k].to(compute)
             k_j = rotate(k_j, cos_j, sin_j, rotary_dim, pair_stride)
-        group = num_heads // k.shape[1]  # queries heads that share one key head
+        group = num_heads // k.shape[1]  # query heads that share one key head
         k_j, v_j = k_j.repeat_interleave(group, dim=1), v_j.repeat_interleave(group, dim=1)
         if end_k == start_k:
             outputs.append(q_i * 0)

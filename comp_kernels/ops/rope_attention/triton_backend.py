@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from ..._triton import architecture, unavailable_reason  # noqa: F401 (unavailable_reason is part of a backend)
+from ..._triton import architecture, dot_precision, unavailable_reason  # noqa: F401 (unavailable_reason is part of a backend)
 from ..._units import LOG2E
 from .call import Call
 
@@ -76,7 +76,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     configs, rotate = kernels().configs, kernels().rotation.rotate
     q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, rotary_dim, pair_stride, scale = call
     arch, head_dim = architecture(q.device), q.shape[-1]
-    precision = configs.dot_precision(arch, q.dtype)
+    precision = dot_precision(arch, q.dtype)
     head = head_k = describe_head(head_dim, precision, q, k, v)
     rope = rope_k = describe_rope(cos, rotary_dim, pair_stride)
     if cos_k is not cos:
@@ -111,7 +111,7 @@ def backward(
         grad_out = grad_out.contiguous()
     lse = lse.to(LSE_DTYPE)  # of another backend, where that one's backward kernels failed
     grad_lse = None if grad_lse is None else grad_lse.to(LSE_DTYPE).contiguous()
-    precision = configs.dot_precision(arch, q.dtype)
+    precision = dot_precision(arch, q.dtype)
     head = describe_head(head_dim, precision, q, k, v, grad_out)
     rope = rope_k = describe_rope(cos, rotary_dim, pair_stride)
     if cos_k is not cos:

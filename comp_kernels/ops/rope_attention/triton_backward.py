@@ -1,10 +1,10 @@
 """Backward kernels of rope_attention: one per query tile for dq, one per key tile for dk and dv. No atomics, so every sum has
 a fixed order and the gradients are bit-equal from run to run.
 
-Both read rotated q and k, rounded exactly as in the forward pass, and recompute the weights from the saved lse. That is
-float64, and comes to them in base 2 as the sum of two float32 numbers, `high + low`. They leave
-through the transposed rotation, applied in place to the tile just written (a cache hit), because a channel and its partner
-may sit in different registers, threads and chunks.
+Both read rotated q and k, rounded exactly as in the forward pass, and recompute the weights from the saved lse. It is float64
+and reaches them in base 2 as the sum of two float32 numbers, `high + low`. dq and dk leave through the transposed rotation,
+applied in place to the tile just written (a cache hit), because a channel and its partner may sit in different registers,
+threads and chunks.
 """
 
 from __future__ import annotations

@@ -15,8 +15,6 @@ from typing import NamedTuple
 
 import torch
 
-from ..._triton import dot_precision  # noqa: F401
-
 AUTOTUNE_VARIABLE = "COMP_KERNELS_AUTOTUNE"
 
 # Keys are rotated in the forward loop, instead of once in a workspace, when sequences are this short on average: one query

@@ -44,8 +44,8 @@ def rotate_kernel(
     out_base = out_ptr + offset(first, OUT_STRIDE, 16)
     cos_base = cos_ptr + offset(first, TABLE_STRIDE, ROPE.align)
     sin_base = sin_ptr + offset(first, TABLE_STRIDE, ROPE.align)
-    cos_a, cos_b = load_table_pairs(cos_base, rows, keep, TABLE_STRIDE, 0, PAIRS, ROPE)
-    sin_a, sin_b = load_table_pairs(sin_base, rows, keep, TABLE_STRIDE, 0, PAIRS, ROPE)
+    cos_a, cos_b = load_table_pairs(cos_base, rows, keep, TABLE_STRIDE, PAIRS, ROPE)
+    sin_a, sin_b = load_table_pairs(sin_base, rows, keep, TABLE_STRIDE, PAIRS, ROPE)
 
     first_head = tl.program_id(1) * HEADS
     for head in range(first_head, min(first_head + HEADS, num_heads)):
@@ -53,9 +53,9 @@ def rotate_kernel(
         out = out_base + head * PADDED
         if PER_HEAD:
             table = offset(head, table_stride_h, ROPE.align)
-            cos_a, cos_b = load_table_pairs(cos_base + table, rows, keep, TABLE_STRIDE, 0, PAIRS, ROPE)
-            sin_a, sin_b = load_table_pairs(sin_base + table, rows, keep, TABLE_STRIDE, 0, PAIRS, ROPE)
-        a, b = load_pairs(x, rows, keep, X_STRIDE, 0, PAIRS, HEAD.align, ROPE)
+            cos_a, cos_b = load_table_pairs(cos_base + table, rows, keep, TABLE_STRIDE, PAIRS, ROPE)
+            sin_a, sin_b = load_table_pairs(sin_base + table, rows, keep, TABLE_STRIDE, PAIRS, ROPE)
+        a, b = load_pairs(x, rows, keep, X_STRIDE, PAIRS, HEAD.align, ROPE)
         a, b = rotate_pair(a, b, cos_a, sin_a, cos_b, sin_b)
         store_pairs(out, a, b, rows, keep, OUT_STRIDE, PAIRS, 16, ROPE)
         if 2 * ROPE.num_pairs < PADDED:  # channels that pass through, and the padding
@@ -76,9 +76,9 @@ def unrotate_in_place(grad, num_rows, cos, sin, GRAD_STRIDE: tl.constexpr, TABLE
     for first in range(0, BLOCK, 16):
         rows = first + tl.arange(0, 16)
         keep = rows < num_rows
-        cos_a, cos_b = load_table_pairs(cos, rows, keep, TABLE_STRIDE, 0, PAIRS, ROPE)
-        sin_a, sin_b = load_table_pairs(sin, rows, keep, TABLE_STRIDE, 0, PAIRS, ROPE)
-        a, b = load_pairs(grad, rows, keep, GRAD_STRIDE, 0, PAIRS, ALIGN, ROPE)
+        cos_a, cos_b = load_table_pairs(cos, rows, keep, TABLE_STRIDE, PAIRS, ROPE)
+        sin_a, sin_b = load_table_pairs(sin, rows, keep, TABLE_STRIDE, PAIRS, ROPE)
+        a, b = load_pairs(grad, rows, keep, GRAD_STRIDE, PAIRS, ALIGN, ROPE)
         a, b = rotate_pair_transposed(a, b, cos_a, sin_a, cos_b, sin_b)
         store_pairs(grad, a, b, rows, keep, GRAD_STRIDE, PAIRS, ALIGN, ROPE)
 
@@ -102,8 +102,8 @@ def unrotate_kernel(
     x_base = x_ptr + offset(first, X_STRIDE, HEAD.align)
     grad_base = grad_ptr + offset(first, GRAD_STRIDE, HEAD.align)
     table = offset(first, TABLE_STRIDE, ROPE.align)
-    cos_a, cos_b = load_table_pairs(cos_ptr + table, rows, keep, TABLE_STRIDE, 0, PAIRS, ROPE)
-    sin_a, sin_b = load_table_pairs(sin_ptr + table, rows, keep, TABLE_STRIDE, 0, PAIRS, ROPE)
+    cos_a, cos_b = load_table_pairs(cos_ptr + table, rows, keep, TABLE_STRIDE, PAIRS, ROPE)
+    sin_a, sin_b = load_table_pairs(sin_ptr + table, rows, keep, TABLE_STRIDE, PAIRS, ROPE)
     grad_cos_a = tl.zeros((ROWS, PAIRS), tl.float32)
     grad_cos_b = grad_cos_a
     grad_sin_a = grad_cos_a
@@ -112,10 +112,10 @@ def unrotate_kernel(
         grad = grad_base + head * HEAD.dim
         if PER_HEAD:
             here = table + offset(head, table_stride_h, ROPE.align)
-            cos_a, cos_b = load_table_pairs(cos_ptr + here, rows, keep, TABLE_STRIDE, 0, PAIRS, ROPE)
-            sin_a, sin_b = load_table_pairs(sin_ptr + here, rows, keep, TABLE_STRIDE, 0, PAIRS, ROPE)
-        a, b = load_pairs(x_base + offset(head, x_stride_h, HEAD.align), rows, keep, X_STRIDE, 0, PAIRS, HEAD.align, ROPE)
-        grad_a, grad_b = load_pairs(grad, rows, keep, GRAD_STRIDE, 0, PAIRS, HEAD.align, ROPE)
+            cos_a, cos_b = load_table_pairs(cos_ptr + here, rows, keep, TABLE_STRIDE, PAIRS, ROPE)
+            sin_a, sin_b = load_table_pairs(sin_ptr + here, rows, keep, TABLE_STRIDE, PAIRS, ROPE)
+        a, b = load_pairs(x_base + offset(head, x_stride_h, HEAD.align), rows, keep, X_STRIDE, PAIRS, HEAD.align, ROPE)
+        grad_a, grad_b = load_pairs(grad, rows, keep, GRAD_STRIDE, PAIRS, HEAD.align, ROPE)
         if PER_HEAD:
             store_table_gradient(grad_cos_ptr + here, grad_a * a, grad_b * b, rows, keep_table, TABLE_STRIDE, PAIRS, ROPE)
             store_table_gradient(grad_sin_ptr + here, -grad_a * b, grad_b * a, rows, keep_table, TABLE_STRIDE, PAIRS, ROPE)

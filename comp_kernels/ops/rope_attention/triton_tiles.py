@@ -189,9 +189,9 @@ def split_tf32(x):
 def add_dot(accumulator, a, b, PRECISION: tl.constexpr):
     """accumulator + a times b, float32.
 
-    "tf32x3": three TF32 products, all but low times low; an infinity in a or b becomes NaN. The sum is apart from them, because
-    matrix units cut where they add. tl.dot has the same under this name, but spends five more instructions per
-    element on infinities.
+    "tf32x3": three TF32 products, all but low times low; an infinity in a or b becomes NaN. They join the accumulator by an
+    addition of its own, because matrix units cut the sums that they form. tl.dot has the same under this name, but spends five
+    more instructions per element on infinities.
     """
     if PRECISION == "tf32x3":
         a_high, a_low = split_tf32(a)
@@ -257,15 +257,15 @@ def grouped(columns, STRIDE: tl.constexpr):
 
 
 @triton.jit
-def load_pairs(base, rows, keep, stride, FIRST: tl.constexpr, PAIRS: tl.constexpr, ALIGN: tl.constexpr, ROPE: tl.constexpr):
-    """(a, b), each [rows, PAIRS] in float32: both channels of the pairs from FIRST on; zeros where not `keep` [rows]."""
+def load_pairs(base, rows, keep, stride, PAIRS: tl.constexpr, ALIGN: tl.constexpr, ROPE: tl.constexpr):
+    """(a, b), each [rows, PAIRS] in float32: both channels of every pair; zeros where not `keep` [rows]."""
     if ROPE.pair_stride == 1:  # neighbours: one wide load, taken apart in registers
-        channels = 2 * FIRST + tl.arange(0, 2 * PAIRS)
+        channels = tl.arange(0, 2 * PAIRS)
         mask = keep[:, None] & (channels < 2 * ROPE.num_pairs)[None, :]
         both = tl.load(tile_pointers(base, rows, stride, channels, ALIGN), mask=mask, other=0.0).to(tl.float32)
         a, b = tl.split(both.reshape(rows.shape[0], PAIRS, 2))
     else:
-        pairs = FIRST + tl.arange(0, PAIRS)
+        pairs = tl.arange(0, PAIRS)
         channels = grouped(pairs + pairs // ROPE.pair_stride * ROPE.pair_stride, ROPE.pair_stride)
         mask = keep[:, None] & (pairs < ROPE.num_pairs)[None, :]
         pointers = tile_pointers(base, rows, stride, channels, ALIGN)
@@ -276,7 +276,7 @@ def load_pairs(base, rows, keep, stride, FIRST: tl.constexpr, PAIRS: tl.constexp
 
 @triton.jit
 def store_pairs(base, a, b, rows, keep, stride, PAIRS: tl.constexpr, ALIGN: tl.constexpr, ROPE: tl.constexpr):
-    """Write what load_pairs reads with FIRST = 0, rounded to the dtype of the target."""
+    """Write what load_pairs reads, rounded to the dtype of the target."""
     a, b = a.to(base.dtype.element_ty), b.to(base.dtype.element_ty)
     if ROPE.pair_stride == 1:
         channels = tl.arange(0, 2 * PAIRS)
@@ -293,15 +293,15 @@ def store_pairs(base, a, b, rows, keep, stride, PAIRS: tl.constexpr, ALIGN: tl.c
 
 
 @triton.jit
-def load_table_pairs(base, rows, keep, stride, FIRST: tl.constexpr, PAIRS: tl.constexpr, ROPE: tl.constexpr):
-    """The values of a table for both channels of the pairs from FIRST on."""
+def load_table_pairs(base, rows, keep, stride, PAIRS: tl.constexpr, ROPE: tl.constexpr):
+    """The values of a table for both channels of every pair."""
     if ROPE.half_table:
-        pairs = FIRST + tl.arange(0, PAIRS)
+        pairs = tl.arange(0, PAIRS)
         mask = keep[:, None] & (pairs < ROPE.num_pairs)[None, :]
         a = tl.load(tile_pointers(base, rows, stride, pairs, ROPE.align), mask=mask, other=0.0)
         b = a
     else:
-        a, b = load_pairs(base, rows, keep, stride, FIRST, PAIRS, ROPE.align, ROPE)
+        a, b = load_pairs(base, rows, keep, stride, PAIRS, ROPE.align, ROPE)
     return a, b
 
 

@@ -110,7 +110,7 @@ def test_half_precision(name, workspace):
 def test_code_for_float32_on_nvidia(workspace, monkeypatch):
     """Halves of 11 bits, chunks of 32 channels, every tile checked, dv and dk apart: the same, whatever runs it."""
     case = AttentionCase("two_chunks", [18, 0], heads=2, kv_heads=1, head_dim=40, slack=3)
-    monkeypatch.setattr(triton_configs, "dot_precision", lambda arch, dtype: "tf32x3")
+    monkeypatch.setattr(triton_backend, "dot_precision", lambda arch, dtype: "tf32x3")
     monkeypatch.setattr(triton_configs, "INTERPRETED", triton_configs.TileConfig(16, 16, 1, 1, num_passes=2))
     check_rope_attention(case, torch.float32, "triton", DEVICE)
 
