@@ -178,9 +178,7 @@ def generated_code(source: Path, capabilities: dict[str, bool]) -> list[str]:
         return ["-gencode=arch=compute_90a,code=sm_90a"]
     flags = []
     for capability, ptx in capabilities.items():
-        number = capability.rstrip(
-            "af"
-        )  # code and PTX of 90a run on 9.0 alone, those of 90 on everything of its kind and later
+        number = capability.rstrip("af")  # what is made for 90a runs on 9.0 alone, for 90 on 9.x, and its PTX on all later ones
         flags += [f"-gencode=arch=compute_{number},code=sm_{number}"]
         flags += [f"-gencode=arch=compute_{number},code=compute_{number}"] if ptx else []
     return list(dict.fromkeys(flags))

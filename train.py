@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from comp.config import Config, ConfigError
 from comp.config_io import apply_overrides
-from comp.data.datasets import BadSampleError
+from comp.data.batch import BadSampleError
 from comp.log import table
 from comp.parallel import stop_world
 from comp.recipes import RECIPES

@@ -15,8 +15,7 @@ from PIL import Image
 from .build import make_sample_encoder
 from .cli import positive_int
 from .config import ConfigError
-from .data.batch import Message, Sample
-from .data.datasets import BadSampleError
+from .data.batch import BadSampleError, Message, Sample
 from .data.template import ChatTemplate
 from .eval.exported import load
 from .eval.vqa import generate_answers
@@ -38,7 +37,7 @@ def answer(
 
     min_visual_tokens, max_visual_tokens:  smaller images are scaled up, larger ones down; the images share the maximum,
         or what question and answer leave of the language model's positions where that is less.
-    Raises comp.data.datasets.BadSampleError for an image that cannot be read.
+    Raises comp.data.batch.BadSampleError for an image that cannot be read.
     """
     sample = Sample(name="question", messages=[Message(role="user", text=question, images=list(images))])
     limit = position_limit(model.language_model)

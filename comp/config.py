@@ -343,7 +343,7 @@ class StageConfig:
     max_steps: int | None = None
     """Stop the stage after this many steps, whatever `epochs` says."""
     optim: OptimConfig
-    token_loss: str = "token"
+    token_loss: Literal["token", "sample"] = "token"
     """What the next-token loss of a step is the mean of: "token", all learned tokens of the step alike, or "sample", the mean
     of each sample (paper, Eq. 6: 1/T for every text)."""
     alignment: AlignmentConfig | None = None
@@ -353,8 +353,9 @@ class StageConfig:
     def __post_init__(self) -> None:
         valid = self.name not in ("", ".", "..", BEFORE) and "/" not in self.name  # it names files and folders
         need(valid, f'the name of a stage must be a folder name other than "{BEFORE}", got {self.name!r}')
+        need_literals(self, f"stage {self.name}: ")
         for part in self.trainable:
-            need_choice(f"trainable of stage {self.name}", part, PARTS)
+            need_choice(f"stage {self.name}: trainable", part, PARTS)
         need(len(self.trainable) > 0, f"stage {self.name}: trainable names no part; choose from {', '.join(PARTS)}")
         for part in self.trainable:
             rate = self.optim.lr(part)
@@ -389,7 +390,6 @@ class StageConfig:
             self.min_visual_tokens <= self.max_visual_tokens,
             f"stage {self.name}: min_visual_tokens={self.min_visual_tokens} exceeds max_visual_tokens={self.max_visual_tokens}",
         )
-        need_choice(f"token_loss of stage {self.name}", self.token_loss, ("token", "sample"))
         need(self.epochs > 0, f"stage {self.name}: epochs must be positive, got {self.epochs}")
         need(len(self.data) > 0, f"stage {self.name}: data lists no source")
 

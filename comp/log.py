@@ -15,8 +15,8 @@ from tqdm import tqdm
 class MetricsLog:
     """Appends records to metrics.jsonl and mirrors training records to TensorBoard.
 
-    A record reaches the file in one write, so a killed process leaves at most one torn last line; `truncate` removes what came
-    after a checkpoint, torn line included.
+    A record reaches the file in one write, so a killed process leaves at most one torn last line. `keep_bytes` cuts off what
+    came after a checkpoint, torn line included.
     """
 
     def __init__(self, path: Path, tensorboard: Path | None, *, keep_bytes: int | None = None, purge_step: int | None = None):
@@ -48,7 +48,7 @@ class MetricsLog:
 
 
 def read_records(path: Path, event: str | None = None) -> list[dict[str, Any]]:
-    """Records of metrics.jsonl, of one event ("train", "evaluation", "skipped") or all; a torn last line is left out."""
+    """Records of metrics.jsonl: of one event ("train", "evaluation", "skipped", "note") or all, without a torn last line."""
     records = []
     for line in path.read_bytes().splitlines(keepends=True):
         if line.endswith(b"\n"):

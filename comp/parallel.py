@@ -73,8 +73,8 @@ class World:
         return torch.cat([share[:n] for share, n in zip(shares, lengths)])
 
     def in_order(self, own: Tensor, indices: Sequence[int]) -> Tensor:
-        """A row per index, in their order, from processes that each have the rows of their own indices: those that leave
-        their rank when divided by the number of processes."""
+        """A row per index, in their order, from processes that each have the rows of their own indices: index i belongs to
+        process i % size."""
         if self.group is None:
             return own
         places = sorted(range(len(indices)), key=lambda place: (indices[place] % self.size, place))
@@ -83,7 +83,7 @@ class World:
         return self.rows(own)[back.to(own.device)]
 
     def own(self, indices: Iterable[int]) -> list[int]:
-        """Those of the indices that are this process's, see `in_order`."""
+        """Those of the indices that belong to this process, as in `in_order`."""
         return [index for index in indices if index % self.size == self.rank]
 
     def barrier(self) -> None:
@@ -138,7 +138,7 @@ CPU_ALONE = Place()
 def place_of(options: argparse.Namespace) -> Place:
     """From `add_place_options`; joins the processes that torchrun started."""
     world = start_world(options.device)
-    return Place(world, options.precision == "bf16" or (options.precision == "auto" and world.device.type == "cuda"))
+    return Place(world, uses_bf16(options.precision, world))
 
 
 def stop_world(world: World) -> None:
@@ -146,8 +146,9 @@ def stop_world(world: World) -> None:
         dist.destroy_process_group()
 
 
-def uses_bf16(config: Config, world: World) -> bool:
-    return config.precision == "bf16" or (config.precision == "auto" and world.device.type == "cuda")
+def uses_bf16(precision: str, world: World) -> bool:
+    """What `Config.precision` means for the device of this process."""
+    return precision == "bf16" or (precision == "auto" and world.device.type == "cuda")
 
 
 def multiplies_bf16() -> bool | None:
@@ -171,7 +172,7 @@ def distribute(model: CoMP, config: Config, world: World) -> CoMP:
         return model
     mesh = make_mesh(world, config.shard_size)
     bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    policy = bf16 if uses_bf16(config, world) else MixedPrecisionPolicy()
+    policy = bf16 if uses_bf16(config.precision, world) else MixedPrecisionPolicy()
     for block in transformer_blocks(model):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)

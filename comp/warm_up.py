@@ -2,8 +2,8 @@
 
 Takes train.py's recipe and overrides, reads the configurations of both models and the tokenizer, no weights and no data, and
 compiles the Triton kernels of attention and alignment loss into Triton's cache, as `comp_kernels.warm_up` does for other
-models: for the GPU of this machine those that it will use, for --arch all. What the alignment loss of several processes needs
-beside them, two kernels, is left to the first step.
+models: for the GPU of this machine those that it will use, for --arch all. Two more, which the alignment loss needs with
+several processes, are left to the first step.
 """
 
 from __future__ import annotations

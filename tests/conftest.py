@@ -7,9 +7,8 @@ import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-if (
-    not torch.cuda.is_available()
-):  # Triton kernels run in its interpreter here; helpers/emulation.py has a process that compiles
+if not torch.cuda.is_available():
+    # Triton's kernels run in its interpreter here; helpers/emulation.py has a process that compiles.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 if "PYTEST_XDIST_WORKER" in os.environ:

@@ -1,7 +1,7 @@
 """From an image file, or a Pillow image, to one upright picture in 8-bit sRGB; what a file holds besides is applied or refused.
 
-Pillow gives the first plane of pixels as the file stores it. Meant with it are pages and frames, the sense and range of deep
-grey, transparency, orientation, and colour profiles.
+Pillow gives the first plane of pixels as the file stores it. The rest of what a file means is up to the caller: pages and
+frames, the sense and range of deep grey, transparency, orientation, and colour profiles.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _REDUCED, _MASK = 1, 4  # bits of _SUBFILE
 def to_rgb(image: Image.Image, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """One upright picture of mode RGB, without metadata; the table in docs/training.md says what is read how.
 
-    Applied are EXIF orientation, ICC profiles and PNG's gamma (towards sRGB), transparency (on white), and the sense and
-    range of grey of 12 and 16 bits. Raises ValueError for more than `max_pixels` pixels, before they are decoded, for files of
+    It applies EXIF orientation, ICC profiles and PNG's gamma (towards sRGB), transparency (on white), and the sense and range
+    of grey of 12 and 16 bits. Raises ValueError for more than `max_pixels` pixels, before they are decoded, for files of
     several pages or frames, and for pixels without a fixed range (32-bit integers, floats, signed samples).
     """
     if type(image) is Image.Image and image.mode == "RGB" and not image.info and not image.getexif():

@@ -13,8 +13,7 @@ from torch import Tensor
 from ..config import MAX_PIXELS, ConfigError
 from ..files import is_lfs_pointer
 from ..limits import NO_LIMIT, count_positions
-from .batch import FileInFolder, ImageBytes, LazyImage, Message, Sample
-from .datasets import BadSampleError
+from .batch import BadSampleError, FileInFolder, ImageBytes, LazyImage, Message, Sample
 from .decode import to_rgb
 from .images import pad_to_square, prepare_image, sides
 from .packing import EncodedSample

@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from ..config import ConfigError
-from .batch import Batch
-from .datasets import BadSampleError, Dataset
+from .batch import BadSampleError, Batch
+from .datasets import Dataset
 from .encode import SampleEncoder
 from .mixture import Mixture, SampleOrder
 from .packing import EncodedSample, collate, pack, share_out
@@ -272,7 +272,7 @@ def _ahead(
     items = iter(loader)
     try:
         yield from items
-    finally:  # the workers pass over SIGTERM, with which Python would end them when it exits, and wait for them
+    finally:  # the workers ignore SIGTERM, by which Python ends them at exit: it would wait for them forever
         if isinstance(items, _MultiProcessingDataLoaderIter):
             items._shutdown_workers()
 

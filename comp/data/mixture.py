@@ -27,7 +27,7 @@ from .batch import Sample
 from .datasets import Dataset, LlavaDataset, dataset_from_factory
 
 TOLD = ("samples", "source", "licence")
-"""Of an entry of a YAML mixture: nothing reads them but who misses the file."""
+"""Fields of an entry of a YAML mixture that are only shown, where its file is missing."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Part:
     """A dataset of a mixture, restricted to chosen indices."""
 
     source: str
-    """What tells it from other datasets: the same in every stage that reads it."""
+    """Identifies the dataset: the same in every stage that reads it."""
     dataset: Dataset
     indices: np.ndarray
 

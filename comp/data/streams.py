@@ -114,12 +114,12 @@ class _Rows:
     window: int
     seed: tuple[int, ...]
     state: State = field(default_factory=lambda: dict(epoch=0, number=0, begin=None, taken=0))
-    """epoch; number and begin: of the window, how many were before it in the epoch and where the rows stood; taken: samples."""
+    """number: windows before this one in the epoch; begin: where the rows stood then; taken: samples given from this window."""
 
     def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
         state = self.state
         while True:
-            rows = copy.deepcopy(self.rows)  # copies that share anything go on where another one stood
+            rows = copy.deepcopy(self.rows)  # a copy that shares anything would go on where another one stood
             if state["begin"] is not None:
                 rows.load_state_dict(copy.deepcopy(state["begin"]))
             iterator = iter(rows)

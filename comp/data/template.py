@@ -4,7 +4,7 @@
     <|im_start|>user\\n<|vision_start|><|image_pad|>...<|vision_end|>What is this?<|im_end|>\\n
     <|im_start|>assistant\\nA cat.<|im_end|>\\n
 
-An image stands as one <|image_pad|> per visual token. Learned are the answers and their <|im_end|>, in every assistant turn
+An image stands as one <|image_pad|> per visual token. The answers and their <|im_end|> are learned, in every assistant turn
 that has a text and is not marked otherwise.
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -163,7 +163,7 @@ class ChatTemplate:
             raise ValueError(f"role must be one of {', '.join(ROLES)}, got {role!r}")
         return self.heads[role]
 
-    def _images(self, message: Message, counts) -> list[int]:
+    def _images(self, message: Message, counts: Iterator[int]) -> list[int]:
         ids: list[int] = []
         for _ in message.images:
             count = next(counts, None)
@@ -172,7 +172,7 @@ class ChatTemplate:
             ids += [self.vision_start, *[self.image_id] * count, self.vision_end]
         return ids
 
-    def _check_all_used(self, messages: Sequence[Message], counts) -> None:
+    def _check_all_used(self, messages: Sequence[Message], counts: Iterator[int]) -> None:
         unused = len(list(counts))
         if unused:
             images = sum(len(m.images) for m in messages)

@@ -1,1 +1,1 @@
-"""Answers to visual questions: benchmarks, metrics, and the harness adapter."""
+"""Scores of a model: answers to visual questions (benchmarks, metrics, harness adapter), and what its tower knows of pages."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 RESAMPLES = 1000
+"""Draws with repetition of a held-out set, behind a standard error."""
 
 
 def in_batches(count: int, size: int) -> Iterator[range]:

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ConfigError
-from ..data.batch import Message, Sample
-from ..data.datasets import BadSampleError
+from ..data.batch import BadSampleError, Message, Sample
 from ..data.hf_folder import images_inside, lazy_image, open_folder
 from .choices import LETTERS, lettered, listed_options
 

@@ -26,7 +26,8 @@ from tqdm import tqdm
 from ..build import longest_answer, question_encoder
 from ..cli import positive_int
 from ..config import ConfigError, SourceConfig
-from ..data.datasets import BadSampleError, Dataset
+from ..data.batch import BadSampleError
+from ..data.datasets import Dataset
 from ..data.encode import SampleEncoder, prompt_messages, reference_answers
 from ..data.mixture import open_sources
 from ..files import write_json

@@ -21,8 +21,7 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 
 from ..build import longest_answer, question_encoder
-from ..data.batch import LazyImage, Message, Sample
-from ..data.datasets import BadSampleError
+from ..data.batch import BadSampleError, LazyImage, Message, Sample
 from ..data.encode import SampleEncoder
 from ..data.packing import EncodedSample
 from ..data.records import IMAGE_MARKER

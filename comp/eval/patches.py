@@ -116,6 +116,7 @@ def probe_tower(
 
 
 def page_draws(num_pages: int, resamples: int = RESAMPLES // 5) -> Tensor:
-    """[resamples, num_pages]: how often each page comes when as many are drawn with repetition; always the same draws."""
+    """[resamples, num_pages]: how often each page comes when as many are drawn with repetition; always the same draws, fewer
+    than usual since each sorts and weighs every patch of every page."""
     drawn = torch.randint(num_pages, (resamples, num_pages), generator=torch.Generator().manual_seed(0))
     return torch.zeros(resamples, num_pages).scatter_add_(1, drawn, torch.ones(drawn.shape))

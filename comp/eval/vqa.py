@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from ..config import ConfigError, need_choice
-from ..data.batch import Batch, Sample
-from ..data.datasets import BadSampleError, Dataset
+from ..data.batch import BadSampleError, Batch, Sample
+from ..data.datasets import Dataset
 from ..data.encode import SampleEncoder, prompt_messages, reference_answers
 from ..data.packing import EncodedSample, collate
 from ..model.causal_lm import evaluation_mode

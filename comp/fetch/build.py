@@ -1,8 +1,8 @@
 """Unpacked packages -> records in LLaVA format: captions of emoji and stamps, drawn charts, lines of typeset pages.
 
 Each builder takes {package: folder} and the output folder, saves its images to `<output>/<part>/`, and yields ("train" or
-"heldout", record). Held out are whole emoji concepts and stamp captions, by a hash of their name, the stamps on which the
-segmentation probe is tested, and the tables and documents named below.
+"heldout", record). Whole emoji concepts and stamp captions are held out, by a hash of their name, and so are the stamps on
+which the segmentation probe is tested and the tables and documents named below.
 """
 
 from __future__ import annotations

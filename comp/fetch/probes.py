@@ -6,9 +6,9 @@
 `digits` and `fashion-mnist` become folders in ImageNet layout, `train/CLASS/*.png` and `val/CLASS/*.png`, pixels as published.
 `stamp-segmentation` becomes a folder in ADE20K layout: Tux Paint's stamps pasted on cuttings of R's manuals, with their masks.
 
-Held out are the standard test images of Fashion-MNIST, the scans that the recipe `tiny` holds out, and, of the composites,
-stamps by caption and pages by document. Needs apt-get and dpkg-deb (Debian 12) for all but `digits`, and the extra "data" for
-the composites; a part that cannot be had is reported and left out.
+The held-out data are the standard test images of Fashion-MNIST, the scans that the recipe `tiny` holds out, and, of the
+composites, stamps by caption and pages by document. Needs apt-get and dpkg-deb (Debian 12) for all but `digits`, and the extra
+"data" for the composites; a part that cannot be had is reported and left out.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Tux Paint's stamps out of the unpacked Debian package: pictures with a sentence each, cut out, and which are held out.
 
-The recipe `smollm2` learns their captions (fetch_build.py), the segmentation probe pastes them on pages (fetch_probes.py). One
-split serves both: no encoder that learned from captions is probed on the stamps that it has met.
+The recipe `smollm2` learns their captions (build.py), the segmentation probe pastes them on pages (probes.py). One split serves
+both: no encoder that learned from captions is probed on the stamps that it has met.
 """
 
 from __future__ import annotations

@@ -181,10 +181,10 @@ class Checkpoint:
             settings = read_object(directory / "preprocessor_config.json")
             statistics = {key: settings[key] for key in ("image_mean", "image_std") if settings.get(key)}
         tensors: dict[str, Any] = {}
-        for path in weight_files(directory):
-            held = open_weights(path)
+        for weights in weight_files(directory):
+            held = open_weights(weights)
             if twice := sorted(held.keys() & tensors.keys()):
-                raise ValueError(f"{path} holds {twice[:3]}, which another file of the same checkpoint holds as well")
+                raise ValueError(f"{weights} holds {twice[:3]}, which another file of the same checkpoint holds as well")
             tensors |= held
         return cls(config, tensors, statistics)
 
@@ -294,7 +294,7 @@ def read_tensors(
     names, prefix = FAMILIES[config.family], checkpoint.tower_prefix
     missing, tensors = [], {}
 
-    def fetch(name: str) -> Tensor | None:
+    def tensor_or_none(name: str) -> Tensor | None:
         name = checkpoint.merger_name(name) if name.startswith("merger.") else prefix + name
         if name in checkpoint:
             try:
@@ -306,14 +306,14 @@ def read_tensors(
 
     for ours, shape in shapes.items():
         if checkpoint.is_own:
-            parts = [fetch(ours)]
+            parts = [tensor_or_none(ours)]
         elif ours == "pos_embed":
-            parts = [fetch(names.table)]
+            parts = [tensor_or_none(names.table)]
         elif ours == "prefix_tokens":
             tokens = (names.cls_token, names.registers if config.num_prefix_tokens > 1 else None)
-            parts = [fetch(name) for name in (*tokens, names.table) if name is not None]
+            parts = [tensor_or_none(name) for name in (*tokens, names.table) if name is not None]
         else:
-            parts = [fetch(name) for name in names.sources(ours)]
+            parts = [tensor_or_none(name) for name in names.sources(ours)]
         found = [part for part in parts if part is not None]
         if len(found) < len(parts):
             continue

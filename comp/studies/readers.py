@@ -19,7 +19,7 @@ from ..data.loader import StepDataset, iterate_steps
 from ..data.mixture import open_sources
 from ..eval.vqa import answer_loss
 from ..model import Adapter, VisionEncoder
-from ..parallel import World
+from ..parallel import ALONE
 from ..train.optim import build_optimizer, lr_multiplier, set_learning_rates, set_trainable
 from ..train.step import StepTotals, seed_step, train_step
 
@@ -55,7 +55,7 @@ def reading_loss(
     seed:   of the new adapter and of the order of the samples.
     """
     config = reading_config(config, tower, steps)
-    stage, world = config.stages[0], World(rank=0, size=1, device=torch.device("cpu"), group=None)
+    stage = config.stages[0]
     torch.manual_seed(seed)  # for word embeddings that the template adds
     model, template = build_model(config, encoder=copy.deepcopy(tower))
     torch.manual_seed(seed)  # for the adapter: the same for every tower of one width
@@ -80,12 +80,12 @@ def reading_loss(
     model.train()
     with closing(iterate_steps(dataset, start=0, num_workers=config.num_workers)) as prepared:
         for data in prepared:
-            totals = StepTotals.gather(data, world, stop=False)
+            totals = StepTotals.gather(data, ALONE, stop=False)
             if totals.tokens == 0:
                 continue
             seed_step(seed, 0, data.step, 0)
             set_learning_rates(optimizer, lr_multiplier(data.step, len(dataset), stage.optim))
-            train_step(model, optimizer, data, totals, stage, world, pad_id=template.pad_id, bf16=False)
+            train_step(model, optimizer, data, totals, stage, ALONE, pad_id=template.pad_id, bf16=False)
     held_out = open_sources(config.eval.data, config.seed)
     count = min(num_questions or len(held_out), len(held_out))
     return answer_loss(model, held_out, encoder, indices=range(count), batch_size=config.eval.batch_size)

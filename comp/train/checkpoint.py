@@ -187,7 +187,7 @@ def damage(path: Path) -> str | None:
 
 
 def changed(path: Path, rank: int = 0, size: int = 1) -> str | None:
-    """A file of every `size` of them, from the `rank`th on, whose content is not what was written; None: there is none.
+    """A file whose content is not what was written, among each `size`th from number `rank` on; None where there is none.
 
     Checkpoints that older versions wrote have no checksums.
     """

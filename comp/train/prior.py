@@ -9,32 +9,31 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from ..data.batch import Sample
-from ..data.datasets import BadSampleError, Dataset
+from ..data.batch import BadSampleError, Sample
+from ..data.datasets import Dataset
 from ..data.streams import Streams
 from ..data.template import ChatTemplate
-from ..parallel import World
+from ..parallel import ALONE, World
 
 STREAMED = 20_000
 """Samples of a stream whose words are counted."""
 
 
-def count_words(samples: Dataset | Streams, template: ChatTemplate, vocabulary_size: int, world: World | None = None) -> Tensor:
+def count_words(samples: Dataset | Streams, template: ChatTemplate, vocabulary_size: int, world: World = ALONE) -> Tensor:
     """[vocabulary_size] int64 counts of token ids in the alignment texts of `samples`, tokenised as in training, no template
     tokens; of a stream, of its first STREAMED samples.
 
     The processes of `world` share the work. No image is read. Unreadable samples are left out, as they are in training.
     """
-    rank, world_size = (0, 1) if world is None else (world.rank, world.size)
     counts = torch.zeros(vocabulary_size, dtype=torch.int64)
     if isinstance(samples, Streams):
-        own = samples.first_samples(STREAMED // world_size, range(rank, samples.lanes, world_size))
+        own = samples.first_samples(STREAMED // world.size, range(world.rank, samples.lanes, world.size))
     else:
-        own = _readable(samples, range(rank, len(samples), world_size))
+        own = _readable(samples, range(world.rank, len(samples), world.size))
     for texts in _in_chunks(template.alignment_text(sample) for sample in own):
         ids = [i for text_ids in template.encode_texts(texts) for i in text_ids]
         counts += torch.bincount(torch.tensor(ids, dtype=torch.int64), minlength=vocabulary_size)
-    return counts if world is None else torch.tensor(world.sum(counts.tolist()), dtype=torch.int64)
+    return torch.tensor(world.sum(counts.tolist()), dtype=torch.int64)
 
 
 def _readable(samples: Dataset, indices: range) -> Iterator[Sample]:

@@ -53,7 +53,7 @@ class RunState:
     text_tokens: int = 0
     skipped: dict[str, int] = field(default_factory=dict)  # message of an unusable sample -> times met
     skipped_samples: dict[str, int] = field(default_factory=dict)  # place of an unusable sample -> times met
-    notes: list[str] = field(default_factory=list)  # what of the records is not read
+    notes: list[str] = field(default_factory=list)  # what the records hold and nobody reads
     lanes: dict[str, Any] = field(default_factory=dict)  # where each lane of the stage stands, where it is streamed
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     metrics_bytes: int = 0  # length of metrics.jsonl that belongs to this state

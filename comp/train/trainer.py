@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 
 from ..build import build_model, export_model, sample_encoder, set_position_mode
 from ..config import BEFORE, Config, ConfigError, StageConfig
-from ..data.datasets import BadSampleError
+from ..data.batch import BadSampleError
 from ..data.loader import Skipped, StepData, StepDataset, StreamSteps, iterate_steps
 from ..data.mixture import Mixture, check_files, open_sources
 from ..data.streams import Streams, needs_lanes
@@ -84,7 +84,7 @@ class Trainer:
         if self.padded and config.language.pack_rows and self.world.is_main:
             print(f"rows of text are padded: {model.padded_because}", file=sys.stderr)
         self.model = distribute(model, config, self.world)
-        self.bf16 = uses_bf16(config, self.world)
+        self.bf16 = uses_bf16(config.precision, self.world)
         if self.bf16 and self.world.device.type == "cpu" and multiplies_bf16() is False and self.world.is_main:
             print("precision=bf16 is slower than fp32 here: this processor has no products of bfloat16", file=sys.stderr)
         self.peak = peak_flops(config.peak_tflops, self.world.device, bf16=self.bf16)
@@ -326,8 +326,8 @@ class Trainer:
         self.startup.say("words counted")
 
     def _stored_counts(self, path: Path, rows: int) -> torch.Tensor | None:
-        """The counts of the run that is continued; None on every process where one cannot read them, or they have changed: they
-        are counted again."""
+        """The counts of the run that is continued; None on every process if one cannot read them or finds them changed,
+        and they are counted again."""
         try:
             stored = np.load(path) if is_unchanged(path, self.state) else None
         except (OSError, ValueError, EOFError):

@@ -1,6 +1,6 @@
 """How much work samples are, in floating-point operations: for the shares of the processes and for the utilisation of devices.
 
-Counted are products of matrices, two operations per multiply-add, of the model as it is defined: nothing for recomputed
+Only products of matrices are counted, two operations per multiply-add, of the model as it is defined: nothing for recomputed
 activations, norms, softmax and rotation. A causal row of n tokens has n (n + 1) / 2 pairs of query and key.
 """
 

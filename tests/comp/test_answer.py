@@ -9,7 +9,7 @@ from toy import save_toy_models, toy_config
 
 from comp import answer
 from comp.build import build_model
-from comp.data.datasets import BadSampleError
+from comp.data.batch import BadSampleError
 
 
 @pytest.fixture(scope="module")

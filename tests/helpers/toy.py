@@ -27,8 +27,7 @@ from comp.config import (
     StageConfig,
     VisionConfig,
 )
-from comp.data.batch import Message, Sample
-from comp.data.datasets import BadSampleError
+from comp.data.batch import BadSampleError, Message, Sample
 from comp.data.encode import ImageSettings, SampleEncoder
 from comp.data.template import ChatTemplate
 

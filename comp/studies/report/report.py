@@ -1,6 +1,6 @@
 """The page of a run: `python -m comp.studies.report RUN` writes RUN/report.html (one file) and RUN/report.md.
 
-Shown is what the run left behind: stages and losses, held-out scores, example questions with their pictures, and, where these
+It shows what the run left behind: stages and losses, held-out scores, example questions with their pictures, and, where these
 were made, measures of the tower (`comp.studies.encoder`), the resolution sweep (`comp.studies.sweep`) and probes of the frozen
 encoder before and after (`comp.studies.probes`, `comp.studies.segmentation`).
 """
@@ -17,8 +17,8 @@ from typing import Any
 from PIL import Image
 
 from ...config import Config, ConfigError
-from ...data.batch import LazyImage, Sample
-from ...data.datasets import BadSampleError, Dataset
+from ...data.batch import BadSampleError, LazyImage, Sample
+from ...data.datasets import Dataset
 from ...data.encode import load_image
 from ...data.mixture import open_sources
 from ...eval.vqa import OVERALL, all_types

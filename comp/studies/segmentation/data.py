@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...config import ConfigError
 from ...data.batch import IGNORED
-from ...data.images import to_rgb
+from ...data.decode import to_rgb
 from ..probes.frozen import IMAGE_ENDINGS, subset
 
 

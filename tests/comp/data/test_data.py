@@ -12,8 +12,8 @@ from toy import ColouredRectangles, make_sample_encoder
 from transformers import BloomConfig, GPT2Config, LlamaConfig, MambaConfig, MptConfig
 
 from comp.config import ConfigError, SourceConfig
-from comp.data.batch import ImageBytes, Message, Sample
-from comp.data.datasets import BadSampleError, LlavaDataset
+from comp.data.batch import BadSampleError, ImageBytes, Message, Sample
+from comp.data.datasets import LlavaDataset
 from comp.data.encode import SampleEncoder, reference_answers
 from comp.data.loader import StepDataset, iterate_steps
 from comp.data.mixture import SampleOrder, choose_indices, open_sources

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from comp.config import SourceConfig
-from comp.data.batch import IGNORED, Sample
-from comp.data.datasets import BadSampleError, LlavaDataset
+from comp.data.batch import IGNORED, BadSampleError, Sample
+from comp.data.datasets import LlavaDataset
 from comp.data.encode import load_image
 from comp.data.mixture import open_sources
 from comp.data.records import sample_from_record

@@ -8,8 +8,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from toy import make_tokenizer
 
-from comp.data.batch import IGNORED
-from comp.data.datasets import BadSampleError, LlavaDataset
+from comp.data.batch import IGNORED, BadSampleError
+from comp.data.datasets import LlavaDataset
 from comp.data.encode import ImageSettings, SampleEncoder, reference_answers
 from comp.data.records import sample_from_record
 from comp.data.template import ChatTemplate, load_tokenizer

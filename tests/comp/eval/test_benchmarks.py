@@ -11,7 +11,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from comp.config import ConfigError, SourceConfig
-from comp.data.datasets import BadSampleError
+from comp.data.batch import BadSampleError
 from comp.data.encode import load_image
 from comp.data.hf_folder import lazy_image
 from comp.data.mixture import open_sources

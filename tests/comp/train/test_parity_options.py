@@ -383,7 +383,7 @@ def save_dinov2(folder):
 def test_wrong_choices_are_named():
     with pytest.raises(ConfigError, match=r"vision\.rope_dtype must be one of None, 'fp32', 'bf16_legacy', got 'fp16'"):
         apply_overrides(toy_config_without_files(), ["vision.rope_dtype=fp16"])
-    with pytest.raises(ConfigError, match="token_loss of stage I must be one of 'token', 'sample', got 'word'"):
+    with pytest.raises(ConfigError, match="stage I: token_loss must be one of 'token', 'sample', got 'word'"):
         apply_overrides(toy_config_without_files(), ["stages.0.token_loss=word"])
 
 
