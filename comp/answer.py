@@ -14,7 +14,7 @@ from PIL import Image
 
 from .build import make_sample_encoder
 from .cli import positive_int
-from .config import ConfigError
+from .config import MAX_VISUAL_TOKENS, MIN_VISUAL_TOKENS, ConfigError
 from .data.batch import BadSampleError, Message, Sample
 from .data.template import ChatTemplate
 from .eval.exported import load
@@ -30,8 +30,8 @@ def answer(
     question: str,
     *,
     max_new_tokens: int = 64,
-    min_visual_tokens: int = 4,
-    max_visual_tokens: int = 3000,
+    min_visual_tokens: int = MIN_VISUAL_TOKENS,
+    max_visual_tokens: int = MAX_VISUAL_TOKENS,
 ) -> str:
     """Greedy answer to a question about images (pictures or file names; none is fine too), at native resolution.
 

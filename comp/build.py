@@ -10,7 +10,7 @@ from typing import Any
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import GenerationConfig, PreTrainedModel
 
-from .config import AlignmentConfig, Config, ConfigError, StageConfig, VisionConfig
+from .config import MAX_VISUAL_TOKENS, MIN_VISUAL_TOKENS, AlignmentConfig, Config, ConfigError, StageConfig, VisionConfig
 from .data.encode import ImageSettings, SampleEncoder
 from .data.template import ChatTemplate, load_tokenizer, num_rows
 from .files import write_json
@@ -167,17 +167,26 @@ def make_sample_encoder(
 
 
 def question_encoder(
-    model: CoMP, template: ChatTemplate, *, answer_tokens: int, min_visual_tokens: int = 4, max_visual_tokens: int = 3000
+    model: CoMP,
+    template: ChatTemplate,
+    *,
+    answer_tokens: int,
+    min_visual_tokens: int = MIN_VISUAL_TOKENS,
+    max_visual_tokens: int = MAX_VISUAL_TOKENS,
 ) -> SampleEncoder:
-    """For questions, at native size: leaves `answer_tokens` of the language model's positions, a quarter of them for text."""
-    positions = position_limit(model.language_model)
+    """For questions, at native size; leaves `answer_tokens` of the language model's positions to the answer."""
     return make_sample_encoder(
         model,
         template,
-        max_text_tokens=positions - answer_tokens,
+        max_text_tokens=position_limit(model.language_model) - answer_tokens,
         min_visual_tokens=min_visual_tokens,
-        max_visual_tokens=min(max_visual_tokens, positions * 3 // 4),
+        max_visual_tokens=most_visual_tokens(model, max_visual_tokens),
     )
+
+
+def most_visual_tokens(model: CoMP, wanted: int = MAX_VISUAL_TOKENS) -> int:
+    """`wanted`, or three quarters of the language model's positions where those are fewer: a quarter is for text."""
+    return min(wanted, position_limit(model.language_model) * 3 // 4)
 
 
 def longest_answer(model: CoMP) -> int:
@@ -207,12 +216,11 @@ def export_model(model: CoMP, template: ChatTemplate, config: Config, world: Wor
 
 def save_processor(model: CoMP, template: ChatTemplate, folder: Path) -> None:
     """The tokenizer with its chat template, beside the language model and at the top of `folder`, and there what AutoProcessor
-    needs: images up to 3000 tokens, or three quarters of the language model's positions where those are fewer."""
+    needs, with images up to `most_visual_tokens`."""
     for place in (folder, folder / "language"):
         template.save_tokenizer(place)
-    most = min(3000, position_limit(model.language_model) * 3 // 4)
     processor = dict(
         auto_map={"AutoProcessor": f"{MODELING_FILE.stem}.CompProcessor"},
-        **image_processor(model.encoder.config, max_tokens=most),
+        **image_processor(model.encoder.config, max_tokens=most_visual_tokens(model)),
     )
     write_json(folder / "preprocessor_config.json", processor)

@@ -25,6 +25,9 @@ MAX_PIXELS = 64_000_000
 PILLOW_MAX_PIXELS = 178_956_970
 """Pillow itself opens nothing larger."""
 
+MIN_VISUAL_TOKENS, MAX_VISUAL_TOKENS = 4, 3000
+"""Of one sample, unless a setting says otherwise; the larger as in the paper's native stages (arXiv 2503.18931v2, Table 11)."""
+
 PosMode = Literal["abs", "rope", "abs+rope"]
 AbsPosOrder = Literal["merge", "raster_legacy"]
 AbsPosInterp = Literal["bicubic", "bilinear"]
@@ -326,9 +329,9 @@ class StageConfig:
     pad_to_square: bool = False
     """Pad images to squares, with the mean colour of the tower's statistics, before they become `resolution`; false: stretch
     them."""
-    max_visual_tokens: int = 3000
+    max_visual_tokens: int = MAX_VISUAL_TOKENS
     """Visual tokens of one sample as the language model sees them (after the 2x2 merge), shared by its images."""
-    min_visual_tokens: int = 4
+    min_visual_tokens: int = MIN_VISUAL_TOKENS
     """Smaller images are scaled up to this many visual tokens."""
     max_text_tokens: int = 8000
     """Length of one sample in the language model, visual tokens included; longer samples are skipped and reported."""

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from ..config import MAX_PIXELS, ConfigError
+from ..config import MAX_PIXELS, MAX_VISUAL_TOKENS, MIN_VISUAL_TOKENS, ConfigError
 from ..files import is_lfs_pointer
 from ..limits import NO_LIMIT, count_positions
 from .batch import BadSampleError, FileInFolder, ImageBytes, LazyImage, Message, Sample
@@ -32,8 +32,8 @@ class ImageSettings:
     std: tuple[float, ...]
     resolution: int | None = None
     """Side of square images in pixels; None: native size and aspect ratio."""
-    min_visual_tokens: int = 4
-    max_visual_tokens: int = 3000
+    min_visual_tokens: int = MIN_VISUAL_TOKENS
+    max_visual_tokens: int = MAX_VISUAL_TOKENS
     """Of one sample; its images share it evenly."""
     max_image_pixels: int = MAX_PIXELS
     """Larger files are not decoded."""

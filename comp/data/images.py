@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..config import MAX_PIXELS
+from ..config import MAX_PIXELS, MAX_VISUAL_TOKENS, MIN_VISUAL_TOKENS
 from .decode import to_rgb
 
 
@@ -119,8 +119,8 @@ def prepare_image(
     merge_size: int,
     mean: Sequence[float],
     std: Sequence[float],
-    min_tokens: int = 4,
-    max_tokens: int = 3000,
+    min_tokens: int = MIN_VISUAL_TOKENS,
+    max_tokens: int = MAX_VISUAL_TOKENS,
     size: tuple[int, int] | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> tuple[Tensor, tuple[int, int, int]]:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from ..build import longest_answer, question_encoder
 from ..cli import positive_int
-from ..config import ConfigError, SourceConfig
+from ..config import MAX_VISUAL_TOKENS, MIN_VISUAL_TOKENS, ConfigError, SourceConfig
 from ..data.batch import BadSampleError
 from ..data.datasets import Dataset
 from ..data.encode import SampleEncoder, prompt_messages, reference_answers
@@ -151,9 +151,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--max-new-tokens", type=positive_int, help=f"default: the benchmark's, {DEFAULT_ANSWER_TOKENS} for files"
     )
-    parser.add_argument("--min-visual-tokens", type=positive_int, default=4, help="smaller images are scaled up")
     parser.add_argument(
-        "--max-visual-tokens", type=positive_int, default=3000, help="of a question, at most 3/4 of the model's positions"
+        "--min-visual-tokens", type=positive_int, default=MIN_VISUAL_TOKENS, help="smaller images are scaled up"
+    )
+    parser.add_argument(
+        "--max-visual-tokens",
+        type=positive_int,
+        default=MAX_VISUAL_TOKENS,
+        help="of a question, at most 3/4 of the model's positions",
     )
     add_place_options(parser)
     options = parser.parse_args(arguments)

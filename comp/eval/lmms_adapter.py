@@ -21,6 +21,7 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 
 from ..build import longest_answer, question_encoder
+from ..config import MAX_VISUAL_TOKENS, MIN_VISUAL_TOKENS
 from ..data.batch import BadSampleError, LazyImage, Message, Sample
 from ..data.encode import SampleEncoder
 from ..data.packing import EncodedSample
@@ -62,8 +63,8 @@ class CoMPForLmmsEval(lmms):
         pretrained: str,
         device: str | None = None,
         batch_size: int = 1,
-        min_visual_tokens: int = 4,
-        max_visual_tokens: int = 3000,
+        min_visual_tokens: int = MIN_VISUAL_TOKENS,
+        max_visual_tokens: int = MAX_VISUAL_TOKENS,
     ) -> None:
         super().__init__()
         if device in (None, "cuda"):

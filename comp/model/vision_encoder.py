@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from comp_kernels import rope_attention
 
-from ..config import PosMode, TowerChoices, need_choice
+from ..config import MAX_VISUAL_TOKENS, MIN_VISUAL_TOKENS, PosMode, TowerChoices, need_choice
 from ..data.images import check_grid, prepare_image, to_raster
 from . import weights
 from .adapter import Adapter
@@ -264,8 +264,8 @@ class VisionEncoder(nn.Module):
         self,
         images: Image.Image | Sequence[Image.Image],
         *,
-        min_tokens: int = 4,
-        max_tokens: int = 3000,
+        min_tokens: int = MIN_VISUAL_TOKENS,
+        max_tokens: int = MAX_VISUAL_TOKENS,
         size: tuple[int, int] | None = None,
     ) -> list[Tensor]:
         """Feature maps [h, w, D] in raster order, one per image, at native resolution; no gradients.

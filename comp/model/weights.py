@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..config import TowerChoices, field_types
+from ..config import MAX_VISUAL_TOKENS, MIN_VISUAL_TOKENS, TowerChoices, field_types
 from ..files import write_json
 from .folder import open_weights, read_object, weight_files
 from .vit_config import ViTConfig
@@ -405,7 +405,7 @@ def write_tower(path: str | os.PathLike, config: ViTConfig, parameters: dict[str
     shutil.copyfile(MODELING_FILE, directory / MODELING_FILE.name)
 
 
-def image_processor(config: ViTConfig, *, min_tokens: int = 4, max_tokens: int = 3000) -> dict[str, Any]:
+def image_processor(config: ViTConfig, *, max_tokens: int = MAX_VISUAL_TOKENS) -> dict[str, Any]:
     """preprocessor_config.json: transformers' image processor of Qwen2-VL makes the same patches in the same order."""
     block = (config.patch_size * config.merge_size) ** 2
     return dict(
@@ -413,7 +413,7 @@ def image_processor(config: ViTConfig, *, min_tokens: int = 4, max_tokens: int =
         patch_size=config.patch_size,
         temporal_patch_size=1,
         merge_size=config.merge_size,
-        size=dict(shortest_edge=min_tokens * block, longest_edge=max_tokens * block),  # areas, in pixels
+        size=dict(shortest_edge=MIN_VISUAL_TOKENS * block, longest_edge=max_tokens * block),  # areas, in pixels
         resample=3,  # bicubic
         image_mean=config.image_mean,
         image_std=config.image_std,

@@ -52,41 +52,29 @@ class StepTotals:
         cls, data: StepData, world: World, *, padded: bool = False, flops: float = 0.0, notes: int = 0, stop: bool
     ) -> StepTotals:
         """Add up the shares of all processes. Raises BadSampleError where they shared out the samples differently."""
-        counts = (
-            sum(batch.num_learned_tokens() for batch in data.batches),
-            data.num_samples,
-            data.num_images,
-            data.num_text_tokens,
-            data.num_visual_tokens,
-            sum(batch.input_ids.numel() for batch in data.batches) if padded else data.num_text_tokens,
-            flops,
-            len(data.skipped),
-            notes,
-            sum(batch.num_aligned_rows() for batch in data.batches),
-            sum(batch.num_learned_rows() for batch in data.batches),
-            int(stop),
+        counts = dict(
+            tokens=sum(batch.num_learned_tokens() for batch in data.batches),
+            samples=data.num_samples,
+            images=data.num_images,
+            text_tokens=data.num_text_tokens,
+            visual_tokens=data.num_visual_tokens,
+            text_slots=sum(batch.input_ids.numel() for batch in data.batches) if padded else data.num_text_tokens,
+            flops=flops,
+            skipped=len(data.skipped),
+            notes=notes,
+            aligned_rows=sum(batch.num_aligned_rows() for batch in data.batches),
+            learned_rows=sum(batch.num_learned_rows() for batch in data.batches),
+            stop=stop,
         )
-        *totals, stops = (int(value) for value in world.sum(counts))
+        totals = dict(zip(counts, (int(value) for value in world.sum(list(counts.values())))))
         num_forwards, most, least = (int(value) for value in world.max([len(data.batches), data.shares, -data.shares]))
         if most != -least:
             raise BadSampleError(
                 f"step {data.step}: the processes share out its samples differently, so some can read what others cannot; "
                 "look at the storage of the images, or set balance=false"
             )
-        names = (
-            "tokens",
-            "samples",
-            "images",
-            "text_tokens",
-            "visual_tokens",
-            "text_slots",
-            "flops",
-            "skipped",
-            "notes",
-            "aligned_rows",
-            "learned_rows",
-        )
-        return cls(**dict(zip(names, totals)), stop=stops > 0, num_forwards=num_forwards)
+        stops = totals.pop("stop")
+        return cls(**totals, stop=stops > 0, num_forwards=num_forwards)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -36,7 +36,7 @@ from .plots import plot_run
 from .prior import count_words
 from .run_state import claim_folder, find_state, is_unchanged
 from .startup import Startup
-from .step import StepTotals, seed_step, train_step
+from .step import StepLosses, StepTotals, seed_step, train_step
 from .summary import result_table, summarize
 from .work import Work, peak_flops
 
@@ -171,12 +171,30 @@ class Trainer:
         if totals.skipped:
             self._note_skipped(data.skipped)
         step_time = time.monotonic() - begun
+        if self.log is not None:
+            record = self._record(stage, losses, totals, lr=rates, step_time=step_time, data_time=data_time)
+            self.log.write(record)
+            self.progress.update(stage.name, record)
+        self.startup.step_done()
+        return totals.stop
+
+    def _record(
+        self,
+        stage: StageConfig,
+        losses: StepLosses,
+        totals: StepTotals,
+        *,
+        lr: dict[str, float],
+        step_time: float,
+        data_time: float,
+    ) -> dict[str, Any]:
+        """A line of metrics.jsonl."""
         record = dict(
             event="train",
-            step=state.step,
+            step=self.state.step,
             stage=stage.name,
             **{name: value for name, value in asdict(losses).items() if value is not None},
-            lr=rates,
+            lr=lr,
             tokens=totals.tokens,
             samples=totals.samples,
             images=totals.images,
@@ -191,11 +209,7 @@ class Trainer:
         )
         if self.peak is not None:
             record["mfu"] = totals.flops / step_time / (self.peak * self.world.size)
-        if self.log is not None:
-            self.log.write(record)
-            self.progress.update(stage.name, record)
-        self.startup.step_done()
-        return totals.stop
+        return record
 
     def _skip_step(self, data: StepData, totals: StepTotals) -> bool:
         """A step without any usable sample is named and counted; nothing is updated."""

@@ -30,7 +30,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ...cli import positive_int
-from ...config import ConfigError
+from ...config import MAX_VISUAL_TOKENS, ConfigError
 from ...data.batch import IGNORED
 from ...data.images import to_raster
 from ...eval.batches import in_batches
@@ -52,7 +52,7 @@ class SegmentationSettings:
     channels: int = 32  # of UperNet inside
     crop: int = 96
     """Side of the squares that are trained on, in pixels."""
-    max_tokens: int = 3000
+    max_tokens: int = MAX_VISUAL_TOKENS
     """Larger pictures are scaled down, keeping the aspect ratio; h * w / merge_size^2."""
     iterations: int = 400
     warmup: int = field(default=20, metadata={"least": 0})
@@ -72,7 +72,7 @@ PAPER = SegmentationSettings(channels=512, crop=504, iterations=80_000, warmup=1
 
 @torch.no_grad()
 def feature_maps(
-    encoder: VisionEncoder, images: Sequence[Image.Image], max_tokens: int = 3000, place: Place = CPU_ALONE
+    encoder: VisionEncoder, images: Sequence[Image.Image], max_tokens: int = MAX_VISUAL_TOKENS, place: Place = CPU_ALONE
 ) -> list[Tensor]:
     """[4, D, h, w] float32 per picture at native resolution, packed: four evenly spaced layers, each patch normalised as
     LayerNorm does without weights."""
