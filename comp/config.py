@@ -7,6 +7,7 @@ changes configurations by field names.
 from __future__ import annotations
 
 import functools
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -73,6 +74,14 @@ def need_literals(settings: DataclassInstance, owner: str = "") -> None:
             need_choice(f"{owner}{name}", getattr(settings, name), (*optional, *choices))
 
 
+def need_finite(settings: DataclassInstance, owner: str = "", but: Sequence[str] = ()) -> None:
+    """No field holds an infinite number or NaN, except infinity in those named in `but`."""
+    for name in field_types(type(settings)):
+        value = getattr(settings, name)
+        fits = not isinstance(value, float) or math.isfinite(value) or (name in but and not math.isnan(value))
+        need(fits, f"{owner}{name} must be a finite number, got {value}")
+
+
 @dataclass(kw_only=True, slots=True)
 class TowerChoices:
     """What a user may choose about a vision tower; None: what its checkpoint needs or was trained with."""
@@ -112,6 +121,7 @@ class LoRAConfig:
     blocks."""
 
     def __post_init__(self) -> None:
+        need_finite(self, "lora.")
         need(self.rank > 0, f"lora.rank must be positive, got {self.rank}")
         need(self.alpha > 0, f"lora.alpha must be positive, got {self.alpha}")
         need(0 <= self.dropout < 1, f"lora.dropout must lie in [0, 1), got {self.dropout}")
@@ -208,6 +218,7 @@ class AlignmentConfig:
 
     def __post_init__(self) -> None:
         need_literals(self, "alignment.")
+        need_finite(self, "alignment.")
         for name in ("target_batch", "max_text_tokens"):
             value = getattr(self, name)
             need(value is None or value > 0, f"alignment.{name} must be positive or null, got {value}")
@@ -238,9 +249,10 @@ class OptimConfig:
     """Let the first step have rate 0, as Hugging Face's schedules do; false: it has the first of the rising rates."""
     min_lr_ratio: float = 0.0
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this global norm."""
+    """Gradients are scaled down to this global norm; .inf: not at all."""
 
     def __post_init__(self) -> None:
+        need_finite(self, "optim.", but=("max_grad_norm",))
         for part in PARTS:
             need(self.lr(part) >= 0, f"optim.lr_{part} must be at least 0, got {self.lr(part)}")
         need(all(0 <= beta < 1 for beta in self.betas), f"optim.betas must lie in [0, 1), got {self.betas}")
@@ -294,6 +306,7 @@ class SourceConfig:
             self.factory is None or self.factory.count(":") == 1,
             f'data.factory must look like "package.module:callable", got {self.factory!r}',
         )
+        need_finite(self, "data.")
         need(self.weight is None or self.weight > 0, f"data.weight must be positive or null, got {self.weight}")
         need(self.shuffle > 0, f"data.shuffle must be positive, got {self.shuffle}")
         parse_sampling(self.sampling)
@@ -393,6 +406,7 @@ class StageConfig:
             self.min_visual_tokens <= self.max_visual_tokens,
             f"stage {self.name}: min_visual_tokens={self.min_visual_tokens} exceeds max_visual_tokens={self.max_visual_tokens}",
         )
+        need_finite(self, f"stage {self.name}: ")
         need(self.epochs > 0, f"stage {self.name}: epochs must be positive, got {self.epochs}")
         need(len(self.data) > 0, f"stage {self.name}: data lists no source")
 
@@ -489,7 +503,9 @@ class Config:
         need_literals(self)
         for name in self.eval.encoder:
             need_choice("eval.encoder", name, tuple(names))
-        need(self.seed >= 0, f"seed must be at least 0, got {self.seed}")
+        need(self.output_dir != "", "output_dir must name a folder, got ''; the one you are in is .")
+        need(0 <= self.seed < 2**63, f"seed must be at least 0 and below 2**63, got {self.seed}")
+        need_finite(self)
         need(self.peak_tflops is None or self.peak_tflops > 0, f"peak_tflops must be positive or null, got {self.peak_tflops}")
         need(self.num_workers >= 0, f"num_workers must be at least 0, got {self.num_workers}")
         need(self.shard_size is None or self.shard_size > 0, f"shard_size must be positive or null, got {self.shard_size}")

@@ -120,8 +120,7 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         converted = _convert(alternative, value, where)
         if converted is not None:
             return converted
-    names = " or ".join("null" if k is types.NoneType else getattr(k, "__name__", str(k)) for k in kinds)
-    raise ConfigError(f"{where} must be {names}, got {value!r}")
+    raise ConfigError(f"{where} must be {' or '.join(map(_spelled, kinds))}, got {value!r}")
 
 
 def _build_dataclass(cls: type[DataclassInstance], value: Any, where: str) -> Any:
@@ -136,7 +135,24 @@ def _build_dataclass(cls: type[DataclassInstance], value: Any, where: str) -> An
     try:
         return cls(**arguments)
     except ConfigError as error:
+        parent, _, part = where.rpartition(".")
+        if part and str(error).startswith(f"{part}."):  # it names the field by the part's own name
+            raise ConfigError(_dotted(parent, error)) from None
         raise ConfigError(f"{where}: {error}" if where else str(error)) from None
+
+
+def _spelled(kind: Any) -> str:
+    """A type in the words of YAML, for messages."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, arguments))}"
+    if origin is tuple and Ellipsis not in arguments:
+        return f"a list of {len(arguments)} values"
+    if origin in (list, tuple):
+        return "a list, as [...]"
+    if origin is dict:
+        return "a mapping, as {...}"
+    return "null" if kind is types.NoneType else getattr(kind, "__name__", str(kind))
 
 
 def _is_required(f: dataclasses.Field) -> bool:

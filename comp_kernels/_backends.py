@@ -95,7 +95,7 @@ def preferred(device: torch.device) -> tuple[str, ...]:
 
 def available_backends(op: str, device: torch.device | str = "cpu") -> list[str]:
     """Backends that can run `op` ("rope_attention", "sinkhorn" or "alignment_loss") on `device`, preferred first."""
-    if op not in IMPLEMENTATIONS:
+    if not isinstance(op, str) or op not in IMPLEMENTATIONS:
         raise ValueError(f"op must be one of {sorted(IMPLEMENTATIONS)}, got {op!r}")
     device = torch.device(device)
     first = preferred(device)
@@ -109,7 +109,7 @@ def transforms_active() -> bool:
 
 
 def check_backend(name: str, backend: str | None) -> None:
-    if backend not in (None, "auto", *BACKENDS):
+    if backend is not None and not (isinstance(backend, str) and backend in ("auto", *BACKENDS)):
         raise ValueError(f"{name} must be one of {BACKENDS} or 'auto', got {backend!r}")
 
 
@@ -142,7 +142,8 @@ def choose_backend(op: str, backend: str | None, device: torch.device, call: Any
     named_by = "backend"
     if backend is None:
         backend, named_by = os.environ.get(ENVIRONMENT_VARIABLE) or None, ENVIRONMENT_VARIABLE
-    if backend in (None, "auto"):
+    check_backend(named_by, backend)
+    if backend is None or backend == "auto":
         waiting = None
         for name in preferred(device):
             if waiting is not None and name not in LAUNCHED:
@@ -154,7 +155,6 @@ def choose_backend(op: str, backend: str | None, device: torch.device, call: Any
                 continue
             return name, name in LAUNCHED
         return waiting or "reference", waiting is not None
-    check_backend(named_by, backend)
     reason = cannot_serve(op, backend, device, call)
     if reason:
         raise RuntimeError(f"{named_by}={backend!r} cannot run {op} on {device}: {reason}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Collection
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,8 @@ FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 def describe(x: object) -> str:
     if isinstance(x, Tensor):
+        if x.is_nested:  # some have no shape to ask for
+            return f"a nested tensor of {x.dtype} on {x.device}"
         return f"{tuple(x.shape)} {x.dtype} on {x.device}"
     return f"{type(x).__name__} {x!r}"
 
@@ -30,7 +33,11 @@ def check_tensor(
 ) -> None:
     """`x` must be a tensor with the right number of dimensions, of a float dtype, with device and dtype of the tensor `like`
     (name, tensor), as far as asked for; `shape` spells the expected shape for the message."""
-    if not isinstance(x, Tensor) or (dim is not None and x.dim() != dim and (isinstance(dim, int) or x.dim() not in dim)):
+    if (
+        not isinstance(x, Tensor)
+        or x.is_nested
+        or (dim is not None and x.dim() != dim and (isinstance(dim, int) or x.dim() not in dim))
+    ):
         raise ValueError(f"{name} must be a tensor {shape}, got {describe(x)}")
     if floating and x.dtype not in FLOAT_DTYPES:
         check_float(name, x)
@@ -87,6 +94,11 @@ def check_positive(name: str, value: float) -> float:
 def check_bool(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be True or False, got {describe(value)}")
+
+
+def check_choice(name: str, value: object, choices: Collection[str]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {tuple(choices)}, got {value!r}")
 
 
 def check_num_iters(num_iters: int) -> None:

@@ -25,11 +25,27 @@ Q = torch.randn(4, 2, 16)
         (dict(pair_stride=4.0), "pair_stride must be an integer, got float 4.0"),
         (dict(scale=torch.tensor(0.1, requires_grad=True)), "scale must be a number, not a tensor"),
         (dict(scale="0.1"), "scale must be a number, not a tensor .* got str '0.1'"),
+        (dict(return_lse=Q), r"return_lse must be True or False, got \(4, 2, 16\)"),
+        (dict(backend=np.ones(2)), r"backend must be one of .* got array\(\[1., 1.\]\)"),
     ],
 )
 def test_rope_attention_names_the_argument(kwargs, message):
     with pytest.raises(ValueError, match=message):
         ck.rope_attention(**{**dict(q=Q, k=Q, v=Q), **kwargs})
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_refused():
+    """Those of layout torch.strided have no shape to ask for."""
+    nested = torch.nested.nested_tensor([torch.ones(2, 16)])
+    with pytest.raises(ValueError, match=r"k must be a tensor \[Tk, Hkv, D\], got a nested tensor of torch.float32"):
+        ck.rope_attention(Q, nested, Q)
+    with pytest.raises(ValueError, match=r"scores must be a tensor \[..., n, K\], got a nested tensor"):
+        ck.sinkhorn(nested, epsilon=1.0)
+    with pytest.raises(ValueError, match=r"epsilon must be a number, .* got a nested tensor"):
+        ck.sinkhorn(Q, epsilon=nested)
+    with pytest.raises(ValueError, match=r"vision must be a tensor \[n, D\], got a nested tensor"):
+        ck.alignment_loss(nested, Q[0], Q[0])
 
 
 def test_numbers_of_numpy_are_numbers():
@@ -52,11 +68,19 @@ def test_bounds_of_a_vmapped_batch_are_refused():
         (torch.ones(3, 2, dtype=torch.complex64), torch.ones(2, 4), "integers or floats, .* torch.complex64"),
         (torch.ones(3, 2, device="meta"), torch.ones(2, 4), "positions must be on cpu like freqs, got meta"),
         (torch.ones(3, 2), torch.ones(2, 4, dtype=torch.int64), "freqs must be float32"),
+        (torch.ones(3, 2), torch.ones(2, 4).to_sparse(), "freqs must be dense"),
+        (torch.ones(3, 2).to_mkldnn(), torch.ones(2, 4), "positions must be dense"),
     ],
 )
 def test_rope_tables_names_the_argument(positions, freqs, message):
     with pytest.raises(ValueError, match=message):
         ck.rope_tables(positions, freqs)
+
+
+@pytest.mark.parametrize("layout", ("hw", np.ones(2)))
+def test_axial_freqs_know_their_layouts(layout):
+    with pytest.raises(ValueError, match=r"layout must be one of \('hwhw', .* got "):
+        ck.axial_freqs(16, layout=layout)
 
 
 @pytest.mark.parametrize("base", (0, -1.0, float("nan"), float("inf")))

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..._backends import choose_backend
 from ..._checks import (
     check_bool,
+    check_choice,
     check_dense,
     check_float,
     check_group,
@@ -129,8 +130,7 @@ def check_features(vision: Tensor, text: Tensor, prototypes: Tensor, valid: Tens
 
 def check_prior(prior: Tensor | None, vision: Tensor, prototypes: Tensor, mode: str) -> None:
     """Shape and kind everywhere; values where they may be looked at. Elsewhere counts that are no numbers make the loss NaN."""
-    if mode not in reference.MODES:
-        raise ValueError(f"mode must be one of {reference.MODES}, got {mode!r}")
+    check_choice("mode", mode, reference.MODES)
     if prior is None:
         return
     check_tensor("prior", prior, "[V], one count per prototype", dim=1)

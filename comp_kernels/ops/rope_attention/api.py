@@ -7,7 +7,7 @@ from typing import Literal, overload
 from torch import Tensor
 
 from ..._backends import choose_backend
-from ..._checks import has_values
+from ..._checks import check_bool, has_values
 from . import reference_backend
 from .call import checked_call, table_dtype
 from .registration import attention
@@ -91,6 +91,7 @@ def rope_attention(
         RuntimeError: a named backend cannot run this call; the message says why.
     """
     del max_seqlen, max_seqlen_k, deterministic  # hints: see above
+    check_bool("return_lse", return_lse)
     call = checked_call(
         q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, rotary_dim, pair_stride, scale
     )  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..._checks import check_float, check_integer, check_number, check_same, check_tensor
+from ..._checks import check_choice, check_dense, check_float, check_integer, check_number, check_same, check_tensor
 
 AXIAL_LAYOUTS = ("hwhw", "whwh", "hhww", "interleaved")
 
@@ -32,6 +32,7 @@ def axial_freqs(head_dim: int, base: float = 10000.0, layout: str = "hwhw", rota
     rotary_dim = head_dim if rotary_dim is None else rotary_dim
     check_integer("head_dim", head_dim)
     check_integer("rotary_dim", rotary_dim)
+    check_choice("layout", layout, AXIAL_LAYOUTS)
     check_number("base", base)
     if not 0 < base < float("inf"):
         raise ValueError(f"base must be positive and finite, got {base}")
@@ -50,10 +51,8 @@ def axial_freqs(head_dim: int, base: float = 10000.0, layout: str = "hwhw", rota
         table = torch.cat((column, row, column, row), dim=1)
     elif layout == "hhww":
         table = torch.cat((row, row, column, column), dim=1)
-    elif layout == "interleaved":
+    else:  # "interleaved"
         table = torch.cat((row, column), dim=1).repeat_interleave(2, dim=1)
-    else:
-        raise ValueError(f"layout must be one of {AXIAL_LAYOUTS}, got {layout!r}")
     return table.to(torch.float32)
 
 
@@ -69,6 +68,8 @@ def rope_tables(positions: Tensor, freqs: Tensor) -> tuple[Tensor, Tensor]:
     """
     check_tensor("positions", positions, "[T, A]", dim=2)
     check_tensor("freqs", freqs, "[A, R] or [H, A, R]", dim=(2, 3))
+    for name, x in (("positions", positions), ("freqs", freqs)):
+        check_dense(name, x)
     check_float("freqs", freqs)
     check_same("positions", positions, "freqs", freqs, dtype=False)
     if positions.is_complex() or positions.shape[1] == 0:

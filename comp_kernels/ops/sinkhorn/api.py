@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ..._backends import choose_backend, transforms_active
 from ..._checks import (
+    check_bool,
+    check_choice,
     check_dense,
     check_float,
     check_group,
@@ -120,6 +122,8 @@ def sinkhorn(
     check_group(group)
     check_order(order, group)
     check_eps(eps, tol, group, gradient)
+    eps = float(eps)
+    check_bool("return_potentials", return_potentials)
     check_gradient(gradient, tol, group, row_marginals, col_marginals)
     check_marginals(scores, row_marginals, col_marginals, group)
 
@@ -168,8 +172,7 @@ def default_marginals(
 
 
 def check_order(order: str, group: dist.ProcessGroup | None) -> None:
-    if order not in reference.ORDERS:
-        raise ValueError(f"order must be one of {reference.ORDERS}, got {order!r}")
+    check_choice("order", order, reference.ORDERS)
     if order != "cols_rows" and group is not None:
         raise ValueError(f"order={order!r} works within one process: group must be None, got {group}")
 
@@ -188,8 +191,7 @@ def check_eps(eps: float, tol: float | None, group: dist.ProcessGroup | None, gr
 
 
 def check_gradient(gradient: str, tol: float | None, group: dist.ProcessGroup | None, *marginals: Tensor | None) -> None:
-    if gradient not in gradients.MODES:
-        raise ValueError(f"gradient must be one of {gradients.MODES}, got {gradient!r}")
+    check_choice("gradient", gradient, gradients.MODES)
     if gradient == "detach":
         return
     if gradient == "implicit" and transforms_active():

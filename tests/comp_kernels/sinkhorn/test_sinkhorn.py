@@ -1,5 +1,6 @@
 """sinkhorn on every backend: the definition's answers and POT's, what a plan must satisfy, and its gradients."""
 
+import numpy as np
 import ot
 import pytest
 import torch
@@ -340,6 +341,8 @@ def test_compiles_into_one_graph():
         (dict(num_iters=2.0), "num_iters must be an integer, got float 2.0"),
         (dict(epsilon=torch.tensor(0.5, requires_grad=True)), "epsilon must be a number, not a tensor"),
         (dict(epsilon="small"), "epsilon must be a number, not a tensor .* got str 'small'"),
+        (dict(gradient=np.ones(2)), "gradient must be one of"),
+        (dict(return_potentials=1), "return_potentials must be True or False, got int 1"),
         (dict(tol=-1e-3), "tol must not be negative or NaN, got -0.001"),
         (dict(tol=float("nan")), "tol must not be negative or NaN, got nan"),
         (dict(group="world"), "group must be a torch.distributed.ProcessGroup or None, got str 'world'"),
