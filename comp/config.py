@@ -143,6 +143,7 @@ class VisionConfig(TowerChoices):
     """Train low-rank updates of the tower; null: all of it."""
 
     def __post_init__(self) -> None:
+        need(self.path != "", "vision.path must name a folder or a hub id, got ''")
         need_literals(self, "vision.")
         need(
             not (self.align_corners and self.antialias),
@@ -181,6 +182,7 @@ class LanguageConfig:
     """Train low-rank updates of the language model; null: all of it."""
 
     def __post_init__(self) -> None:
+        need(self.path != "", "language.path must name a folder or a hub id, got ''")
         need_literals(self, "language.")
 
 

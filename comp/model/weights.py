@@ -172,7 +172,9 @@ class Checkpoint:
         if not directory.is_dir():
             directory = fetch(str(path))
         if not (directory / "config.json").is_file():
-            raise ValueError(f"path must hold a config.json, {directory} has {sorted(os.listdir(directory))}")
+            names = sorted(os.listdir(directory))
+            more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+            raise ValueError(f"path must hold a config.json, {directory} has {names[:10]}{more}")
         config = read_object(directory / "config.json")
         if config.get("model_type") == "comp":  # a whole model of ours: the tower is a folder of its own
             return cls.open(directory / "vision")

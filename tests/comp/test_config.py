@@ -85,6 +85,8 @@ def test_every_choice_of_the_tower_is_a_field_of_the_run(config):
         ("stages.0.alignment.temperature=inf", "alignment.temperature must be a finite number, got inf"),
         ("language.lora={alpha: .nan}", "language.lora.alpha must be a finite number, got nan"),
         ("eval.data.0.arguments=3", "eval.data.0.arguments must be a mapping, as {...}, got 3"),
+        ("vision.path=", "vision.path must name a folder or a hub id, got ''"),
+        ("language.path=", "language.path must name a folder or a hub id, got ''"),
         ("output_dir=", "output_dir must name a folder, got ''"),
         ("stages.1.name=I", "different names"),
         ("stages.1.name=before", "the name of a stage must be"),
