@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import signal
 import sys
 
 from transformers.utils import logging
@@ -23,13 +24,14 @@ from comp.train.step import NonFiniteLossError
 from comp.train.summary import result_table
 from comp.train.trainer import StopRequested, Trainer
 
+INTERRUPTED = 128 + signal.SIGINT  # as shells count, so that what was to follow does not
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a recipe; the exit code is 0 when it finished or was stopped with SIGTERM, 1 when the loss was not finite, a sample
     was bad under bad_samples=stop, the disk was full, or an evaluation could ask nothing, 2 when the configuration or what it
-    names cannot be used."""
+    names cannot be used, 130 after Ctrl-C."""
     options, config = read_command_line(arguments)
     logging.disable_progress_bar()  # of reading and writing weights: they would draw over ours
     try:
@@ -37,6 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("train.py: interrupted before the first step", file=sys.stderr)
+        return INTERRUPTED
     code = run(trainer)
     stop_world(trainer.world)
     return code
@@ -50,8 +55,12 @@ def run(trainer: Trainer) -> int:
     except StopRequested:
         checkpoint = trainer.store.latest()
         saved = f"the state is saved in {checkpoint}" if checkpoint else "nothing was learned yet"
-        say(f"stopped on SIGTERM after step {trainer.state.step}; {saved}, continue with --resume")
-        return 0
+        signal_name = "SIGINT" if trainer.interrupted else "SIGTERM"
+        say(f"stopped on {signal_name} after step {trainer.state.step}; {saved}, continue with --resume")
+        return INTERRUPTED if trainer.interrupted else 0
+    except KeyboardInterrupt:
+        say(f"interrupted after step {trainer.state.step}. {last_good(trainer)}", file=sys.stderr)
+        return INTERRUPTED
     except ConfigError as error:  # seen only now that the data are read, perhaps by this process alone
         print(f"train.py: {error}", file=sys.stderr)
         return 2

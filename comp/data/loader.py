@@ -266,7 +266,7 @@ def _ahead(
         batch_size=None,
         num_workers=num_workers,
         prefetch_factor=prefetch if num_workers else None,
-        worker_init_fn=_ignore_sigterm,
+        worker_init_fn=_ignore_signals,
         **settings,
     )
     items = iter(loader)
@@ -277,6 +277,8 @@ def _ahead(
             items._shutdown_workers()
 
 
-def _ignore_sigterm(worker: int) -> None:
-    """Schedulers send SIGTERM to whole process groups; the trainer still needs its workers to finish a step and save."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _ignore_signals(worker: int) -> None:
+    """Schedulers send SIGTERM, and terminals SIGINT, to whole process groups; the trainer still needs its workers to finish a
+    step and save."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

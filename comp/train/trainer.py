@@ -6,6 +6,8 @@ holds the model, the optimiser and counters, and a resumed run repeats an unbrok
 
 from __future__ import annotations
 
+import math
+import os
 import signal
 import sys
 import time
@@ -44,7 +46,7 @@ Measure = Callable[[Config, Path, Callable[[str], None]], dict[str, Any]]
 
 
 class StopRequested(Exception):
-    """SIGTERM arrived; what was learned so far is saved."""
+    """SIGTERM or SIGINT (Ctrl-C) arrived; what was learned so far is saved."""
 
 
 class Trainer:
@@ -67,6 +69,8 @@ class Trainer:
             print(f"nothing to continue in {self.folder}: starting from the beginning")
         self.log: MetricsLog | None = None  # of the first process, while it runs
         self._stop = False
+        self.interrupted = False
+        """By Ctrl-C."""
         self._started = time.monotonic() - self.state.seconds
 
         # data and folder first: a wrong path should not wait for the weights
@@ -93,13 +97,14 @@ class Trainer:
         self._set_prior()
 
     def run(self) -> dict[str, Any]:
-        """Train all stages that are left; returns the summary (also in summary.json). Raises StopRequested after SIGTERM."""
+        """Train all stages that are left; returns the summary (also in summary.json). Raises StopRequested after
+        SIGTERM and Ctrl-C."""
         config, state = self.config, self.state
         self.log = self._open_log() if self.world.is_main else None
         total = sum(len(dataset) for dataset in self.datasets)
         self.progress = Progress(total, state.step, enabled=self.world.is_main)
         try:
-            with self._sigterm_asks_to_stop(), self.startup.compilations_said():
+            with self._signals_ask_to_stop(), self.startup.compilations_said():
                 if not state.evaluations:
                     self._evaluate(BEFORE, config.stages[0])
                 for index in range(state.stage, len(config.stages)):
@@ -393,14 +398,26 @@ class Trainer:
         return summary
 
     @contextmanager
-    def _sigterm_asks_to_stop(self) -> Iterator[None]:
-        """SIGTERM, sent to any process, ends the run with a checkpoint after the next step; an evaluation ends at once."""
+    def _signals_ask_to_stop(self) -> Iterator[None]:
+        """SIGTERM or Ctrl-C, sent to any process, ends the run with a checkpoint after the next step; an evaluation ends at
+        once. Ctrl-C a second time ends the process where it is."""
+        asked = -math.inf
 
         def note(signum: int, frame: object) -> None:
+            nonlocal asked
+            if signum == signal.SIGINT:
+                if time.monotonic() - asked < 1:  # torchrun passes on what the terminal has sent to all already
+                    return
+                if self.interrupted:
+                    raise KeyboardInterrupt
+                asked, self.interrupted = time.monotonic(), True
+                if self.world.is_main:  # not print: the signal may have come in the middle of one
+                    os.write(2, b"\nstopping with a checkpoint after this step; Ctrl-C again ends at once\n")
             self._stop = True
 
-        previous = signal.signal(signal.SIGTERM, note)
+        previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)

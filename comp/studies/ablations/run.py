@@ -324,7 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run_all(options.folder, options.only, options.seeds)
         failed = [helper.returncode for helper in helpers if helper.wait()]
     except StopRequested:
-        print("stopped on SIGTERM; the same command goes on from here", file=sys.stderr)
+        print("stopped by a signal; the same command goes on from here", file=sys.stderr)
         return 1
     finally:
         for helper in helpers:  # those still at work where this process was stopped: they save themselves as it did

@@ -127,9 +127,10 @@ def test_a_finished_run_is_not_overwritten_and_may_be_resumed(toy_recipe, capsys
         assert train.main([*arguments, "--resume"]) == 0
 
 
-def test_sigterm_to_the_process_group_saves_and_exits_with_zero(toy_folder):
-    """Workers that read data get the signal too and must not take the run down."""
-    code = (
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_signals_to_the_process_group_save_and_end(toy_folder, number, code):
+    """Workers that read data get the signal too and must not take the run down; Ctrl-C may come twice at once, by torchrun."""
+    program = (
         "import sys, train; from toy import toy_config; from pathlib import Path;"
         f"train.RECIPES['toy'] = lambda: toy_config(Path({str(toy_folder)!r}));"
         "sys.exit(train.main(['--recipe', 'toy', 'num_workers=1', 'stages.*.epochs=1000', 'eval.data=[]']))"
@@ -139,7 +140,7 @@ def test_sigterm_to_the_process_group_saves_and_exits_with_zero(toy_folder):
         "OMP_NUM_THREADS": "1",
     }
     process = subprocess.Popen(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", program],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -151,12 +152,31 @@ def test_sigterm_to_the_process_group_saves_and_exits_with_zero(toy_folder):
     while not metrics.exists() or len(read_records(metrics)) < 3:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, number)
+    os.killpg(process.pid, number)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, output
-    assert "stopped on SIGTERM after step" in output and "continue with --resume" in output
+    assert process.returncode == code and "Traceback" not in output, output
+    assert f"stopped on {number.name} after step" in output and "continue with --resume" in output
     steps = len(read_records(metrics, "train"))
     assert (toy_folder / "runs" / "toy" / "checkpoints" / f"step-{steps:08d}" / "progress.json").exists()
+
+
+def test_a_second_interrupt_ends_at_once_without_a_traceback(toy_recipe, capsys):
+    def interrupts(*args, **kwargs):
+        signal.raise_signal(signal.SIGINT)
+        with patch("time.monotonic", return_value=time.monotonic() + 5):
+            signal.raise_signal(signal.SIGINT)
+
+    with patch("comp.train.trainer.train_step", interrupts):
+        assert train.main(["--recipe", "toy", "eval.data=[]"]) == 130
+    assert "interrupted after step 0. No checkpoint was written before." in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interrupt_while_models_are_loaded_is_said(toy_recipe, capsys):
+    with patch("comp.train.trainer.build_model", side_effect=KeyboardInterrupt):
+        assert train.main(["--recipe", "toy"]) == 130
+    assert capsys.readouterr().err.endswith("train.py: interrupted before the first step\n")
 
 
 def damage(checkpoint):
