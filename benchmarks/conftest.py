@@ -1,4 +1,4 @@
-"""The option --heavy: cases that need minutes or gigabytes."""
+"""The option --heavy: cases that need minutes or gigabytes. What a case has measured is shown as soon as it has."""
 
 import pytest
 
@@ -9,6 +9,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "heavy: needs minutes or several GiB; run with --heavy")
+    config.pluginmanager.register(MeasuredLines(config))
 
 
 def pytest_collection_modifyitems(config, items):
@@ -16,3 +17,16 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if item.get_closest_marker("heavy"):
                 item.add_marker(pytest.mark.skip(reason="needs minutes or several GiB: run with --heavy"))
+
+
+class MeasuredLines:
+    """Without -s pytest keeps what passing tests print, and the suite would be silent for minutes."""
+
+    def __init__(self, config):
+        self.config = config
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call" and report.passed and report.capstdout.strip():
+            terminal = self.config.pluginmanager.get_plugin("terminalreporter")
+            terminal.ensure_newline()
+            terminal.write_line(report.capstdout.strip())
