@@ -96,7 +96,7 @@ class TowerChoices:
     align_corners: bool | None = None
     """Of that resampling, as in torch.nn.functional.interpolate; not together with `antialias`."""
     antialias: bool | None = None
-    """Of that resampling, as in torch.nn.functional.interpolate; with "bicubic" it changes enlarged tables too (another cubic)."""
+    """Of that resampling, as in torch.nn.functional.interpolate; with "bicubic" it is another cubic, in enlargements too."""
     rope_dtype: RopeDtype | None = None
     """"fp32", or "bf16_legacy": positions, frequencies and angles rounded to bfloat16, as casting the released code does."""
     keep_prefix_tokens: bool | None = None
