@@ -162,7 +162,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         weight_dtype, bias_dtype = ctx.dtypes
         return (
             None if rows is None else rows * grad.to(rows.dtype),
-            None if weight is None else (weight * grad).to(weight_dtype),
+            # in place: a second one as large as the vocabulary would be the peak of a step
+            None if weight is None else weight.mul_(grad).to(weight_dtype),
             None if bias is None else (bias * grad).to(bias_dtype),
             None,
             None,

@@ -30,6 +30,7 @@ from .adapter import Adapter
 from .causal_lm import evaluation_mode, load_language_model, split, word_embeddings
 from .folder import read_object
 from .generation import ALONE, continue_rows, plain_config, rows_together, sharing_of
+from .lean_layers import make_lean
 from .lora import has_lora, merged_state, save_adapter
 from .losses import (
     Head,
@@ -40,7 +41,7 @@ from .losses import (
     next_token_loss,
 )
 from .mrope import install_mrope, mrope_position_ids
-from .packed_rows import Rows, allow_packing, attention_mask_for_packed
+from .packed_rows import Rows, allow_packing, attention_mask_for_packed, shorten_last_layer
 from .vision_encoder import VisionEncoder
 from .weights import MODELING_FILE
 
@@ -145,6 +146,8 @@ class CoMP(nn.Module):
         self.mrope = position_ids == "mrope"
         self._halves = split(language_model)
         self.padded_because = allow_packing(language_model, self._halves) if pack_rows else "pack_rows is false"
+        self._shortened = self.padded_because is None and shorten_last_layer(language_model, self._halves)
+        make_lean(language_model)
         self._sharing: str | None = None  # asked of the language model when a batch is answered
         if self.mrope:
             install_mrope(self._decoder)
@@ -270,9 +273,9 @@ class CoMP(nn.Module):
         if alignment is not None and step_text is None:
             step_text = self.step_text([batch])
         visual_VE = self.visual_tokens(batch)
-        hidden_TE = self.decode(batch, visual_VE, token_grids)
         learned = Learned.of(batch.labels, batch.attention_mask, per_sample=per_sample)
-        loss_sum = next_token_loss(hidden_TE[learned.predictors], learned, self.head())
+        hidden_nE = self.decode(batch, visual_VE, token_grids, learned.predictors)
+        loss_sum = next_token_loss(hidden_nE, learned, self.head())
         num_tokens = len(learned.targets)
         output = CoMPOutput(token_loss_sum=loss_sum, num_tokens=num_tokens, alignment_loss=None)
         if alignment is not None and step_text is not None:
@@ -326,10 +329,11 @@ class CoMP(nn.Module):
             return embeds_BLE, None
         return embeds_BLE, mrope_position_ids(batch.input_ids.cpu(), token_grids, self.image_token_id).to(embeds_BLE.device)
 
-    def decode(self, batch: Batch, visual_VE: Tensor, token_grids: list[list[Grid]]) -> Tensor:
-        """Last hidden states [T, E] of all tokens, row after row without padding, after the decoder's final norm."""
+    def decode(self, batch: Batch, visual_VE: Tensor, token_grids: list[list[Grid]], wanted_T: Tensor | None = None) -> Tensor:
+        """Last hidden states [T, E] of all tokens, row after row without padding, after the decoder's final norm; or [n, E] of
+        those that `wanted_T` marks."""
         embeds_BLE, position_ids = self.embed(batch, visual_VE, token_grids)
-        return self.run_decoder(batch.attention_mask, position_ids, inputs_embeds=embeds_BLE)
+        return self.run_decoder(batch.attention_mask, position_ids, wanted_T, inputs_embeds=embeds_BLE)
 
     def head(self) -> Head:
         """How the language model makes logits, for `next_token_loss`."""
@@ -339,22 +343,34 @@ class CoMP(nn.Module):
         """Logits of last hidden states, [n, vocabulary], with all that the language model does to them before its loss."""
         return self._halves.logits(self.language_model, hidden_nE)
 
-    def run_decoder(self, attention_mask: Tensor, position_ids: Tensor | None = None, **inputs: Tensor) -> Tensor:
+    def run_decoder(
+        self,
+        attention_mask: Tensor,
+        position_ids: Tensor | None = None,
+        wanted_T: Tensor | None = None,
+        **inputs: Tensor,
+    ) -> Tensor:
         """The decoder without its head on right-padded rows: last hidden states [T, E] of their tokens.
 
         position_ids:  of M-RoPE, [3, B, L]; None: the decoder's own.
+        wanted_T:      [T] bool, the tokens to return; None: all.
         inputs:        inputs_embeds [B, L, E] or input_ids [B, L].
         """
         if self.padded_because is not None:
             with self.multimodal_positions(position_ids):
                 hidden_BLE = self._halves.decode(self.language_model, attention_mask=attention_mask.long(), **inputs)
-            return hidden_BLE[attention_mask.bool()]
+            hidden_TE = hidden_BLE[attention_mask.bool()]
+            return hidden_TE if wanted_T is None else hidden_TE[wanted_T]
         rows = Rows.of(attention_mask)
         packed = {name: x[rows.is_token].unsqueeze(0) for name, x in inputs.items()}
         positions = None if position_ids is None else position_ids[:, rows.is_token].unsqueeze(1)
+        wanted = None if wanted_T is None else wanted_T.nonzero().squeeze(1)
+        learned = wanted if self._shortened and wanted is not None and len(wanted) else None
         with self.multimodal_positions(positions, packed=True):
             mask = attention_mask_for_packed(self.language_model)
-            return self._halves.decode(self.language_model, attention_mask=mask, **packed, **rows.arguments()).squeeze(0)
+            arguments = packed | rows.arguments(learned)
+            hidden_TE = self._halves.decode(self.language_model, attention_mask=mask, **arguments).squeeze(0)
+        return hidden_TE if wanted is None or learned is not None else hidden_TE[wanted]
 
     @contextmanager
     def multimodal_positions(self, position_ids: Tensor | None, *, packed: bool = False) -> Iterator[None]:

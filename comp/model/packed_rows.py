@@ -10,10 +10,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .causal_lm import Halves, evaluation_mode, probe_ids, rounding_of
@@ -40,6 +42,8 @@ def _varlen_attention() -> Callable[..., Any] | None:
 
 
 VARLEN = _varlen_attention()
+PLAIN_SETTINGS = {"scaling", "dropout", "position_ids", "use_cache"}
+"""Settings of a call of attention that change nothing for rows without a cache."""
 
 
 @dataclass(frozen=True)
@@ -63,15 +67,19 @@ class Rows:
         bounds = F.pad(lengths[lengths > 0].cumsum(0), (1, 0)).to(torch.int32)
         return cls(is_token, bounds, int(lengths.max()), places[is_token].unsqueeze(0))
 
-    def arguments(self) -> dict[str, Any]:
-        """What a decoder of transformers takes to keep the rows apart."""
-        return dict(
+    def arguments(self, learned: Tensor | None = None) -> dict[str, Any]:
+        """What a decoder of transformers takes to keep the rows apart.
+
+        learned:  [n] int64, increasing: the tokens whose last hidden states are wanted (`shorten_last_layer`).
+        """
+        arguments = dict(
             position_ids=self.index,
             cu_seq_lens_q=self.cu_seqlens,
             cu_seq_lens_k=self.cu_seqlens,
             max_length_q=self.longest,
             max_length_k=self.longest,
         )
+        return arguments if learned is None else arguments | dict(learned=learned)
 
 
 def allow_packing(model: PreTrainedModel, halves: Halves) -> str | None:
@@ -98,6 +106,44 @@ def allow_packing(model: PreTrainedModel, halves: Halves) -> str | None:
     return None if reason is None else f"{name}: {reason}"
 
 
+def shorten_last_layer(model: PreTrainedModel, halves: Halves) -> bool:
+    """Let the last layer of a decoder that packs rows take the argument `learned` (`Rows.arguments`), with which it computes
+    nothing behind the keys and values of the other tokens, and returns the hidden states of these alone. Usually a few in a
+    hundred tokens are learned. False, and nothing is changed, where the layer is not made like Llama's."""
+    layers = getattr(halves.decoder_of(model), "layers", None)
+    last = layers[-1] if isinstance(layers, nn.ModuleList) and len(layers) else None
+    own = model.config.get_text_config(decoder=True)._attn_implementation == NAME
+    if last is None or not own or "forward" in vars(last):
+        return False
+    last.forward = MethodType(_last_layer, last)
+    try:
+        rows = Rows.of(torch.tensor([[1] * 6, [1] * 4 + [0] * 2], device=model.device))
+        ids, learned = probe_ids(model, 10).unsqueeze(0), torch.tensor([1, 4, 5, 8], device=model.device)
+        mask = attention_mask_for_packed(model)
+        with evaluation_mode(model), torch.no_grad():
+            every, some = (
+                halves.decode(model, input_ids=ids, attention_mask=mask, **rows.arguments(wanted))[0]
+                for wanted in (None, learned)
+            )
+        rounding = rounding_of(every.dtype) if every.dtype in (torch.bfloat16, torch.float16) else 1e-5
+        same = torch.allclose(some, every[learned], rtol=0, atol=rounding * every.abs().max().item())
+    except Exception:  # a layer made in another way says so in any way
+        same = False
+    if not same:
+        del last.forward
+    return same
+
+
+def _last_layer(layer: Any, hidden_states: Tensor, *args: Any, learned: Tensor | None = None, **settings: Any) -> Any:
+    """The forward of a decoder layer of Llama, behind its attention for the tokens `learned` alone."""
+    if learned is None:
+        return type(layer).forward(layer, hidden_states, *args, **settings)
+    normed = layer.input_layernorm(hidden_states)
+    attended = layer.self_attn(hidden_states=normed, queries=learned, **settings)[0]
+    x = hidden_states.index_select(1, learned) + attended.index_select(1, learned)
+    return x + layer.mlp(layer.post_attention_layernorm(x))
+
+
 def attention_mask_for_packed(model: PreTrainedModel) -> Tensor | None:
     """What to pass as `attention_mask` with packed rows: nothing for flash attention; for the function below a mask that hides
     nothing, in the shape which transformers hands on as it is instead of making one of its own."""
@@ -116,22 +162,25 @@ def packed_attention(
     sliding_window: int | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    queries: Tensor | None = None,
     **settings: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each packed row, in the signature of transformers' attention functions.
 
     query:  [1, heads, T, head size]; key and value may have fewer heads. Returns [1, T, heads, head size].
     sliding_window:  tokens that a token sees, itself included.
+    queries:  [n] int64, increasing: the tokens whose results are wanted; those of others may be anything finite.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    settings.pop("cu_seq_lens_k", None), settings.pop("max_length_k", None)
+    for name in ("cu_seq_lens_k", "max_length_k", "learned"):
+        settings.pop(name, None)
     settings |= dict(scaling=scaling, dropout=dropout)
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
     if VARLEN is not None and max_length_q is not None and _flash_serves(query, value, dropout):
         return _flash(VARLEN, query, key, value, cu_seq_lens_q, max_length_q, sliding_window, scaling), None
-    return _row_by_row(module, query, key, value, cu_seq_lens_q, sliding_window, settings), None
+    return _row_by_row(module, query, key, value, cu_seq_lens_q, sliding_window, settings, queries), None
 
 
 def _flash_serves(query: Tensor, value: Tensor, dropout: float) -> bool:
@@ -165,14 +214,20 @@ def _row_by_row(
     bounds: Tensor,
     window: int | None,
     settings: dict[str, Any],
+    queries: Tensor | None,
 ) -> Tensor:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     lengths = bounds.diff().tolist()
     if _float32_is_faster(query, value, max(lengths)):
         with torch.autocast("cpu", enabled=False):
-            wide = _row_by_row(module, query.float(), key.float(), value.float(), bounds, window, settings)
+            wide = _row_by_row(module, query.float(), key.float(), value.float(), bounds, window, settings, queries)
         return wide.to(value.dtype)
+    if queries is not None:
+        return _of_queries(module, query, key, value, bounds, lengths, window, settings, queries)
+    if _all_in_one(module, query, key, value, window, max(lengths), settings):
+        scale = query.shape[-1] ** -0.5 if settings["scaling"] is None else settings["scaling"]
+        return CausalRows.apply(query, key, value, lengths, scale)
     # split and cat, not slices: the gradient of a slice is as large as the whole tensor
     pieces = zip(*(x.split(lengths, dim=2) for x in (query, key, value)))
     outs = []
@@ -180,6 +235,89 @@ def _row_by_row(
         mask = None if window is None or q.shape[2] <= window else _window_mask(q.shape[2], window, q.device)
         outs.append(sdpa_attention_forward(module, q, k, v, mask, **settings)[0])
     return torch.cat(outs, dim=1)
+
+
+def _of_queries(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor,
+    lengths: list[int],
+    window: int | None,
+    settings: dict[str, Any],
+    queries: Tensor,
+) -> Tensor:
+    """`_row_by_row` for some of the queries; zeros for the others."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    row = torch.bucketize(queries, bounds[1:], right=True)
+    places = queries - bounds[row]
+    counts = row.bincount(minlength=len(lengths)).tolist()
+    pieces = zip(
+        query.index_select(2, queries).split(counts, dim=2),
+        places.split(counts),
+        key.split(lengths, 2),
+        value.split(lengths, 2),
+    )
+    outs = []
+    for q, place, k, v in pieces:
+        if q.shape[2]:
+            distance = place.unsqueeze(1) - torch.arange(k.shape[2], device=place.device)
+            seen = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+            outs.append(sdpa_attention_forward(module, q, k, v, seen.expand(1, 1, -1, -1), **settings)[0])
+    out = torch.cat(outs, dim=1)
+    return out.new_zeros(1, query.shape[2], *out.shape[2:]).index_copy(1, queries, out)
+
+
+def _all_in_one(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, window: int | None, longest: int, settings: dict[str, Any]
+) -> bool:
+    """Whether `CausalRows` takes the call."""
+    same = query.dtype == key.dtype == value.dtype and query.shape[-1] == value.shape[-1]
+    plain = not settings["dropout"] and set(settings) <= PLAIN_SETTINGS and (window is None or longest <= window)
+    causal = getattr(module, "is_causal", True)
+    return query.device.type == "cpu" and same and plain and causal and not torch.is_autocast_enabled("cpu")
+
+
+class CausalRows(torch.autograd.Function):
+    """torch's attention on the CPU for rows of packed tokens, [1, heads, T, head size] -> [1, T, heads, head size].
+
+    Made of the calls that scaled_dot_product_attention makes for each row. Results and gradients are put where they belong at
+    once: autograd would keep every result twice, alone and behind the others.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, lengths, scale):
+        attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
+        pieces = zip(out.split(lengths, 1), *(x.split(lengths, 2) for x in (query, key, value)))
+        sums = []
+        for to, q, k, v in pieces:
+            result, logsumexp = attend(q, k, v, 0.0, True, scale=scale)
+            to.copy_(result.transpose(1, 2))
+            sums.append(logsumexp)
+        ctx.save_for_backward(query, key, value, out, *sums)
+        ctx.lengths, ctx.scale = lengths, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        query, key, value, out, *sums = ctx.saved_tensors
+        inputs = (query, key, value)
+        results = [torch.empty_like(x) for x in inputs]
+        pieces = zip(
+            zip(*(x.split(ctx.lengths, 2) for x in results)),
+            *(x.transpose(1, 2).split(ctx.lengths, 2) for x in (grad, out)),
+            *(x.split(ctx.lengths, 2) for x in inputs),
+            sums,
+        )
+        for to, d, o, q, k, v, logsumexp in pieces:
+            for place, result in zip(to, gradients(d, q, k, v, o, logsumexp, 0.0, True, scale=ctx.scale)):
+                place.copy_(result)
+        return *results, None, None
 
 
 def _float32_is_faster(query: Tensor, value: Tensor, longest: int) -> bool:

@@ -8,8 +8,8 @@ import transformers
 from language_models import FAMILIES, make_language_model
 from test_language_models import batch, make_model, text, with_image
 
-from comp.model import CoMP
-from comp.model.packed_rows import NAME, Rows, packed_attention
+from comp.model import CoMP, packed_rows
+from comp.model.packed_rows import NAME, CausalRows, Rows, packed_attention
 
 PADDED_FAMILIES = {  # family: a word of the reason
     "Llama with dynamic rotary tables": "longest row",
@@ -132,6 +132,7 @@ def test_short_rows_learn_in_float32_under_autocast(monkeypatch, length, learns,
         return attention(query, *args, **kwargs)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noting)
+    monkeypatch.setattr(packed_rows, "_all_in_one", lambda *_: False)  # its calls cannot be watched
     module = torch.nn.Module()
     module.num_key_value_groups, module.is_causal = 1, True
     rotated = torch.randn(2, 1, 2, length + 5, 8, requires_grad=learns)  # float32 again by the tables
@@ -140,6 +141,39 @@ def test_short_rows_learn_in_float32_under_autocast(monkeypatch, length, learns,
         bounds = torch.tensor([0, 5, length + 5], dtype=torch.int32)
         out, _ = packed_attention(module, *rotated, value, None, cu_seq_lens_q=bounds, max_length_q=length)
     assert found == [expected or torch.bfloat16] * 2 and out.dtype == torch.bfloat16
+
+
+def test_the_last_layer_computes_what_is_learned_and_no_more():
+    """Of 70 tokens 12 are learned, in some rows none; windows of 16 hide what is further away."""
+    packed, padded = models("Mistral, window 16", "mrope")
+    data = batch([text(23, 4), with_image(20, 2), with_image(2, 5)])
+    data.labels[0] = -100
+    data.labels[1, :-9] = -100
+    seen = []
+    last = packed.language_model.get_decoder().layers[-1]
+    handle = last.mlp.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].shape[1]))
+    assert_equal(packed, padded, data)
+    handle.remove()
+    assert seen == [int((data.labels[:, 1:] != -100).sum())]
+
+    data.labels[:] = -100
+    assert packed(data).token_loss_sum == 0, "nothing is learned, and the loss can still be differentiated"
+    packed(data).token_loss_sum.backward()
+
+
+def test_a_last_layer_of_another_kind_stays():
+    for family in ("Cohere", "Gemma3, logits capped, window 16", "GPT2"):
+        packed, _ = models(family)
+        assert packed.padded_because is None and not packed._shortened
+        assert "forward" not in vars(list(packed.language_model.modules())[1])
+
+
+def test_results_of_packed_attention_are_kept_once():
+    kept = []
+    q, k, v = (torch.randn(1, 2, 50, 8, requires_grad=True) for _ in range(3))
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        CausalRows.apply(q, k, v, [20, 30], 0.5)
+    assert sum(kept) == 4 * q.numel() + 2 * 50
 
 
 def test_rows_without_tokens_are_left_out():
