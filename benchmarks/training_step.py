@@ -139,13 +139,13 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
     from comp.recipes import RECIPES
 
-    step_module, parallel = module("step"), module("parallel")
+    step_module = module("step")
+    world = module("parallel").start_world("cpu")
     stage = next(stage for stage in RECIPES["smollm2"]().stages if stage.name == "II-b")
     model = make_model(options, stage)
     optimizer = module("optim").build_optimizer(model, stage.optim)
     samples = make_samples(options.samples, options.sides, options.answers)
     data = make_step(samples, stage, padded=options.arm == "padded")
-    world = parallel.World(rank=0, size=1, device=torch.device("cpu"), group=None)
     totals = step_module.StepTotals.gather(data, world, stop=False)
     clock = time.process_time if options.clock == "cpu" else time.perf_counter
     times, losses, bf16 = [], [], options.bf16 or options.arm == "bf16"

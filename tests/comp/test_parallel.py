@@ -1,5 +1,10 @@
 """Sums over processes, alone and as two: counts, gradients of replicas, norms of whole and sharded gradients."""
 
+import platform
+import subprocess
+import sys
+import textwrap
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -78,3 +83,20 @@ def test_two_processes(tmp_path):
     assert first["gradients"] == [[1], [10], [1], [11], [11]]
     assert first["sharded"] == [0, 1, 2, 3, 4, 5]
     assert first["norm"] == pytest.approx(55**0.5)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries decide by themselves what they keep")
+def test_what_a_step_frees_on_a_cpu_is_there_for_the_next_one():
+    """120 MiB in blocks of 4: page faults of the second time, in a process of its own because malloc remembers."""
+    lines = """
+        import resource, torch
+        from comp.parallel import start_world
+        start_world("cpu")
+        for _ in range(2):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            blocks = [torch.ones(2**20) for _ in range(30)]
+            del blocks
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    """
+    found = subprocess.run([sys.executable, "-c", textwrap.dedent(lines)], capture_output=True, text=True, check=True)
+    assert int(found.stdout) < 5_000
