@@ -9,14 +9,14 @@
 #include <numeric>
 
 #include "common/cpu/parallel.h"
-#include "../schedule.h"
 #include "common/cpu/scratch.h"
+#include "../schedule.h"
 #include "rows.h"
 
 namespace comp_kernels::COMP_KERNELS_ISA {
 namespace {
 
-constexpr BlockSizes kBlocks{/*queries=*/96, /*keys=*/96};  // about
+constexpr BlockSizes kBlocks{/*queries=*/96, /*keys=*/96};  // of a block, about
 
 // Queries are rows of products, keys are columns of some and rows of others.
 template <typename T>
@@ -45,8 +45,8 @@ template <typename T>
 constexpr int64_t kColumnStride = row_stride<T>(operand_depth(kMost<T>.queries));  // of query_columns, dout_columns
 
 // Scratch of one worker. Rows are row_stride apart; panels as in the forward pass. Operands of products are in elements
-// (pairs.h): what is summed over has operand_depth of its length. One element per number, and left and right operands are the
-// same memory. Tiles (tiles.h) read left operands by rows alone, so P' dO and dS' Q are computed as their transposes dO' P, Q' dS.
+// (pairs.h): what is summed over has operand_depth of its length. With one number per element, left and right operands share
+// memory. Tiles (tiles.h) read left operands by rows alone, so P' dO and dS' Q are computed as their transposes dO' P, Q' dS.
 template <typename T>
 struct BackwardScratch {
   T* keys;                           // [operand_depth(keys), D], rotated, right operand of dQ
@@ -290,14 +290,13 @@ void backward_block(const Params& p, const AttentionItem& item, BackwardScratch<
   }
 }
 
-// Plans what the products of one block ask for: the rows the next block reads, be it of `item` or of `next` (null: none), and
+// Plans what the products of one block ask for: the rows the next block reads, of `item` or of `next` (null: none), and
 // those that are written when this one is done.
 template <typename S, typename T>
 void look_ahead(const Params& p, const AttentionItem& item, bool last, const AttentionItem* next, BackwardScratch<T>& scratch,
                 int64_t token, int64_t queries, int64_t head) {
   if constexpr (!kTilesAsk) return;
   const int64_t D = p.head_dim, group = p.num_heads / p.num_heads_k, keys = item.key_end - item.key_begin, end = token + queries;
-  if constexpr (!kTilesAsk) return;
   RowsAhead& ahead = scratch.ahead;
   const auto add_queries = [&](const AttentionItem& of, int64_t begin, int64_t of_head) {
     const int64_t rows = min(of.query_end - begin, blocks_of<T>(of).queries);

@@ -4,8 +4,8 @@
 #include <limits>
 
 #include "common/cpu/parallel.h"
-#include "../schedule.h"
 #include "common/cpu/scratch.h"
+#include "../schedule.h"
 #include "rows.h"
 
 namespace comp_kernels::COMP_KERNELS_ISA {
@@ -217,14 +217,13 @@ void forward_block(const Params& p, const AttentionItem& item, ForwardScratch<T>
   store_outputs<S>(p, scratch, token, queries, head, scale_log2, count > 0);
 }
 
-// Plans what the products of one block ask for: the rows the next block reads, be it of `item` or of `next` (null: none), and
+// Plans what the products of one block ask for: the rows the next block reads, of `item` or of `next` (null: none), and
 // those this one writes.
 template <typename S, typename T>
 void look_ahead(const Params& p, const AttentionItem& item, const AttentionItem* next, ForwardScratch<T>& scratch, int64_t token,
                 int64_t queries, int64_t head) {
   if constexpr (!kTilesAsk) return;
   const int64_t D = p.head_dim, group = p.num_heads / p.num_heads_k, keys = item.key_end - item.key_begin, end = token + queries;
-  if constexpr (!kTilesAsk) return;
   RowsAhead& ahead = scratch.ahead;
   const auto add_queries = [&](const AttentionItem& of, int64_t begin, int64_t of_head) {
     add_rows<S>(ahead, p.q, p.q_stride_token, p.q_stride_head, begin, min(of.query_end - begin, queries_per_block(of)), of_head);

@@ -8,10 +8,10 @@
 // An element of A or B is a number, or in the sets that multiply bfloat16 a pair of numbers (pairs.h); `depth` counts elements.
 #pragma once
 
+#include "common/cpu/simd.h"
 #include "pairs.h"
 #include "rows_ahead.h"
 #include "tiles.h"
-#include "common/cpu/simd.h"
 
 namespace comp_kernels::COMP_KERNELS_ISA {
 

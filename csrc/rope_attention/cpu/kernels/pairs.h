@@ -78,7 +78,7 @@ CK_INLINE V multiply_add(V x, V y, V sum) {
 
 #endif
 
-// The weights 2^x, x <= 0, to what their use in products asks for.
+// The weights 2^x, x <= 0, as precise as the products that use them can tell.
 template <typename T, int N>
 CK_INLINE void weights_of(Vec<T> (&x)[N]) {
 #ifdef COMP_KERNELS_TILES

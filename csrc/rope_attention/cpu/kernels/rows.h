@@ -3,10 +3,10 @@
 
 #include <type_traits>
 
-#include "../rope_attention.h"
 #include "common/cpu/half.h"
-#include "matmul.h"
 #include "common/cpu/simd.h"
+#include "../rope_attention.h"
+#include "matmul.h"
 
 namespace comp_kernels::COMP_KERNELS_ISA {
 
