@@ -106,11 +106,14 @@ def flex(case: AttentionCase, inputs: AttentionInputs) -> Attention:
 
 def peers_of(case: AttentionCase, inputs: AttentionInputs, *, training: bool) -> dict[str, Attention]:
     """The peers that can serve `case`, by name; with BENCHMARK_PEERS=sdpa_loop,sdpa_batched set, those of them alone."""
-    equal = len(set(case.lengths)) == 1
-    makers: dict[str, Callable] = {"sdpa_loop": sdpa_loop, "nested_jagged": nested_jagged}
-    if len(case.lengths) > 1:
-        makers |= {"sdpa_batched": sdpa_batched} if equal else {"sdpa_padded": sdpa_padded}
-    if not training:
-        makers["flex"] = flex
+    makers: dict[str, Callable] = {make.__name__: make for make in (sdpa_loop, sdpa_batched, sdpa_padded, nested_jagged, flex)}
     wanted = os.environ.get("BENCHMARK_PEERS", ",".join(makers)).split(",")
-    return {name: make(case, inputs) for name, make in makers.items() if name in wanted}
+    if unknown := set(wanted) - set(makers):
+        raise ValueError(f"BENCHMARK_PEERS names {', '.join(sorted(unknown))}; peers are {', '.join(makers)}")
+    equal = len(set(case.lengths)) == 1
+    serves = dict(
+        sdpa_batched=equal and len(case.lengths) > 1,
+        sdpa_padded=not equal,
+        flex=not training,
+    )
+    return {name: makers[name](case, inputs) for name in makers if name in wanted and serves.get(name, True)}
