@@ -118,26 +118,56 @@ CK_INLINE Lanes<T, kParts> quotient(const Lanes<T, kParts>& a, const Lanes<T, kP
   return Lanes<T, kParts>::of([&](int p) { return quotient(a.part[p], b.part[p]); });
 }
 
+// Lanes are transposed in groups of four, 16 bytes of floats, within which instructions interleave at once.
+template <typename T>
+constexpr int kGroup = kLanes<T> < 4 ? kLanes<T> : 4;
+
 template <typename T, int... kLane>
 CK_INLINE void zip(Vec<T> a, Vec<T> b, Vec<T>& low, Vec<T>& high, std::integer_sequence<int, kLane...>) {
-  constexpr int kCount = kLanes<T>;
-  low = SHUFFLE(T, a, b, (kLane / 2 + kLane % 2 * kCount)...);
-  high = SHUFFLE(T, a, b, (kCount / 2 + kLane / 2 + kLane % 2 * kCount)...);
+  constexpr int kCount = kLanes<T>, kWide = kGroup<T>;
+  low = SHUFFLE(T, a, b, (kLane / kWide * kWide + kLane % kWide / 2 + kLane % 2 * kCount)...);
+  high = SHUFFLE(T, a, b, (kLane / kWide * kWide + kWide / 2 + kLane % kWide / 2 + kLane % 2 * kCount)...);
 }
 
-// Entry j of vector i becomes entry i of vector j. Each round interleaves the first half of the vectors with the second.
+// In each group of lanes, entry j of vector i becomes entry i of vector j. Each round interleaves the first half of the vectors
+// with the second.
 template <typename T>
+CK_INLINE void transpose_groups(Vec<T>* x) {
+  constexpr int kWide = kGroup<T>;
+#pragma GCC unroll 2
+  for (int round = 1; round < kWide; round *= 2) {
+    Vec<T> zipped[kWide];
+#pragma GCC unroll 2
+    for (int i = 0; i < kWide / 2; ++i) {
+      zip<T>(x[i], x[i + kWide / 2], zipped[2 * i], zipped[2 * i + 1], std::make_integer_sequence<int, kLanes<T>>{});
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kWide; ++i) x[i] = zipped[i];
+  }
+}
+
+// The lanes of b that lack the bit kDistance change places with those of a that have it.
+template <typename T, int kDistance, int... kLane>
+CK_INLINE void exchange(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, kLane...>) {
+  constexpr int kCount = kLanes<T>;
+  const Vec<T> low = SHUFFLE(T, a, b, ((kLane & kDistance) ? kCount + kLane - kDistance : kLane)...);
+  b = SHUFFLE(T, a, b, ((kLane & kDistance) ? kCount + kLane : kLane + kDistance)...);
+  a = low;
+}
+
+// Entry j of vector i becomes entry i of vector j: whole groups change places, then lanes within them.
+template <typename T, int kDistance = kLanes<T> / 2>
 CK_INLINE void transpose(Vec<T> (&x)[kLanes<T>]) {
   constexpr int kCount = kLanes<T>;
-#pragma GCC unroll 4
-  for (int round = 1; round < kCount; round *= 2) {
-    Vec<T> zipped[kCount];
-#pragma GCC unroll 8
-    for (int i = 0; i < kCount / 2; ++i) {
-      zip<T>(x[i], x[i + kCount / 2], zipped[2 * i], zipped[2 * i + 1], std::make_integer_sequence<int, kCount>{});
-    }
+  if constexpr (kDistance >= kGroup<T>) {
 #pragma GCC unroll 16
-    for (int i = 0; i < kCount; ++i) x[i] = zipped[i];
+    for (int i = 0; i < kCount; ++i) {
+      if (!(i & kDistance)) exchange<T, kDistance>(x[i], x[i + kDistance], std::make_integer_sequence<int, kCount>{});
+    }
+    transpose<T, kDistance / 2>(x);
+  } else {
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; i += kGroup<T>) transpose_groups<T>(x + i);
   }
 }
 
@@ -173,20 +203,36 @@ template <typename S, typename T, int kParts>
     for (int e = 0; e < count; ++e) to[slot[e]].part[p] = load(block[e]);
     return;
   }
+  const S* from[kCount];
+  for (int lane = 0; lane < kCount; ++lane) from[lane] = base + at.offset(lane);
   cover<kCount>(count, [&](int begin) {
     Vec<T> x[kCount];
-    for (int lane = 0; lane < kCount; ++lane) x[lane] = load_widened(base + at.offset(lane) + begin);
+    for (int lane = 0; lane < kCount; ++lane) x[lane] = load_widened(from[lane] + begin);
     transpose<T>(x);
     for (int j = 0; j < kCount; ++j) to[slot[begin + j]].part[p] = x[j];
   });
 }
 
-// The way back: number e of all problems = part p of from[slot[e]].
+// The way back: number e of all problems = part p of from[slot[e]]; fewer numbers than lanes go in groups, if they are as many.
 template <typename S, typename T, int kParts>
 [[gnu::noinline]] void store_lanes(const Lanes<T, kParts>* from, int p, S* base, const Problems& at, int count,
                                    const uint16_t* slot) {
   constexpr int kCount = kLanes<T>;
   const int lanes = at.lanes(kCount);
+  if constexpr (std::is_same_v<S, T>) {
+    if (count >= kGroup<T> && count < kCount) {
+      cover<kGroup<T>>(count, [&](int begin) {
+        Vec<T> x[kGroup<T>];
+        for (int j = 0; j < kGroup<T>; ++j) x[j] = from[slot[begin + j]].part[p];
+        transpose_groups<T>(x);
+        for (int lane = 0; lane < lanes; ++lane) {
+          const T* group = reinterpret_cast<const T*>(&x[lane % kGroup<T>]) + lane / kGroup<T> * kGroup<T>;
+          std::memcpy(base + at.offset(lane) + begin, group, kGroup<T> * sizeof(T));
+        }
+      });
+      return;
+    }
+  }
   if (count < kCount) {
     T block[kCount][kCount];
     for (int e = 0; e < count; ++e) store(block[e], from[slot[e]].part[p]);

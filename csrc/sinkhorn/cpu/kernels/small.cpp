@@ -24,7 +24,8 @@ template <typename L>
 struct Scratch {
   L *e, *bits, *g, *softmax;             // [n, K]
   L *a, *b, *x, *w, *da, *db;            // [second], [first]
-  L *xs, *ws, *alpha, *beta, *us, *vs;   // [num_iters + 1, second], [num_iters + 1, first]
+  L *alpha, *beta;                       // [kGathered, second], [kGathered, first]
+  L *xs, *ws, *us, *vs;                  // [num_iters + 1, second], [num_iters + 1, first]
 
   void carve(Carver& carver, const comp_kernels_sinkhorn_small_params& p, bool backward) {
     const int64_t entries = p.num_rows * p.num_cols, sides = std::max(p.num_rows, p.num_cols);
@@ -33,7 +34,8 @@ struct Scratch {
     for (L** piece : {&a, &b, &x, &w, &da, &db}) carver.take(*piece, sides);
     for (L** piece : {&us, &vs}) carver.take(*piece, std::max(histories, sides));
     for (L** piece : {&g, &softmax}) carver.take(*piece, backward ? entries : 0);
-    for (L** piece : {&xs, &ws, &alpha, &beta}) carver.take(*piece, histories);
+    for (L** piece : {&alpha, &beta}) carver.take(*piece, backward ? kGathered * sides : 0);
+    for (L** piece : {&xs, &ws}) carver.take(*piece, histories);
   }
 };
 
@@ -159,7 +161,8 @@ class Pack {
 
   LinearProblems<T, kParts, kSide> iterate(L* xs, L* ws) {
     const LinearProblems<T, kParts, kSide> linear{
-        first_, second_, static_cast<int>(p_.num_iters), static_cast<T>(p_.eps), s_.e, s_.a, s_.b, s_.x, s_.w, xs, ws};
+        first_, second_, static_cast<int>(p_.num_iters), static_cast<T>(p_.eps), s_.e, s_.a, s_.b, s_.x, s_.w, xs, ws,
+        s_.us,  s_.vs};  // with eps, no logarithms follow that need these
     if (p_.eps > 0) linear.prepare_eps(xs != nullptr ? s_.softmax : nullptr);
     linear.run();
     return linear;

@@ -16,6 +16,7 @@
 namespace comp_kernels::COMP_KERNELS_ISA {
 
 constexpr int kSmallSide = 32;
+constexpr int kGathered = 8;  // iterations whose outer products are added to the gradient together
 
 // Calls f(integral_constant<count>) for a count of 1 .. kMost.
 template <int kMost, typename F>
@@ -32,10 +33,11 @@ CK_INLINE void in_blocks(int count, F&& f) {
   if constexpr (kCount > 0 && kCount <= kMost) {
     f(0, std::integral_constant<int, kCount>{});
   } else {
-    const int blocks = (count + kMost - 1) / kMost;
-    for (int block = 0; block < blocks; ++block) {
-      const int begin = block * count / blocks, end = (block + 1) * count / blocks;
-      for_count<kMost>(end - begin, [&](auto rows) { f(begin, rows); });
+    const int blocks = (count + kMost - 1) / kMost, least = count / blocks, longer = count % blocks;
+    for (int block = 0, begin = 0; block < blocks; ++block) {
+      const int length = least + (block < longer);
+      for_count<kMost>(length, [&](auto rows) { f(begin, rows); });
+      begin += length;
     }
   }
 }
@@ -54,6 +56,7 @@ struct LinearProblems {
   const L *a, *b;    // [second], [first]: marginals
   L *x, *w;          // [second], [first]: written, the last scalings
   L *xs, *ws;        // histories; null: not kept
+  L *x_rates, *w_rates;  // histories, written with eps and those of x and w
 
   CK_INLINE int first() const { return kSide ? kSide : first_; }
   CK_INLINE int second() const { return kSide ? kSide : second_; }
@@ -120,18 +123,29 @@ struct LinearProblems {
     if (!kEps) weigh(from, sums, [&](int s) { return xt[s]; });
     for (int t = 1; t <= num_iters; ++t) {
       for (int f = 0; f < first(); ++f) {
+        const int i = t * first() + f;
         if (!kEps) wt[f] = quotient(b[f], sums[f]);
-        if (kEps) wt[f] = t == 1 ? b[f] : quotient(wt[f] * b[f], wt[f] * sums[f] + L::all(eps));
+        if (kEps) wt[f] = t == 1 ? b[f] : rescaled<kKeep>(wt[f], b[f], sums[f], kKeep ? w_rates + i : nullptr);
+        if (kKeep) ws[i] = wt[f];
       }
       sweep(from, wt, sums, [&](int s, L row) {
-        xt[s] = kEps ? quotient(xt[s] * a[s], xt[s] * row + L::all(eps)) : quotient(a[s], row);
+        const int i = t * second() + s;
+        xt[s] = kEps ? rescaled<kKeep>(xt[s], a[s], row, kKeep ? x_rates + i : nullptr) : quotient(a[s], row);
+        if (kKeep) xs[i] = xt[s];
         return xt[s];
       });
-      if (kKeep) std::copy_n(xt, second(), xs + t * second());
-      if (kKeep) std::copy_n(wt, first(), ws + t * first());
     }
     std::copy_n(xt, second(), x);
     std::copy_n(wt, first(), w);
+  }
+
+  // With eps: before * marginal / (before * sum + eps). The rate is 1 / (before * sum + eps), where it is kept: the gradient
+  // takes it instead of quotients of its own.
+  template <bool kKeep>
+  CK_INLINE L rescaled(const L& before, const L& marginal, const L& sum, L* rate) const {
+    const L divisor = before * sum + L::all(eps);
+    if (!kKeep) return quotient(before * marginal, divisor);
+    return before * marginal * (*rate = quotient(L::all(1), divisor));
   }
 
   [[gnu::noinline]] void run() const {
@@ -142,7 +156,7 @@ struct LinearProblems {
 };
 
 // The gradient, after `run` with histories. g [second, first]: gradient of the plan; becomes that of log E (with eps, of the
-// first softmax's logits). da, db: gradients of log x and log w. alpha, beta: memory as large as the histories.
+// first softmax's logits). dx, dw: gradients of log x and log w. alpha, beta: kGathered rows, [second] and [first] each.
 template <typename T, int kParts, int kSide>
 struct LinearGradient {
   using L = Lanes<T, kParts>;
@@ -154,32 +168,30 @@ struct LinearGradient {
   CK_INLINE int first() const { return forward.first(); }
   CK_INLINE int second() const { return forward.second(); }
   static CK_INLINE L inverse(L marginal) { return select(marginal == L::all(0), L::all(0), quotient(L::all(1), marginal)); }
-  // What a scaling passes on to the one before it, with eps; nothing where it is zero.
-  CK_INLINE L passed_on(L share, L before) const {
-    return select(before == L::all(0), L::all(0), quotient(L::all(forward.eps) * share, before));
-  }
 
   [[gnu::noinline]] void run() const {
     through_plan();
     if (forward.eps > 0) {
       through_iterations<true>();
+      through_softmax();
     } else {
       through_iterations<false>();
+      for (int i = 0; i < second() * first(); ++i) g[i] = g[i] * forward.e[i];
     }
-    collect();
-    if (forward.eps > 0) through_softmax();
   }
 
   // The plan's entries as products: their gradients go to both scalings. g becomes the gradient of E, this part of it.
   CK_INLINE void through_plan() const {
     for (int s = 0; s < second(); ++s) {
+      L sum = dx[s];
       for (int f = 0; f < first(); ++f) {
         L& at = g[s * first() + f];
         at = at * forward.x[s] * forward.w[f];
         const L entry = at * forward.e[s * first() + f];
-        dx[s] = dx[s] + entry;
+        sum = sum + entry;
         dw[f] = dw[f] + entry;
       }
+      dx[s] = sum;
     }
   }
 
@@ -194,21 +206,29 @@ struct LinearGradient {
     for (int f = 0; f < first(); ++f) inverse_b[f] = inverse(forward.b[f]), gradient[f] = dw[f];
 
     const auto share = [&](int t, int s, L dx) {  // alpha of iteration t
-      const L result = dx * forward.xs[t * second() + s] * inverse_a[s];
-      alpha[t * second() + s] = result;
-      if (kEps && t > 0) carried[s] = passed_on(result, forward.xs[(t - 1) * second() + s]);
-      return result;
+      const L rate = kEps ? forward.x_rates[t * second() + s] : inverse_a[s];
+      const L result = dx * rate * forward.xs[(kEps ? t - 1 : t) * second() + s];
+      if (kEps) carried[s] = L::all(forward.eps) * dx * rate;  // to the scaling before it
+      return alpha[row(t) * second() + s] = result;
     };
-    weigh_last(e, sums, share);
+    forward.weigh(e, sums, [&](int s) { return share(forward.num_iters, s, dx[s]); });
     for (int t = forward.num_iters; t >= 1; --t) {
-      const bool last = kEps && t == 1;  // before it is the softmax, and w = b
       for (int f = 0; f < first(); ++f) {
         const L w = forward.ws[t * first() + f];
-        weights[f] = last ? L::all(0) : (gradient[f] - w * sums[f]) * w * inverse_b[f];
-        beta[t * first() + f] = weights[f];
-        if (kEps && !last) gradient[f] = passed_on(weights[f], forward.ws[(t - 1) * first() + f]);
-        if (!kEps) gradient[f] = L::all(0);
+        const L through = gradient[f] - w * sums[f];
+        if (!kEps) {
+          weights[f] = through * w * inverse_b[f];
+          gradient[f] = L::all(0);
+        } else if (t > 1) {
+          const L rate = forward.w_rates[t * first() + f];
+          weights[f] = through * rate * forward.ws[(t - 1) * first() + f];
+          gradient[f] = L::all(forward.eps) * through * rate;
+        } else {
+          weights[f] = L::all(0);  // w = b
+        }
+        beta[row(t) * first() + f] = weights[f];
       }
+      if (row(t) == 0) gather(t);
       if (t == 1) break;
       forward.sweep(e, weights, sums, [&](int s, L row) {
         const L through = forward.xs[(t - 1) * second() + s] * row;
@@ -217,35 +237,37 @@ struct LinearGradient {
     }
   }
 
-  template <typename Share>
-  CK_INLINE void weigh_last(const L* e, L* sums, Share&& share) const {
-    forward.weigh(e, sums, [&](int s) { return share(forward.num_iters, s, dx[s]); });
-  }
+  // g -= sum_t alpha_s w_f + beta_f x_s (x of the iteration before), a few iterations at a time: their rows stay in the first
+  // level cache, where histories of all iterations do not, and blocks of g in registers.
+  static CK_INLINE int row(int t) { return (t - 1) % kGathered; }
 
-  // g -= sum_t alpha_s w_f + beta_f x_s (x of the iteration before), block by block in registers.
-  CK_INLINE void collect() const {
-    in_blocks<4, kSide>(
-        second(), [&](int s, auto rows) { in_blocks<2, 0>(first(), [&](int f, auto cols) { collect_block<rows, cols>(s, f); }); });
+  CK_INLINE void gather(int t) const {
+    const int rows = std::min(kGathered, forward.num_iters - t + 1);
+    for (int p = 0; p < kParts; ++p) {
+      in_blocks<4, kSide>(second(), [&](int s, auto height) {
+        in_blocks<2, 0>(first(), [&](int f, auto width) { gather_block<height, width>(t, rows, s, f, p); });
+      });
+    }
   }
 
   template <int kRows, int kCols>
-  CK_INLINE void collect_block(int s, int f) const {
-    L sum[kRows][kCols];
+  CK_INLINE void gather_block(int t, int rows, int s, int f, int p) const {
+    L* block = g + s * first() + f;
+    Vec<T> sum[kRows][kCols];
     for (int i = 0; i < kRows; ++i) {
-      for (int j = 0; j < kCols; ++j) sum[i][j] = g[(s + i) * first() + f + j];
+      for (int j = 0; j < kCols; ++j) sum[i][j] = block[i * first() + j].part[p];
     }
-    for (int t = 1; t <= forward.num_iters; ++t) {
-      const L *alphas = alpha + t * second() + s, *x = forward.xs + (t - 1) * second() + s;
-      const L *betas = beta + t * first() + f, *w = forward.ws + t * first() + f;
+    for (int r = 0; r < rows; ++r) {
+      const L *alphas = alpha + r * second() + s, *x = forward.xs + (t + r - 1) * second() + s;
+      const L *betas = beta + r * first() + f, *w = forward.ws + (t + r) * first() + f;
       for (int i = 0; i < kRows; ++i) {
-        for (int j = 0; j < kCols; ++j) sum[i][j] = sum[i][j] - alphas[i] * w[j] - betas[j] * x[i];
+        for (int j = 0; j < kCols; ++j) {
+          sum[i][j] = sum[i][j] - alphas[i].part[p] * w[j].part[p] - betas[j].part[p] * x[i].part[p];
+        }
       }
     }
     for (int i = 0; i < kRows; ++i) {
-      for (int j = 0; j < kCols; ++j) {
-        const int at = (s + i) * first() + f + j;
-        g[at] = forward.eps > 0 ? sum[i][j] : sum[i][j] * forward.e[at];
-      }
+      for (int j = 0; j < kCols; ++j) block[i * first() + j].part[p] = sum[i][j];
     }
   }
 
