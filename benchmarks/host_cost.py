@@ -5,8 +5,9 @@
 Kernels are replaced by ones that do nothing: the CPU library's functions and the CUDA library's launches by a C function that
 returns at once, Triton's launches by an empty Python function. So what Triton itself does per launch (finding the compiled
 kernel) is not in these figures, nor is what torch takes to tell the current device and stream: the tensors lie on the CPU.
-`benchmarks.gpu_session --parts host` makes the same calls on a GPU, with both. Small operations of torch around the launches
-(sinkhorn's marginals) do run. alignment_loss has its products from torch on the CPU, so only its Triton backend is here.
+`benchmarks.gpu_session --parts host` makes the same calls on a GPU, with both. Small operations of torch around the launches do
+run. sinkhorn does not look for infinite potentials, as it does for tensors on the CPU: nobody wrote these. alignment_loss has
+its products from torch on the CPU, so only its Triton backend is here.
 
 Times are processor time of the process, which a busy machine changes less than the clock on the wall; medians of rounds in
 which all cases take turns.
@@ -29,6 +30,7 @@ import torch
 import comp_kernels as ck
 from comp_kernels import _native
 from comp_kernels._triton import launches_go_to
+from comp_kernels.ops.sinkhorn import api as sinkhorn_api
 
 CALLS = 100  # per case and round
 LAYERS = 8
@@ -49,6 +51,7 @@ def nothing_runs() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(launches_go_to(lambda kernel, grid, *args, **kwargs: None, "sm_90"))
         stack.enter_context(mock.patch.object(_native, "cpu_function", cpu_function))
+        stack.enter_context(mock.patch.object(sinkhorn_api, "readable", lambda x: False))  # potentials of what memory holds
         if cuda_is_built():
             set_hook = _native.cuda().comp_kernels_cuda_set_launch_hook
             set_hook.argtypes = [ctypes.c_void_p, ctypes.c_int32]
@@ -71,9 +74,24 @@ class Case(NamedTuple):
     calls: int = 1  # of the operator, in one run
 
 
+class NoKernel(torch.autograd.Function):
+    """An autograd function that allocates, saves and returns what rope_attention's does, and does nothing else."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, others):
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float64)
+        ctx.save_for_backward(q, k, v, *others, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, *_ = ctx.saved_tensors
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None
+
+
 def attention(backend: str, device: str) -> dict[str, Case]:
     """forward: one call. both: eight, as the layers of a tower make them, and one backward pass through all of them: what torch
-    takes to begin a backward pass is no cost of a call."""
+    takes to begin a backward pass is no cost of a call. Of the backend "torch alone" every call is a NoKernel."""
     dtype = torch.float32 if backend == "cpu" else torch.bfloat16
     q, k, v, grad = torch.randn(4, TOKENS, HEADS, HEAD_DIM, device=device, dtype=dtype)
     cos, sin = torch.randn(2, TOKENS, HEAD_DIM // 2, device=device)
@@ -81,12 +99,16 @@ def attention(backend: str, device: str) -> dict[str, Case]:
     calls = [[x.clone().requires_grad_() for x in (q, k, v)] for _ in range(LAYERS)]
     leaves, cotangents = [x for call in calls for x in call], [grad] * LAYERS
 
+    def run(q, k, v):
+        if backend == "torch alone":
+            return NoKernel.apply(q, k, v, (cos, sin, None, None, bounds, None))
+        return ck.rope_attention(q, k, v, cos, sin, bounds, backend=backend)
+
     def both():
-        outs = [ck.rope_attention(*call, cos, sin, bounds, backend=backend) for call in calls]
-        torch.autograd.grad(outs, leaves, cotangents)
+        torch.autograd.grad([run(*call) for call in calls], leaves, cotangents)
 
     return {
-        "forward": Case(lambda: ck.rope_attention(q, k, v, cos, sin, bounds, backend=backend)),
+        "forward": Case(lambda: run(q, k, v)),
         "both": Case(both, LAYERS),
     }
 
@@ -109,7 +131,7 @@ def cases(device: str = "cpu", cpu: bool = True) -> dict[tuple[str, str, str], C
         for backend in ck.available_backends(op, device):
             if backend != "reference" and (backend != "cpu" or (cpu and op != "alignment_loss")):
                 found |= {(op, backend, which): case for which, case in make(backend, device).items()}
-    return found
+    return {("rope_attention", "torch alone", "both"): attention("torch alone", device)["both"]} | found
 
 
 def microseconds(case: Case, count: int) -> float:

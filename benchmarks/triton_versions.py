@@ -112,8 +112,9 @@ def ot(dtype: torch.dtype, rows: int, tol: float | None) -> Callable[[], object]
     scores = torch.zeros(2, rows, 4096, dtype=dtype)
 
     def call():
-        for cols in (4096, 4090):
-            sinkhorn(scores[:, :, :cols], epsilon=0.1, num_iters=2, tol=tol, backend="triton")
+        marginals = dict(row_marginals=torch.ones(rows), col_marginals=torch.full((4090,), rows / 4090))
+        for cols, given in ((4096, {}), (4090, marginals)):
+            sinkhorn(scores[:, :, :cols], epsilon=0.1, num_iters=2, tol=tol, backend="triton", **given)
         steps = Steps(scores, 1.0)  # over a process group
         steps.column_statistics(torch.zeros(2, rows))
         steps.row_log_sums(torch.zeros(2, 4096))

@@ -88,7 +88,7 @@ def check_positive(name: str, value: float) -> float:
         raise ValueError(f"{name} must be positive, got {value}")
     if value == float("inf"):
         raise ValueError(f"{name} must be finite, got {value}")
-    return float(value) if isinstance(value, numbers.Real) and not isinstance(value, float) else value
+    return float(value) if not isinstance(value, float) and isinstance(value, numbers.Real) else value
 
 
 def check_bool(name: str, value: object) -> None:

@@ -127,7 +127,7 @@ def sinkhorn(
     check_gradient(gradient, tol, group, row_marginals, col_marginals)
     check_marginals(scores, row_marginals, col_marginals, group)
 
-    rows, cols = default_marginals(scores, row_marginals, col_marginals, group)
+    rows, cols = used_marginals(scores, row_marginals, col_marginals, group)
     name = None if group is None else group.group_name
     call = Call(scores.detach() if gradient == "detach" else scores, rows, cols, epsilon, num_iters, tol, name, order, eps)
     backend, fallback = choose_backend("sinkhorn", backend, scores.device, call)
@@ -135,15 +135,16 @@ def sinkhorn(
     plan, u, v = solve(call, gradient, backend, fallback and group is None)
     if readable(u):
         last = u if order == "cols_rows" else v
-        check_reachable(scores, rows, cols, last.detach(), group)  # else autograd would keep it for the maximum's gradient
+        check_reachable(call, last.detach(), group)  # else autograd would keep it for the maximum's gradient
     return (plan, u, v) if return_potentials else plan
 
 
-def check_reachable(scores: Tensor, rows: Tensor, cols: Tensor, last: Tensor, group: dist.ProcessGroup | None) -> None:
+def check_reachable(call: Call, last: Tensor, group: dist.ProcessGroup | None) -> None:
     """Name a row or column that must have mass and has scores of -inf alone; looked for where the potentials tell of one:
     `last`, those of the side that is scaled last."""
     if last.numel() == 0 or last.max().item() < math.inf:  # the maximum of anything and NaN is NaN
         return
+    scores, (rows, cols) = call.scores, call.marginals()
     for name, argument, dim, marginal in (("row", "row_marginals", -1, rows), ("column", "col_marginals", -2, cols)):
         if scores.shape[dim] == 0 or (name == "column" and group is not None):  # whose other rows are elsewhere
             continue
@@ -154,17 +155,19 @@ def check_reachable(scores: Tensor, rows: Tensor, cols: Tensor, last: Tensor, gr
             raise ValueError(f"scores of {where} are all -inf, but its marginal is positive: set that of {argument} to zero")
 
 
-def default_marginals(
+def used_marginals(
     scores: Tensor, row_marginals: Tensor | None, col_marginals: Tensor | None, group: dist.ProcessGroup | None
-) -> tuple[Tensor, Tensor]:
-    """Both marginals in the computing dtype: rows of mass one, columns that share the mass of all rows of the group."""
+) -> tuple[Tensor | None, Tensor | None]:
+    """Both marginals as `Call` has them: rows of mass one, columns that share the mass of all rows of the group."""
     *_, num_rows, num_cols = scores.shape
     dtype = torch.promote_types(scores.dtype, torch.float32)
-    rows = scores.new_ones(num_rows, dtype=dtype) if row_marginals is None else row_marginals.detach().to(dtype)
+    rows = None if row_marginals is None else row_marginals.detach().to(dtype)
     if col_marginals is not None:
         return rows, col_marginals.detach().to(dtype)
-    if row_marginals is None and group is None and not torch.compiler.is_compiling():
-        return rows, scores.new_full((num_cols,), num_rows / max(num_cols, 1), dtype=dtype)
+    if rows is None:
+        if group is None:
+            return None, None
+        rows = scores.new_ones(num_rows, dtype=dtype)
     mass = rows.sum(-1, keepdim=True)
     if group is not None:
         dist.all_reduce(mass, group=group)

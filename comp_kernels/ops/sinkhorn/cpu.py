@@ -25,28 +25,23 @@ def declines(call: Call) -> str | None:
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """P [G, n, K], u [G, n], v [G, K]."""
+    """P, u and v of a flat call."""
     if small.serves(call):
         return small.solve(_run_small, call)
-    scores, compute = call.scores, call.row_marginals.dtype
-    plan = scores.new_empty(scores.shape, dtype=compute)
     if call.group is not None:
-        return _solve_over_group(call, plan)
-    items, rows, cols = scores.shape
-    u, v = scores.new_empty((items, rows), dtype=compute), scores.new_empty((items, cols), dtype=compute)
+        return _solve_over_group(call)
+    plan, u, v = call.new_results()
     solve_into(plan, u, v, call)
     return plan, u, v
 
 
 def solve_into(plan: Tensor, u: Tensor, v: Tensor, call: Call) -> None:
-    """The same into memory that is there: plan [G, n, K], u [G, n], v [G, K], contiguous, of the computing dtype."""
-    params = SolveParams.of(call, plan)
-    params.u, params.v = u.data_ptr(), v.data_ptr()
-    _native.cpu_function("sinkhorn_solve", SolveParams)(params)
+    """The same into memory that is there: plan, u and v, contiguous, of the computing dtype."""
+    _native.cpu_function("sinkhorn_solve", SolveParams)(SolveParams.of(call, plan, u, v))
 
 
 def small_gradient(call: Call, *cotangents: Tensor | None) -> Tensor:
-    """Of the scores [G, n, K] of small matrices, from those of plan, u and v: see small.gradient."""
+    """Of the scores of small matrices, from those of plan, u and v: see small.gradient."""
     return small.gradient(_run_small, call, *cotangents)
 
 
@@ -54,8 +49,9 @@ def _run_small(function: str, params: small.SmallParams, scores: Tensor) -> None
     _native.cpu_function(function, small.SmallParams)(params)
 
 
-def _solve_over_group(call: Call, plan: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _solve_over_group(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     scores, factor = call.scores, LOG2E / call.epsilon
+    plan = torch.empty_like(scores, dtype=call.compute_dtype, memory_format=torch.contiguous_format)
 
     def columns(u2: Tensor) -> tuple[Tensor, Tensor]:
         pairs = [column_statistics(item, factor, u) for item, u in zip(scores, u2)]
@@ -68,7 +64,7 @@ def _solve_over_group(call: Call, plan: Tensor) -> tuple[Tensor, Tensor, Tensor]
             update_row_statistics(item, factor, peak, total, v)
         return peaks + sums.log2()
 
-    marginals = (x.expand(scores.shape[0], -1) for x in (call.row_marginals, call.col_marginals))
+    marginals = (x.expand(scores.shape[0], -1) for x in call.marginals())
     group = group_by_name(call.group)
     u2, v2 = solve_over_group(columns, rows, *marginals, num_iters=call.num_iters, tol=call.tol, group=group)
     for item, u, v, out in zip(scores, u2, v2, plan):

@@ -26,32 +26,29 @@ def declines(call: Call) -> str | None:
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """P [G, n, K], u [G, n], v [G, K]."""
+    """P, u and v of a flat call."""
     if small.serves(call):
         return small.solve(_run_small, call)
     scores = call.scores
-    items, rows, cols = scores.shape
-    plan = scores.new_empty(scores.shape, dtype=torch.float32)
-    params = SolveParams.of(call, plan)
+    plan, u, v = call.new_results()
+    params = SolveParams.of(call, plan, u, v)
     size = _native.cuda_function("sinkhorn_workspace", (ctypes.c_void_p,), ctypes.c_int64)
     workspace = scores.new_empty(size(ctypes.byref(params)), dtype=torch.uint8)
     if call.group is None and (call.tol is None or split(params) is not None):
-        u, v = plan.new_empty((items, rows)), plan.new_empty((items, cols))
-        params.u, params.v = u.data_ptr(), v.data_ptr()
         _launch("solve", scores, params, workspace)
         return plan, u, v
 
     def column_statistics(u2: Tensor) -> tuple[Tensor, Tensor]:
-        peaks, sums = plan.new_empty((items, cols)), plan.new_empty((items, cols))
+        peaks, sums = torch.empty_like(v), torch.empty_like(v)
         _launch("columns", scores, params, u2.contiguous(), peaks, sums, workspace)
         return peaks, sums
 
     def row_log_sums(v2: Tensor) -> Tensor:
-        row_sums = plan.new_empty((items, rows))
+        row_sums = torch.empty_like(u)
         _launch("rows", scores, params, v2.contiguous(), row_sums)
         return row_sums
 
-    marginals = (x.expand(items, -1) for x in (call.row_marginals, call.col_marginals))
+    marginals = (x.expand_as(potential) for x, potential in zip(call.marginals(), (u, v)))
     group = group_by_name(call.group)
     u2, v2 = solve_over_group(
         column_statistics, row_log_sums, *marginals, num_iters=call.num_iters, tol=call.tol, group=group
@@ -90,7 +87,7 @@ def _run_small(function: str, params: small.SmallParams, scores: Tensor) -> None
 
 
 def small_gradient(call: Call, *cotangents: Tensor | None) -> Tensor:
-    """Of the scores [G, n, K] of small matrices, from those of plan, u and v: see small.gradient."""
+    """Of the scores of small matrices, from those of plan, u and v: see small.gradient."""
     return small.gradient(_run_small, call, *cotangents)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import math
 
 from torch import Tensor
 
 from ... import _native
+from ..._native import pointer
 from ..._units import LOG2E
-from .call import Call
+from .call import Call, item_stride
 
 
 class SolveParams(ctypes.Structure):
@@ -24,25 +26,23 @@ class SolveParams(ctypes.Structure):
     ]
 
     @classmethod
-    def of(cls, call: Call, plan: Tensor) -> SolveParams:
-        """All but the potentials, on scores [G, n, K]. The tensors must outlive the call."""
+    def of(cls, call: Call, plan: Tensor, u: Tensor, v: Tensor) -> SolveParams:
+        """Those of a call on scores [n, K] or [G, n, K]. The tensors must outlive the params."""
         scores, row_marginals, col_marginals, epsilon, num_iters, tol, *_ = call
-        items, rows, cols = scores.shape
-        item_stride, row_stride, _ = scores.stride()
-        return cls(
-            scores=scores.data_ptr(),
-            row_marginals=row_marginals.data_ptr(),
-            col_marginals=col_marginals.data_ptr(),
-            plan=plan.data_ptr(),
-            item_stride=item_stride,
-            row_stride=row_stride,
-            row_marginals_stride=rows if row_marginals.dim() == 2 else 0,
-            col_marginals_stride=cols if col_marginals.dim() == 2 else 0,
-            num_items=items,
-            num_rows=rows,
-            num_cols=cols,
-            num_iters=num_iters,
-            factor=LOG2E / epsilon,
-            tol=-1.0 if tol is None else tol,
-            dtype=_native.DTYPE_CODES[scores.dtype],
+        *items, rows, cols = scores.shape
+        packed = LAYOUT.pack(
+            scores.data_ptr(),
+            *(pointer(row_marginals), pointer(col_marginals)),
+            *(u.data_ptr(), v.data_ptr(), plan.data_ptr()),
+            *(scores.stride(0) if items else 0, scores.stride(-2)),
+            *(item_stride(row_marginals), item_stride(col_marginals)),
+            math.prod(items),
+            *(rows, cols, num_iters),
+            LOG2E / epsilon,
+            -1.0 if tol is None else tol,
+            _native.DTYPE_CODES[scores.dtype],
         )
+        return cls.from_buffer_copy(packed)
+
+
+LAYOUT = _native.layout(SolveParams)

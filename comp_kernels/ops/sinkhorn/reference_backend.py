@@ -28,7 +28,8 @@ def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
 def small_gradient(call: Call, grad_plan: Tensor | None, grad_u: Tensor | None, grad_v: Tensor | None) -> Tensor:
     """Of the scores of small matrices, where the kernels that made the plan have failed since."""
     found = gradients.unrolled(
-        *call[:3],
+        call.scores,
+        *call.marginals(),
         grad_plan,
         grad_u,
         grad_v,

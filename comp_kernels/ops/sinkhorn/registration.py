@@ -22,11 +22,11 @@ from .call import Call
 OPERATOR = "sinkhorn"
 
 LIBRARY.define(
-    "sinkhorn(Tensor scores, Tensor row_marginals, Tensor col_marginals, float epsilon, int num_iters, float? tol, "
+    "sinkhorn(Tensor scores, Tensor? row_marginals, Tensor? col_marginals, float epsilon, int num_iters, float? tol, "
     "str? group, str order, float eps, str gradient, str backend, bool fallback) -> (Tensor plan, Tensor u, Tensor v)"
 )
 LIBRARY.define(
-    "sinkhorn_backward(Tensor scores, Tensor row_marginals, Tensor col_marginals, Tensor plan, Tensor? grad_plan, "
+    "sinkhorn_backward(Tensor scores, Tensor? row_marginals, Tensor? col_marginals, Tensor plan, Tensor? grad_plan, "
     "Tensor? grad_u, Tensor? grad_v, float epsilon, int num_iters, str order, float eps, str gradient, str backend, "
     "bool fallback) -> Tensor"
 )
@@ -43,27 +43,30 @@ def forward(call: Call, backend: str, fallback: bool) -> tuple[Tensor, Tensor, T
         return plan.mT.contiguous(), u, v
     flat = flattened(call)
     plan, u, v = function_of(OPERATOR, "forward", backend, fallback)(flat)
-    if flat.scores.shape == call.scores.shape:
+    if flat.scores.dim() == call.scores.dim():
         return plan, u, v
     return plan.view(call.scores.shape), u.view(*batch, num_rows), v.view(*batch, num_cols)
 
 
 def flattened(call: Call) -> Call:
-    """The call as kernels take it, with one dimension of batch items. A reshape keeps the strides of zero of a marginal."""
+    """The call as kernels take it: one dimension of batch items, or none. A reshape keeps the strides of zero of a marginal."""
     *batch, num_rows, num_cols = call.scores.shape
     scores, rows, cols = call[:3]
-    if len(batch) != 1:
+    if len(batch) > 1 or (call.group is not None and not batch):
         items = math.prod(batch)
         scores = scores.reshape(items, num_rows, num_cols)
-        rows, cols = (x if x.dim() == 1 else x.reshape(items, x.shape[-1]) for x in (rows, cols))
+        rows, cols = (x if x is None or x.dim() == 1 else x.reshape(items, x.shape[-1]) for x in (rows, cols))
     if scores.stride(-1) != 1:
         scores = scores.contiguous()
-    return Call(scores, rows.contiguous(), cols.contiguous(), *call[3:])
+    if scores is call.scores and rows is cols is None:
+        return call
+    rows, cols = (x if x is None else x.contiguous() for x in (rows, cols))
+    return Call(scores, rows, cols, *call[3:])
 
 
 def transposed(call: Call) -> Call:
     """The same problem with rows and columns in each other's place."""
-    rows, cols = call.row_marginals, call.col_marginals
+    rows, cols = call.marginals()
     return call._replace(scores=call.scores.mT, row_marginals=cols, col_marginals=rows, order="cols_rows")
 
 
@@ -74,7 +77,7 @@ def forward_kernel(*arguments) -> tuple[Tensor, Tensor, Tensor]:
 
 def forward_fake(scores, row_marginals, col_marginals, epsilon, num_iters, tol, group, *settings):
     *batch, num_rows, num_cols = scores.shape
-    compute = row_marginals.dtype
+    compute = torch.promote_types(scores.dtype, torch.float32)
     return (
         scores.new_empty(scores.shape, dtype=compute),
         scores.new_empty((*batch, num_rows), dtype=compute),
@@ -88,15 +91,17 @@ def backward(scores, row_marginals, col_marginals, plan, grad_plan, grad_u, grad
     cotangents = (grad_plan, grad_u, grad_v)
     if gradient == "unrolled" and backend != "reference" and small.serves(call) and scores.numel():
         flat = flattened(call)
-        shapes = flat.scores.shape, flat.scores.shape[:2], (flat.scores.shape[0], flat.scores.shape[2])
+        *items, num_rows, num_cols = flat.scores.shape
+        shapes = (*items, num_rows, num_cols), (*items, num_rows), (*items, num_cols)
         reshaped = (None if x is None else x.reshape(shape).contiguous() for x, shape in zip(cotangents, shapes))
         return function_of(OPERATOR, "small_gradient", backend, fallback)(flat, *reshaped).view(scores.shape)
+    marginals = call.marginals()
     with torch.autocast(scores.device.type, enabled=False):  # its products stay in float32
         if gradient == "implicit":
-            found = gradients.implicit(plan, row_marginals, col_marginals, *cotangents, epsilon=epsilon)
+            found = gradients.implicit(plan, *marginals, *cotangents, epsilon=epsilon)
         else:
             iterations = dict(epsilon=epsilon, num_iters=num_iters, order=order, eps=eps)
-            found = gradients.unrolled(scores, row_marginals, col_marginals, *cotangents, **iterations)
+            found = gradients.unrolled(scores, *marginals, *cotangents, **iterations)
     return found.to(scores.dtype).contiguous()
 
 

@@ -7,14 +7,16 @@ either order and `eps`, and have a backward pass of their own for gradient="unro
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from ... import _native
 from ..._native import pointer
 from ..._units import LOG2E
-from .call import Call
+from .call import Call, item_stride
 
 MAX_SIDE = 32
 
@@ -33,6 +35,9 @@ class SmallParams(ctypes.Structure):
     ]
 
 
+LAYOUT = _native.layout(SmallParams)
+
+
 def serves(call: Call) -> bool:
     return max(call.scores.shape[-2:]) <= MAX_SIDE and call.tol is None and call.group is None
 
@@ -45,19 +50,17 @@ def declines(call: Call) -> str | None:
 
 
 def contiguous_items(scores: Tensor) -> Tensor:
-    """scores [G, n, K] with every matrix contiguous, and one matrix that stands for all where they are expanded."""
-    return scores if scores.is_contiguous() or scores[0].is_contiguous() else scores.contiguous()
+    """scores [n, K] or [G, n, K] with every matrix contiguous, and one matrix that stands for all where they are expanded."""
+    if scores.is_contiguous() or (scores.dim() == 3 and scores[0].is_contiguous()):
+        return scores
+    return scores.contiguous()
 
 
 def solve(run: Callable[[str, SmallParams, Tensor], None], call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """(P [G, n, K], u [G, n], v [G, K]) of a flat call by run("sinkhorn_small", params, scores)."""
+    """P, u and v of a flat call by run("sinkhorn_small", params, scores)."""
     scores = contiguous_items(call.scores)
-    items, rows, cols = scores.shape
-    plan = scores.new_empty(scores.shape, dtype=call.row_marginals.dtype)
-    u, v = plan.new_empty((items, rows)), plan.new_empty((items, cols))
-    params = _params(scores, call)
-    params.u, params.v, params.plan = u.data_ptr(), v.data_ptr(), plan.data_ptr()
-    run("sinkhorn_small", params, scores)
+    plan, u, v = call.new_results()
+    run("sinkhorn_small", _params(scores, call, (u.data_ptr(), v.data_ptr(), plan.data_ptr(), 0, 0, 0, 0)), scores)
     return plan, u, v
 
 
@@ -68,34 +71,29 @@ def gradient(
     grad_u: Tensor | None,
     grad_v: Tensor | None,
 ) -> Tensor:
-    """Gradient of the scores [G, n, K], in their dtype, by run("sinkhorn_small_backward", params, scores).
+    """Gradient of the scores of a flat call, in their dtype, by run("sinkhorn_small_backward", params, scores).
 
-    grad_plan [G, n, K], grad_u [G, n], grad_v [G, K]: of the loss, contiguous, of the computing dtype; None: zeros."""
+    grad_plan, grad_u, grad_v: of the loss, contiguous, of the computing dtype, shaped as P, u and v; None: zeros."""
     scores = contiguous_items(call.scores)
-    found = scores.new_empty(scores.shape)
-    params = _params(scores, call)
-    params.grad_plan, params.grad_u, params.grad_v = pointer(grad_plan), pointer(grad_u), pointer(grad_v)
-    params.grad_scores = found.data_ptr()
-    run("sinkhorn_small_backward", params, scores)
+    found = torch.empty_like(scores, memory_format=torch.contiguous_format)
+    cotangents = (pointer(x) for x in (grad_plan, grad_u, grad_v))
+    run("sinkhorn_small_backward", _params(scores, call, (0, 0, 0, *cotangents, found.data_ptr())), scores)
     return found
 
 
-def _params(scores: Tensor, call: Call) -> SmallParams:
-    items, rows, cols = scores.shape
+def _params(scores: Tensor, call: Call, results: tuple[int, ...]) -> SmallParams:
+    """results: the addresses from u to grad_scores."""
+    *items, rows, cols = scores.shape
     row_marginals, col_marginals = call.row_marginals, call.col_marginals
-    return SmallParams(
-        scores=scores.data_ptr(),
-        row_marginals=row_marginals.data_ptr(),
-        col_marginals=col_marginals.data_ptr(),
-        item_stride=scores.stride(0),
-        row_marginals_stride=rows if row_marginals.dim() == 2 else 0,
-        col_marginals_stride=cols if col_marginals.dim() == 2 else 0,
-        num_items=items,
-        num_rows=rows,
-        num_cols=cols,
-        num_iters=call.num_iters,
-        rows_first=call.order == "rows_cols",
-        factor=LOG2E / call.epsilon,
-        eps=call.eps,
-        dtype=_native.DTYPE_CODES[scores.dtype],
+    packed = LAYOUT.pack(
+        scores.data_ptr(),
+        *(pointer(row_marginals), pointer(col_marginals)),
+        *results,
+        scores.stride(0) if items else 0,
+        *(item_stride(row_marginals), item_stride(col_marginals)),
+        math.prod(items),
+        *(rows, cols, call.num_iters, call.order == "rows_cols"),
+        *(LOG2E / call.epsilon, call.eps),
+        _native.DTYPE_CODES[scores.dtype],
     )
+    return SmallParams.from_buffer_copy(packed)

@@ -26,7 +26,7 @@ def declines(call: Call) -> str | None:
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """P [G, n, K], u [G, n], v [G, K]."""
+    """P, u and v of a flat call."""
     if small.serves(call):
         return triton_small.solve(call)
     from .triton_steps import Steps  # which imports triton
@@ -38,7 +38,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
         u2, v2 = solve_over_group(
             lambda u2: steps.column_statistics(u2.contiguous()),
             lambda v2: steps.row_log_sums(v2.contiguous()),
-            *(x.expand(call.scores.shape[0], -1) for x in (call.row_marginals, call.col_marginals)),
+            *(x.expand(call.scores.shape[0], -1) for x in call.marginals()),
             num_iters=call.num_iters,
             tol=call.tol,
             group=group_by_name(call.group),
@@ -50,8 +50,7 @@ small_gradient = triton_small.gradient
 
 
 def _iterate(call: Call, steps: Steps) -> tuple[Tensor, Tensor]:
-    items, rows, cols = call.scores.shape
-    u2, v2 = steps.new(items, rows), steps.new(items, cols)
+    u2, v2 = steps.new_potentials()
     for iteration in range(call.num_iters):
         steps.scale_columns(iteration, call[1:3], u2, v2, v2)
         steps.scale_rows(call.row_marginals, u2)
@@ -60,11 +59,10 @@ def _iterate(call: Call, steps: Steps) -> tuple[Tensor, Tensor]:
 
 def _iterate_until(call: Call, steps: Steps, tol: float) -> tuple[Tensor, Tensor]:
     """The error after an iteration is known once the next one has summed the columns; that one must then leave no trace."""
-    items, rows, cols = call.scores.shape
-    u2, v2, v2_new = steps.new(items, rows), steps.new(items, cols), steps.new(items, cols)
-    errors = steps.new(items, steps.blocks)
+    (u2, v2), (_, v2_new) = steps.new_potentials(), steps.new_potentials()
+    errors = steps.new(steps.items, steps.blocks)
     stop = torch.zeros((), dtype=torch.int32, device=call.device)
-    allowed = tol * call.row_marginals.sum(-1)
+    allowed = tol * call.marginals()[0].sum(-1)
     for iteration in range(call.num_iters):
         steps.scale_columns(iteration, call[1:3], u2, v2, v2_new, errors, stop)
         if iteration > 0:

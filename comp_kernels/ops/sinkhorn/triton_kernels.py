@@ -68,6 +68,16 @@ def merge_block(peak, total, row_peaks, row_sums, o_pair, mask):
 
 
 @triton.jit
+def load_marginals(marginals, offsets, mask, each):
+    """Zeros outside; marginals is None: all are `each`."""
+    if marginals is None:
+        found = tl.where(mask, each, 0.0)
+    else:
+        found = tl.load(marginals + offsets, mask=mask, other=0.0)
+    return found
+
+
+@triton.jit
 def load_entries(scores, o_n, o_k, m_n, m_k, row_stride, factor):
     """[BN, BK] entries in bits, -inf outside."""
     tile = tl.load(scores + o_n.to(tl.int64)[:, None] * row_stride + o_k[None, :], mask=m_n[:, None] & m_k[None, :], other=0.0)
@@ -77,13 +87,13 @@ def load_entries(scores, o_n, o_k, m_n, m_k, row_stride, factor):
 @triton.jit(do_not_specialize=VARYING)
 def column_step_kernel(
     scores, u, v, a, b, v_new, row_peaks, row_sums, col_peaks, col_sums, errors, stop,
-    num_rows, num_cols, num_blocks, item_stride, row_stride, a_item_stride, b_item_stride, iteration, factor,
+    num_rows, num_cols, num_blocks, item_stride, row_stride, a_item_stride, b_item_stride, iteration, factor, col_share,
     ITERATE: tl.constexpr, HAS_TOL: tl.constexpr, ALIGN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of columns, items). ITERATE: v_new [G, K], and row_peaks, row_sums [G, blocks, pair_stride] of the plan with
     scaled columns; iteration 0 starts from u = 0 in rows that have mass. Else col_peaks, col_sums [G, K]. HAS_TOL: nothing
     happens once *stop is set, and errors [G, blocks] receives the L1 error of the column sums as they were with v (infinite
-    in iteration 0)."""
+    in iteration 0). a None: ones; b None: col_share each."""
     i_block, i_item = tl.program_id(0), tl.program_id(1).to(tl.int64)
     if HAS_TOL:
         if tl.load(stop) != 0:
@@ -101,7 +111,7 @@ def column_step_kernel(
         m_n = o_n < num_rows
         x = load_entries(scores, o_n, o_k, m_n, m_k, row_stride, factor)
         if ITERATE:
-            mass = tl.load(a + i_item * a_item_stride + o_n, mask=m_n, other=0.0)
+            mass = load_marginals(a, i_item * a_item_stride + o_n, m_n, 1.0)
             shift = tl.load(u + o_n, mask=o_n < num_rows * min(iteration, 1), other=0.0)
             shift = tl.where(mass > 0, shift, -float("inf"))
         else:
@@ -115,7 +125,7 @@ def column_step_kernel(
         tl.store(col_peaks + i_item * num_cols + o_k, peak, mask=m_k)
         tl.store(col_sums + i_item * num_cols + o_k, total, mask=m_k)
     else:
-        target = tl.load(b + i_item * b_item_stride + o_k, mask=m_k, other=0.0)
+        target = load_marginals(b, i_item * b_item_stride + o_k, m_k, col_share)
         log_sum = peak + tl.log2(total)
         if HAS_TOL:
             old = tl.load(v + i_item * num_cols + o_k, mask=o_k < num_cols * min(iteration, 1), other=float("inf"))
@@ -162,7 +172,7 @@ def merge_rows_kernel(
     SCALE: tl.constexpr, HAS_TOL: tl.constexpr, BN: tl.constexpr, BB: tl.constexpr,
 ):  # fmt: skip
     """out [G, n] = log2 of the sum of the pairs [G, blocks, pair_stride] over the blocks; SCALE: the potential that makes it
-    a. Grid (blocks of rows, items)."""
+    a (None: ones). Grid (blocks of rows, items)."""
     i_item = tl.program_id(1).to(tl.int64)
     if HAS_TOL:
         if tl.load(stop) != 0:
@@ -181,7 +191,7 @@ def merge_rows_kernel(
         peak, total = merge_block(peak, total, row_peaks, row_sums, o_pair, mask)
     found = peak + tl.log2(total)
     if SCALE:
-        mass = tl.load(a + i_item * a_item_stride + o_n, mask=m_n, other=0.0)
+        mass = load_marginals(a, i_item * a_item_stride + o_n, m_n, 1.0)
         found = tl.where(mass > 0, tl.log2(mass) - found, -float("inf"))
     tl.store(out + i_item * num_rows + o_n, found, mask=m_n)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from ..._triton import cdiv, launch, next_power_of_2
 from ..._units import LOG2E
 from . import small
-from .call import Call
+from .call import Call, item_stride
 
 NUM_WARPS = 4
 TILE = 1024  # entries per program, 8 a thread: twice as many spill two registers in the backward pass
@@ -25,14 +27,12 @@ def solve(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     from .triton_small_kernels import small_forward_kernel
 
     scores = small.contiguous_items(call.scores)
-    items, rows, cols = scores.shape
-    plan = scores.new_empty(scores.shape, dtype=torch.float32)
-    u, v = plan.new_empty((items, rows)), plan.new_empty((items, cols))
+    plan, u, v = call.new_results()
     sides = _Sides(scores, call)
     second, first = (u, v) if call.order == "cols_rows" else (v, u)
     launch(
         small_forward_kernel,
-        (cdiv(items, sides.tile["BG"]),),
+        (sides.programs,),
         scores, *sides.marginals, plan, second, first,
         *sides.numbers, call.num_iters, LOG2E / call.epsilon, call.eps,
         HAS_EPS=call.eps > 0,
@@ -48,8 +48,8 @@ def gradient(call: Call, grad_plan: Tensor | None, grad_u: Tensor | None, grad_v
 
     scores = small.contiguous_items(call.scores)
     sides = _Sides(scores, call)
-    found = scores.new_empty(scores.shape)
-    programs, tile = cdiv(len(scores), sides.tile["BG"]), sides.tile
+    found = torch.empty_like(scores, memory_format=torch.contiguous_format)
+    programs, tile = sides.programs, sides.tile
     history = (call.num_iters + 1, programs * tile["BG"])
     xs, ws = (scores.new_empty((*history, tile[side]), dtype=torch.float32) for side in ("BS", "BF"))
     grad_second, grad_first = (grad_u, grad_v) if call.order == "cols_rows" else (grad_v, grad_u)
@@ -72,13 +72,13 @@ class _Sides:
     """The arguments of a call by the side that is scaled second and the one that is scaled first."""
 
     def __init__(self, scores: Tensor, call: Call):
-        items, rows, cols = scores.shape
-        pairs = (
-            (rows, cols, call.row_marginals),
-            (cols, 1, call.col_marginals),
-        )  # entries, their stride in a matrix, marginals
-        (second, s_stride, a), (first, f_stride, b) = pairs if call.order == "cols_rows" else pairs[::-1]
+        *batch, rows, cols = scores.shape
+        items = math.prod(batch)
+        # entries, their stride in a matrix, marginals, and what each of these is where they are None
+        pairs = ((rows, cols, call.row_marginals, 1.0), (cols, 1, call.col_marginals, rows / cols))
+        (second, s_stride, a, a_each), (first, f_stride, b, b_each) = pairs if call.order == "cols_rows" else pairs[::-1]
         self.marginals = (a, b)
         self.tile = tile_of(second, first)
-        strides = (scores.stride(0), s_stride, f_stride)
-        self.numbers = (items, second, first, *strides, *(x.shape[-1] if x.dim() == 2 else 0 for x in (a, b)))
+        self.programs = cdiv(items, self.tile["BG"])
+        strides = (scores.stride(0) if batch else 0, s_stride, f_stride, item_stride(a), item_stride(b))
+        self.numbers = (items, second, first, *strides, a_each, b_each)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ... import _units
-from .triton_kernels import finite_or_zero
+from .triton_kernels import finite_or_zero, load_marginals
 
 # As in csrc/sinkhorn/cpu/kernels/small.cpp: within these, every product of the linear iterations is a normal number.
 SCORE_BITS = tl.constexpr(48.0)
@@ -23,16 +23,16 @@ LN2 = tl.constexpr(_units.LN2)
 
 
 @triton.jit
-def load_vector(base, items, o_s, o_f, mask, item_stride, axis: tl.constexpr):
-    """A vector per item, [BG, BS] for axis 2 and [BG, BF] for axis 1; zeros outside. Loaded as part of a tile and summed, it
-    lies where the sums over that axis will, and no iteration moves it."""
+def load_vector(base, items, o_s, o_f, mask, item_stride, each, axis: tl.constexpr):
+    """A vector per item, [BG, BS] for axis 2 and [BG, BF] for axis 1; zeros outside; base None: all `each`. Made
+    as part of a tile and summed, it lies where the sums over that axis will, and no iteration moves it."""
     if axis == 2:
         o_tile = items[:, None, None] * item_stride + o_s[None, :, None] + 0 * o_f[None, None, :]
         first = o_f[None, None, :] == 0
     else:
         o_tile = items[:, None, None] * item_stride + 0 * o_s[None, :, None] + o_f[None, None, :]
         first = o_s[None, :, None] == 0
-    return tl.sum(tl.load(base + o_tile, mask=mask & first, other=0.0), axis=axis)
+    return tl.sum(load_marginals(base, o_tile, mask & first, each), axis=axis)
 
 
 @triton.jit
@@ -149,7 +149,7 @@ def log_plan(bits, a, v):
 @triton.jit
 def small_forward_kernel(
     scores, a_marginals, b_marginals, plan, u, v,
-    num_items, num_s, num_f, item_stride, s_stride, f_stride, a_stride, b_stride, num_iters, factor, eps,
+    num_items, num_s, num_f, item_stride, s_stride, f_stride, a_stride, b_stride, a_each, b_each, num_iters, factor, eps,
     HAS_EPS: tl.constexpr, BG: tl.constexpr, BS: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
     """plan [G, n, K], u [G, S], v [G, F] (potentials of the second and the first side). Grid (tiles of items,)."""
@@ -159,8 +159,8 @@ def small_forward_kernel(
     m_s, m_f = m_g[:, None] & (o_s < num_s)[None, :], m_g[:, None] & (o_f < num_f)[None, :]
     mask = m_s[:, :, None] & m_f[:, None, :]
     raw, e, shift, spread = load_problem(scores, items, o_s, o_f, mask, item_stride, s_stride, f_stride, factor, HAS_EPS)
-    a = load_vector(a_marginals, items, o_s, o_f, mask, a_stride, 2)
-    b = load_vector(b_marginals, items, o_s, o_f, mask, b_stride, 1)
+    a = load_vector(a_marginals, items, o_s, o_f, mask, a_stride, a_each, 2)
+    b = load_vector(b_marginals, items, o_s, o_f, mask, b_stride, b_each, 1)
     if HAS_EPS:
         e = tl.where(mask, softmax_over_second(e, m_f) + eps, 0.0)
     x, w = linear_iterations(e, a, b, m_s, m_f, eps, u, v, 0, 0, 0, 0, num_iters, HAS_EPS, False)
@@ -243,7 +243,7 @@ def log_gradient(
 @triton.jit
 def small_backward_kernel(
     scores, a_marginals, b_marginals, grad_plan, grad_u, grad_v, xs, ws, grad_scores,
-    num_items, num_s, num_f, item_stride, s_stride, f_stride, a_stride, b_stride, num_iters, factor, eps, scale,
+    num_items, num_s, num_f, item_stride, s_stride, f_stride, a_stride, b_stride, a_each, b_each, num_iters, factor, eps, scale,
     HAS_EPS: tl.constexpr, HAS_GRAD_PLAN: tl.constexpr, HAS_GRAD_U: tl.constexpr, HAS_GRAD_V: tl.constexpr,
     BG: tl.constexpr, BS: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
@@ -255,17 +255,17 @@ def small_backward_kernel(
     m_s, m_f = m_g[:, None] & (o_s < num_s)[None, :], m_g[:, None] & (o_f < num_f)[None, :]
     mask = m_s[:, :, None] & m_f[:, None, :]
     raw, e, _shift, spread = load_problem(scores, items, o_s, o_f, mask, item_stride, s_stride, f_stride, factor, HAS_EPS)
-    a = load_vector(a_marginals, items, o_s, o_f, mask, a_stride, 2)
-    b = load_vector(b_marginals, items, o_s, o_f, mask, b_stride, 1)
+    a = load_vector(a_marginals, items, o_s, o_f, mask, a_stride, a_each, 2)
+    b = load_vector(b_marginals, items, o_s, o_f, mask, b_stride, b_each, 1)
     o_tile = items[:, None, None] * (num_s * num_f) + o_s[None, :, None] * s_stride + o_f[None, None, :] * f_stride
     g = tl.zeros((BG, BS, BF), tl.float32)
     du, dv = tl.zeros((BG, BS), tl.float32), tl.zeros((BG, BF), tl.float32)
     if HAS_GRAD_PLAN:
         g = tl.load(grad_plan + o_tile, mask=mask, other=0.0)
     if HAS_GRAD_U:
-        du = load_vector(grad_u, items, o_s, o_f, mask, num_s, 2)
+        du = load_vector(grad_u, items, o_s, o_f, mask, num_s, 0.0, 2)
     if HAS_GRAD_V:
-        dv = load_vector(grad_v, items, o_s, o_f, mask, num_f, 1)
+        dv = load_vector(grad_v, items, o_s, o_f, mask, num_f, 0.0, 1)
 
     o_xs, o_ws = items[:, None] * BS + o_s[None, :], items[:, None] * BF + o_f[None, :]
     padded_items = tl.num_programs(0).to(tl.int64) * BG

@@ -1,7 +1,7 @@
 // The arguments of the sinkhorn kernels as they cross the C ABI.
 //
 // Letters: G batch items, n rows, K columns. "compute" is float, or double when dtype is COMP_KERNELS_FLOAT64. Strides count
-// elements. A pointer may be null only where that is said.
+// elements. A pointer may be null only where that is said. Marginals are not negative.
 //
 // Kernels work in base 2: the logarithm of an entry of the plan is scores * col_scale * factor + u + v *in bits*, with
 // factor = log2(e) / epsilon. Potentials are in bits wherever the name ends in 2.
@@ -18,8 +18,8 @@ extern "C" {
 // A whole solve, comp_kernels_cpu_sinkhorn_solve.
 typedef struct {
   const void* scores;         // [G, n, K] dtype, strides item_stride and row_stride, last dimension contiguous
-  const void* row_marginals;  // [n] per item, compute, item stride row_marginals_stride (0: shared); not negative
-  const void* col_marginals;  // [K] per item, compute, item stride col_marginals_stride (0: shared); not negative
+  const void* row_marginals;  // [n] per item, compute, item stride row_marginals_stride (0: shared); null: ones
+  const void* col_marginals;  // [K] per item, compute, item stride col_marginals_stride (0: shared); null: n / K
   void* u;                    // [G, n] compute, contiguous: written, natural logarithm
   void* v;                    // [G, K] compute, contiguous: written, natural logarithm
   void* plan;                 // [G, n, K] compute, contiguous: written

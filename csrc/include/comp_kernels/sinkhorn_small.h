@@ -15,8 +15,8 @@ extern "C" {
 
 typedef struct {
   const void* scores;         // [G, n, K] dtype, items item_stride apart (0: all the same one), each contiguous
-  const void* row_marginals;  // [n] per item, compute, item stride row_marginals_stride (0: shared); not negative
-  const void* col_marginals;  // [K] per item, compute, item stride col_marginals_stride (0: shared); not negative
+  const void* row_marginals;  // [n] per item, compute, item stride row_marginals_stride (0: shared); null: ones
+  const void* col_marginals;  // [K] per item, compute, item stride col_marginals_stride (0: shared); null: n / K
   void* u;                    // [G, n] compute, contiguous: written by the forward pass, natural logarithm; backward: null
   void* v;                    // [G, K] likewise
   void* plan;                 // [G, n, K] likewise

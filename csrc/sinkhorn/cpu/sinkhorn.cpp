@@ -2,6 +2,7 @@
 #include "sinkhorn.h"
 
 #include "common/cpu/parallel.h"
+#include "marginals.h"
 
 #include "comp_kernels/export.h"
 
@@ -34,7 +35,7 @@ void prepare_memory(const comp_kernels_sinkhorn_params& p) {
 // All iterations, the potentials and the plan.
 COMP_KERNELS_EXPORT const char* comp_kernels_cpu_sinkhorn_solve(const comp_kernels_sinkhorn_params* params) {
   prepare_memory(*params);
-  return DISPATCH_ISA(sinkhorn_solve, *params);
+  return comp_kernels::with_marginals(*params, [](const auto& p) { return DISPATCH_ISA(sinkhorn_solve, p); });
 }
 
 // Columns of the tile to their marginals, v2_new; and per row the sum of the plan after that, from which the caller scales rows.

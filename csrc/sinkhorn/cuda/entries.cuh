@@ -125,6 +125,11 @@ struct LogSum {
   __device__ __forceinline__ float log2() const { return peak + __log2f(sum); }
 };
 
+// Of index `at`, where a null pointer stands for the same marginal everywhere.
+__device__ __forceinline__ float marginal(const float* marginals, int64_t at, float otherwise) {
+  return marginals != nullptr ? marginals[at] : otherwise;
+}
+
 // The potential that brings a sum (log2) to a marginal; -infinity, no mass, where the marginal is zero.
 __device__ __forceinline__ float potential(float marginal, float log_sum) {
   return marginal == 0.f ? -kInfinity : __log2f(marginal) - log_sum;

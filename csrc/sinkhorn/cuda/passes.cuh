@@ -13,8 +13,8 @@ namespace comp_kernels {
 
 struct SinkhornParams {
   const void* scores;          // [items, rows, cols], strides item_stride, row_stride
-  const float* row_marginals;  // [rows] per item, stride row_marginals_stride (0: shared)
-  const float* col_marginals;  // [cols] per item
+  const float* row_marginals;  // [rows] per item, stride row_marginals_stride (0: shared); null: ones
+  const float* col_marginals;  // [cols] per item; null: col_share each
   float* u2;                   // [items, rows], in bits; null in a column pass: no iteration yet
   float* v2;                   // [items, cols], in bits
   float* u;                    // natural logarithms of the same, written along; null: not wanted
@@ -27,7 +27,8 @@ struct SinkhornParams {
   int64_t item_stride, row_stride;  // elements
   int64_t row_marginals_stride, col_marginals_stride;
   int rows, cols, chunks, chunk_rows;
-  float factor;  // log2(e) / epsilon
+  float factor;     // log2(e) / epsilon
+  float col_share;  // rows / cols
 };
 
 constexpr int kSinkhornThreads = 256;
@@ -58,7 +59,7 @@ __device__ __forceinline__ void sinkhorn_columns(const SinkhornParams& params) {
         if (i < end) {
           if (params.u2) {
             u2 = params.u2[static_cast<int64_t>(item) * params.rows + i];
-          } else if (params.row_marginals[item * params.row_marginals_stride + i] != 0.f) {
+          } else if (marginal(params.row_marginals, item * params.row_marginals_stride + i, 1.f) != 0.f) {
             u2 = 0.f;
           }
         }
@@ -98,7 +99,8 @@ __device__ __forceinline__ void sinkhorn_merge(const SinkhornParams& params) {
     params.peaks[at] = all.peak, params.sums[at] = all.sum;
     return;
   }
-  const float v2 = potential(params.col_marginals[item * params.col_marginals_stride + k], all.log2());
+  const float target = marginal(params.col_marginals, item * params.col_marginals_stride + k, params.col_share);
+  const float v2 = potential(target, all.log2());
   params.v2[at] = v2;
   if (params.v != nullptr) params.v[at] = v2 * kLn2;
 }
@@ -154,7 +156,7 @@ __device__ __forceinline__ void sinkhorn_rows(const SinkhornParams& params) {
     if (threadIdx.x == 0) params.row_sums[at] = all.log2();
     return;
   }
-  const float u2 = potential(params.row_marginals[item * params.row_marginals_stride + row], all.log2());
+  const float u2 = potential(marginal(params.row_marginals, item * params.row_marginals_stride + row, 1.f), all.log2());
   if (threadIdx.x == 0) {
     params.u2[at] = u2;
     if (params.u != nullptr) params.u[at] = u2 * kLn2;

@@ -137,8 +137,12 @@ class Resident {
   __device__ __forceinline__ float* v2_of(int iterations) const {
     return p.v2 + (static_cast<int64_t>(iterations & 1) * p.items + item()) * p.cols;
   }
-  __device__ __forceinline__ float row_marginal(int row) const { return p.row_marginals[item() * p.row_marginals_stride + row]; }
-  __device__ __forceinline__ float col_marginal(int col) const { return p.col_marginals[item() * p.col_marginals_stride + col]; }
+  __device__ __forceinline__ float row_marginal(int row) const {
+    return p.row_marginals[item() * p.row_marginals_stride + row] + p.row_each;
+  }
+  __device__ __forceinline__ float col_marginal(int col) const {
+    return p.col_marginals[item() * p.col_marginals_stride + col] + p.col_each;
+  }
   // Rows of a tile in shared memory, and the first of its chunks there.
   __device__ __forceinline__ int resident_rows(int tile) const {
     return (p.resident_steps + (tile < p.more_resident ? 1 : 0)) * step_rows();

@@ -57,6 +57,9 @@ struct ResidentParams {
   int merge_all;      // 1: each block merges all rows for itself; 0: its share, with one barrier more
   int step;           // kAllSteps, or iteration * kSteps + a ResidentStep
   float factor;       // log2(e) / epsilon
+  // Added to every marginal: 0, or for defaults, whose memory is zeros, the marginal. To ask for a null pointer instead takes
+  // registers that the 16-bit kernels do not have.
+  float row_each, col_each;
   float tol;          // negative: none
 };
 

@@ -45,6 +45,8 @@ int64_t chunks_of(const Params& p, int vec) {
   return std::max<int64_t>(1, std::min(kBlocksWanted / blocks, p.num_rows / kRowsWorthABlock));
 }
 
+float col_share(const Params& p) { return static_cast<float>(static_cast<double>(p.num_rows) / static_cast<double>(p.num_cols)); }
+
 const char* check(const Params& p) {
   if (p.dtype == COMP_KERNELS_FLOAT64) return failure("dtype must be float32, bfloat16 or float16, got float64");
   if (std::max({p.num_items, p.num_rows, p.num_cols}) > INT32_MAX / 2) {
@@ -64,7 +66,7 @@ SinkhornParams params_of(const Params& p, int vec) {
   params.rows = static_cast<int>(p.num_rows), params.cols = static_cast<int>(p.num_cols);
   params.chunks = static_cast<int>(chunks_of(p, vec));
   params.chunk_rows = static_cast<int>((p.num_rows + params.chunks - 1) / params.chunks);
-  params.factor = static_cast<float>(p.factor);
+  params.factor = static_cast<float>(p.factor), params.col_share = col_share(p);
   return params;
 }
 
@@ -116,13 +118,16 @@ class Pieces {
   int64_t taken_ = 0;
 };
 
-// The counters stand first: so many bytes must be zero. Enough for a launch per step, where every item has a team of its own.
+// The counters stand first, then marginals that were left out: so many bytes must be zero. Enough for a launch per step, where every
+// item has a team of its own.
 int64_t lay_out(const Params& p, const Split& split, void* workspace, ResidentParams& params, int64_t& zeros) {
   Pieces pieces(workspace);
   const int64_t blocks = p.num_items * split.team;
   params.arrivals = pieces.take<uint32_t>(p.num_items + 1);
   params.rescues = pieces.take<uint32_t>(p.num_items);
   params.stopped = pieces.take<uint32_t>(1);
+  if (p.row_marginals == nullptr) params.row_marginals = pieces.take<float>(p.num_rows), params.row_each = 1.f;
+  if (p.col_marginals == nullptr) params.col_marginals = pieces.take<float>(p.num_cols), params.col_each = col_share(p);
   zeros = pieces.taken();
   params.u2 = pieces.take<float>(2 * p.num_items * p.num_rows);
   params.v2 = pieces.take<float>(2 * p.num_items * p.num_cols);

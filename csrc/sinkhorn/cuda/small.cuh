@@ -14,8 +14,8 @@ namespace comp_kernels {
 
 struct SinkhornSmallParams {
   const void* scores;      // [items, n, K], items item_stride apart, each contiguous
-  const float* a;          // [second] per item, stride a_stride (0: shared): marginals of the side that is scaled second
-  const float* b;          // [first] per item, stride b_stride
+  const float* a;          // [second] per item, stride a_stride (0: shared): marginals of the side scaled second; null: a_each
+  const float* b;          // [first] per item, stride b_stride; null: b_each
   float* plan;             // [items, n, K]
   float* u;                // [items, second], natural logarithms
   float* v;                // [items, first]
@@ -31,6 +31,7 @@ struct SinkhornSmallParams {
   float factor;  // log2(e) / epsilon
   float eps;     // 0, or what is added to the first softmax and to every later sum
   float scale;   // 1 / epsilon
+  float a_each, b_each;
 };
 
 constexpr int kSmallThreads = 128;
@@ -97,8 +98,8 @@ struct SmallMatrix {
     const int64_t wanted = (static_cast<int64_t>(blockIdx.x) * kSmallThreads + threadIdx.x) / kSide;
     there = wanted < p.items;
     item = there ? wanted : p.items - 1;
-    a = in_second() ? p.a[item * p.a_stride + lane] : 0.f;
-    b = in_first() ? p.b[item * p.b_stride + lane] : 0.f;
+    a = in_second() ? marginal(p.a, item * p.a_stride + lane, p.a_each) : 0.f;
+    b = in_first() ? marginal(p.b, item * p.b_stride + lane, p.b_each) : 0.f;
   }
 
   __device__ __forceinline__ bool in_second() const { return lane < p.second; }

@@ -61,6 +61,8 @@ SinkhornSmallParams params_of(const Params& p) {
   const auto *grad_u = static_cast<const float*>(p.grad_u), *grad_v = static_cast<const float*>(p.grad_v);
   auto *u = static_cast<float*>(p.u), *v = static_cast<float*>(p.v);
   params.a = rows_first ? col_marginals : row_marginals, params.b = rows_first ? row_marginals : col_marginals;
+  const float share = static_cast<float>(static_cast<double>(p.num_rows) / static_cast<double>(p.num_cols));
+  params.a_each = rows_first ? share : 1.f, params.b_each = rows_first ? 1.f : share;
   params.u = rows_first ? v : u, params.v = rows_first ? u : v;
   params.grad_u = rows_first ? grad_v : grad_u, params.grad_v = rows_first ? grad_u : grad_v;
   params.a_stride = rows_first ? p.col_marginals_stride : p.row_marginals_stride;

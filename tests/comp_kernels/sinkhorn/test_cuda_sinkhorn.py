@@ -6,6 +6,7 @@ import cuda_emulation
 import pytest
 import torch
 from cuda_emulation import launches_on_emulator, needs_cuda_emulation
+from test_sinkhorn import assert_defaults_are_their_values
 
 import comp_kernels as ck
 from comp_kernels import reference
@@ -32,6 +33,13 @@ def test_matches_the_definition(name, dtype):
     peer = reference.sinkhorn(scores, **marginals, **settings)
     for label, found, truth, plain in zip(("plan", "u", "v"), actual, exact, peer):
         assert_within_budget(f"{name} {label}", found, truth, plain)
+
+
+@pytest.mark.parametrize("shape", ((2, 20, 72), (8200, 40)), ids=("one launch", "passes"))
+@pytest.mark.parametrize("tol", (dict(), dict(tol=1e-2)), ids=("fixed", "tol"))
+def test_default_marginals_are_their_values(shape, tol):
+    with launches_on_emulator():
+        assert_defaults_are_their_values(shape, "cuda", torch.bfloat16, num_iters=2, **tol)
 
 
 FEW_BLOCKS, ALONE = (3, 60 * 1024, True), (1, 60 * 1024, True)

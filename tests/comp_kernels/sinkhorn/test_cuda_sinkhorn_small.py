@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cuda_emulation import launches_on_emulator, needs_cuda_emulation
+from test_sinkhorn import assert_defaults_are_their_values
 from test_sinkhorn_small import KINDS, ORDERS, assert_equals_the_definition, random_marginals
 
 import comp_kernels as ck
@@ -27,6 +28,12 @@ def test_equals_the_definition_with_gradients(order, shape, kind, eps, dtype):
         assert_equals_the_definition(
             KINDS[kind](shape).to(dtype), marginals, "cuda", epsilon=0.7, num_iters=3, order=order, eps=eps
         )
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_default_marginals_are_their_values(order):
+    with launches_on_emulator():
+        assert_defaults_are_their_values((5, 4, 7), "cuda", order=order)
 
 
 def test_more_iterations_than_shared_memory_holds():

@@ -44,6 +44,35 @@ def test_matches_the_definition(name, dtype, backend):
     assert actual[0].dtype == torch.promote_types(dtype, torch.float32)
 
 
+def assert_defaults_are_their_values(shape: tuple[int, ...], backend: str, dtype=torch.float32, **settings) -> None:
+    """Marginals that are left out give the bits of those that are written down, in the gradient too."""
+    scores = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    *_, n, k = shape
+    compute = torch.promote_types(dtype, torch.float32)
+    written = dict(row_marginals=torch.ones(n, dtype=compute), col_marginals=torch.full((k,), n / k, dtype=compute))
+    settings = dict(epsilon=0.3, gradient="detach" if "tol" in settings else "unrolled", **settings)
+    found = []
+    for marginals in ({}, written):
+        leaf = scores.clone().requires_grad_()
+        results = ck.sinkhorn(leaf, **settings, **marginals, backend=backend, return_potentials=True)
+        if results[0].requires_grad:
+            results += torch.autograd.grad([x.square().sum() for x in results], leaf)
+        found.append(results)
+    assert all(torch.equal(x, y) for x, y in zip(*found))
+
+
+@pytest.mark.parametrize("backend", ("reference", *BACKENDS))
+@pytest.mark.parametrize(
+    "settings", (dict(), dict(order="rows_cols"), dict(tol=1e-2), dict(eps=1e-3)), ids=lambda x: "".join(x) or "plain"
+)
+def test_default_marginals_are_their_values(backend, settings):
+    for shape in ((4, 4), (2, 3, 5, 7), *(((40, 70), (3, 20, 331)) if "eps" not in settings else ())):
+        assert_defaults_are_their_values(shape, backend, **settings)
+    if backend in ("reference", "cpu"):
+        assert_defaults_are_their_values((7, 3, 5), backend, torch.float64, **settings)
+        assert_defaults_are_their_values((70, 40), backend, torch.bfloat16, order="rows_cols")
+
+
 @pytest.mark.parametrize("num_iters", (1, 3, 20))
 def test_equals_pot(num_iters):
     """POT's log-domain Sinkhorn does the same half steps in the same order."""

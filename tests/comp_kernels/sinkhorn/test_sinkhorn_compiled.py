@@ -6,6 +6,7 @@ import pytest
 import torch
 from emulation import emulating_launcher, needs_emulator, run_compiled
 from kernel_names import ALIGNMENT_LOSS, SINKHORN
+from test_sinkhorn import assert_defaults_are_their_values
 
 import comp_kernels as ck
 from comp_kernels import reference
@@ -25,7 +26,7 @@ SHARED_LIMIT = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942
 
 def all_kernels(dtype: torch.dtype) -> None:
     """Calls that launch every kernel with the tiles and flags of training."""
-    marginals = dict(col_marginals=torch.full((5000,), 64 / 5000))
+    marginals = dict(row_marginals=torch.ones(64), col_marginals=torch.full((5000,), 64 / 5000))
     ck.sinkhorn(torch.zeros(2, 64, 5000, dtype=dtype), epsilon=0.05, num_iters=2, tol=0.01, backend="triton", **marginals)
     ck.sinkhorn(torch.zeros(64, 5000, dtype=dtype), epsilon=0.05, num_iters=1, backend="triton")
     settings = dict(prior=torch.ones(3000), valid=torch.ones(64, dtype=torch.bool), backend="triton")
@@ -83,6 +84,8 @@ def emulated_sinkhorn(target: int) -> list[str]:
         peer = reference.sinkhorn(scores, **settings)
         for label, *triple in zip(("plan", "u", "v"), actual, exact, peer):
             assert_within_budget(f"sm_{target} {label}", *triple)
+        with launches_go_to(emulating_launcher(reports, target=target), f"sm_{target}"):
+            assert_defaults_are_their_values((20, 150), "triton", num_iters=2, **({} if tol is None else dict(tol=tol)))
     return [name for name, _ in reports]
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from emulation import emulating_launcher, needs_emulator, run_compiled
+from test_sinkhorn import assert_defaults_are_their_values
 from test_sinkhorn_small import KINDS, assert_equals_the_definition, random_marginals
 
 import comp_kernels as ck
@@ -63,6 +64,8 @@ def executed(target: int) -> list[str]:
         scores = KINDS[kind](shape).float()
         with launches_go_to(emulating_launcher(reports, target=target), f"sm_{target}"):
             assert_equals_the_definition(scores, marginals, "triton", epsilon=0.7, num_iters=3, order=order, eps=eps)
+    with launches_go_to(emulating_launcher([], target=target), f"sm_{target}"):
+        assert_defaults_are_their_values((5, 4, 7), "triton", order="rows_cols")
     return [name for name, _ in reports]
 
 
