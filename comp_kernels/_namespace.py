@@ -26,7 +26,7 @@ def watched(tensors: Iterable[torch.Tensor | None]) -> bool:
     """
     if (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch._C._is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch.autograd._profiler_enabled()

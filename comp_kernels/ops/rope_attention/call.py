@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from . import reference
 
 
 class Call(NamedTuple):
-    """What a backend is asked to compute. The fields stand in the order of the operator's schema."""
+    """What a backend is asked to compute. All fields but the last stand in the order of the operator's schema."""
 
     q: Tensor  # [T, Hq, D], any token and head stride, last dimension contiguous
     k: Tensor  # [Tk, Hkv, D], Hkv divides Hq
@@ -26,10 +27,24 @@ class Call(NamedTuple):
     rotary_dim: int
     pair_stride: int
     scale: float
+    seen: dict[str, Any] | None = None  # of a call that looks like one before: what `remembered` keeps
+
+    @property
+    def strides(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        return self.q.stride(), self.k.stride(), self.v.stride()
 
     @property
     def device(self) -> torch.device:
         return self.q.device
+
+
+def remembered(call: Call, name: str, work: Callable[[Call], Any]) -> Any:
+    """work(call), which looks at shapes, strides, dtypes and settings alone: done once for all calls that have the same."""
+    if call.seen is None:
+        return work(call)
+    if name not in call.seen:
+        call.seen[name] = work(call)
+    return call.seen[name]
 
 
 Tensors = tuple[
@@ -94,13 +109,13 @@ def checked_call(
     if facts is not None and all(x is None or x is used for x, used in zip(given, call)):
         if len(_passed) >= MAX_PASSED:
             _passed.clear()
-        _passed[facts] = call[9:]
+        _passed[facts] = (*call[9:-1], {"strides": call.strides})
     return call
 
 
 MAX_PASSED = 1024  # every new number of tokens is one more
-_passed: dict[tuple, tuple[int, int, float]] = {}
-"""What the checks look at of calls that passed without a copy -> their settings, defaults filled in."""
+_passed: dict[tuple, tuple[int, int, float, dict[str, Any]]] = {}
+"""What the checks look at of calls that passed without a copy -> their settings, defaults filled in, and `Call.seen`."""
 
 
 def check_and_lay_out(tensors: Tensors, rotary_dim: int | None, pair_stride: int | None, scale: float | None) -> Call:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ... import _native
 from ..._native import pointer
-from .call import Call
+from .call import Call, remembered
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 """(dq, dk, dv, dcos, dsin, dcos_k, dsin_k); the last four are None without tables, and where they are not wanted."""
@@ -36,17 +36,16 @@ class Params(ctypes.Structure):
     ]
 
 
-FORMATS = {ctypes.c_void_p: "P", ctypes.c_int64: "q", ctypes.c_double: "d"}
-LAYOUT = struct.Struct("".join(FORMATS[field[1]] for field in Params._fields_))
-NULL = (0,) * len(RESULTS)  # for addresses that a pass does not have
+ADDRESSES, GRAD_OUT_STRIDES = struct.Struct("20P"), struct.Struct("2q")
+STRIDES, REST = struct.Struct("6q"), struct.Struct("11qd2q")  # before and behind those of grad_out
 
 
 def forward(run: Callable[[Params], None], lse_dtype: torch.dtype, call: Call) -> tuple[Tensor, Tensor]:
     """(out, lse); `run` computes."""
     q = call.q
     out = torch.empty_like(q, memory_format=torch.contiguous_format)  # new_empty takes twice as long
-    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=lse_dtype)
-    run(_params(call, None, out.data_ptr(), lse.data_ptr()))
+    lse = q.new_empty(q.shape[1], q.shape[0], dtype=lse_dtype)
+    run(_params(call, None, (out.data_ptr(), lse.data_ptr(), 0, 0, 0, 0, 0)))
     return out, lse
 
 
@@ -68,8 +67,8 @@ def backward(
     dq = torch.empty_like(call.q, memory_format=torch.contiguous_format)
     dk = torch.empty_like(call.k, memory_format=torch.contiguous_format)
     dv = torch.empty_like(call.v, memory_format=torch.contiguous_format)
-    addresses = (out.data_ptr(), lse.data_ptr(), grad_out.data_ptr(), 0 if grad_lse is None else grad_lse.data_ptr())
-    params = _params(call, grad_out, *addresses, dq.data_ptr(), dk.data_ptr(), dv.data_ptr())
+    results = (out.data_ptr(), lse.data_ptr(), grad_out.data_ptr(), pointer(grad_lse))
+    params = _params(call, grad_out, (*results, dq.data_ptr(), dk.data_ptr(), dv.data_ptr()))
     if not table_grads:
         run(params)
         return dq, dk, dv, None, None, None, None
@@ -84,43 +83,35 @@ def backward(
     return dq, dk, dv, dcos, dsin, dcos_k, dsin_k
 
 
-def _params(call: Call, grad_out: Tensor | None, *outputs: int | None) -> Params:
-    """The struct of a pass; outputs: addresses from `out` on, as far as the pass has them. The tensors must outlive the call.
+def _params(call: Call, grad_out: Tensor | None, results: tuple[int, ...]) -> Params:
+    """The struct of a pass; results: addresses from `out` to `dv`. Those of the tables' gradients are null. The tensors must
+    outlive it.
 
-    One pack of all fields takes half as long as naming them to the constructor.
+    Packed: naming all fields to the constructor takes twice as long.
     """
-    q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, rotary_dim, pair_stride, scale = call
+    q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, *_ = call
     assert cu_seqlens is not None and cu_seqlens_k is not None  # kernels get bounds
-    num_tokens, num_heads, head_dim = q.shape
-    num_tokens_k, num_heads_k, _ = k.shape
-    q_strides, k_strides, v_strides = q.stride()[:2], k.stride()[:2], v.stride()[:2]
+    strides, rest = remembered(call, "packed", _strides_and_rest)
+    addresses = ADDRESSES.pack(
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), pointer(cos), pointer(sin), pointer(cos_k), pointer(sin_k),
+        cu_seqlens.data_ptr(), cu_seqlens_k.data_ptr(), *results, 0, 0, 0, 0,
+    )  # fmt: skip
     grad_out_strides = (0, 0) if grad_out is None else grad_out.stride()[:2]
-    tables, width, heads, heads_k = (0, 0, 0, 0), 0, 1, 1
-    if cos is not None:
-        assert sin is not None and cos_k is not None and sin_k is not None  # all four or none
-        tables, width = (cos.data_ptr(), sin.data_ptr(), cos_k.data_ptr(), sin_k.data_ptr()), cos.shape[-1]
-        if cos.dim() == 3:
-            heads = num_heads
-        if cos_k.dim() == 3:
-            heads_k = num_heads_k
-    inputs = (q.data_ptr(), k.data_ptr(), v.data_ptr(), *tables, cu_seqlens.data_ptr(), cu_seqlens_k.data_ptr())
-    sizes = (num_tokens, num_tokens_k, cu_seqlens.shape[0] - 1, num_heads, num_heads_k, head_dim)
-    packed = LAYOUT.pack(
-        *inputs,
-        *outputs,
-        *NULL[len(outputs) :],
-        *q_strides,
-        *k_strides,
-        *v_strides,
-        *grad_out_strides,
-        *sizes,
-        rotary_dim,
-        pair_stride,
-        width,
-        heads,
-        heads_k,
+    return Params.from_buffer_copy(addresses + strides + GRAD_OUT_STRIDES.pack(*grad_out_strides) + rest)
+
+
+def _strides_and_rest(call: Call) -> tuple[bytes, bytes]:
+    """What follows the addresses in the struct, before and behind the strides of grad_out."""
+    q, k, v, cos, _, cos_k, _, cu_seqlens, _, rotary_dim, pair_stride, scale, _ = call
+    assert cu_seqlens is not None
+    strides = STRIDES.pack(*(stride for x in (q, k, v) for stride in x.stride()[:2]))
+    rest = REST.pack(
+        *(q.shape[0], k.shape[0], cu_seqlens.shape[0] - 1, q.shape[1], k.shape[1]),
+        *(q.shape[2], rotary_dim, pair_stride),
+        0 if cos is None else cos.shape[-1],
+        *(x.shape[1] if table is not None and table.dim() == 3 else 1 for table, x in ((cos, q), (cos_k, k))),
         scale,
         _native.DTYPE_CODES[q.dtype],
         0,  # tf32: the cuda backend decides
     )
-    return Params.from_buffer_copy(packed)
+    return strides, rest

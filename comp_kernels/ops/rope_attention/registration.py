@@ -9,6 +9,8 @@ opaque nodes whose shapes follow from their arguments' shapes, so a new number o
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -111,6 +113,8 @@ def autograd(ctx, grad_out, grad_lse=None, looked_at: bool = False) -> tuple[Ten
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens
     call = Call(q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, *settings)
+    if call.seen is not None and call.seen["strides"] != call.strides:  # hooks of saved tensors gave copies
+        call = call._replace(seen=None)
     wanted = ctx.needs_input_grad
     table_grads = True in wanted[3:7]
     if grad_out is None:
@@ -118,7 +122,7 @@ def autograd(ctx, grad_out, grad_lse=None, looked_at: bool = False) -> tuple[Ten
     # Of a gradient that is to be differentiated again (create_graph), the operator says that it cannot.
     if torch.is_grad_enabled() or q.is_meta or watched((grad_out, grad_lse) if looked_at else (grad_out, grad_lse, *saved)):
         found = BACKWARD.default(
-            grad_out, grad_lse, q, k, v, out, lse, *call[3:], backend, fallback, table_grads
+            grad_out, grad_lse, q, k, v, out, lse, *call[3:-1], backend, fallback, table_grads
         )  # fmt: skip
     else:
         found = gradients(call, out, lse, grad_out, grad_lse, backend, fallback, table_grads)
@@ -158,12 +162,12 @@ def backward_flops(
 
 
 class DirectAttention(torch.autograd.Function):
-    """The same kernel with the same autograd rule, past the dispatcher. What has no gradient comes as one argument, and lse is
-    a result only where it is wanted: torch takes half a microsecond for each."""
+    """The same kernel with the same autograd rule, past the dispatcher. torch takes half a microsecond for each argument and
+    result: tables are arguments only where they want a gradient, and lse is a result only where it is wanted."""
 
     @staticmethod
-    def forward(ctx, q, k, v, cos, sin, cos_k, sin_k, others):
-        call, backend, fallback, with_lse = others
+    def forward(ctx, *arguments):
+        call, backend, fallback, with_lse = arguments[-1]
         output = forward(call, backend, fallback)
         setup_context(ctx, (*call, backend, fallback), output)
         return output if with_lse else output[0]
@@ -179,10 +183,21 @@ def attention(call: Call, backend: str, fallback: bool, with_lse: bool) -> tuple
         bounds, bounds_k = (bounds_of_all(x.shape[0], x.device) for x in (call.q, call.k))
         call = call._replace(cu_seqlens=bounds, cu_seqlens_k=bounds_k)
     if call.q.is_meta or watched(shared_once(call[:9])):
-        return FORWARD.default(*call, backend, fallback)
+        return FORWARD.default(*call[:-1], backend, fallback)
     if torch.is_grad_enabled():
-        for x in call[:7]:
-            if x is not None and x.requires_grad:
-                output = DirectAttention.apply(*call[:7], (call, backend, fallback, with_lse))
-                return output if with_lse else (output, None)
+        tables = any_requires_grad(call[3:7])
+        if tables or any_requires_grad(call[:3]):
+            output = apply_direct(*call[: 7 if tables else 3], (call, backend, fallback, with_lse))
+            return output if with_lse else (output, None)
     return forward(call, backend, fallback)
+
+
+def any_requires_grad(tensors: Iterable[Tensor | None]) -> bool:
+    for x in tensors:  # a plain loop: any() over a generator takes twice as long
+        if x is not None and x.requires_grad:
+            return True
+    return False
+
+
+# Without torch's wrapper in Python, which looks for tensors left over from a torch.func transform: those are `watched`.
+apply_direct = super(torch.autograd.Function, DirectAttention).apply

@@ -55,18 +55,24 @@ def head_chunks(head_dim: int, widest: int) -> tuple[tuple[int, int], ...]:
 
 def describe_head(head_dim: int, precision: str, *tensors: Tensor):
     """The `Head` of tensors [T, H, head_dim], or wider ones with padding."""
-    align = math.gcd(16 // tensors[0].element_size(), head_dim)
-    for x in tensors:
-        token, head, _ = x.stride()
-        align = math.gcd(align, token, head)
+    return _head(head_dim, precision, tensors[0].element_size(), *[x.stride()[:2] for x in tensors])
+
+
+@functools.lru_cache(maxsize=1024)
+def _head(head_dim: int, precision: str, element_size: int, *strides: tuple[int, int]):
+    align = math.gcd(16 // element_size, head_dim, *(stride for pair in strides for stride in pair))
     return kernels().tiles.Head(head_dim, head_chunks(head_dim, kernels().configs.widest_chunk(head_dim, precision)), align)
 
 
 def describe_rope(cos: Tensor | None, rotary_dim: int, pair_stride: int):
     if cos is None:
         return kernels().tiles.Rope(num_pairs=0, pair_stride=1, half_table=False, align=1)
-    width = cos.shape[-1]
-    align = math.gcd(16 // cos.element_size(), width)
+    return _rope(cos.shape[-1], cos.element_size(), rotary_dim, pair_stride)
+
+
+@functools.lru_cache(maxsize=1024)
+def _rope(width: int, element_size: int, rotary_dim: int, pair_stride: int):
+    align = math.gcd(16 // element_size, width)
     return kernels().tiles.Rope(rotary_dim // 2, pair_stride, half_table=width < rotary_dim, align=align)
 
 
@@ -74,7 +80,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     """(out, lse)."""
     assert call.cu_seqlens is not None  # kernels get bounds
     configs, rotate = kernels().configs, kernels().rotation.rotate
-    q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, rotary_dim, pair_stride, scale = call
+    q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, rotary_dim, pair_stride, scale, _ = call
     arch, head_dim = architecture(q.device), q.shape[-1]
     precision = dot_precision(arch, q.dtype)
     head = head_k = describe_head(head_dim, precision, q, k, v)
@@ -105,11 +111,12 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """(dq, dk, dv, dcos, dsin, dcos_k, dsin_k); the last four are None without tables or table_grads."""
     configs, rotation, passes = kernels().configs, kernels().rotation, kernels().backward
-    q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, rotary_dim, pair_stride, scale = call
+    q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, rotary_dim, pair_stride, scale, _ = call
     arch, head_dim = architecture(q.device), q.shape[-1]
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
-    lse = lse.to(LSE_DTYPE)  # of another backend, where that one's backward kernels failed
+    if lse.dtype != LSE_DTYPE:
+        lse = lse.to(LSE_DTYPE)  # of another backend, where that one's backward kernels failed
     grad_lse = None if grad_lse is None else grad_lse.to(LSE_DTYPE).contiguous()
     precision = dot_precision(arch, q.dtype)
     head = describe_head(head_dim, precision, q, k, v, grad_out)

@@ -287,7 +287,7 @@ def query_gradient(
     """dq [T, Hq, D]. q and k are the rotated ones; unrotate: the gradient of q before its rotation, else of this q."""
     num_tokens, num_heads = q.shape[:2]
     num_sequences, (cos, sin) = cu_seqlens.shape[0] - 1, tables
-    grad_q = torch.empty(num_tokens, num_heads, head.dim, dtype=q.dtype, device=q.device)
+    grad_q = torch.empty_like(grad_out, memory_format=torch.contiguous_format)
     launch(
         query_gradient_kernel, (num_tokens // config.block_m + num_sequences + 1, num_heads),
         q, k, v, grad_out, terms, cos, sin, cu_seqlens, cu_seqlens_k, grad_q,
@@ -310,7 +310,8 @@ def key_value_gradient(
     """(dk, dv) [Tk, Hkv, D]. q and k are the rotated ones; unrotate: the gradient of k before its rotation, else of this k."""
     num_tokens_k, num_heads_k = k.shape[:2]
     num_sequences, (cos, sin) = cu_seqlens.shape[0] - 1, tables
-    grad_k, grad_v = (torch.empty(num_tokens_k, num_heads_k, head.dim, dtype=k.dtype, device=k.device) for _ in range(2))
+    grad_k = torch.empty_like(v, memory_format=torch.contiguous_format)
+    grad_v = torch.empty_like(v, memory_format=torch.contiguous_format)
     launch(
         key_value_gradient_kernel, (num_tokens_k // config.block_n + num_sequences + 1, num_heads_k),
         q, k, v, grad_out, terms, cos, sin, cu_seqlens, cu_seqlens_k, grad_k, grad_v,

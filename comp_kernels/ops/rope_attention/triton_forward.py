@@ -135,7 +135,7 @@ def attention_forward(
     """(out, lse). k is rotated already, as [Tk, Hkv, D padded], unless tables_k are given: then it is rotated in the loop."""
     num_tokens, num_heads = q.shape[:2]
     num_sequences = cu_seqlens.shape[0] - 1
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(num_heads, num_tokens, dtype=torch.float64, device=q.device)  # as the kernel makes it
     (cos, sin), (cos_k, sin_k) = tables, tables_k or (None, None)
     launch(
