@@ -93,7 +93,7 @@ def test_gradients_of_the_reference_behind_the_operator(cross):
     grad_lse = torch.randn_like(lse).masked_fill(lse == -torch.inf, 0.0)
     expected = torch.autograd.grad((out, lse), leaves, (inputs.grad_out, grad_lse))
     call = call._replace(**{name: x.detach() for name, x in zip(call._fields, call[:7])})
-    arguments = (inputs.grad_out, grad_lse, *call[:3], out.detach(), lse.detach(), *call[3:-1], "reference", False)
+    arguments = (inputs.grad_out, grad_lse, *call[:3], out.detach(), lse.detach(), *call[3:], "reference", False)
     found = BACKWARD(*arguments, True)
     for i, gradient in enumerate(expected):
         shared = not cross and i in (3, 4)  # one table for queries and keys: its gradient is the sum of both
@@ -318,7 +318,7 @@ def test_from_cuda_to_triton(fails_in, monkeypatch):
         torch.testing.assert_close(found[name], expected, rtol=2e-3, atol=2e-3)
     tables = (inputs.cos, inputs.sin) * 2
     call = (inputs.q, inputs.k, inputs.v, *tables, inputs.cu_seqlens, inputs.cu_seqlens, 16, 8, 0.25)
-    assert FORWARD(*call[:-1], "cuda", True)[1].dtype == torch.float64
+    assert FORWARD(*call, "cuda", True)[1].dtype == torch.float64
 
 
 def test_in_a_compiled_graph(failing):
@@ -348,9 +348,9 @@ def test_opcheck_with_a_fallback(failing):
     failing(failures()["launch"])
     call, _ = example("rope_attention")
     with pytest.warns(RuntimeWarning):
-        out, lse = FORWARD(*call[:-1], "triton", True)
-    torch.library.opcheck(FORWARD, (call.q.requires_grad_(), *call[1:-1], "triton", True))
-    arguments = (torch.randn_like(out), None, *(x.detach() for x in call[:3]), out, lse, *call[3:-1], "triton", True, False)
+        out, lse = FORWARD(*call, "triton", True)
+    torch.library.opcheck(FORWARD, (call.q.requires_grad_(), *call[1:], "triton", True))
+    arguments = (torch.randn_like(out), None, *(x.detach() for x in call[:3]), out, lse, *call[3:], "triton", True, False)
     torch.library.opcheck(BACKWARD, arguments)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +12,7 @@ from . import reference
 
 
 class Call(NamedTuple):
-    """What a backend is asked to compute. All fields but the last stand in the order of the operator's schema."""
+    """What a backend is asked to compute. The fields stand in the order of the operator's schema."""
 
     q: Tensor  # [T, Hq, D], any token and head stride, last dimension contiguous
     k: Tensor  # [Tk, Hkv, D], Hkv divides Hq
@@ -27,7 +26,6 @@ class Call(NamedTuple):
     rotary_dim: int
     pair_stride: int
     scale: float
-    seen: dict[str, Any] | None = None  # of a call that looks like one before: what `remembered` keeps
 
     @property
     def strides(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
@@ -38,13 +36,10 @@ class Call(NamedTuple):
         return self.q.device
 
 
-def remembered(call: Call, name: str, work: Callable[[Call], Any]) -> Any:
-    """work(call), which looks at shapes, strides, dtypes and settings alone: done once for all calls that have the same."""
-    if call.seen is None:
-        return work(call)
-    if name not in call.seen:
-        call.seen[name] = work(call)
-    return call.seen[name]
+class SeenCall(Call):
+    """One that looks like a call before: the same shapes, strides, dtypes and settings."""
+
+    seen: dict[str, Any] | None = None  # what was worked out of these, by name; None after _replace: other tensors
 
 
 Tensors = tuple[
@@ -103,19 +98,21 @@ def checked_call(
             cos_k, sin_k = cos, sin
         if cu_seqlens_k is None:
             cu_seqlens_k = cu_seqlens
-        return Call(q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, *known)
+        call = SeenCall(q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, *known[:3])
+        call.seen = known[3]
+        return call
     given = (q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k)
-    call = check_and_lay_out(given, rotary_dim, pair_stride, scale)
-    if facts is not None and all(x is None or x is used for x, used in zip(given, call)):
+    checked = check_and_lay_out(given, rotary_dim, pair_stride, scale)
+    if facts is not None and all(x is None or x is used for x, used in zip(given, checked)):
         if len(_passed) >= MAX_PASSED:
             _passed.clear()
-        _passed[facts] = (*call[9:-1], {"strides": call.strides})
-    return call
+        _passed[facts] = (*checked[9:], {"strides": checked.strides})
+    return checked
 
 
 MAX_PASSED = 1024  # every new number of tokens is one more
 _passed: dict[tuple, tuple[int, int, float, dict[str, Any]]] = {}
-"""What the checks look at of calls that passed without a copy -> their settings, defaults filled in, and `Call.seen`."""
+"""What the checks look at of calls that passed without a copy -> their settings, defaults filled in, and `SeenCall.seen`."""
 
 
 def check_and_lay_out(tensors: Tensors, rotary_dim: int | None, pair_stride: int | None, scale: float | None) -> Call:

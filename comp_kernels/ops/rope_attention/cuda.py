@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ... import _native
 from . import native
-from .call import Call, remembered
+from .call import Call
 
 MAX_HEAD_DIM = 256
 LSE_DTYPE = torch.float64  # see README.md, Backward
@@ -66,17 +66,12 @@ def accessible(call: Call) -> Call:
     if cos is not None:  # contiguous already; a table may still start in the middle of a line
         assert sin is not None and cos_k is not None and sin_k is not None  # all four or none
         addresses |= cos.data_ptr() | sin.data_ptr() | cos_k.data_ptr() | sin_k.data_ptr()
-    if addresses % 16 == 0 and remembered(call, "wide rows", _all_wide):
+    if addresses % 16 == 0 and _wide_rows(q.shape[2], q.element_size(), q.stride(), k.stride(), v.stride()):
         return call
     q, k, v = (_aligned(_padded(x)) for x in (q, k, v))
     if cos is not None:
         cos, sin, cos_k, sin_k = (x if x is None or x.data_ptr() % 16 == 0 else x.clone() for x in (cos, sin, cos_k, sin_k))
-    return Call(q, k, v, cos, sin, cos_k, sin_k, *call[7:-1])
-
-
-def _all_wide(call: Call) -> bool:
-    q, k, v = call[:3]
-    return _wide_rows(q.shape[2], q.element_size(), q.stride(), k.stride(), v.stride())
+    return Call(q, k, v, cos, sin, cos_k, sin_k, *call[7:])
 
 
 @functools.lru_cache(maxsize=1024)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ... import _native
 from ..._native import pointer
-from .call import Call, remembered
+from .call import Call, SeenCall
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 """(dq, dk, dv, dcos, dsin, dcos_k, dsin_k); the last four are None without tables, and where they are not wanted."""
@@ -87,31 +87,30 @@ def _params(call: Call, grad_out: Tensor | None, results: tuple[int, ...]) -> Pa
     """The struct of a pass; results: addresses from `out` to `dv`. Those of the tables' gradients are null. The tensors must
     outlive it.
 
-    Packed: naming all fields to the constructor takes twice as long.
+    Packed: naming all fields to the constructor takes twice as long. What stands behind the addresses is packed once for all
+    calls that look alike.
     """
-    q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, *_ = call
+    q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, rotary_dim, pair_stride, scale = call
     assert cu_seqlens is not None and cu_seqlens_k is not None  # kernels get bounds
-    strides, rest = remembered(call, "packed", _strides_and_rest)
+    seen = call.seen if isinstance(call, SeenCall) else None
+    if seen is not None and "packed" in seen:
+        strides, rest = seen["packed"]
+    else:
+        strides = STRIDES.pack(*(stride for x in (q, k, v) for stride in x.stride()[:2]))
+        rest = REST.pack(
+            *(q.shape[0], k.shape[0], cu_seqlens.shape[0] - 1, q.shape[1], k.shape[1]),
+            *(q.shape[2], rotary_dim, pair_stride),
+            0 if cos is None else cos.shape[-1],
+            *(x.shape[1] if table is not None and table.dim() == 3 else 1 for table, x in ((cos, q), (cos_k, k))),
+            scale,
+            _native.DTYPE_CODES[q.dtype],
+            0,  # tf32: the cuda backend decides
+        )
+        if seen is not None:
+            seen["packed"] = strides, rest
     addresses = ADDRESSES.pack(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), pointer(cos), pointer(sin), pointer(cos_k), pointer(sin_k),
         cu_seqlens.data_ptr(), cu_seqlens_k.data_ptr(), *results, 0, 0, 0, 0,
     )  # fmt: skip
     grad_out_strides = (0, 0) if grad_out is None else grad_out.stride()[:2]
     return Params.from_buffer_copy(addresses + strides + GRAD_OUT_STRIDES.pack(*grad_out_strides) + rest)
-
-
-def _strides_and_rest(call: Call) -> tuple[bytes, bytes]:
-    """What follows the addresses in the struct, before and behind the strides of grad_out."""
-    q, k, v, cos, _, cos_k, _, cu_seqlens, _, rotary_dim, pair_stride, scale, _ = call
-    assert cu_seqlens is not None
-    strides = STRIDES.pack(*(stride for x in (q, k, v) for stride in x.stride()[:2]))
-    rest = REST.pack(
-        *(q.shape[0], k.shape[0], cu_seqlens.shape[0] - 1, q.shape[1], k.shape[1]),
-        *(q.shape[2], rotary_dim, pair_stride),
-        0 if cos is None else cos.shape[-1],
-        *(x.shape[1] if table is not None and table.dim() == 3 else 1 for table, x in ((cos, q), (cos_k, k))),
-        scale,
-        _native.DTYPE_CODES[q.dtype],
-        0,  # tf32: the cuda backend decides
-    )
-    return strides, rest

@@ -22,9 +22,7 @@ def declines(call: Call) -> str | None:
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """(out, lse), differentiable to any order."""
     with torch.autocast(call.device.type, enabled=False):  # the definition is float32 arithmetic
-        arguments = call._asdict()
-        del arguments["seen"]
-        out, lse = reference.rope_attention(**arguments, return_lse=True)
+        out, lse = reference.rope_attention(**call._asdict(), return_lse=True)
     return out, lse
 
 
@@ -36,7 +34,7 @@ def backward(
 
     def results(*inputs: Tensor) -> tuple[Tensor, Tensor]:
         given = iter(inputs)
-        return forward(Call._make([*(next(given) if want else x for x, want in zip(call, wanted)), *call[7:-1]]))
+        return forward(Call._make([*(next(given) if want else x for x, want in zip(call, wanted)), *call[7:]]))
 
     # torch.func, since autograd proper is off where an operator's kernel runs.
     (_, found_lse), gradients = torch.func.vjp(results, *(x for x, want in zip(call, wanted) if want))[:2]

@@ -9,15 +9,13 @@ opaque nodes whose shapes follow from their arguments' shapes, so a new number o
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..._backends import function_of, implementation
 from ..._namespace import LIBRARY, register, watched
-from .call import Call, bounds_of_all
+from .call import Call, SeenCall, bounds_of_all
 
 OPERATOR = "rope_attention"
 
@@ -104,8 +102,8 @@ def setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)  # an unused lse has no gradient, and costs none
 
 
-def autograd(ctx, grad_out, grad_lse=None, looked_at: bool = False) -> tuple[Tensor | None, ...]:
-    """looked_at: nothing but autograd followed the forward pass, so that what it saved needs no look."""
+def autograd(ctx, grad_out, grad_lse=None, looked_at: bool = False, seen: dict | None = None) -> tuple[Tensor | None, ...]:
+    """looked_at: nothing but autograd followed the forward pass, so that what it saved needs no look. seen: of a SeenCall."""
     q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, out, lse = saved = ctx.saved_tensors
     *settings, backend, fallback = ctx.settings
     if cos_k is None:
@@ -113,8 +111,9 @@ def autograd(ctx, grad_out, grad_lse=None, looked_at: bool = False) -> tuple[Ten
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens
     call = Call(q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, *settings)
-    if call.seen is not None and call.seen["strides"] != call.strides:  # hooks of saved tensors gave copies
-        call = call._replace(seen=None)
+    if seen is not None and seen["strides"] == call.strides:  # else hooks of saved tensors gave copies
+        call = SeenCall(*call)
+        call.seen = seen
     wanted = ctx.needs_input_grad
     table_grads = True in wanted[3:7]
     if grad_out is None:
@@ -122,7 +121,7 @@ def autograd(ctx, grad_out, grad_lse=None, looked_at: bool = False) -> tuple[Ten
     # Of a gradient that is to be differentiated again (create_graph), the operator says that it cannot.
     if torch.is_grad_enabled() or q.is_meta or watched((grad_out, grad_lse) if looked_at else (grad_out, grad_lse, *saved)):
         found = BACKWARD.default(
-            grad_out, grad_lse, q, k, v, out, lse, *call[3:-1], backend, fallback, table_grads
+            grad_out, grad_lse, q, k, v, out, lse, *call[3:], backend, fallback, table_grads
         )  # fmt: skip
     else:
         found = gradients(call, out, lse, grad_out, grad_lse, backend, fallback, table_grads)
@@ -170,11 +169,12 @@ class DirectAttention(torch.autograd.Function):
         call, backend, fallback, with_lse = arguments[-1]
         output = forward(call, backend, fallback)
         setup_context(ctx, (*call, backend, fallback), output)
+        ctx.seen = call.seen if isinstance(call, SeenCall) else None
         return output if with_lse else output[0]
 
     @staticmethod
     def backward(ctx, grad_out, grad_lse=None):
-        return autograd(ctx, grad_out, grad_lse, looked_at=True)
+        return autograd(ctx, grad_out, grad_lse, looked_at=True, seen=ctx.seen)
 
 
 def attention(call: Call, backend: str, fallback: bool, with_lse: bool) -> tuple[Tensor, Tensor | None]:
@@ -183,20 +183,14 @@ def attention(call: Call, backend: str, fallback: bool, with_lse: bool) -> tuple
         bounds, bounds_k = (bounds_of_all(x.shape[0], x.device) for x in (call.q, call.k))
         call = call._replace(cu_seqlens=bounds, cu_seqlens_k=bounds_k)
     if call.q.is_meta or watched(shared_once(call[:9])):
-        return FORWARD.default(*call[:-1], backend, fallback)
+        return FORWARD.default(*call, backend, fallback)
     if torch.is_grad_enabled():
-        tables = any_requires_grad(call[3:7])
-        if tables or any_requires_grad(call[:3]):
-            output = apply_direct(*call[: 7 if tables else 3], (call, backend, fallback, with_lse))
+        wants = [x is not None and x.requires_grad for x in call[:7]]
+        if True in wants:
+            inputs = call[:7] if True in wants[3:] else call[:3]
+            output = apply_direct(*inputs, (call, backend, fallback, with_lse))
             return output if with_lse else (output, None)
     return forward(call, backend, fallback)
-
-
-def any_requires_grad(tensors: Iterable[Tensor | None]) -> bool:
-    for x in tensors:  # a plain loop: any() over a generator takes twice as long
-        if x is not None and x.requires_grad:
-            return True
-    return False
 
 
 # Without torch's wrapper in Python, which looks for tensors left over from a torch.func transform: those are `watched`.

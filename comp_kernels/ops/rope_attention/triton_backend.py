@@ -80,7 +80,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     """(out, lse)."""
     assert call.cu_seqlens is not None  # kernels get bounds
     configs, rotate = kernels().configs, kernels().rotation.rotate
-    q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, rotary_dim, pair_stride, scale, _ = call
+    q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, rotary_dim, pair_stride, scale = call
     arch, head_dim = architecture(q.device), q.shape[-1]
     precision = dot_precision(arch, q.dtype)
     head = head_k = describe_head(head_dim, precision, q, k, v)
@@ -111,7 +111,7 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """(dq, dk, dv, dcos, dsin, dcos_k, dsin_k); the last four are None without tables or table_grads."""
     configs, rotation, passes = kernels().configs, kernels().rotation, kernels().backward
-    q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, rotary_dim, pair_stride, scale, _ = call
+    q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, rotary_dim, pair_stride, scale = call
     arch, head_dim = architecture(q.device), q.shape[-1]
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()

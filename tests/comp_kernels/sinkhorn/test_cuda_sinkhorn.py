@@ -215,7 +215,7 @@ def test_the_model_of_the_time(shape, copies, dtype):
     scores = torch.empty(shape, dtype=dtype)
     call = Call(scores, torch.ones(shape[1]), torch.ones(shape[2]), 0.05, 3, None, None)
     with launches_on_emulator(device=H200):
-        split = cuda.split(SolveParams.of(call, scores))
+        split = cuda.split(SolveParams.of(call, *call.new_results()))
     blocks = split.blocks_per_item * split.items_at_a_time
     assert 128 <= blocks <= 132
     per_item = scores[0].nbytes

@@ -44,7 +44,9 @@ def test_matches_the_definition(name, dtype, backend):
     assert actual[0].dtype == torch.promote_types(dtype, torch.float32)
 
 
-def assert_defaults_are_their_values(shape: tuple[int, ...], backend: str, dtype=torch.float32, **settings) -> None:
+def assert_defaults_are_their_values(
+    shape: tuple[int, ...], backend: str, dtype=torch.float32, same_bits: bool = True, **settings
+) -> None:
     """Marginals that are left out give the bits of those that are written down, in the gradient too."""
     scores = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     *_, n, k = shape
@@ -58,7 +60,8 @@ def assert_defaults_are_their_values(shape: tuple[int, ...], backend: str, dtype
         if results[0].requires_grad:
             results += torch.autograd.grad([x.square().sum() for x in results], leaf)
         found.append(results)
-    assert all(torch.equal(x, y) for x, y in zip(*found))
+    for x, y in zip(*found):
+        assert torch.equal(x, y) if same_bits else (x - y).abs().max() <= 1e-6 * y.abs().max()
 
 
 @pytest.mark.parametrize("backend", ("reference", *BACKENDS))

@@ -65,7 +65,8 @@ def executed(target: int) -> list[str]:
         with launches_go_to(emulating_launcher(reports, target=target), f"sm_{target}"):
             assert_equals_the_definition(scores, marginals, "triton", epsilon=0.7, num_iters=3, order=order, eps=eps)
     with launches_go_to(emulating_launcher([], target=target), f"sm_{target}"):
-        assert_defaults_are_their_values((5, 4, 7), "triton", order="rows_cols")
+        # Compiled for no marginals, other products are fused with other sums.
+        assert_defaults_are_their_values((5, 4, 7), "triton", same_bits=False, order="rows_cols")
     return [name for name, _ in reports]
 
 
