@@ -28,5 +28,4 @@ class MeasuredLines:
     def pytest_runtest_logreport(self, report):
         if report.when == "call" and report.passed and report.capstdout.strip():
             terminal = self.config.pluginmanager.get_plugin("terminalreporter")
-            terminal.ensure_newline()
-            terminal.write_line(report.capstdout.strip())
+            terminal.write(f"\n{report.capstdout.strip()}\n")
