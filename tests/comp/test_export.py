@@ -65,7 +65,7 @@ torch.set_grad_enabled(False)
 out = {}
 images = [Image.open(f"{i}.png") for i in range(3)]
 for name in NAMES:
-    inputs = AutoImageProcessor.from_pretrained(name)(images, return_tensors="pt")
+    inputs = AutoImageProcessor.from_pretrained(name, backend="pil")(images, return_tensors="pt")
     model = AutoModel.from_pretrained(name, trust_remote_code=True)
     features = model(**inputs).last_hidden_state
     for i, image in enumerate(model.feature_maps(features, inputs["image_grid_thw"])):
