@@ -106,7 +106,7 @@ def small_operations(shape: tuple[int, ...], backward: bool) -> float:
 @pytest.mark.parametrize("backward", (False, True), ids=("forward", "gradient"))
 @pytest.mark.parametrize("shape", SMALL_SHAPES, ids=str)
 def test_small_sinkhorn(benchmark, shape, backward):
-    """The projection of hyper-connections; the share of the peak is that of the floor in docs/kernels.md."""
+    """The projection of hyper-connections; the share of the peak is that of the floor in docs/kernels/sinkhorn_small.md."""
     scores, weights = torch.randn(shape), torch.randn(shape)
     leaf = scores.clone().requires_grad_()
     settings = dict(epsilon=1.0, num_iters=SMALL_ITERS, order="rows_cols", eps=1e-6, gradient="unrolled")

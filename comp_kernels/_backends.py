@@ -61,7 +61,7 @@ _loaded: dict = {}  # module path -> module
 # Order of preference per device type; the first that can run is taken, the reference always can.
 PREFERENCE = {
     "cpu": ("cpu", "reference"),
-    "cuda": ("cuda", "triton", "reference"),  # as measured on an H200, docs/kernels.md
+    "cuda": ("cuda", "triton", "reference"),  # as measured on an H200, docs/kernels/rope_attention_cuda.md
 }
 # Backends that are compiled or launched when they are called, and so may fail where nothing is wrong with the call.
 LAUNCHED = ("triton", "cuda")

@@ -16,7 +16,7 @@ from torchvision_stub import import_timm
 from train import read_command_line
 
 REPOSITORY = Path(__file__).parent.parent
-PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 LINKING = [
     *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
     *sorted([*(REPOSITORY / "docs").rglob("*.md"), *(REPOSITORY / "comp_kernels").rglob("README.md")]),

@@ -21,7 +21,7 @@ from torch import Tensor
 COLUMNS = 16  # tiles of prototypes begin at multiples of it, whatever the batch: 64 bytes of a row of scores in float32
 
 # Channels per product in oneDNN: it adds up all of them in one register, and in parts of this size its error is the BLAS's
-# (docs/kernels.md).
+# (docs/kernels/alignment_loss.md).
 ONEDNN_CHANNELS = 320
 ONEDNN_OPERATIONS = 1 << 20  # below, a call costs more than the product
 

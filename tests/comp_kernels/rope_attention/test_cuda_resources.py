@@ -18,7 +18,7 @@ from comp_kernels.ops.rope_attention import native
 # KiB of shared memory that one block may have, by compute capability (CUDA C++ Programming Guide, technical specifications).
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 HEAD_DIMS = (8, 32, 40, 64, 72, 80, 88, 96, 128, 136, 192, 200, 256)
-MOST_STACK = 32  # bytes a thread spills; most kernels none, docs/kernels.md
+MOST_STACK = 32  # bytes a thread spills; most kernels none, docs/kernels/rope_attention_cuda.md
 # DTYPE_CODES, tf32
 PRECISIONS = {"float32": (0, 0), "tf32": (0, 1), "bfloat16": (2, 0), "float16": (3, 0)}
 

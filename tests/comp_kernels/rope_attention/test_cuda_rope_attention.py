@@ -310,7 +310,7 @@ class TestShortSequences:
 
 
 # Lengths, heads and warp instructions of flash-attention 2.8.4's forward (sm_80, bf16, without rotary embedding), counted by
-# executing it on the same emulator: docs/kernels.md.
+# executing it on the same emulator: docs/kernels/rope_attention_cuda.md.
 MIX = AttentionCase("mix", [256, 576, 1024, 729, 400, 1369])
 FLASH_ATTENTION = {64: 2_929_540, 72: 4_026_304, 128: 4_306_700}
 
