@@ -114,7 +114,7 @@ def start_world(device: str = "auto") -> World:
 
 def keep_freed_memory() -> None:
     """Let glibc's malloc keep what a step frees for the next one, which otherwise gets it from the system page by page: 16,000
-    page faults and a tenth of the time of a small step, a million and 2 of 13 seconds of a large one (docs/log.md)."""
+    page faults and a tenth of the time of a small step (docs/log.md)."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:  # other C libraries have none
         mallopt(M_MMAP_THRESHOLD, 2**25)  # its largest: blocks above are the system's all the same
