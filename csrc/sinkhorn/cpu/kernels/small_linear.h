@@ -120,6 +120,7 @@ struct LinearProblems {
     const L* from = kSide ? kept : e;
     for (int s = 0; s < second(); ++s) xt[s] = start(a[s]);
     if (kKeep) std::copy_n(xt, second(), xs);
+    if (kEps) std::fill_n(sums, first(), L::all(0));  // nobody reads them, which GCC cannot see
     if (!kEps) weigh(from, sums, [&](int s) { return xt[s]; });
     for (int t = 1; t <= num_iters; ++t) {
       for (int f = 0; f < first(); ++f) {
