@@ -31,8 +31,8 @@ from .products import COLUMNS, Matmul, choose_products, cut
 Pair = tuple[Tensor, Tensor]  # running maximum in bits and sum of 2^(entry - maximum), per row
 
 # What is kept may take this share of what the plain version takes beside its inputs: normalised prototypes and so many matrices
-# [n, V] at its peak (measured, docs/kernels/alignment_loss.md). An entry without its text score costs a product in every iteration, one
-# without its vision score a single product.
+# [n, V] at its peak (measured, docs/kernels/alignment_loss.md). An entry without its text score costs a product in every
+# iteration, one without its vision score a single product.
 PLAIN_MATRICES = 5
 KEPT_SHARE = 1 / 4
 MANY_ROWS = 2048  # from here on the backend's share

@@ -209,8 +209,8 @@ H200 = (132, 227 * 1024, True)
 @pytest.mark.parametrize(("shape", "copies"), (((1, 64, 151936), 4), ((1, 2048, 4096), 4), ((64, 128, 4096), 3)))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_the_model_of_the_time(shape, copies, dtype):
-    """The splits of docs/kernels/sinkhorn_gpu.md use the whole device, keep most scores on chip, and should take so many copies of the
-    float32 scores, as an H200 was measured to copy them. Arithmetic; not run on a GPU."""
+    """The splits of docs/kernels/sinkhorn_gpu.md use the whole device, keep most scores on chip, and should take so many copies
+    of the float32 scores, as an H200 was measured to copy them. Arithmetic; not run on a GPU."""
     copy = {(1, 64, 151936): 24e3, (1, 2048, 4096): 21e3, (64, 128, 4096): 69e3}[shape]  # nanoseconds
     scores = torch.empty(shape, dtype=dtype)
     call = Call(scores, torch.ones(shape[1]), torch.ones(shape[2]), 0.05, 3, None, None)
