@@ -17,6 +17,7 @@
 #include "comp_kernels/alignment_loss.h"
 #include "comp_kernels/rope_attention.h"
 #include "comp_kernels/sinkhorn.h"
+#include "comp_kernels/sinkhorn_small.h"
 
 extern "C" {
 const char* comp_kernels_cpu_isa(void);
@@ -28,6 +29,8 @@ const char* comp_kernels_cpu_sinkhorn_iterate(const comp_kernels_sinkhorn_step_p
 const char* comp_kernels_cpu_sinkhorn_column_statistics(const comp_kernels_sinkhorn_step_params*);
 const char* comp_kernels_cpu_sinkhorn_row_statistics(const comp_kernels_sinkhorn_step_params*);
 const char* comp_kernels_cpu_sinkhorn_plan(const comp_kernels_sinkhorn_step_params*);
+const char* comp_kernels_cpu_sinkhorn_small(const comp_kernels_sinkhorn_small_params*);
+const char* comp_kernels_cpu_sinkhorn_small_backward(const comp_kernels_sinkhorn_small_params*);
 const char* comp_kernels_cpu_alignment_loss_tile(const comp_kernels_alignment_loss_params*);
 }
 
@@ -49,6 +52,8 @@ const struct {
     FUNCTION(comp_kernels_cpu_sinkhorn_column_statistics),
     FUNCTION(comp_kernels_cpu_sinkhorn_row_statistics),
     FUNCTION(comp_kernels_cpu_sinkhorn_plan),
+    FUNCTION(comp_kernels_cpu_sinkhorn_small),
+    FUNCTION(comp_kernels_cpu_sinkhorn_small_backward),
     FUNCTION(comp_kernels_cpu_alignment_loss_tile),
 };
 
