@@ -112,6 +112,13 @@ def liger_loss() -> Callable[..., Tensor] | None:
     return liger_fused_linear_cross_entropy
 
 
+def _scaled(kept: Tensor, grad: Tensor) -> Tensor:
+    """kept * grad, in a backward pass: in the memory of `kept` where the graph is not retained for another pass. A second
+    matrix as large as the vocabulary would be the peak of a step."""
+    is_last = not torch._C._autograd._get_current_graph_task_keep_graph()
+    return kept.mul_(grad) if is_last else kept * grad
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """sum_i share_i * cross_entropy(rows_i @ weight.T + bias, target_i), its gradients made chunk by chunk in the forward pass.
 
@@ -162,8 +169,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         weight_dtype, bias_dtype = ctx.dtypes
         return (
             None if rows is None else rows * grad.to(rows.dtype),
-            # in place: a second one as large as the vocabulary would be the peak of a step
-            None if weight is None else weight.mul_(grad).to(weight_dtype),
+            None if weight is None else _scaled(weight, grad).to(weight_dtype),
             None if bias is None else (bias * grad).to(bias_dtype),
             None,
             None,

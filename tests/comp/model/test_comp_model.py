@@ -171,6 +171,17 @@ def test_alignment_is_finite_at_cosine_one(mode, model):
     assert loss.isfinite() and visual.grad.isfinite().all()
 
 
+def test_a_graph_that_is_retained_gives_the_same_gradients_again(model):
+    output = model(make_batch([ONE, TEXT, TWO]), alignment=AlignmentConfig())
+    loss = output.token_loss_sum / output.num_tokens + output.alignment_loss
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    first, again = (torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True) for _ in range(2))
+    for gradient, expected in zip(again, first):
+        assert (gradient is None) == (expected is None)
+        if gradient is not None:
+            torch.testing.assert_close(gradient, expected, rtol=0, atol=0)
+
+
 def test_alignment_without_any_valid_sample_is_zero(model):
     output = model(make_batch([TEXT, TEXT]), alignment=AlignmentConfig())
     assert output.alignment_loss.item() == 0 and output.num_aligned == 0

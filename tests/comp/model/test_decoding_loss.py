@@ -39,6 +39,17 @@ def test_equals_the_definition_in_any_number_of_chunks(linear):
             torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("linear", [False, True])
+def test_a_graph_that_is_retained_gives_the_same_gradients_again(linear):
+    hidden, labels, lm_head = example()
+    loss = 3 * loss_of(hidden, labels, lm_head, 22, linear)[0]
+    inputs = (hidden, lm_head.weight, lm_head.bias)
+    first = torch.autograd.grad(loss, inputs, retain_graph=True)
+    kept = [gradient.clone() for gradient in first]
+    for again in (torch.autograd.grad(loss, inputs, retain_graph=True), torch.autograd.grad(loss, inputs), first):
+        torch.testing.assert_close(list(again), kept, rtol=0, atol=0)
+
+
 def test_means_of_samples_and_a_frozen_head():
     hidden, labels, lm_head = example()
     for frozen in (False, True):
