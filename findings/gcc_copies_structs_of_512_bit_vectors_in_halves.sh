@@ -9,14 +9,13 @@
 # Seen: gcc 12.2.0-14+deb12u1, x86-64: as below, icelake-server and skylake-avx512 alike. Looks at assembly only: needs no processor with
 # AVX-512. Needs Debian 12 (apt-get download, dpkg), 120 MB.
 set -euo pipefail
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
-cd "$folder"
-version=12.2.0-14+deb12u1
-apt-get -o APT::Sandbox::User=root download -qq "cpp-12=$version" "libgcc-12-dev=$version" libisl23 libmpc3 libmpfr6 libgmp10 libzstd1 zlib1g > /dev/null
-for package in ./*.deb; do dpkg -x "$package" root; done
-lib=root/usr/lib/gcc/x86_64-linux-gnu/12
+cd "$(mktemp -d)"
+trap 'rm -rf "$PWD"' EXIT
+packages=(cpp-12=12.2.0-14+deb12u1 libgcc-12-dev=12.2.0-14+deb12u1 libisl23 libmpc3 libmpfr6 libgmp10 libzstd1 zlib1g)
+apt-get -o APT::Sandbox::User=root download -qq "${packages[@]}" > /dev/null
+find . -name '*.deb' -exec dpkg -x {} root \;
 export LD_LIBRARY_PATH="$PWD/root/usr/lib/x86_64-linux-gnu:$PWD/root/lib/x86_64-linux-gnu"
+lib=root/usr/lib/gcc/x86_64-linux-gnu/12
 cat > copy.c <<'C'
 typedef float vector __attribute__((vector_size(64)));
 struct pair {

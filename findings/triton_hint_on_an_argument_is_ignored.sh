@@ -57,11 +57,12 @@ def load_width(kernel):
 widths = ", ".join(f"{kernel.__name__} {load_width(kernel)}" for kernel in (plain, argument, product, arithmetic))
 print(triton.__version__, widths)
 PY
-for version in 3.6.0 3.7.1 3.8.0 3.9.0; do
-  python3 -m pip install --quiet --no-deps --target "$folder/$version" "triton==$version"
-  PYTHONPATH="$folder/$version" TRITON_CACHE_DIR="$folder/cache-$version" python3 "$folder/hint.py" | tee -a "$folder/seen"
-  rm -rf "${folder:?}/$version"
-done
+widths_with() {
+  python3 -m pip install --quiet --no-deps --target "$folder/$1" "triton==$1"
+  PYTHONPATH="$folder/$1" TRITON_CACHE_DIR="$folder/cache-$1" python3 "$folder/hint.py"
+  rm -rf "${folder:?}/$1"
+}
+for version in 3.6.0 3.7.1 3.8.0 3.9.0; do widths_with "$version"; done | tee "$folder/seen"
 diff "$folder/seen" - <<'SEEN'
 3.6.0 plain 4, argument 4, product 16, arithmetic 16
 3.7.1 plain 4, argument 4, product 16, arithmetic 16
