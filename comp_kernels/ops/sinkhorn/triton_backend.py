@@ -50,7 +50,7 @@ small_gradient = triton_small.gradient
 
 
 def _iterate(call: Call, steps: Steps) -> tuple[Tensor, Tensor]:
-    u2, v2 = steps.new_potentials()
+    u2, v2 = steps.new_rows(), steps.new_cols()
     for iteration in range(call.num_iters):
         steps.scale_columns(iteration, call[1:3], u2, v2, v2)
         steps.scale_rows(call.row_marginals, u2)
@@ -59,7 +59,7 @@ def _iterate(call: Call, steps: Steps) -> tuple[Tensor, Tensor]:
 
 def _iterate_until(call: Call, steps: Steps, tol: float) -> tuple[Tensor, Tensor]:
     """The error after an iteration is known once the next one has summed the columns; that one must then leave no trace."""
-    (u2, v2), (_, v2_new) = steps.new_potentials(), steps.new_potentials()
+    u2, v2, v2_new = steps.new_rows(), steps.new_cols(), steps.new_cols()
     errors = steps.new(steps.items, steps.blocks)
     stop = torch.zeros((), dtype=torch.int32, device=call.device)
     allowed = tol * call.marginals()[0].sum(-1)

@@ -42,9 +42,13 @@ class Steps:
     def new(self, *shape: int) -> Tensor:
         return self.scores.new_empty(*shape, dtype=torch.float32)
 
-    def new_potentials(self) -> tuple[Tensor, Tensor]:
-        rows, cols, *_ = self.sizes
-        return self.new(*self.batch, rows), self.new(*self.batch, cols)
+    def new_rows(self) -> Tensor:
+        """Memory for a number per row, [.., n]."""
+        return self.new(*self.batch, self.sizes[0])
+
+    def new_cols(self) -> Tensor:
+        """Memory for a number per column, [.., K]."""
+        return self.new(*self.batch, self.sizes[1])
 
     def scale_columns(
         self,
@@ -64,7 +68,7 @@ class Steps:
 
     def column_statistics(self, u2: Tensor) -> tuple[Tensor, Tensor]:
         """Per column [.., K] the largest entry plus u2 and the sum of 2^(entry - largest)."""
-        (_, peaks), (_, sums) = self.new_potentials(), self.new_potentials()
+        peaks, sums = self.new_cols(), self.new_cols()
         self._columns((u2, *[None] * 6, peaks, sums, None, None), 0)
         return peaks, sums
 
@@ -91,7 +95,7 @@ class Steps:
             self.scores, v2, self.row_peaks, self.row_sums, *self.sizes, self.factor,
             **self.options,
         )  # fmt: skip
-        sums, _ = self.new_potentials()
+        sums = self.new_rows()
         self._merge(None, sums, None, scale=False)
         return sums
 
