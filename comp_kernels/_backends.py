@@ -32,7 +32,8 @@ class Backend(Protocol):
         """The operator's results."""
 
     # An operator whose gradient is a kernel too (rope_attention) asks for `backward(call, ...)` as well. A backend with kernels
-    # that no hardware has run yet says for which calls: `unmeasured(call)`, true or false.
+    # that no hardware has run yet says for which calls: `unmeasured(call)`, true or false. One of rope_attention may have
+    # `passes(call)`: both passes prepared for calls that look alike, as `native.Passes`, or None.
 
 
 # operator -> backend -> module of this package that is a Backend

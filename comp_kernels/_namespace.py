@@ -18,24 +18,32 @@ PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def watched(tensors: Iterable[torch.Tensor | None]) -> bool:
-    """Whether anything but autograd follows calls of operators: compilation, tracing, a mode (FLOP counter, fake tensors), the
-    profiler, or tensors that are more than their memory (a class of their own, a batch of gradients, a lazily negated view).
+    """Whether anything but autograd follows calls of operators on these tensors.
 
     If not, torch's dispatcher has nothing to add to a call, and going through it from Python and back takes about as long as
     all the rest of a call on a few tokens.
     """
-    if (
+    return followed() or not are_plain(tensors)
+
+
+def followed() -> bool:
+    """Whether calls of operators are compiled or traced now, or followed by a mode (FLOP counter, fake tensors) or the
+    profiler."""
+    return (
         torch.compiler.is_compiling()
         or torch._C._is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch.autograd._profiler_enabled()
-    ):
-        return True
+    )
+
+
+def are_plain(tensors: Iterable[torch.Tensor | None]) -> bool:
+    """Whether tensors are no more than their memory: no class of their own, no batch of gradients, no lazily negated view."""
     for x in tensors:  # a plain loop: any() over a generator takes twice as long
         if x is not None and (type(x) not in PLAIN or x.is_neg() or not torch._C._has_storage(x)):
-            return True
-    return False
+            return False
+    return True
 
 
 def past_the_dispatcher(kernel: Callable, setup_context: Callable, autograd: Callable) -> Callable:

@@ -108,9 +108,9 @@ def cuda_unavailable_reason(device: torch.device) -> str | None:
     return None if major >= 8 else f"compute capability 8.0 or later is needed, {device} has {major}.{minor}"
 
 
-def stream(device: torch.device) -> int:
-    """The cudaStream_t that torch uses on `device`; 0 (the default stream) for the CPU, where only emulators launch."""
-    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+def stream(x: Tensor) -> int:
+    """The cudaStream_t that torch uses on the device of `x`; 0 (the default stream) on the CPU, where only emulators launch."""
+    return torch._C._cuda_getCurrentRawStream(x.device.index) if x.is_cuda else 0
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager:
@@ -137,10 +137,10 @@ def pointer(x: Tensor | None) -> int:
 
 
 @functools.cache
-def cpu_function(name: str, params: type[ctypes.Structure]) -> Callable[[ctypes.Structure], None]:
-    """The CPU library's comp_kernels_cpu_{name}, which takes such a struct; what it says is wrong is raised."""
-    function = getattr(cpu(), f"comp_kernels_cpu_{name}")
-    function.argtypes, function.restype = [ctypes.POINTER(params)], ctypes.c_char_p
+def cpu_function(name: str) -> Callable[[ctypes.Structure | bytes], None]:
+    """The CPU library's comp_kernels_cpu_{name}, which takes a struct; what it says is wrong is raised."""
+    function = cpu()[f"comp_kernels_cpu_{name}"]
+    function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_char_p
     return functools.partial(call, function)
 
 
@@ -159,13 +159,13 @@ def cuda_function(name: str, argtypes: tuple, restype: type | None = ctypes.c_ch
 
 @functools.cache
 def _typed(library: ctypes.CDLL, name: str, argtypes: tuple, restype: type | None) -> Callable:
-    function = getattr(library, name)
+    function = library[name]  # an object of its own: as an attribute it would be shared with whoever types it otherwise
     function.argtypes, function.restype = list(argtypes), restype
     return function
 
 
-def call(function: Callable, params: ctypes.Structure, *args) -> None:
+def call(function: Callable, params: ctypes.Structure | bytes, *args) -> None:
     """Call `function(&params, *args)`, which returns null or a message; raises RuntimeError with the message."""
-    message = function(ctypes.byref(params), *args)
+    message = function(params if isinstance(params, bytes) else ctypes.byref(params), *args)
     if message is not None:
         raise RuntimeError(message.decode())

@@ -6,7 +6,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 import comp_kernels as ck
-from comp_kernels.ops.rope_attention import call
+from comp_kernels.ops.rope_attention import plan
 
 Q = torch.randn(4, 2, 16)
 
@@ -229,8 +229,8 @@ class TestCallsThatPassedBefore:
         assert ck.rope_attention(**arguments).dtype == torch.float32
 
     def test_the_memory_is_bounded(self, monkeypatch):
-        monkeypatch.setattr(call, "MAX_PASSED", 5)
+        monkeypatch.setattr(plan, "MAX_PLANS", 5)
         for tokens in range(1, 30):
             x = torch.randn(tokens, 1, 8)
             ck.rope_attention(x, x, x)
-            assert len(call._passed) <= 5
+            assert len(plan._plans) <= 5

@@ -50,4 +50,4 @@ def call_step(function: str, scores: Tensor, factor: float, **tensors: Tensor | 
         dtype=_native.DTYPE_CODES[scores.dtype],
         **{name: pointer(x) for name, x in tensors.items()},
     )
-    _native.cpu_function(f"sinkhorn_{function}", StepParams)(params)
+    _native.cpu_function(f"sinkhorn_{function}")(params)

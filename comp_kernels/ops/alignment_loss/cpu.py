@@ -232,7 +232,7 @@ class Losses:
             dtype=_native.DTYPE_CODES[text.dtype],
             **{name: pointer(x) if isinstance(x, Tensor) or x is None else x for name, x in arguments.items()},
         )
-        _native.cpu_function("alignment_loss_tile", Params)(params)
+        _native.cpu_function("alignment_loss_tile")(params)
 
     def total(self, row_weight: Tensor) -> Tensor:
         """Weighted sum over the rows, a scalar."""

@@ -10,7 +10,7 @@ from ..._backends import choose_backend
 from ..._checks import check_bool, has_values
 from . import reference_backend
 from .call import checked_call, table_dtype
-from .registration import attention
+from .plan import Plan, attention, keep, recall
 
 
 # fmt: off
@@ -92,13 +92,18 @@ def rope_attention(
     """
     del max_seqlen, max_seqlen_k, deterministic  # hints: see above
     check_bool("return_lse", return_lse)
-    call = checked_call(
-        q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, rotary_dim, pair_stride, scale
-    )  # fmt: skip
-    backend, fallback = choose_backend("rope_attention", backend, call.q.device, call)
+    tensors = (q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k)
+    look, plan = recall(tensors, rotary_dim, pair_stride, scale, backend)
     lse: Tensor | None
-    if backend == "reference" and has_values(call.q):  # else the operators tell the shapes
-        out, lse = reference_backend.forward(call)
+    if plan is not None:
+        out, lse = plan.run(tensors, return_lse)
     else:
-        out, lse = attention(call, backend, fallback, return_lse)
+        call = checked_call(tensors, rotary_dim, pair_stride, scale)
+        backend, fallback = choose_backend("rope_attention", backend, call.q.device, call)
+        if backend == "reference" and has_values(call.q):  # else the operators tell the shapes
+            out, lse = reference_backend.forward(call)
+        else:
+            plan = Plan(call, backend, fallback)
+            out, lse = attention(plan, call, return_lse)
+            keep(look, plan, tensors, call)
     return out if lse is None or not return_lse else (out, lse.to(table_dtype(out.dtype)))

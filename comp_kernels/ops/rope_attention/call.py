@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -36,16 +37,29 @@ class Call(NamedTuple):
         return self.q.device
 
 
-class SeenCall(Call):
-    """One that looks like a call before: the same shapes, strides, dtypes and settings."""
-
-    seen: dict[str, Any] | None = None  # what was worked out of these, by name; None after _replace: other tensors
-
-
 Tensors = tuple[
     Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None
 ]
 """The first nine fields of a Call."""
+
+
+def shared_once(call: Call) -> Tensors:
+    """Its tensors, with None for what keys have from the queries: torch takes its time for each."""
+    q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k = call[:9]
+    if cos_k is cos and sin_k is sin:
+        cos_k = sin_k = None
+    return q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, None if cu_seqlens_k is cu_seqlens else cu_seqlens_k
+
+
+def call_of(tensors: Iterable[Tensor | None], settings: tuple[int, int, float]) -> Call:
+    """The call of which these are `shared_once`."""
+    fields: Any = tensors
+    q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k = fields
+    if cos_k is None:
+        cos_k, sin_k = cos, sin
+    if cu_seqlens_k is None:
+        cu_seqlens_k = cu_seqlens
+    return Call(q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, *settings)
 
 
 def table_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -53,70 +67,9 @@ def table_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def checked_call(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    cos_k: Tensor | None,
-    sin_k: Tensor | None,
-    cu_seqlens: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    rotary_dim: int | None,
-    pair_stride: int | None,
-    scale: float | None,
-) -> Call:
+def checked_call(tensors: Tensors, rotary_dim: int | None, pair_stride: int | None, scale: float | None) -> Call:
     """Refuse what does not fit together, with a ValueError that names the argument; fill in the defaults, and bring tensors to
-    the layout that kernels rely on.
-
-    A tower makes the same call in every layer: what passed once, and needed no copy, is known by its shapes, strides, dtypes
-    and devices. Only the values of bounds on the CPU are looked at again.
-    """
-    facts = known = None
-    if not torch.compiler.is_compiling():
-        try:
-            if not torch.is_autocast_enabled(q.device.type):
-                facts = (
-                    *(q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, k.device),
-                    *(v.shape, v.stride(), v.dtype, v.device),
-                    None if cos is None else (cos.shape, cos.stride(), cos.dtype, cos.device),
-                    None if sin is None else (sin.shape, sin.stride(), sin.dtype, sin.device),
-                    None if cos_k is None else (cos_k.shape, cos_k.stride(), cos_k.dtype, cos_k.device),
-                    None if sin_k is None else (sin_k.shape, sin_k.stride(), sin_k.dtype, sin_k.device),
-                    *[None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in (cu_seqlens, cu_seqlens_k)],
-                    *(rotary_dim, type(rotary_dim), pair_stride, type(pair_stride), scale, type(scale)),
-                )
-                known = _passed.get(facts)
-        except (AttributeError, RuntimeError, TypeError):  # what is no tensor, symbolic shapes: the checks have words for it
-            facts = None
-    if known is not None:
-        if q.device.type == "cpu":
-            check_bounds_on_cpu("cu_seqlens", cu_seqlens, q.shape[0])
-            check_bounds_on_cpu("cu_seqlens_k", cu_seqlens_k, k.shape[0])
-        if cos_k is None:
-            cos_k, sin_k = cos, sin
-        if cu_seqlens_k is None:
-            cu_seqlens_k = cu_seqlens
-        call = SeenCall(q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, *known[:3])
-        call.seen = known[3]
-        return call
-    given = (q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k)
-    checked = check_and_lay_out(given, rotary_dim, pair_stride, scale)
-    if facts is not None and all(x is None or x is used for x, used in zip(given, checked)):
-        if len(_passed) >= MAX_PASSED:
-            _passed.clear()
-        _passed[facts] = (*checked[9:], {"strides": checked.strides})
-    return checked
-
-
-MAX_PASSED = 1024  # every new number of tokens is one more
-_passed: dict[tuple, tuple[int, int, float, dict[str, Any]]] = {}
-"""What the checks look at of calls that passed without a copy -> their settings, defaults filled in, and `SeenCall.seen`."""
-
-
-def check_and_lay_out(tensors: Tensors, rotary_dim: int | None, pair_stride: int | None, scale: float | None) -> Call:
-    """What checked_call says, for a call that was not seen before."""
+    the layout that kernels rely on."""
     q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k = tensors
     q, k, v = checked_qkv(q, k, v)
     cu_seqlens, cu_seqlens_k = checked_bounds(q, k, cu_seqlens, cu_seqlens_k)
@@ -332,6 +285,14 @@ def bounds_of_all(num_tokens: int, device: torch.device) -> Tensor:
         return torch.tensor((0, num_tokens), dtype=torch.int32)
     # Elsewhere without waiting for a copy from the host; in a graph for any number of tokens.
     return torch.arange(2, dtype=torch.int32, device=device) * num_tokens
+
+
+def with_bounds(call: Call) -> Call:
+    """As kernels get it, which know no call without bounds."""
+    if call.cu_seqlens is not None:
+        return call
+    bounds, bounds_k = (bounds_of_all(x.shape[0], x.device) for x in (call.q, call.k))
+    return call._replace(cu_seqlens=bounds, cu_seqlens_k=bounds_k)
 
 
 def as_int32(cu_seqlens: Tensor) -> Tensor:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
+from torch import Tensor
 
 from ... import _native
 from . import native
@@ -27,9 +26,17 @@ def declines(call: Call) -> str | None:
     return None
 
 
-def _run(which: str, params: native.Params) -> None:
-    _native.cpu_function(f"rope_attention_{which}", native.Params)(params)
+def passes(call: Call) -> native.Passes:
+    return native.Passes(_run, LSE_DTYPE, call)
 
 
-forward = functools.partial(native.forward, functools.partial(_run, "forward"), LSE_DTYPE)
-backward = functools.partial(native.backward, functools.partial(_run, "backward"), LSE_DTYPE)
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    return passes(call).forward(*call[:9])
+
+
+def backward(call: Call, *arguments) -> native.Gradients:
+    return passes(call).backward(*call[:9], *arguments)
+
+
+def _run(which: str, q: Tensor, params: bytes) -> None:
+    _native.cpu_function(f"rope_attention_{which}")(params)

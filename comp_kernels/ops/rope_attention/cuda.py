@@ -17,7 +17,6 @@ from .call import Call
 MAX_HEAD_DIM = 256
 LSE_DTYPE = torch.float64  # see README.md, Backward
 CHANNELS = 8  # head dims are multiples of this
-PARAMS = ctypes.POINTER(native.Params)
 
 
 def unavailable_reason(device: torch.device) -> str | None:
@@ -38,9 +37,21 @@ def unmeasured(call: Call) -> bool:
     return call.q.dtype == torch.float32 or call.q.shape[-1] > 128
 
 
+def passes(call: Call) -> native.Passes | None:
+    """None: q, k and v may have to be copied, or a setting of torch decides."""
+    q, k, v = call[:3]
+    wide = _wide_rows(q.shape[2], q.element_size(), q.stride(), k.stride(), v.stride())
+    return _passes(call) if wide and q.dtype != torch.float32 else None
+
+
+def _passes(call: Call) -> native.Passes:
+    tf32 = call.q.dtype == torch.float32 and tf32_allowed()
+    return native.Passes(_launch, LSE_DTYPE, call, alignment=16, tf32=tf32)
+
+
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     usable = accessible(call)
-    out, lse = native.forward(functools.partial(_launch, "forward", call.q), LSE_DTYPE, usable)
+    out, lse = _passes(usable).forward(*usable[:9])
     return out if usable is call else _narrowed(out, call.q), lse
 
 
@@ -50,9 +61,7 @@ def backward(
     usable = accessible(call)
     if usable is not call:
         out, grad_out = _padded(out), _padded(grad_out)
-    cotangents = (_aligned(grad_out), grad_lse)
-    run = functools.partial(_launch, "backward", call.q)
-    found = native.backward(run, LSE_DTYPE, usable, out, lse, *cotangents, table_grads)
+    found = _passes(usable).backward(*usable[:9], out, lse, _aligned(grad_out), grad_lse, table_grads)
     if usable is call:
         return found
     dq, dk, dv, dcos, dsin, dcos_k, dsin_k = found
@@ -105,18 +114,24 @@ def _aligned(x: Tensor) -> Tensor:
     return x if usable else x.clone(memory_format=torch.contiguous_format)
 
 
-def _launch(which: str, q: Tensor, params: native.Params) -> None:
+def _launch(which: str, q: Tensor, params: bytes) -> None:
     """One pass on the current stream of q's device, with the workspace that it needs."""
-    if q.dtype == torch.float32:
-        params.tf32 = tf32_allowed()
-    size, function = _functions(_native.cuda(), which)
-    with _native.on_device(q):  # the size depends on the device too
-        workspace = q.new_empty(size(ctypes.byref(params), which == "backward"), dtype=torch.uint8)
-        _native.call(function, params, workspace.data_ptr(), _native.stream(q.device))
+    stream = 0  # of emulators
+    if q.is_cuda:
+        index = q.device.index
+        if index != torch.cuda.current_device():  # the size depends on the device too
+            with torch.cuda.device(index):
+                return _launch(which, q, params)
+        stream = torch._C._cuda_getCurrentRawStream(index)
+    size, function = _functions(which)
+    workspace = q.new_empty(size(params, which == "backward"), dtype=torch.uint8)
+    message = function(params, workspace.data_ptr(), stream)
+    if message is not None:
+        raise RuntimeError(message.decode())
 
 
 @functools.cache
-def _functions(library: ctypes.CDLL, which: str) -> tuple[Callable, Callable]:
+def _functions(which: str) -> tuple[Callable, Callable]:
     """(what tells the size of a workspace, the pass)."""
-    size = _native.cuda_function("rope_attention_workspace", (PARAMS, ctypes.c_int32), ctypes.c_int64)
-    return size, _native.cuda_function(f"rope_attention_{which}", (PARAMS, ctypes.c_void_p, ctypes.c_void_p))
+    size = _native.cuda_function("rope_attention_workspace", (ctypes.c_void_p, ctypes.c_int32), ctypes.c_int64)
+    return size, _native.cuda_function(f"rope_attention_{which}", (ctypes.c_void_p,) * 3)

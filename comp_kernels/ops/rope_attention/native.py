@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ... import _native
 from ..._native import pointer
-from .call import Call, SeenCall
+from .call import Call
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 """(dq, dk, dv, dcos, dsin, dcos_k, dsin_k); the last four are None without tables, and where they are not wanted."""
@@ -38,79 +38,94 @@ class Params(ctypes.Structure):
 
 ADDRESSES, GRAD_OUT_STRIDES = struct.Struct("20P"), struct.Struct("2q")
 STRIDES, REST = struct.Struct("6q"), struct.Struct("11qd2q")  # before and behind those of grad_out
+NO_STRIDES = GRAD_OUT_STRIDES.pack(0, 0)
 
 
-def forward(run: Callable[[Params], None], lse_dtype: torch.dtype, call: Call) -> tuple[Tensor, Tensor]:
-    """(out, lse); `run` computes."""
-    q = call.q
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)  # new_empty takes twice as long
-    lse = q.new_empty(q.shape[1], q.shape[0], dtype=lse_dtype)
-    run(_params(call, None, (out.data_ptr(), lse.data_ptr(), 0, 0, 0, 0, 0)))
-    return out, lse
+class Misaligned(Exception):
+    """An address is not what kernels need; nothing has run."""
 
 
-def backward(
-    run: Callable[[Params], None],
-    lse_dtype: torch.dtype,
-    call: Call,
-    out: Tensor,
-    lse: Tensor,
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    table_grads: bool,
-) -> Gradients:
-    if grad_out.stride(-1) != 1:
-        grad_out = grad_out.contiguous()
-    if lse.dtype != lse_dtype:
-        lse = lse.to(lse_dtype)  # of another backend, where that one's backward kernels failed
-    grad_lse = None if grad_lse is None else grad_lse.to(lse_dtype).contiguous()
-    dq = torch.empty_like(call.q, memory_format=torch.contiguous_format)
-    dk = torch.empty_like(call.k, memory_format=torch.contiguous_format)
-    dv = torch.empty_like(call.v, memory_format=torch.contiguous_format)
-    results = (out.data_ptr(), lse.data_ptr(), grad_out.data_ptr(), pointer(grad_lse))
-    params = _params(call, grad_out, (*results, dq.data_ptr(), dk.data_ptr(), dv.data_ptr()))
-    if not table_grads:
-        run(params)
-        return dq, dk, dv, None, None, None, None
-    # One gradient per head: the kernels compute heads side by side and add nothing up between them.
-    tables, turned = call[3:7], (call.q, call.q, call.k, call.k)
-    per_head = [None if t is None else t.new_empty((*x.shape[:2], t.shape[-1])) for t, x in zip(tables, turned)]
-    params.dcos, params.dsin, params.dcos_k, params.dsin_k = (pointer(gradient) for gradient in per_head)
-    run(params)
-    dcos, dsin, dcos_k, dsin_k = (
-        g if g is None or table is None or table.dim() == 3 else g.sum(1) for g, table in zip(per_head, tables)
-    )
-    return dq, dk, dv, dcos, dsin, dcos_k, dsin_k
+class Passes:
+    """Both passes of calls that look alike: the struct is packed once but for addresses, and what grad_out alone decides.
 
-
-def _params(call: Call, grad_out: Tensor | None, results: tuple[int, ...]) -> Params:
-    """The struct of a pass; results: addresses from `out` to `dv`. Those of the tables' gradients are null. The tensors must
-    outlive it.
-
-    Packed: naming all fields to the constructor takes twice as long. What stands behind the addresses is packed once for all
-    calls that look alike.
+    run("forward" or "backward", q, struct) computes. alignment, in bytes: of tensors and of the rows of grad_out. The tensors
+    of a call come in the order of its fields; those of keys may be None where they are the queries'.
     """
-    q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, rotary_dim, pair_stride, scale = call
-    assert cu_seqlens is not None and cu_seqlens_k is not None  # kernels get bounds
-    seen = call.seen if isinstance(call, SeenCall) else None
-    if seen is not None and "packed" in seen:
-        strides, rest = seen["packed"]
-    else:
-        strides = STRIDES.pack(*(stride for x in (q, k, v) for stride in x.stride()[:2]))
-        rest = REST.pack(
+
+    def __init__(
+        self,
+        run: Callable[[str, Tensor, bytes], None],
+        lse_dtype: torch.dtype,
+        call: Call,
+        alignment: int = 1,
+        tf32: bool = False,
+    ) -> None:
+        q, k, v, cos, _, cos_k, _, cu_seqlens, _, rotary_dim, pair_stride, scale = call
+        assert cu_seqlens is not None  # kernels get bounds
+        self.run, self.lse_dtype, self.lse_shape = run, lse_dtype, (q.shape[1], q.shape[0])
+        self.misaligned, self.element_size = alignment - 1, q.element_size()
+        self.strides = STRIDES.pack(*(stride for x in (q, k, v) for stride in x.stride()[:2]))
+        self.rest = REST.pack(
             *(q.shape[0], k.shape[0], cu_seqlens.shape[0] - 1, q.shape[1], k.shape[1]),
             *(q.shape[2], rotary_dim, pair_stride),
             0 if cos is None else cos.shape[-1],
             *(x.shape[1] if table is not None and table.dim() == 3 else 1 for table, x in ((cos, q), (cos_k, k))),
             scale,
             _native.DTYPE_CODES[q.dtype],
-            0,  # tf32: the cuda backend decides
+            tf32,
         )
-        if seen is not None:
-            seen["packed"] = strides, rest
-    addresses = ADDRESSES.pack(
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), pointer(cos), pointer(sin), pointer(cos_k), pointer(sin_k),
-        cu_seqlens.data_ptr(), cu_seqlens_k.data_ptr(), *results, 0, 0, 0, 0,
-    )  # fmt: skip
-    grad_out_strides = (0, 0) if grad_out is None else grad_out.stride()[:2]
-    return Params.from_buffer_copy(addresses + strides + GRAD_OUT_STRIDES.pack(*grad_out_strides) + rest)
+        self.forward_rest = self.strides + NO_STRIDES + self.rest
+
+    def forward(self, q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k) -> tuple[Tensor, Tensor]:
+        """(out, lse)."""
+        inputs = self._addresses(q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k)
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        lse = q.new_empty(*self.lse_shape, dtype=self.lse_dtype)
+        addresses = ADDRESSES.pack(*inputs, out.data_ptr(), lse.data_ptr(), 0, 0, 0, 0, 0, 0, 0, 0, 0)
+        self.run("forward", q, addresses + self.forward_rest)
+        return out, lse
+
+    def backward(
+        self, q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, out, lse, grad_out, grad_lse, table_grads
+    ) -> Gradients:
+        inputs = self._addresses(q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k)
+        token_stride, head_stride, channel_stride = grad_out.stride()
+        if channel_stride != 1:
+            grad_out = grad_out.contiguous()
+            token_stride, head_stride, _ = grad_out.stride()
+        address = grad_out.data_ptr()
+        if (address | (token_stride | head_stride) * self.element_size) & self.misaligned:
+            raise Misaligned
+        if lse.dtype != self.lse_dtype:
+            lse = lse.to(self.lse_dtype)  # of another backend, where that one's backward kernels failed
+        if grad_lse is not None:
+            grad_lse = grad_lse.to(self.lse_dtype).contiguous()
+        dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+        dk = torch.empty_like(k, memory_format=torch.contiguous_format)
+        dv = torch.empty_like(v, memory_format=torch.contiguous_format)
+        results = out.data_ptr(), lse.data_ptr(), address, pointer(grad_lse), dq.data_ptr(), dk.data_ptr(), dv.data_ptr()
+        rest = self.strides + GRAD_OUT_STRIDES.pack(token_stride, head_stride) + self.rest
+        if not table_grads:
+            self.run("backward", q, ADDRESSES.pack(*inputs, *results, 0, 0, 0, 0) + rest)
+            return dq, dk, dv, None, None, None, None
+        # One gradient per head: the kernels compute heads side by side and add nothing up between them.
+        tables, turned = (cos, sin, cos if cos_k is None else cos_k, sin if sin_k is None else sin_k), (q, q, k, k)
+        per_head = [None if t is None else t.new_empty((*x.shape[:2], t.shape[-1])) for t, x in zip(tables, turned)]
+        self.run("backward", q, ADDRESSES.pack(*inputs, *results, *(pointer(x) for x in per_head)) + rest)
+        dcos, dsin, dcos_k, dsin_k = (
+            g if g is None or table is None or table.dim() == 3 else g.sum(1) for g, table in zip(per_head, tables)
+        )
+        return dq, dk, dv, dcos, dsin, dcos_k, dsin_k
+
+    def _addresses(self, q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k) -> tuple[int, ...]:
+        """Those of the inputs, in the order of the struct."""
+        of_q, of_k, of_v, bounds = q.data_ptr(), k.data_ptr(), v.data_ptr(), cu_seqlens.data_ptr()
+        of_cos = of_sin = of_cos_k = of_sin_k = 0
+        if cos is not None:
+            of_cos, of_sin = of_cos_k, of_sin_k = cos.data_ptr(), sin.data_ptr()
+            if cos_k is not None:
+                of_cos_k, of_sin_k = cos_k.data_ptr(), sin_k.data_ptr()
+        if (of_q | of_k | of_v | of_cos | of_sin | of_cos_k | of_sin_k) & self.misaligned:
+            raise Misaligned
+        bounds_k = bounds if cu_seqlens_k is None else cu_seqlens_k.data_ptr()
+        return of_q, of_k, of_v, of_cos, of_sin, of_cos_k, of_sin_k, bounds, bounds_k

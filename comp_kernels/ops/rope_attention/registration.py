@@ -15,7 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..._backends import function_of, implementation
 from ..._namespace import LIBRARY, register, watched
-from .call import Call, SeenCall, bounds_of_all
+from .call import Call, call_of, shared_once
 
 OPERATOR = "rope_attention"
 
@@ -88,44 +88,33 @@ def backward_fake(grad_out, grad_lse, q, k, v, out, lse, cos, sin, cos_k, sin_k,
     return *(x.new_empty(x.shape) for x in (q, k, v)), *table_gradients
 
 
-def shared_once(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """The first nine fields of a call, with None for what keys have from the queries: torch takes its time for each."""
-    q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k = tensors
-    if cos_k is cos and sin_k is sin:
-        cos_k = sin_k = None
-    return q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, None if cu_seqlens_k is cu_seqlens else cu_seqlens_k
-
-
 def setup_context(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*shared_once(inputs[:9]), *output)
+    ctx.save_for_backward(*shared_once(Call(*inputs[:12])), *output)
     ctx.settings = inputs[9:]
     ctx.set_materialize_grads(False)  # an unused lse has no gradient, and costs none
 
 
-def autograd(ctx, grad_out, grad_lse=None, looked_at: bool = False, seen: dict | None = None) -> tuple[Tensor | None, ...]:
-    """looked_at: nothing but autograd followed the forward pass, so that what it saved needs no look. seen: of a SeenCall."""
-    q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, out, lse = saved = ctx.saved_tensors
-    *settings, backend, fallback = ctx.settings
-    if cos_k is None:
-        cos_k, sin_k = cos, sin
-    if cu_seqlens_k is None:
-        cu_seqlens_k = cu_seqlens
-    call = Call(q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, *settings)
-    if seen is not None and seen["strides"] == call.strides:  # else hooks of saved tensors gave copies
-        call = SeenCall(*call)
-        call.seen = seen
+def autograd(ctx, grad_out, grad_lse=None) -> tuple[Tensor | None, ...]:
     wanted = ctx.needs_input_grad
-    table_grads = True in wanted[3:7]
+    found = gradients_of_saved(ctx.saved_tensors, ctx.settings, grad_out, grad_lse, True in wanted[3:7])
+    return *[gradient if want else None for gradient, want in zip(found, wanted)], *[None] * (len(wanted) - 7)
+
+
+def gradients_of_saved(
+    saved: tuple, settings: tuple, grad_out: Tensor | None, grad_lse: Tensor | None, table_grads: bool
+) -> tuple[Tensor | None, ...]:
+    """`gradients` of what setup_context saved, by the operator for them where something else follows."""
+    *inputs, out, lse = saved
+    rotary_dim, pair_stride, scale, backend, fallback = settings
+    call = call_of(inputs, (rotary_dim, pair_stride, scale))
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     # Of a gradient that is to be differentiated again (create_graph), the operator says that it cannot.
-    if torch.is_grad_enabled() or q.is_meta or watched((grad_out, grad_lse) if looked_at else (grad_out, grad_lse, *saved)):
-        found = BACKWARD.default(
-            grad_out, grad_lse, q, k, v, out, lse, *call[3:], backend, fallback, table_grads
+    if torch.is_grad_enabled() or call.q.is_meta or watched((grad_out, grad_lse, *saved)):
+        return BACKWARD.default(
+            grad_out, grad_lse, *call[:3], out, lse, *call[3:], backend, fallback, table_grads
         )  # fmt: skip
-    else:
-        found = gradients(call, out, lse, grad_out, grad_lse, backend, fallback, table_grads)
-    return *[gradient if want else None for gradient, want in zip(found, wanted)], *[None] * (len(wanted) - 7)
+    return gradients(call, out, lse, grad_out, grad_lse, backend, fallback, table_grads)
 
 
 def refuse_double_backward(ctx, *grads):
@@ -158,40 +147,3 @@ def backward_flops(
     grad_out, grad_lse, q, k, v, out, lse, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, *args, out_val=None, **kwargs
 ) -> int:
     return attention_flops(q, k, cu_seqlens, cu_seqlens_k) * 5 // 2  # five products of that size instead of two
-
-
-class DirectAttention(torch.autograd.Function):
-    """The same kernel with the same autograd rule, past the dispatcher. torch takes half a microsecond for each argument and
-    result: tables are arguments only where they want a gradient, and lse is a result only where it is wanted."""
-
-    @staticmethod
-    def forward(ctx, *arguments):
-        call, backend, fallback, with_lse = arguments[-1]
-        output = forward(call, backend, fallback)
-        setup_context(ctx, (*call, backend, fallback), output)
-        ctx.seen = call.seen if isinstance(call, SeenCall) else None
-        return output if with_lse else output[0]
-
-    @staticmethod
-    def backward(ctx, grad_out, grad_lse=None):
-        return autograd(ctx, grad_out, grad_lse, looked_at=True, seen=ctx.seen)
-
-
-def attention(call: Call, backend: str, fallback: bool, with_lse: bool) -> tuple[Tensor, Tensor | None]:
-    """The differentiable operator; without with_lse, lse may be None."""
-    if call.cu_seqlens is None:
-        bounds, bounds_k = (bounds_of_all(x.shape[0], x.device) for x in (call.q, call.k))
-        call = call._replace(cu_seqlens=bounds, cu_seqlens_k=bounds_k)
-    if call.q.is_meta or watched(shared_once(call[:9])):
-        return FORWARD.default(*call, backend, fallback)
-    if torch.is_grad_enabled():
-        wants = [x is not None and x.requires_grad for x in call[:7]]
-        if True in wants:
-            inputs = call[:7] if True in wants[3:] else call[:3]
-            output = apply_direct(*inputs, (call, backend, fallback, with_lse))
-            return output if with_lse else (output, None)
-    return forward(call, backend, fallback)
-
-
-# Without torch's wrapper in Python, which looks for tensors left over from a torch.func transform: those are `watched`.
-apply_direct = super(torch.autograd.Function, DirectAttention).apply

@@ -37,7 +37,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
 
 def solve_into(plan: Tensor, u: Tensor, v: Tensor, call: Call) -> None:
     """The same into memory that is there: plan, u and v, contiguous, of the computing dtype."""
-    _native.cpu_function("sinkhorn_solve", SolveParams)(SolveParams.of(call, plan, u, v))
+    _native.cpu_function("sinkhorn_solve")(SolveParams.of(call, plan, u, v))
 
 
 def small_gradient(call: Call, *cotangents: Tensor | None) -> Tensor:
@@ -46,7 +46,7 @@ def small_gradient(call: Call, *cotangents: Tensor | None) -> Tensor:
 
 
 def _run_small(function: str, params: small.SmallParams, scores: Tensor) -> None:
-    _native.cpu_function(function, small.SmallParams)(params)
+    _native.cpu_function(function)(params)
 
 
 def _solve_over_group(call: Call) -> tuple[Tensor, Tensor, Tensor]:

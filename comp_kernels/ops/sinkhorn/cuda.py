@@ -95,4 +95,4 @@ def _launch(which: str, scores: Tensor, params: ctypes.Structure, *tensors: Tens
     """One of the C functions on the current stream of the scores' device; `tensors` are its pointer arguments in order."""
     function = _native.cuda_function(f"sinkhorn_{which}", (ctypes.c_void_p,) * (2 + len(tensors)))
     with _native.on_device(scores):
-        _native.call(function, params, *(pointer(x) for x in tensors), _native.stream(scores.device))
+        _native.call(function, params, *(pointer(x) for x in tensors), _native.stream(scores))
