@@ -6,9 +6,11 @@ Nothing here imports triton before a kernel is launched, so that `import comp_ke
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator
 
 import torch
@@ -23,14 +25,15 @@ _redirection: tuple[str, Callable] | None = None  # (architecture, launcher)
 
 def unavailable_reason(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on tensors of `device`, in words for the user; None when they can."""
-    if importlib.util.find_spec("triton") is None:
+    if sys.modules.get("triton") is None and importlib.util.find_spec("triton") is None:  # to look for it takes a microsecond
         return "triton is not installed (pip install triton)"
-    if device.type == "cpu" and _redirection is None and os.environ.get("TRITON_INTERPRET") != "1":
+    kind = device.type  # which takes a third of a microsecond
+    if kind == "cpu" and _redirection is None and os.environ.get("TRITON_INTERPRET") != "1":
         return (
             "Triton runs on GPUs; CPU tensors only in its slow interpreter (set TRITON_INTERPRET=1 before triton is imported)"
         )
-    if device.type not in ("cpu", "cuda"):
-        return f"the Triton kernels were written for CUDA and ROCm devices, not for {device.type}"
+    if kind not in ("cpu", "cuda"):
+        return f"the Triton kernels were written for CUDA and ROCm devices, not for {kind}"
     return None
 
 
@@ -64,8 +67,14 @@ def next_power_of_2(n: int) -> int:
 def alignment(*tiles: torch.Tensor) -> int:
     """The largest power of two up to 16 that divides the columns and all strides between rows of tiles of the same width: what
     kernels whose sizes are not specialised (`do_not_specialize`) have to be told for wide loads."""
-    strides = (stride for x in tiles for size, stride in zip(x.shape[:-1], x.stride()) if size > 1)
-    return math.gcd(16, tiles[0].shape[-1], *strides)
+    return alignment_of(*[(x.shape, x.stride()) for x in tiles])
+
+
+@functools.lru_cache(maxsize=1024)
+def alignment_of(*tiles: tuple[torch.Size, tuple[int, ...]]) -> int:
+    """The same by their shapes and strides."""
+    strides = (stride for shape, strides in tiles for size, stride in zip(shape[:-1], strides) if size > 1)
+    return math.gcd(16, tiles[0][0][-1], *strides)
 
 
 def launch(kernel, grid: tuple[int, ...], *args, num_warps: int = 4, num_stages: int = 2, **constexprs) -> None:

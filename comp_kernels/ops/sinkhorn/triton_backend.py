@@ -60,7 +60,7 @@ def _iterate(call: Call, steps: Steps) -> tuple[Tensor, Tensor]:
 def _iterate_until(call: Call, steps: Steps, tol: float) -> tuple[Tensor, Tensor]:
     """The error after an iteration is known once the next one has summed the columns; that one must then leave no trace."""
     u2, v2, v2_new = steps.new_rows(), steps.new_cols(), steps.new_cols()
-    errors = steps.new(steps.items, steps.blocks)
+    errors = call.scores.new_empty(steps.items, steps.blocks, dtype=torch.float32)
     stop = torch.zeros((), dtype=torch.int32, device=call.device)
     allowed = tol * call.marginals()[0].sum(-1)
     for iteration in range(call.num_iters):

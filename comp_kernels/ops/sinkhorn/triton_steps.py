@@ -5,12 +5,14 @@ Nothing waits for the device.
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..._triton import alignment, cdiv, launch, next_power_of_2
+from ..._triton import alignment_of, cdiv, launch, next_power_of_2
 from ..._units import LOG2E
 from . import triton_kernels as kernels
 from .call import item_stride
@@ -24,31 +26,48 @@ def column_tile(num_rows: int, num_cols: int) -> dict[str, int]:
     return dict(BN=rows, BK=min(4096 // rows, max(16, next_power_of_2(num_cols))))
 
 
+class Layout(NamedTuple):
+    """How scores [n, K] or [G, n, K] are divided among programs."""
+
+    batch: tuple[int, ...]
+    items: int
+    blocks: int  # of columns
+    row_blocks: int
+    sizes: tuple[int, int, int, int, int]  # rows, columns, blocks, strides of items and of rows: the kernels' arguments
+    pairs: tuple[int, int, int]  # the shape of memory for a number per row and block, see triton_kernels.pair_stride
+    options: dict[str, int]  # of all kernels
+
+
+@functools.lru_cache(maxsize=1024)
+def layout(shape: torch.Size, strides: tuple[int, ...]) -> Layout:
+    *batch, rows, cols = shape
+    tile = column_tile(rows, cols)
+    items, blocks = math.prod(batch), cdiv(cols, tile["BK"])
+    sizes = (rows, cols, blocks, strides[0] if batch else 0, strides[-2])
+    pairs = (items, blocks, cdiv(rows, 16) * 16)
+    options = dict(ALIGN=alignment_of((shape, strides)), **tile)
+    return Layout(tuple(batch), items, blocks, cdiv(rows, tile["BN"]), sizes, pairs, options)
+
+
 class Steps:
     """Those of one call, over scores [n, K] or [G, n, K]. Potentials u2 [.., n] and v2 [.., K] are in bits."""
 
     def __init__(self, scores: Tensor, factor: float) -> None:
-        *self.batch, rows, cols = scores.shape
-        self.items = items = math.prod(self.batch)
-        tile = column_tile(rows, cols)
+        found = layout(scores.shape, scores.stride())
+        self.batch, self.items, self.blocks, self.row_blocks, self.sizes, pairs, self.options = found
         self.scores, self.factor = scores, factor
-        self.blocks, self.row_blocks = cdiv(cols, tile["BK"]), cdiv(rows, tile["BN"])
-        self.sizes = (rows, cols, self.blocks, scores.stride(0) if self.batch else 0, scores.stride(-2))
-        self.col_share = rows / max(cols, 1)  # the marginal of each column where none are given
-        self.options = dict(ALIGN=alignment(scores), **tile)
-        # (maximum, sum) pairs of the rows over each block of columns, see triton_kernels.pair_stride
-        self.row_peaks, self.row_sums = (self.new(items, self.blocks, cdiv(rows, 16) * 16) for _ in range(2))
-
-    def new(self, *shape: int) -> Tensor:
-        return self.scores.new_empty(*shape, dtype=torch.float32)
+        self.col_share = self.sizes[0] / max(self.sizes[1], 1)  # the marginal of each column where none are given
+        # (maximum, sum) pairs of the rows over each block of columns
+        self.row_peaks = scores.new_empty(*pairs, dtype=torch.float32)
+        self.row_sums = scores.new_empty(*pairs, dtype=torch.float32)
 
     def new_rows(self) -> Tensor:
         """Memory for a number per row, [.., n]."""
-        return self.new(*self.batch, self.sizes[0])
+        return self.scores.new_empty(*self.batch, self.sizes[0], dtype=torch.float32)
 
     def new_cols(self) -> Tensor:
         """Memory for a number per column, [.., K]."""
-        return self.new(*self.batch, self.sizes[1])
+        return self.scores.new_empty(*self.batch, self.sizes[1], dtype=torch.float32)
 
     def scale_columns(
         self,
@@ -63,25 +82,29 @@ class Steps:
         """v2_new with which the columns have their marginals, and the rows' pairs after that. Of iteration 0, u2 and v2 are
         not read. With `stop`: see the kernel."""
         a, b = marginals
-        pairs = (self.row_peaks, self.row_sums)
-        self._columns((u2, v2, a, b, v2_new, *pairs, None, None, errors, stop), iteration)
+        launch(
+            kernels.column_step_kernel,
+            (self.blocks, self.items),
+            self.scores, u2, v2, a, b, v2_new, self.row_peaks, self.row_sums, None, None, errors, stop,
+            *self.sizes, item_stride(a), item_stride(b), iteration, self.factor, self.col_share,
+            ITERATE=True,
+            HAS_TOL=stop is not None,
+            **self.options,
+        )  # fmt: skip
 
     def column_statistics(self, u2: Tensor) -> tuple[Tensor, Tensor]:
         """Per column [.., K] the largest entry plus u2 and the sum of 2^(entry - largest)."""
         peaks, sums = self.new_cols(), self.new_cols()
-        self._columns((u2, *[None] * 6, peaks, sums, None, None), 0)
-        return peaks, sums
-
-    def _columns(self, tensors: tuple[Tensor | None, ...], iteration: int) -> None:
-        _, _, a, b, v2_new, *_ = tensors
         launch(
             kernels.column_step_kernel,
             (self.blocks, self.items),
-            self.scores, *tensors, *self.sizes, item_stride(a), item_stride(b), iteration, self.factor, self.col_share,
-            ITERATE=v2_new is not None,
-            HAS_TOL=tensors[-1] is not None,
+            self.scores, u2, *[None] * 6, peaks, sums, None, None,
+            *self.sizes, 0, 0, 0, self.factor, self.col_share,
+            ITERATE=False,
+            HAS_TOL=False,
             **self.options,
         )  # fmt: skip
+        return peaks, sums
 
     def scale_rows(self, a: Tensor | None, u2: Tensor, stop: Tensor | None = None) -> None:
         """u2 with which the rows have their marginals a, from their pairs."""
@@ -113,7 +136,8 @@ class Steps:
 
     def plan(self, u2: Tensor, v2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """2^(entry + u2 + v2) [.., n, K], and both potentials as natural logarithms."""
-        plan, u, v = (self.new(*x.shape) for x in (self.scores, u2, v2))
+        plan = torch.empty_like(self.scores, dtype=torch.float32, memory_format=torch.contiguous_format)
+        u, v = self.new_rows(), self.new_cols()
         launch(
             kernels.plan_kernel,
             (self.blocks, self.items, self.row_blocks),
