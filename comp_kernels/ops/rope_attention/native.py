@@ -36,8 +36,12 @@ class Params(ctypes.Structure):
     ]
 
 
-ADDRESSES, GRAD_OUT_STRIDES = struct.Struct("20P"), struct.Struct("2q")
+# Addresses of the inputs and of `out`, `lse`; those that are the backward pass's alone; those of the tables' gradients.
+ADDRESSES, OF_BACKWARD, OF_TABLES = struct.Struct("11P"), struct.Struct("5P"), struct.Struct("4P")
+GRAD_OUT_STRIDES = struct.Struct("2q")
 STRIDES, REST = struct.Struct("6q"), struct.Struct("11qd2q")  # before and behind those of grad_out
+NO_TABLES = OF_TABLES.pack(0, 0, 0, 0)
+FORWARD_ALONE = OF_BACKWARD.pack(0, 0, 0, 0, 0) + NO_TABLES
 NO_STRIDES = GRAD_OUT_STRIDES.pack(0, 0)
 
 
@@ -74,15 +78,14 @@ class Passes:
             _native.DTYPE_CODES[q.dtype],
             tf32,
         )
-        self.forward_rest = self.strides + NO_STRIDES + self.rest
+        self.forward_rest = FORWARD_ALONE + self.strides + NO_STRIDES + self.rest
 
     def forward(self, q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k) -> tuple[Tensor, Tensor]:
         """(out, lse)."""
         inputs = self._addresses(q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = q.new_empty(*self.lse_shape, dtype=self.lse_dtype)
-        addresses = ADDRESSES.pack(*inputs, out.data_ptr(), lse.data_ptr(), 0, 0, 0, 0, 0, 0, 0, 0, 0)
-        self.run("forward", q, addresses + self.forward_rest)
+        self.run("forward", q, ADDRESSES.pack(*inputs, out.data_ptr(), lse.data_ptr()) + self.forward_rest)
         return out, lse
 
     def backward(
@@ -103,15 +106,16 @@ class Passes:
         dq = torch.empty_like(q, memory_format=torch.contiguous_format)
         dk = torch.empty_like(k, memory_format=torch.contiguous_format)
         dv = torch.empty_like(v, memory_format=torch.contiguous_format)
-        results = out.data_ptr(), lse.data_ptr(), address, pointer(grad_lse), dq.data_ptr(), dk.data_ptr(), dv.data_ptr()
+        addresses = ADDRESSES.pack(*inputs, out.data_ptr(), lse.data_ptr())
+        addresses += OF_BACKWARD.pack(address, pointer(grad_lse), dq.data_ptr(), dk.data_ptr(), dv.data_ptr())
         rest = self.strides + GRAD_OUT_STRIDES.pack(token_stride, head_stride) + self.rest
         if not table_grads:
-            self.run("backward", q, ADDRESSES.pack(*inputs, *results, 0, 0, 0, 0) + rest)
+            self.run("backward", q, addresses + NO_TABLES + rest)
             return dq, dk, dv, None, None, None, None
         # One gradient per head: the kernels compute heads side by side and add nothing up between them.
         tables, turned = (cos, sin, cos if cos_k is None else cos_k, sin if sin_k is None else sin_k), (q, q, k, k)
         per_head = [None if t is None else t.new_empty((*x.shape[:2], t.shape[-1])) for t, x in zip(tables, turned)]
-        self.run("backward", q, ADDRESSES.pack(*inputs, *results, *(pointer(x) for x in per_head)) + rest)
+        self.run("backward", q, addresses + OF_TABLES.pack(*(pointer(x) for x in per_head)) + rest)
         dcos, dsin, dcos_k, dsin_k = (
             g if g is None or table is None or table.dim() == 3 else g.sum(1) for g, table in zip(per_head, tables)
         )

@@ -107,8 +107,10 @@ class DirectAttention(torch.autograd.Function):
         out, lse = plan.forward(tensors)
         ctx.save_for_backward(*tensors, out, lse)
         ctx.plan = plan
+        if not with_lse:
+            return out
         ctx.set_materialize_grads(False)  # an unused lse has no gradient, and costs none
-        return (out, lse) if with_lse else out
+        return out, lse
 
     @staticmethod
     def backward(ctx, grad_out, grad_lse=None):
@@ -147,7 +149,8 @@ def recall(
     try:
         q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k = tensors
         found = (
-            look(q), look(k), look(v), look(cos), look(sin), look(cos_k), look(sin_k), look(cu_seqlens), look(cu_seqlens_k),
+            look(q), look(k), look(v), look(cos), look(sin), None if cos_k is None else look(cos_k),
+            None if sin_k is None else look(sin_k), look(cu_seqlens), None if cu_seqlens_k is None else look(cu_seqlens_k),
             rotary_dim, type(rotary_dim), pair_stride, type(pair_stride), scale, type(scale),
             os.environ.get(ENVIRONMENT_VARIABLE) if backend is None else backend,
         )  # fmt: skip

@@ -1,5 +1,6 @@
 """comp_kernels/ops/rope_attention/plan.py: calls that look like one before give the same, and see what has changed since."""
 
+import ctypes
 import functools
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,7 @@ from cuda_emulation import launches_on_emulator, needs_cuda_emulation
 
 import comp_kernels as ck
 from comp_kernels import _backends
-from comp_kernels.ops.rope_attention import plan
+from comp_kernels.ops.rope_attention import native, plan
 from comp_kernels.testing import AttentionCase, attention_with_gradients, make_attention_inputs
 
 CASES = {
@@ -35,6 +36,11 @@ def test_the_second_call_gives_the_bits_of_the_first(name):
     plans = dict(plan._plans)
     assert plans and all(x.passes is not None for x in plans.values())
     assert equal(first, results(inputs)) and plan._plans == plans  # none was made anew
+
+
+def test_the_struct_is_packed_whole():
+    parts = (native.ADDRESSES, native.OF_BACKWARD, native.OF_TABLES, native.STRIDES, native.GRAD_OUT_STRIDES, native.REST)
+    assert sum(part.size for part in parts) == ctypes.sizeof(native.Params)
 
 
 def test_without_bounds():
