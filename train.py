@@ -18,7 +18,7 @@ from comp.data.batch import BadSampleError
 from comp.log import table
 from comp.parallel import stop_world
 from comp.recipes import RECIPES
-from comp.studies.encoder import measure_run
+from comp.studies.encoder import check_measures, measure_run
 from comp.train.checkpoint import CheckpointError
 from comp.train.step import NonFiniteLossError
 from comp.train.summary import result_table
@@ -35,6 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     options, config = read_command_line(arguments)
     logging.disable_progress_bar()  # of reading and writing weights: they would draw over ours
     try:
+        check_measures(config)
         trainer = Trainer(config, resume=options.resume, measure=measure_run)
     except ConfigError as error:
         print(f"train.py: {error}", file=sys.stderr)

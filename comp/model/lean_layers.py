@@ -108,17 +108,20 @@ def _is_gated_mlp(module: Any) -> bool:
 
 
 def _computes_the_same(module: Any, forward: Any) -> bool:
-    """Whether a module computes what `forward` does, tried on a few rows: another activation, an offset of the weight, a clamp
-    would show."""
+    """Whether a module computes what `forward` does, tried on a few rows as in training: another activation, an offset of the
+    weight, a clamp, dropout would show."""
     weight = next(module.parameters())
     takes = list(inspect.signature(type(module).forward).parameters)
     if len(takes) != 2 or not _serves(weight):  # the first one is self
         return False
     width = weight.shape[-1]
     x = torch.linspace(-3, 3, 4 * width).sin().view(2, 2, width)
+    was_training = module.training
     try:
-        with torch.no_grad():
-            expected, found = module(x), forward(module, x)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            expected, found = module.train()(x), forward(module, x)
         return bool(torch.allclose(found, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item()))
     except Exception:  # a module that takes or returns something else says so in any way
         return False
+    finally:
+        module.train(was_training)

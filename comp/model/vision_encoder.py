@@ -247,10 +247,12 @@ class VisionEncoder(nn.Module):
             if not -num_layers <= layer < num_layers:
                 raise ValueError(f"return_layers must lie in {-num_layers} .. {num_layers - 1}, got {layer}")
         taps = {}
+        # the blocks draw no random numbers of their own, but dropout of low-rank updates within them does
+        draws = any(isinstance(module, nn.Dropout) for module in self.blocks.modules())
         for index, block in enumerate(self.blocks):
             arguments = (x_TD, layout.cos_TR, layout.sin_TR, layout.cu_seqlens, self.backend)
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x_TD = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+                x_TD = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=draws)
             else:
                 x_TD = block(*arguments)
             for layer in return_layers or ():  # one block may go by two numbers, 3 and -1 of four

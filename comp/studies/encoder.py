@@ -32,7 +32,7 @@ from ..eval.retrieval import CANDIDATES, Encode, retrieval_by_adapter, retrieval
 from ..log import table
 from ..model import VisionEncoder
 from ..runs import encoders_of, run_config
-from .readers import STEPS, reading_loss
+from .readers import STEPS, check_readers, reading_loss
 
 CAPS = (8, 16, 32, 64, NATIVE)
 GUESS = sum(1 / rank for rank in range(1, CANDIDATES + 1)) / CANDIDATES
@@ -180,6 +180,15 @@ def draw(found: dict[str, TowerScores], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def check_measures(config: Config) -> None:
+    """ConfigError where `measure_run` could not do at the end of a run what its configuration asks for."""
+    if config.eval.encoder and config.eval.reading_steps and config.eval.data:
+        try:
+            check_readers(config)
+        except ConfigError as error:
+            raise ConfigError(f"{error}; eval.reading_steps=0 measures the rest") from None
 
 
 def measure_run(config: Config, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:

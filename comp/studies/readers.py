@@ -14,28 +14,46 @@ from contextlib import closing
 import torch
 
 from ..build import build_model, sample_encoder, set_position_mode
-from ..config import Config
+from ..config import Config, ConfigError
+from ..data.batch import BadSampleError
+from ..data.datasets import Dataset
+from ..data.encode import SampleEncoder
 from ..data.loader import StepDataset, iterate_steps
 from ..data.mixture import open_sources
-from ..eval.vqa import answer_loss
+from ..data.streams import is_stream
+from ..eval.vqa import answer_loss, say_once
 from ..model import Adapter, VisionEncoder
 from ..parallel import ALONE
 from ..train.optim import build_optimizer, lr_multiplier, set_learning_rates, set_trainable
 from ..train.step import StepTotals, seed_step, train_step
 
 STEPS = 100
+READERS = ("adapter", "language")
+"""The parts that learn."""
+
+
+def check_readers(config: Config) -> None:
+    """ConfigError where readers cannot learn as a run did: its last stage reads a stream, or no stage has a rate for their
+    parts."""
+    last = config.stages[-1]
+    if any(map(is_stream, last.data)):
+        raise ConfigError(f"readers of frozen towers learn from the data of stage {last.name}, which has a stream")
+    for part in READERS:
+        if not any(stage.optim.lr(part) for stage in config.stages):
+            raise ConfigError(f"readers of frozen towers need a rate for the {part}, and no stage has an optim.lr_{part}")
 
 
 def reading_config(config: Config, tower: VisionEncoder, steps: int) -> Config:
     """`config` with one stage in place of its own: the data and sizes of the last one, a frozen tower with its own positions,
     and the highest rates that adapter and language model have in any stage."""
+    check_readers(config)
     last = config.stages[-1]
-    adapter, language = (max(stage.optim.lr(part) for stage in config.stages) for part in ("adapter", "language"))
+    adapter, language = (max(stage.optim.lr(part) for stage in config.stages) for part in READERS)
     mode = tower.pos_mode
     stage = dataclasses.replace(
         last,
         name="reading",
-        trainable=("adapter", "language"),
+        trainable=READERS,
         rope=mode != "abs",
         max_steps=steps,
         optim=dataclasses.replace(last.optim, lr_vision=0.0, lr_adapter=adapter, lr_language=language),
@@ -53,6 +71,8 @@ def reading_loss(
 
     tower:  is not changed, and its adapter, if it has one, not used.
     seed:   of the new adapter and of the order of the samples.
+
+    Samples that cannot be used are left out, and said.
     """
     config = reading_config(config, tower, steps)
     stage = config.stages[0]
@@ -87,5 +107,19 @@ def reading_loss(
             set_learning_rates(optimizer, lr_multiplier(data.step, len(dataset), stage.optim))
             train_step(model, optimizer, data, totals, stage, ALONE, pad_id=template.pad_id, bf16=False)
     held_out = open_sources(config.eval.data, config.seed)
-    count = min(num_questions or len(held_out), len(held_out))
-    return answer_loss(model, held_out, encoder, indices=range(count), batch_size=config.eval.batch_size)
+    indices = usable(held_out, encoder, min(num_questions or len(held_out), len(held_out)))
+    return answer_loss(model, held_out, encoder, indices=indices, batch_size=config.eval.batch_size)
+
+
+def usable(samples: Dataset, encoder: SampleEncoder, count: int) -> list[int]:
+    """Which of the first `count` samples can be learned from; the others are said. ConfigError where none can."""
+    found = []
+    for index in range(count):
+        try:
+            encoder.encode(samples[index])
+            found.append(index)
+        except BadSampleError as error:
+            say_once(f"left out of the reading loss: {error}")
+    if not found:
+        raise ConfigError(f"none of {count} held-out samples can be used for the reading loss")
+    return found

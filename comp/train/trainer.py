@@ -385,15 +385,22 @@ class Trainer:
             raise CheckpointError(f"{folder} cannot be written: {error}. The last good checkpoint is {good}") from error
 
     def _finish(self) -> dict[str, Any]:
-        config, state = self.config, self.state
+        config = self.config
         if not self.world.is_main:
             return {}
         baselines, train = {}, self.sources[-1]
         if config.eval.baselines and self.held_out is not None and isinstance(train, Mixture):
             baselines = blind_baselines(train, self.held_out, metric=config.eval.metric, seed=config.seed)
-        measured = {} if self.measure is None else self.measure(config, self.folder, self.progress.print)
-        state.seconds = time.monotonic() - self._started
-        summary = summarize(config, state, baselines, self.folder / "metrics.jsonl", self.world, self.model) | measured
+        summary = self._write_summary(baselines)  # the measures take long, and may fail
+        if self.measure is not None:
+            measured = self.measure(config, self.folder, self.progress.print)
+            summary = self._write_summary(baselines, **measured)
+        return summary
+
+    def _write_summary(self, baselines: dict[str, Any], **measured: Any) -> dict[str, Any]:
+        self.state.seconds = time.monotonic() - self._started
+        metrics = self.folder / "metrics.jsonl"
+        summary = summarize(self.config, self.state, baselines, metrics, self.world, self.model) | measured
         write_json(self.folder / "summary.json", summary)
         return summary
 

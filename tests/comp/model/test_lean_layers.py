@@ -6,6 +6,7 @@ import pytest
 import torch
 from language_models import make_language_model
 from torch import nn
+from transformers import SeedOssConfig, SeedOssForCausalLM
 
 from comp.model.lean_layers import GatedProjection, RMSNorm, make_lean
 
@@ -107,3 +108,15 @@ def test_other_dtypes_and_autocast_have_transformers_code():
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(model.model.layers[0].mlp(hidden), twin.model.layers[0].mlp(hidden))
     assert torch.equal(model.bfloat16().model.norm(hidden.bfloat16()), twin.bfloat16().model.norm(hidden.bfloat16()))
+
+
+def test_dropout_stays():
+    config = SeedOssConfig(vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=1, head_dim=16)
+    state = torch.get_rng_state()
+    for dropout, families in ((0.1, {"SeedOssRMSNorm"}), (0.0, {"SeedOssRMSNorm", "SeedOssMLP"})):
+        config.residual_dropout = dropout
+        model = SeedOssForCausalLM(config).eval()
+        torch.set_rng_state(state)
+        make_lean(model)
+        assert kinds(model) == families and not any(module.training for module in model.modules())
+        assert torch.equal(torch.get_rng_state(), state), "whether anything is tried changes no random number of a run"

@@ -23,6 +23,7 @@ from comp.model import Adapter
 from comp.studies import alignment, encoder
 from comp.studies.alignment import examine, sharpness
 from comp.studies.readers import reading_config, reading_loss
+from comp.train.trainer import Trainer
 
 
 @pytest.fixture
@@ -89,6 +90,43 @@ def test_a_run_measures_its_towers_and_prints_them(toy_models, few_pages, tmp_pa
     assert table["header"] == ["frozen tower", "before", start, "III", "change"]
     assert table["scores"]["before"] == table["scores"][start], "the same tower has the same scores"
     assert table["scores"]["III"]["patches"] == left["scores"]["III"]["patches"]
+
+
+def test_a_broken_question_is_left_out_of_the_reading_loss(toy_models, capsys):
+    config, tower = toy_config(toy_models), load_tower(toy_config(toy_models).vision)
+    whole = reading_loss(config, tower, steps=1, num_questions=4)
+    arguments = config.eval.data[0].arguments
+    arguments["broken"] = (4, 5)
+    assert reading_loss(config, tower, steps=1) == whole
+    assert "left out of the reading loss: rectangle 104: image /nowhere/broken.png" in capsys.readouterr().err
+    arguments["broken"] = tuple(range(6))
+    with pytest.raises(ConfigError, match="none of 6 held-out samples can be used"):
+        reading_loss(config, tower, steps=1)
+
+
+def test_what_cannot_be_measured_at_the_end_is_refused_at_the_beginning(toy_models, tmp_path, monkeypatch, capsys):
+    config = toy_config(toy_models, output_dir=str(tmp_path))
+    monkeypatch.setitem(program.RECIPES, "toy", lambda: config)
+    alone = ["stages.*.trainable=[adapter]", "stages.*.optim.lr_language=0", "eval.encoder=[III]"]
+    assert program.main(["--recipe", "toy", *alone]) == 2
+    said = capsys.readouterr().err
+    assert "no stage has an optim.lr_language; eval.reading_steps=0 measures the rest" in said
+    stream = ["stages.3.data=[{path: shards/*.tar}]", "eval.encoder=[II-b]"]
+    assert program.main(["--recipe", "toy", *stream]) == 2
+    assert "learn from the data of stage III, which has a stream" in capsys.readouterr().err
+    assert not (tmp_path / "toy").exists()
+    encoder.check_measures(apply_overrides(config, [*stream, "eval.reading_steps=0"]))
+
+
+@pytest.mark.slow
+def test_the_summary_is_there_whatever_becomes_of_the_measures(toy_models, tmp_path):
+    def measure(*arguments):
+        raise KeyboardInterrupt
+
+    config = toy_config(toy_models, output_dir=str(tmp_path), stages=toy_config(toy_models).stages[-1:])
+    with patch("comp.train.trainer.plot_run"), pytest.raises(KeyboardInterrupt):
+        Trainer(config, measure=measure).run()
+    assert json.loads((tmp_path / "toy" / "summary.json").read_text())["steps"] == 2
 
 
 def test_stages_to_measure_must_exist(toy_models):

@@ -126,6 +126,21 @@ def test_the_adapter_on_the_base_is_the_merged_model(finished, toy_models, tmp_p
     torch.testing.assert_close(found.last_hidden_state, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_recomputed_activations_are_dropped_at_the_same_places(toy_folder):
+    model, _ = build_model(apply_overrides(toy_config(toy_folder), ["vision.lora={rank: 4, dropout: 0.5}"]))
+    tower = model.encoder.train()
+    updates = [p for name, p in tower.named_parameters() if ".lora_" in name]
+    for parameter in updates:
+        torch.nn.init.normal_(parameter)
+    patches, grid = torch.randn(24, 48), torch.tensor([[1, 4, 6]])
+    found = []
+    for tower.gradient_checkpointing in (False, True):
+        torch.manual_seed(1)
+        found.append(torch.autograd.grad(tower(patches, grid)[:, 0].square().sum(), updates))
+    for plain, recomputed in zip(*found):
+        torch.testing.assert_close(recomputed, plain)
+
+
 def test_mistakes_are_named(toy_folder, monkeypatch):
     config = toy_config(toy_folder)
     for overrides, message in (
