@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import AdapterInit, need_choice
+from .row_sizes import slack_rows, with_slack, without_slack
 
 
 class Adapter(nn.Module):
@@ -49,4 +50,6 @@ class Adapter(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Patches [N, Dv] in merge-block order -> tokens [N / merge_size^2, D_language]."""
         blocks = self.norm(features).view(-1, self.fc1.in_features)
-        return self.fc2(F.gelu(self.fc1(blocks)))
+        slack = slack_rows(len(blocks), blocks.device)
+        tokens = self.fc2(F.gelu(self.fc1(with_slack(blocks, slack))))
+        return without_slack(tokens, slack)

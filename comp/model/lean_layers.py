@@ -2,8 +2,8 @@
 
 transformers writes both as chains of small operations, each of which keeps a tensor as large as its input. Here the backward
 pass makes again what one pass over such a tensor can make: a norm keeps its input (transformers: two more of that size), a
-gated MLP its two projections (transformers: two more of that size). GPUs, autocast and torch.compile, which fuses such chains
-itself, have transformers' code.
+gated MLP its two projections (transformers: two more of that size). GPUs, MLPs under autocast, and torch.compile, which fuses
+such chains itself, have transformers' code.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ class RMSNorm(torch.autograd.Function):
         grad_x, grad_weight, _ = torch.ops.aten.native_layer_norm_backward(
             grad, x, list(weight.shape), torch.zeros_like(rstd), rstd, weight, None, wanted
         )
-        return grad_x.addcmul_(rstd, (grad @ weight).unsqueeze(-1), value=1 / width), grad_weight, None
+        with torch.autocast("cpu", enabled=False):
+            along = (grad @ weight).unsqueeze(-1)
+        return grad_x.addcmul_(rstd, along, value=1 / width), grad_weight, None
 
 
 class GatedProjection(torch.autograd.Function):
@@ -73,14 +75,14 @@ def _norm(module: Any, x: Tensor) -> Tensor:
 
 def _gated_mlp(module: Any, x: Tensor) -> Tensor:
     layers = (module.gate_proj, module.up_proj, module.down_proj)
-    if not _serves(x, *(layer.weight for layer in layers)) or not _plain(module.down_proj):
+    serves = not torch.is_autocast_enabled("cpu") and _serves(x, *(layer.weight for layer in layers))
+    if not serves or not _plain(module.down_proj):
         return type(module).forward(module, x)
     return GatedProjection.apply(module.gate_proj(x), module.up_proj(x), module.down_proj.weight)
 
 
 def _serves(*tensors: Tensor) -> bool:
-    eager = not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
-    return eager and all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
+    return not torch.compiler.is_compiling() and all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
 
 
 def _plain(layer: nn.Module) -> bool:

@@ -20,6 +20,7 @@ from comp_kernels import alignment_loss
 from comp_kernels.ops.alignment_loss.reference import mean_over_group, unit_rows
 
 from ..data.batch import IGNORED
+from .row_sizes import slack_rows, with_slack
 
 LOGITS_AT_ONCE = 2**24
 """Elements of the largest [tokens, vocabulary] tensor that is made at a time: 64 MiB in float32."""
@@ -69,6 +70,9 @@ def next_token_loss(predictors: Tensor, learned: Learned, head: Head, logits_at_
     attached to the graph of `predictors`.
     """
     targets, shares = learned.targets, learned.shares
+    if slack := slack_rows(len(targets), predictors.device):
+        shares = with_slack(predictors.new_ones(len(targets), dtype=torch.float32) if shares is None else shares, slack)
+        predictors, targets = with_slack(predictors, slack), with_slack(targets, slack)
     chunk = max(1, logits_at_once // head.vocabulary)
     if head.linear is not None:
         return _linear_loss(predictors, head.linear, targets, shares, chunk)

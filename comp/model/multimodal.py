@@ -42,6 +42,7 @@ from .losses import (
 )
 from .mrope import install_mrope, mrope_position_ids
 from .packed_rows import Rows, allow_packing, attention_mask_for_packed, shorten_last_layer
+from .row_sizes import with_slack, without_slack
 from .vision_encoder import VisionEncoder
 from .weights import MODELING_FILE
 
@@ -362,15 +363,17 @@ class CoMP(nn.Module):
             hidden_TE = hidden_BLE[attention_mask.bool()]
             return hidden_TE if wanted_T is None else hidden_TE[wanted_T]
         rows = Rows.of(attention_mask)
-        packed = {name: x[rows.is_token].unsqueeze(0) for name, x in inputs.items()}
-        positions = None if position_ids is None else position_ids[:, rows.is_token].unsqueeze(1)
+        packed = {name: rows.packed(x) for name, x in inputs.items()}
+        positions = None if position_ids is None else with_slack(position_ids[:, rows.is_token], rows.slack, dim=1).unsqueeze(1)
         wanted = None if wanted_T is None else wanted_T.nonzero().squeeze(1)
         learned = wanted if self._shortened and wanted is not None and len(wanted) else None
         with self.multimodal_positions(positions, packed=True):
             mask = attention_mask_for_packed(self.language_model)
             arguments = packed | rows.arguments(learned)
             hidden_TE = self._halves.decode(self.language_model, attention_mask=mask, **arguments).squeeze(0)
-        return hidden_TE if wanted is None or learned is not None else hidden_TE[wanted]
+        if learned is not None:
+            return hidden_TE
+        return without_slack(hidden_TE, rows.slack) if wanted is None else hidden_TE[wanted]
 
     @contextmanager
     def multimodal_positions(self, position_ids: Tensor | None, *, packed: bool = False) -> Iterator[None]:

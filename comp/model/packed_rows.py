@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from .causal_lm import Halves, evaluation_mode, probe_ids, rounding_of
 from .generation import cache_layers, has_static_rope
+from .row_sizes import slack_rows, with_slack, without_slack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,6 +58,8 @@ class Rows:
     longest: int
     index: Tensor
     """[1, T] int64: the place of each token in its row."""
+    slack: int = 0
+    """Rows of zeros behind the T tokens for the decoder to compute, which attention does not reach (comp.model.row_sizes)."""
 
     @classmethod
     def of(cls, mask: Tensor) -> Rows:
@@ -65,7 +68,12 @@ class Rows:
         lengths = is_token.sum(1)
         places = torch.arange(mask.shape[1], device=mask.device).expand_as(is_token)
         bounds = F.pad(lengths[lengths > 0].cumsum(0), (1, 0)).to(torch.int32)
-        return cls(is_token, bounds, int(lengths.max()), places[is_token].unsqueeze(0))
+        index = places[is_token].unsqueeze(0)
+        return cls(is_token, bounds, int(lengths.max()), index, slack_rows(index.shape[1], index.device))
+
+    def packed(self, x: Tensor) -> Tensor:
+        """[B, L, ...] -> [1, T + slack, ...]."""
+        return with_slack(x[self.is_token], self.slack).unsqueeze(0)
 
     def arguments(self, learned: Tensor | None = None) -> dict[str, Any]:
         """What a decoder of transformers takes to keep the rows apart.
@@ -73,7 +81,7 @@ class Rows:
         learned:  [n] int64, increasing: the tokens whose last hidden states are wanted (`shorten_last_layer`).
         """
         arguments = dict(
-            position_ids=self.index,
+            position_ids=with_slack(self.index, self.slack, dim=1),
             cu_seq_lens_q=self.cu_seqlens,
             cu_seq_lens_k=self.cu_seqlens,
             max_length_q=self.longest,
@@ -141,7 +149,9 @@ def _last_layer(layer: Any, hidden_states: Tensor, *args: Any, learned: Tensor |
     normed = layer.input_layernorm(hidden_states)
     attended = layer.self_attn(hidden_states=normed, queries=learned, **settings)[0]
     x = hidden_states.index_select(1, learned) + attended.index_select(1, learned)
-    return x + layer.mlp(layer.post_attention_layernorm(x))
+    slack = slack_rows(len(learned), x.device)
+    x = with_slack(x, slack, dim=1)
+    return without_slack(x + layer.mlp(layer.post_attention_layernorm(x)), slack, dim=1)
 
 
 def attention_mask_for_packed(model: PreTrainedModel) -> Tensor | None:
@@ -167,7 +177,8 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention within each packed row, in the signature of transformers' attention functions.
 
-    query:  [1, heads, T, head size]; key and value may have fewer heads. Returns [1, T, heads, head size].
+    query:  [1, heads, T, head size]; key and value may have fewer heads. Returns [1, T, heads, head size]. On a CPU there
+        may be tokens behind the last row, which are not read: their results are zeros.
     sliding_window:  tokens that a token sees, itself included.
     queries:  [n] int64, increasing: the tokens whose results are wanted; those of others may be anything finite.
     """
@@ -228,13 +239,17 @@ def _row_by_row(
     if _all_in_one(module, query, key, value, window, max(lengths), settings):
         scale = query.shape[-1] ** -0.5 if settings["scaling"] is None else settings["scaling"]
         return CausalRows.apply(query, key, value, lengths, scale)
-    # split and cat, not slices: the gradient of a slice is as large as the whole tensor
-    pieces = zip(*(x.split(lengths, dim=2) for x in (query, key, value)))
+    pieces = zip(*(_rows_of(x, lengths, dim=2) for x in (query, key, value)))
     outs = []
     for q, k, v in pieces:
         mask = None if window is None or q.shape[2] <= window else _window_mask(q.shape[2], window, q.device)
         outs.append(sdpa_attention_forward(module, q, k, v, mask, **settings)[0])
-    return torch.cat(outs, dim=1)
+    return with_slack(torch.cat(outs, dim=1), query.shape[2] - sum(lengths), dim=1)
+
+
+def _rows_of(x: Tensor, lengths: list[int], dim: int) -> tuple[Tensor, ...]:
+    """Views of the rows, without what lies behind the last one. Not slices: the gradient of each is as large as `x`."""
+    return x.split([*lengths, x.shape[dim] - sum(lengths)], dim)[:-1]
 
 
 def _of_queries(
@@ -257,8 +272,8 @@ def _of_queries(
     pieces = zip(
         query.index_select(2, queries).split(counts, dim=2),
         places.split(counts),
-        key.split(lengths, 2),
-        value.split(lengths, 2),
+        _rows_of(key, lengths, dim=2),
+        _rows_of(value, lengths, dim=2),
     )
     outs = []
     for q, place, k, v in pieces:
@@ -291,7 +306,8 @@ class CausalRows(torch.autograd.Function):
     def forward(ctx, query, key, value, lengths, scale):
         attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         out = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
-        pieces = zip(out.split(lengths, 1), *(x.split(lengths, 2) for x in (query, key, value)))
+        out[:, sum(lengths) :].zero_()
+        pieces = zip(_rows_of(out, lengths, dim=1), *(_rows_of(x, lengths, dim=2) for x in (query, key, value)))
         sums = []
         for to, q, k, v in pieces:
             result, logsumexp = attend(q, k, v, 0.0, True, scale=scale)
@@ -308,10 +324,12 @@ class CausalRows(torch.autograd.Function):
         query, key, value, out, *sums = ctx.saved_tensors
         inputs = (query, key, value)
         results = [torch.empty_like(x) for x in inputs]
+        for x in results:
+            x[:, :, sum(ctx.lengths) :].zero_()
         pieces = zip(
-            zip(*(x.split(ctx.lengths, 2) for x in results)),
-            *(x.transpose(1, 2).split(ctx.lengths, 2) for x in (grad, out)),
-            *(x.split(ctx.lengths, 2) for x in inputs),
+            zip(*(_rows_of(x, ctx.lengths, dim=2) for x in results)),
+            *(_rows_of(x.transpose(1, 2), ctx.lengths, dim=2) for x in (grad, out)),
+            *(_rows_of(x, ctx.lengths, dim=2) for x in inputs),
             sums,
         )
         for to, d, o, q, k, v, logsumexp in pieces:

@@ -27,6 +27,7 @@ from .adapter import Adapter
 from .folder import warn_of_non_finite
 from .lora import merged_state
 from .positions import Grids, in_token_order, patch_positions, resample_table, rotary_tables, sincos_table
+from .row_sizes import slack_rows, with_slack, without_slack
 from .vit_config import ACTIVATIONS, ViTConfig
 
 
@@ -97,6 +98,8 @@ class Block(nn.Module):
 class Layout(NamedTuple):
     """How the tokens of all frames are packed."""
 
+    slack: int
+    """Rows of zeros behind the T tokens, which attention does not reach (comp.model.row_sizes)."""
     cu_seqlens: Tensor
     """[frames + 1] int32."""
     cos_TR: Tensor | None
@@ -107,7 +110,7 @@ class Layout(NamedTuple):
     """[N] rows of the token sequence that are patches; None without prefix tokens."""
 
     def only_patches(self, x_TD: Tensor) -> Tensor:
-        return x_TD if self.patch_rows is None else x_TD[self.patch_rows]
+        return without_slack(x_TD, self.slack) if self.patch_rows is None else x_TD[self.patch_rows]
 
 
 class VisionEncoder(nn.Module):
@@ -239,6 +242,7 @@ class VisionEncoder(nn.Module):
         x_TD = x_ND
         if self.prefix_tokens is not None:
             x_TD = torch.cat((x_ND, self.prefix_tokens.to(x_ND.dtype)))[layout.token_rows]
+        x_TD = with_slack(x_TD, layout.slack)
         if self.pre_norm is not None:
             x_TD = self.pre_norm(x_TD)
 
@@ -328,12 +332,16 @@ class VisionEncoder(nn.Module):
             positions = torch.cat((positions, positions.new_zeros(num_prefix, 2)))[rows]
             token_rows, patch_rows = rows.to(device), (rows < sum(frame_lengths)).nonzero().squeeze(1).to(device)
         bounds = torch.tensor([0, *(length + num_prefix for length in frame_lengths)]).cumsum(0)
-        cos_TR, sin_TR = self._rotary_tables(positions.to(device)) if "rope" in self.pos_mode else (None, None)
-        return Layout(bounds.to(device, torch.int32), cos_TR, sin_TR, token_rows, patch_rows)
+        slack = slack_rows(len(positions), device)
+        positions = with_slack(positions, slack).to(device)
+        cos_TR, sin_TR = self._rotary_tables(positions) if "rope" in self.pos_mode else (None, None)
+        return Layout(slack, bounds.to(device, torch.int32), cos_TR, sin_TR, token_rows, patch_rows)
 
     def _embed(self, pixel_values: Tensor, grids: Grids) -> Tensor:
         """Patches with their absolute positions, [N, D]."""
-        x_ND = self.patch_embed(pixel_values.to(self.patch_embed.weight.dtype))
+        slack = slack_rows(len(pixel_values), pixel_values.device)
+        pixel_values = with_slack(pixel_values.to(self.patch_embed.weight.dtype), slack)
+        x_ND = without_slack(self.patch_embed(pixel_values), slack)
         if self.embed_norm is not None:
             x_ND = self.embed_norm(x_ND)
         if "abs" in self.pos_mode:

@@ -102,7 +102,20 @@ def test_an_update_beside_a_matrix_is_not_passed_over():
     torch.testing.assert_close(model.model.layers[0].mlp(hidden), twin.model.layers[0].mlp(hidden))
 
 
-def test_other_dtypes_and_autocast_have_transformers_code():
+def test_norms_stay_float32_under_autocast():
+    """In the backward pass as well, wherever it is called."""
+    models = lean("Llama")
+    hidden, grad = torch.randn(1, 3, 32, requires_grad=True), torch.randn(1, 3, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        outs = [model.model.norm(hidden) for model in models]
+        gradients = [torch.autograd.grad(out, [hidden, model.model.norm.weight], grad) for out, model in zip(outs, models)]
+    for a, b in zip([outs[0], *gradients[0]], [outs[1], *gradients[1]]):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert outs[0].grad_fn.name() == "RMSNormBackward"
+
+
+def test_other_dtypes_and_mlps_under_autocast_have_transformers_code():
     model, twin = lean("Llama")
     hidden = torch.randn(1, 3, 32)
     with torch.autocast("cpu", torch.bfloat16):
