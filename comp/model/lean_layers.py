@@ -75,7 +75,7 @@ def _norm(module: Any, x: Tensor) -> Tensor:
 
 def _gated_mlp(module: Any, x: Tensor) -> Tensor:
     layers = (module.gate_proj, module.up_proj, module.down_proj)
-    serves = not torch.is_autocast_enabled("cpu") and _serves(x, *(layer.weight for layer in layers))
+    serves = _serves(x, *(layer.weight for layer in layers)) and not torch.is_autocast_enabled("cpu")
     if not serves or not _plain(module.down_proj):
         return type(module).forward(module, x)
     return GatedProjection.apply(module.gate_proj(x), module.up_proj(x), module.down_proj.weight)
