@@ -12,6 +12,7 @@ import sys
 
 from transformers.utils import logging
 
+from comp.cli import print_anything
 from comp.config import Config, ConfigError
 from comp.config_io import apply_overrides
 from comp.data.batch import BadSampleError
@@ -33,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     was bad under bad_samples=stop, the disk was full, or an evaluation could ask nothing, 2 when the configuration or what it
     names cannot be used, 130 after Ctrl-C."""
     options, config = read_command_line(arguments)
+    print_anything()
     logging.disable_progress_bar()  # of reading and writing weights: they would draw over ours
     try:
         check_measures(config)

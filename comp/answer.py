@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from PIL import Image
 
 from .build import make_sample_encoder
-from .cli import positive_int
+from .cli import positive_int, print_anything
 from .config import MAX_VISUAL_TOKENS, MIN_VISUAL_TOKENS, ConfigError
 from .data.batch import BadSampleError, Message, Sample
 from .data.template import ChatTemplate
@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("question")
     parser.add_argument("--max-new-tokens", type=positive_int, default=64)
     arguments = parser.parse_args()
+    print_anything()
     try:
         model, template = load(arguments.folder)
         print(answer(model, template, arguments.images, arguments.question, max_new_tokens=arguments.max_new_tokens))

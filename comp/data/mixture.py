@@ -144,7 +144,7 @@ def _read_yaml(path: Path, source: SourceConfig) -> tuple[Path, list[dict[str, A
     if not path.is_file():
         raise ConfigError(f"data.path {path} is not a file")
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_bytes())  # UTF-8 whatever the locale says
     except yaml.YAMLError as error:
         raise ConfigError(f"data.path {path} is not valid YAML: {error}") from error
     entries = content.get("datasets") if isinstance(content, dict) else None

@@ -24,7 +24,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ..build import longest_answer, question_encoder
-from ..cli import positive_int
+from ..cli import positive_int, print_anything
 from ..config import MAX_VISUAL_TOKENS, MIN_VISUAL_TOKENS, ConfigError, SourceConfig
 from ..data.batch import BadSampleError
 from ..data.datasets import Dataset
@@ -72,7 +72,7 @@ def answer_into(
     done = world.gather(_read_lines(path)[:count] if world.is_main else None)[0]
     _check_same_questions(path, done, questions)
     progress = tqdm(total=count, initial=len(done), desc=path.stem, unit="question", disable=not world.is_main)
-    with path.open("a") if world.is_main else nullcontext() as file, progress:
+    with path.open("a", encoding="utf-8") if world.is_main else nullcontext() as file, progress:
         while len(done) < count:
             together = range(len(done), min(len(done) + batch_size * world.size, count))
             own: list[Prediction | str] = []
@@ -162,6 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add_place_options(parser)
     options = parser.parse_args(arguments)
+    print_anything()
     try:
         place = place_of(options)
         scores = evaluate(options, place)

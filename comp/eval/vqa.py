@@ -43,7 +43,7 @@ class Prediction:
 class Answering(Protocol):
     """A CoMP, or anything with its `generate`."""
 
-    def generate(self, batch: Batch, *, max_new_tokens: int, eos_token_id: int) -> list[list[int]]: ...
+    def generate(self, batch: Batch, *, max_new_tokens: int, eos_token_id: Sequence[int]) -> list[list[int]]: ...
 
 
 def answer_questions(
@@ -134,7 +134,7 @@ def generate_answers(
     if not prompts:
         return []
     batch = collate(prompts, pad_id=encoder.template.pad_id, patch_features=encoder.patch_features).to(device)
-    answers = model.generate(batch, max_new_tokens=max_new_tokens, eos_token_id=encoder.template.turn_end)
+    answers = model.generate(batch, max_new_tokens=max_new_tokens, eos_token_id=encoder.template.end_ids)
     return [encoder.template.decode(ids) for ids in answers]
 
 
@@ -222,7 +222,8 @@ def _summary(groups: Sequence[Sequence[Prediction]]) -> dict[str, Any]:
 def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
     """One JSON object per line with question, accepted answers, prediction and score."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in predictions))
+    lines = "".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in predictions)
+    path.write_text(lines, encoding="utf-8")
 
 
 def blind_baselines(train: Dataset, held_out: Dataset, *, metric: str, seed: int) -> dict[str, dict[str, dict[str, Any]]]:

@@ -25,10 +25,13 @@ from ..build import build_model, sample_encoder, set_position_mode
 from ..cli import positive_int
 from ..config import AlignmentConfig, Config, ConfigError, PrototypeSource
 from ..config_io import apply_overrides
-from ..data.batch import Batch
+from ..data.batch import BadSampleError, Batch
+from ..data.datasets import Dataset
+from ..data.encode import SampleEncoder
 from ..data.mixture import open_sources
-from ..data.packing import collate
+from ..data.packing import EncodedSample, collate
 from ..data.template import num_rows
+from ..eval.vqa import say_once
 from ..log import table
 from ..model.multimodal import CoMP
 from ..recipes import RECIPES
@@ -89,6 +92,21 @@ def force(model: CoMP, batch: Batch, settings: AlignmentConfig) -> dict[str, tup
     }
 
 
+def first_usable(samples: Dataset, encoder: SampleEncoder, count: int) -> list[EncodedSample]:
+    """The first `count` samples that can be learned from, or as many as there are; those left out are said."""
+    found: list[EncodedSample] = []
+    for index in range(len(samples)):
+        if len(found) == count:
+            break
+        try:
+            found.append(encoder.encode(samples[index]))
+        except BadSampleError as error:
+            say_once(f"skipped {error}")
+    if not any(sample.grids and sample.answer_ids for sample in found):
+        raise ConfigError(f"none of {len(found)} samples has an image and an answer: nothing to align")
+    return found
+
+
 def examine(config: Config, num_samples: int | None = None) -> tuple[list[str], list[list[str]]]:
     """(header, rows) with a row per stage that aligns. num_samples: of the batch, default a whole step."""
     torch.manual_seed(config.seed)
@@ -108,7 +126,7 @@ def examine(config: Config, num_samples: int | None = None) -> tuple[list[str], 
         set_position_mode(model, config, stage)
         encoder = sample_encoder(model, template, config, stage)
         samples = open_sources(stage.data, config.seed)
-        encoded = [encoder.encode(samples[i]) for i in range(min(num_samples or stage.batch_size, len(samples)))]
+        encoded = first_usable(samples, encoder, num_samples or stage.batch_size)
         batch = collate(encoded, pad_id=template.pad_id, patch_features=encoder.patch_features)
         scores = text_scores(model, batch, settings.prototype_source)
         cells = ["-"] * 4

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,9 +29,10 @@ from ..config import Config, ConfigError
 from ..data.datasets import Dataset
 from ..data.mixture import open_sources
 from ..eval.evaluate import open_all
-from ..eval.vqa import OVERALL, Prediction, answer_questions, scores_by_type
+from ..eval.vqa import OVERALL, Prediction, all_types, answer_questions, scores_by_type
 from ..parallel import CPU_ALONE, Place, add_place_options, place_of, stop_world
 from ..runs import trained_config
+from ..train.plots import plain_text
 
 CAPS = (8, 16, 32, 64, 128)
 
@@ -100,24 +102,27 @@ def sweep(
 def write_sweep(results: dict[int, dict[str, dict[str, Any]]], folder: Path) -> None:
     """folder/table.json, a row per question type and a column per cap, and folder/sweep.png."""
     folder.mkdir(parents=True, exist_ok=True)
-    types = list(next(iter(results.values())))
-    rows = [[name, *(f"{100 * scores[name]['score']:.1f}" for scores in results.values())] for name in types]
-    count = next(iter(results.values()))[OVERALL]["count"]
+    types = all_types(results.values())
+    rows = [[name, *(_percent(scores, name) for scores in results.values())] for name in types]
+    counts = [scores[OVERALL]["count"] for scores in results.values()]
     text = (
-        f"Score in per cent on {count} held-out questions at native resolution, against the cap on visual tokens per question."
+        f"Score in per cent on {max(counts)} held-out questions at native resolution, against the cap on visual tokens per "
+        "question."
     )
+    if min(counts) < max(counts):  # more pictures than a cap has tokens: means over fewer questions do not compare
+        asked = ", ".join(f"{count} at {cap}" for cap, count in zip(results, counts) if count < max(counts))
+        text += f" Fewer could be asked at some caps, so rows do not compare there: {asked}."
     table = dict(text=text, header=["visual tokens at most", *map(str, results)], rows=rows, total=True)
     (folder / "table.json").write_text(json.dumps(table, indent=1))
 
     figure, ax = plt.subplots(figsize=(8, 4.6))
     shades = plt.get_cmap("tab20")(range(20))  # pairs of a dark and a light one
     colours = [*shades[::2], *shades[1::2]]
-    at_last = list(results.values())[-1]
-    for number, name in enumerate(sorted(types, key=lambda name: -at_last[name]["score"])):  # the legend in the lines' order
-        values = [100 * scores[name]["score"] for scores in results.values()]
+    for number, name in enumerate(sorted(types, key=lambda name: -types[name]["score"])):  # the legend in the lines' order
+        values = [100 * scores[name]["score"] if name in scores else math.nan for scores in results.values()]
         strong = name == OVERALL
         style = dict(color="black", linewidth=2.4, zorder=3) if strong else dict(color=colours[number % 20], linewidth=1.1)
-        ax.plot(list(results), values, marker="osD^v"[number % 5], markersize=5, label=name, **style)
+        ax.plot(list(results), values, marker="osD^v"[number % 5], markersize=5, label=plain_text(name), **style)
     ax.set_xscale("log", base=2)
     ax.set_xticks(list(results), [str(cap) for cap in results])
     ax.set_xlabel("visual tokens per question at most")
@@ -128,6 +133,10 @@ def write_sweep(results: dict[int, dict[str, dict[str, Any]]], folder: Path) -> 
     figure.tight_layout()
     figure.savefig(folder / "sweep.png", dpi=110)
     plt.close(figure)
+
+
+def _percent(scores: dict[str, dict[str, Any]], name: str) -> str:
+    return f"{100 * scores[name]['score']:.1f}" if name in scores else "-"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -37,6 +37,11 @@ def plot_run(metrics: Path, folder: Path) -> list[Path]:
     return written
 
 
+def plain_text(name: str) -> str:
+    """For matplotlib, which reads what stands between two dollar signs as mathematics, and fails where it is none."""
+    return name.replace("$", r"\$")
+
+
 def _figure(path: Path, train: Records, panels: Sequence[Callable[[Axes, Records], None]]) -> Path:
     """One panel above the other over the steps of all stages, stages shaded in turn and named."""
     figure, axes = plt.subplots(len(panels), 1, figsize=(9, 1.2 + 3 * len(panels)), sharex=True, squeeze=False)
@@ -58,7 +63,7 @@ def _mark_stages(ax: Axes, train: Records) -> None:
         if number % 2:
             ax.axvspan(steps[0] - 0.5, steps[-1] + 0.5, color="black", alpha=0.05, linewidth=0)
         centre = (steps[0] + steps[-1]) / 2
-        ax.annotate(name, (centre, 1.01), xycoords=("data", "axes fraction"), ha="center", fontsize=9)
+        ax.annotate(plain_text(name), (centre, 1.01), xycoords=("data", "axes fraction"), ha="center", fontsize=9)
 
 
 def draw_token_loss(ax: Axes, train: Records) -> None:
@@ -128,8 +133,8 @@ def plot_scores(path: Path, evaluations: Records) -> Path:
     for number, record in enumerate(evaluations):
         places = np.arange(len(types)) + (number - (len(evaluations) - 1) / 2) * width
         values = [100 * record["scores"][name]["score"] if name in record["scores"] else np.nan for name in types]
-        ax.bar(places, values, width, label=record["label"], color=colours[number])
-    ax.set_xticks(np.arange(len(types)), types, rotation=30, ha="right")
+        ax.bar(places, values, width, label=plain_text(record["label"]), color=colours[number])
+    ax.set_xticks(np.arange(len(types)), [plain_text(name) for name in types], rotation=30, ha="right")
     ax.set_ylabel("held-out score (%)")
     ax.set_ylim(0, 100)
     ax.grid(axis="y", alpha=0.3)

@@ -102,9 +102,10 @@ def write_page(blocks: Sequence[Block], title: str, folder: Path, name: str) -> 
     body = "\n".join(_html(block) for block in blocks)
     pages[0].write_text(
         f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<meta name="viewport" content="width=device-width">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n<body>\n{body}\n</body>\n</html>\n"
+        f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n<body>\n{body}\n</body>\n</html>\n",
+        encoding="utf-8",
     )
-    pages[1].write_text("\n\n".join(_markdown(block, folder) for block in blocks) + "\n")
+    pages[1].write_text("\n\n".join(_markdown(block, folder) for block in blocks) + "\n", encoding="utf-8")
     return pages
 
 

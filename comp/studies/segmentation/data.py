@@ -55,7 +55,7 @@ def annotated_folder(folder: Path, split: str, num_classes: int | None = None) -
     if num_classes is not None:
         classes = [str(number) for number in range(1, num_classes + 1)]
     elif names.is_file():
-        classes = names.read_text().rstrip().splitlines()
+        classes = names.read_text(encoding="utf-8").rstrip().splitlines()
     else:
         raise ConfigError(f"{names} does not exist: say --num-classes (150 for the scene parsing benchmark of ADE20K)")
     images, annotations = folder / "images" / split, folder / "annotations" / split

@@ -36,6 +36,7 @@ from ...data.images import to_raster
 from ...eval.batches import in_batches
 from ...model import VisionEncoder
 from ...parallel import CPU_ALONE, Place
+from ...train.plots import plain_text
 from ..probes.frozen import Measure, Trial, data_key, fit, probe_command
 from .data import AnnotatedImages, annotated_folder, augmented_square
 from .heads import make_head
@@ -332,7 +333,9 @@ def draw_examples(test: AnnotatedImages, predictions: dict[str, Sequence[Tensor]
         ax.set_yticks([])
     if len(test.classes) <= MOST_CLASSES_SHOWN:
         patches = [plt.Rectangle((0, 0), 1, 1, color=palette[k]) for k in range(len(test.classes))]
-        figure.legend(patches, test.classes, loc="lower center", ncol=len(patches), frameon=False, fontsize=8)
+        figure.legend(
+            patches, list(map(plain_text, test.classes)), loc="lower center", ncol=len(patches), frameon=False, fontsize=8
+        )
     figure.tight_layout(rect=(0, 0.04, 1, 1))
     figure.savefig(path, dpi=110)
     plt.close(figure)

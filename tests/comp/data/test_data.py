@@ -339,6 +339,18 @@ def test_positions_are_counted_as_the_decoder_counts_them(template, mrope):
         encoder(prompt + 4, answer_tokens=5).encode_prompt(sample)
 
 
+def test_the_text_of_a_page_ends_where_the_positions_do(template):
+    """The language model reads it alone, for the alignment loss."""
+    sample = picture_sample((8, 8))
+    sample.text = "red " * 300
+    images = make_sample_encoder(template).images
+
+    def length(**settings):
+        return len(SampleEncoder(template, images, max_text_tokens=256, **settings).encode(sample).answer_ids)
+
+    assert length() > 200 == length(max_positions=200) > 90 == length(max_positions=200, max_alignment_tokens=90)
+
+
 @pytest.mark.parametrize(
     ("config", "limit"),
     [

@@ -72,3 +72,13 @@ def test_mistakes_are_named(text, message, tmp_path):
     (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message):
         check_files([SourceConfig(path=str(tmp_path / "mine.yaml"))])
+
+
+def test_a_mixture_is_utf8_or_refused(tmp_path):
+    text = "datasets: [{json_path: Bücher.json}]"
+    (tmp_path / "mine.yaml").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"mine\.yaml is not valid YAML"):
+        check_files([SourceConfig(path=str(tmp_path / "mine.yaml"))])
+    (tmp_path / "mine.yaml").write_bytes(text.encode())
+    with pytest.raises(ConfigError, match="Bücher"):
+        check_files([SourceConfig(path=str(tmp_path / "mine.yaml"))])

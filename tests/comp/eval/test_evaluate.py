@@ -1,6 +1,9 @@
 """The evaluation command on a toy model: benchmark folders and LLaVA files, answers on disk, continuing, complaints."""
 
 import json
+import os
+import subprocess
+import sys
 
 import datasets
 import pytest
@@ -185,3 +188,19 @@ def test_the_table_is_made_of_the_file(exported, charts):
     folder = exported / "evaluation"
     predictions = [command.Prediction(**r) for r in lines(folder / "chartqa.jsonl") if "skipped" not in r]
     assert json.loads((folder / "scores.json").read_text())["chartqa"] == scores_by_type(predictions)
+
+
+@pytest.mark.slow
+def test_the_locale_does_not_matter(exported, tmp_path):
+    """A question in a script that the locale's encoding lacks; the mixture is UTF-8 as well."""
+    turns = [{"from": "human", "value": "größer als 5 °C, 大きい?"}, {"from": "gpt", "value": "ja ✓"}]
+    (tmp_path / "Fragen.jsonl").write_text(json.dumps(dict(conversations=turns, question_type="Größe")))
+    (tmp_path / "alle.yaml").write_text("# 大\ndatasets: [{json_path: Fragen.jsonl}]", encoding="utf-8")
+    ascii_alone = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}
+    command = [sys.executable, "-m", "comp.eval.evaluate", exported, f"mine={tmp_path}/alle.yaml", "--output", tmp_path / "out"]
+    for _ in range(2):  # the second reads what the first wrote
+        done = subprocess.run(command, env=ascii_alone, capture_output=True)
+        assert done.returncode == 0, done.stderr.decode()
+        assert b"Gr\\xf6\\xdfe" in done.stdout
+    (line,) = (tmp_path / "out" / "mine.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(line)["question"] == turns[0]["value"]

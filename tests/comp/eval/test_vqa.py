@@ -25,7 +25,7 @@ class SaysRed:
         self.template, self.batches = template, []
 
     def generate(self, batch, *, max_new_tokens, eos_token_id):
-        assert eos_token_id == self.template.turn_end
+        assert eos_token_id == self.template.end_ids  # of an answer and of a document, as the export says
         self.batches.append(batch)
         return [self.template.encode_text("red")] * len(batch.input_ids)
 

@@ -171,6 +171,18 @@ def test_force_grows_with_the_weight_and_entropy_with_the_temperature(toy_models
     assert contrastive["entropy"] == "-" and float(contrastive["force adapter"]) > 0
 
 
+def test_the_first_batch_is_one_that_can_be_read(toy_models, capsys):
+    config = toy_config(toy_models)
+    for stage in config.stages:
+        stage.data[0].arguments["broken"] = (0, 2)
+    _, rows = examine(config, 3)
+    assert len(rows) == 3 and capsys.readouterr().err.count("skipped rectangle 0: image /nowhere/broken.png") == 1
+    for stage in config.stages:
+        stage.data[0].arguments["broken"] = tuple(range(24))
+    with pytest.raises(ConfigError, match=r"none of \d+ samples has an image and an answer"):
+        examine(config, 3)
+
+
 def test_the_command_prints_a_row_per_stage(toy_models, monkeypatch, capsys):
     monkeypatch.setitem(alignment.RECIPES, "toy", lambda: toy_config(toy_models))
     assert alignment.main(["--recipe", "toy", "--samples", "4"]) == 0

@@ -19,6 +19,8 @@ from comp.model import VisionEncoder
 from comp.studies.report.page import Example, Gallery, Heading, Table, write_page
 from comp.studies.report.pictures import centre_attention, feature_colours
 from comp.studies.report.report import HeldOutSamples, choose_names, held_out_samples, main, telling_pictures, write_report
+from comp.studies.sweep import write_sweep
+from comp.train.plots import plot_run
 
 LABELS = ("before", "I", "III")
 
@@ -244,3 +246,27 @@ def test_centre_attention_is_that_of_the_centre(encoder):
     assert attention.shape == (8, 12)
     assert attention.sum() == pytest.approx(1, abs=1e-5)
     assert np.unravel_index(attention.argmax(), attention.shape) == (4, 6)
+
+
+def test_a_kind_of_question_that_some_caps_have_no_room_for(tmp_path):
+    def scores(**kinds):
+        table = {name: dict(score=score, count=count, metric="anls") for name, (score, count) in kinds.items()}
+        return table | {"overall": dict(score=0.5, count=sum(c for _, c in kinds.values()), metric="anls")}
+
+    write_sweep({8: scores(plain=(0.5, 3)), 64: scores(album=(0.25, 2), plain=(0.75, 3))}, tmp_path)
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert table["rows"] == [["album", "-", "25.0"], ["plain", "50.0", "75.0"], ["overall", "50.0", "50.0"]]
+    assert "on 5 held-out questions" in table["text"] and "rows do not compare there: 3 at 8." in table["text"]
+    write_sweep({8: scores(plain=(0.5, 3))}, tmp_path)
+    assert "compare" not in json.loads((tmp_path / "table.json").read_text())["text"]
+
+
+def test_names_with_dollar_signs_are_drawn(tmp_path):
+    """matplotlib reads what stands between two as mathematics, and raises where it is none."""
+    name = "$# or #$"
+    entry = {name: dict(score=0.5, count=2, metric="anls"), "overall": dict(score=0.5, count=2, metric="anls")}
+    steps = dict(lr=dict(vision=1.0), grad_norm=dict(vision=1.0), token_loss=1.0, images_per_s=1.0, tokens_per_s=1.0)
+    records = [dict(event="train", step=1, stage=name, **steps), dict(event="evaluation", label=name, scores=entry)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert len(plot_run(tmp_path / "metrics.jsonl", tmp_path)) == 5
+    write_sweep({8: entry}, tmp_path)
