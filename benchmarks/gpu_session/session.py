@@ -19,6 +19,16 @@ from .workloads import TINY_WORKLOADS, WORKLOADS
 
 ROOT = Path(__file__).parents[2]
 
+# What turns on kernels of rope_attention, comp_kernels_cuda_rope_attention_set_*; -1: the number of multiprocessors.
+SWITCHES = {
+    "ours": {},
+    "ours, short": {"short": 256},
+    "ours, persistent": {"persistent": -1},
+    "ours, dependent launch": {"dependent": 1},
+    "ours, values in place": {"values_in_place": 1},
+    "ours, values in place, dependent launch": {"values_in_place": 1, "dependent": 1},
+}
+
 
 class Session:
     """One part of the run: where its results go, and on what it runs."""
@@ -29,7 +39,7 @@ class Session:
         self.workloads = TINY_WORKLOADS if tiny else WORKLOADS
         self.libraries: dict[str, ctypes.CDLL] = {}
         if not tiny and _native.cuda_unavailable_reason(torch.device("cuda")) is None:
-            for name in ("ours", "ours, short", "ours, persistent"):
+            for name in SWITCHES:
                 self.libraries[name] = _native.cuda()
             if baseline is not None:
                 self.libraries["baseline"] = ctypes.CDLL(str(baseline))
@@ -53,11 +63,11 @@ class Session:
         def call():
             library = self.libraries[name]
             _native._cuda = lambda: library
-            if hasattr(library, "comp_kernels_cuda_rope_attention_set_short"):  # a baseline may be older
-                library.comp_kernels_cuda_rope_attention_set_short(256 if name == "ours, short" else 0)
-            if hasattr(library, "comp_kernels_cuda_rope_attention_set_persistent"):
-                blocks = torch.cuda.get_device_properties(0).multi_processor_count
-                library.comp_kernels_cuda_rope_attention_set_persistent(blocks if name == "ours, persistent" else 0)
+            for switch in sorted({switch for values in SWITCHES.values() for switch in values}):
+                setter = getattr(library, f"comp_kernels_cuda_rope_attention_set_{switch}", None)
+                if setter is not None:  # a baseline may be older
+                    value = SWITCHES.get(name, {}).get(switch, 0)
+                    setter(torch.cuda.get_device_properties(0).multi_processor_count if value < 0 else value)
             return function()
 
         return call

@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -14,7 +16,8 @@ from torchvision_stub import import_timm
 from benchmarks import integrations
 from benchmarks.gpu_session import __main__ as command
 from benchmarks.gpu_session import page, parts, peers, towers
-from benchmarks.gpu_session.session import Session
+from benchmarks.gpu_session.session import SWITCHES, Session
+from comp_kernels import _native
 
 
 def rows(folder):
@@ -51,6 +54,22 @@ def test_dry_run_of_a_part(name, tmp_path, monkeypatch):
         "sanitizer": lambda: [row["passed"] for row in results] == [1, 1],
     }
     assert what_it_says.get(name, lambda: True)()
+
+
+def test_every_kernel_that_is_off_is_timed_with_its_switch(tmp_path, monkeypatch):
+    """Each name sets what it needs and nothing that a name before it has set; an older library has none."""
+    session, now = Session(tmp_path, "attention", True, None), {}
+    library = SimpleNamespace()
+    for switch in ("short", "persistent", "dependent", "values_in_place"):
+        setattr(library, f"comp_kernels_cuda_rope_attention_set_{switch}", partial(now.__setitem__, switch))
+    session.libraries = dict.fromkeys(SWITCHES, library) | {"baseline": SimpleNamespace()}
+    monkeypatch.setattr(_native, "_cuda", None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    found = {name: session.with_library(name, now.copy)() for name in SWITCHES}
+    session.with_library("baseline", now.copy)()
+    assert _native._cuda() is session.libraries["baseline"]
+    on = {name: {switch: value for switch, value in values.items() if value} for name, values in found.items()}
+    assert on == SWITCHES | {"ours, persistent": {"persistent": 132}}
 
 
 @pytest.mark.slow

@@ -4,6 +4,8 @@ CUDA kernels, which are compiled already, get all shared cases and longer ones. 
 head size, layout and dtype, seconds of them, so it gets one case of each kind.
 """
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from device import DEVICE, HAS_GPU, captured, check_nothing_waits, kernels_of, streams, wait
@@ -105,21 +107,53 @@ def test_equal_bits_from_run_to_run(backend, head_dim):
         assert_equal_bits(step(), first)
 
 
-@pytest.mark.skipif(not HAS_GPU or torch.cuda.get_device_capability() != (9, 0), reason="needs compute capability 9.0")
+@contextmanager
+def switched(**values: int):
+    """Within: comp_kernels_cuda_rope_attention_set_* of these names; 0 afterwards."""
+    setters = {name: getattr(_native.cuda(), f"comp_kernels_cuda_rope_attention_set_{name}") for name in values}
+    for name, value in values.items():
+        setters[name](value)
+    try:
+        yield
+        wait()
+    finally:
+        for setter in setters.values():
+            setter(0)
+
+
+SM90 = pytest.mark.skipif(not HAS_GPU or torch.cuda.get_device_capability() != (9, 0), reason="needs compute capability 9.0")
+
+
+@SM90
 @pytest.mark.parametrize("head_dim", (64, 72, 80, 96, 128))
-def test_persistent_forward(head_dim):
-    """The forward that is off by default makes the bits of the one that is on."""
-    x = inputs_of([1029, 197, 0, 64, 729, 190, 385], head_dim)
-    set_persistent = _native.cuda().comp_kernels_cuda_rope_attention_set_persistent
-    results = []
-    for blocks in (0, torch.cuda.get_device_properties(0).multi_processor_count, 7):
-        set_persistent(blocks)
-        try:
-            results.append(ck.rope_attention(x.q, x.k, x.v, x.cos, x.sin, x.cu_seqlens, backend="cuda", **x.kwargs))
-            wait()
-        finally:
-            set_persistent(0)
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+def test_what_is_off_by_default_makes_the_same_bits(head_dim):
+    step = step_of(inputs_of([1029, 197, 0, 64, 729, 190, 385], head_dim), "cuda")
+    expected = step()
+    blocks = torch.cuda.get_device_properties(0).multi_processor_count
+    for values in (
+        dict(persistent=blocks),
+        dict(persistent=7),
+        dict(persistent=blocks, dependent=1),
+        dict(dependent=1),
+        dict(values_in_place=1),
+        dict(values_in_place=1, dependent=1),
+    ):
+        with switched(**values):
+            for _ in range(20):  # calls that follow one another closely, in memory that the one before has just given back
+                found = step()
+            assert_equal_bits(found, expected)
+
+
+@SM90
+def test_a_cuda_graph_keeps_dependent_launches():
+    x = inputs_of([700, 100, 200, 24])
+    step = step_of(x, "cuda")
+    expected = step()
+    with switched(values_in_place=1, dependent=1):
+        replay = captured(step)
+    for _ in range(20):
+        found = replay()
+    assert_equal_bits(found, expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -25,6 +25,8 @@ HOOK = ctypes.CFUNCTYPE(
     ctypes.c_void_p, ctypes.c_char_p, *[ctypes.c_int64] * 5, ctypes.c_void_p, ctypes.c_int64
 )  # LaunchHook of csrc/common/cuda/launch.cu
 
+PLAIN, COOPERATIVE, DEPENDENT = 0, 1, 2  # LaunchKind there
+
 SMALL = (8, 100 * 1024, True)  # a device whose blocks the emulator can hold all at once; those of today have a hundred
 
 REFUSED = ctypes.c_char_p(b"the emulator refused the kernel")
@@ -65,7 +67,9 @@ def source_of(kernel: str) -> Source:
         return attention_source(found[1], found[2])
     if kernel.startswith("rope_attention_prepare_persistent"):
         return attention_source("prepare_persistent_sm90")
-    if found := re.match(r"rope_attention_(prepare_sm90|prepare|images)", kernel):
+    if kernel.startswith("rope_attention_images"):
+        return attention_source("images_sm90")
+    if found := re.match(r"rope_attention_(prepare_sm90|prepare)", kernel):
         return attention_source(found[1])
     file = next((name for name in ("small", "resident") if kernel.startswith(f"sinkhorn_{name}")), "passes")
     return Source(CSRC / "sinkhorn" / "cuda" / f"{file}.cu", "sm_80")
@@ -94,6 +98,14 @@ def module(source: Source):
     return import_emulator().load(ptx.read_text(), source.path.name)
 
 
+def switch(**values: int) -> None:
+    """Sets what chooses between the kernels of rope_attention, comp_kernels_cuda_rope_attention_set_*; what is not named: 0."""
+    for name in ("short", "persistent", "dependent", "values_in_place"):
+        function = getattr(_native.cuda(), f"comp_kernels_cuda_rope_attention_set_{name}")
+        function.argtypes, function.restype = [ctypes.c_int32], None
+        function(int(values.get(name, 0)))
+
+
 class Launch(NamedTuple):
     """One launch as the host made it: what a CUDA graph would keep of it."""
 
@@ -101,12 +113,14 @@ class Launch(NamedTuple):
     grid: tuple[int, int]
     threads: int
     shared_bytes: int
-    cooperative: bool  # all blocks at once
+    kind: int  # COOPERATIVE: all blocks at once; DEPENDENT: before the launch before has ended
     params: bytes
 
-    def run(self, buffers: list, **options):
+    def run(self, buffers: list, after: list | None = None, **options):
+        """after: what the launches before may still be writing."""
         kernel = module(source_of(self.kernel)).kernel(self.kernel)
-        options |= dict(shared=self.shared_bytes, buffers=buffers, cooperative=self.cooperative)
+        options |= dict(shared=self.shared_bytes, buffers=buffers, cooperative=self.kind == COOPERATIVE)
+        options |= dict(after=after if self.kind == DEPENDENT else None)
         return kernel.launch(self.grid, self.threads, [self.params], **options)
 
 
@@ -116,7 +130,7 @@ class Clear(NamedTuple):
     address: int
     size: int
 
-    def run(self, buffers: list, **options) -> None:
+    def run(self, buffers: list, after: list | None = None, **options) -> None:
         ctypes.memset(self.address, 0, self.size)
 
 
@@ -140,6 +154,8 @@ def launches_on_emulator(
     short: int = 0,
     recording: Recording | None = None,
     persistent: int = 0,
+    dependent: bool = False,
+    values_in_place: bool = False,
     device: tuple[int, int, bool] = SMALL,
     **options,
 ):
@@ -148,29 +164,30 @@ def launches_on_emulator(
     A kernel may touch the tensors whose address was taken, and no byte more; memory from new_empty is filled with NaN, so
     that what was not written cannot pass. reports: receives (kernel name, report) of every launch. capability: of the device
     that is pretended, 80 or 90. short: average length up to which the kernels for short sequences serve. persistent: blocks of
-    the persistent forward; 0: the other one. device: its multiprocessors, shared bytes per block, and whether it has
-    cooperative launches, whose blocks all run interleaved. recording: receives all launches. options: see ptx_emulator.
+    the persistent forward; 0: the other one. dependent: sm_90a kernels start before those that prepare for them have ended;
+    they may not read what these write, nor write, before they have waited. values_in_place: the sm_90a forward reads values
+    where they are. device: its multiprocessors, shared bytes per block, and whether it has cooperative launches, whose blocks
+    all run interleaved. recording: receives all launches. options: see ptx_emulator.
     """
     buffers, failures = {} if recording is None else recording.buffers, []
     library = _native.cuda()
     library.comp_kernels_cuda_set_launch_hook.argtypes = [ctypes.c_void_p, ctypes.c_int32]
-    set_short = library.comp_kernels_cuda_rope_attention_set_short
-    set_persistent = library.comp_kernels_cuda_rope_attention_set_persistent
-    for function in (set_short, set_persistent):
-        function.argtypes, function.restype = [ctypes.c_int32], None
+    written: list = []  # by the launches that may still run when a dependent one starts
 
-    def launch(kernel, grid_x, grid_y, threads, shared_bytes, cooperative, params, params_bytes):
+    def launch(kernel, grid_x, grid_y, threads, shared_bytes, kind, params, params_bytes):
         name = kernel.decode()
         if name == "clear":
             this = Clear(params, params_bytes)
         else:
-            this = Launch(
-                name, (grid_x, grid_y), threads, shared_bytes, bool(cooperative), ctypes.string_at(params, params_bytes)
-            )
+            this = Launch(name, (grid_x, grid_y), threads, shared_bytes, kind, ctypes.string_at(params, params_bytes))
         if recording is not None:
             recording.launches.append(this)
+        if kind != DEPENDENT:
+            written.clear()
         try:
-            report = this.run(list(buffers.values()), **options)
+            report = this.run(list(buffers.values()), written, **options)
+            if dependent and report is not None:
+                written.extend(report.written())
         except Exception as error:  # must not pass through C
             failures.append(error)
             return ctypes.cast(REFUSED, ctypes.c_void_p).value
@@ -195,8 +212,7 @@ def launches_on_emulator(
         patch.setattr(_native, "cuda_unavailable_reason", lambda device: None)
         library.comp_kernels_cuda_set_launch_hook(ctypes.cast(hook, ctypes.c_void_p), capability)
         library.comp_kernels_cuda_set_hook_device(*device)
-        set_short(short)
-        set_persistent(persistent)
+        switch(short=short, persistent=persistent, dependent=dependent, values_in_place=values_in_place)
         try:
             yield
         except RuntimeError:
@@ -205,5 +221,4 @@ def launches_on_emulator(
             raise
         finally:
             library.comp_kernels_cuda_set_launch_hook(None, 0)
-            set_short(0)
-            set_persistent(0)
+            switch()

@@ -38,12 +38,17 @@ struct Device {
 // Of the current device, or of the one that stands behind the launch hook; all zero when there is none.
 Device device();
 
-// Launch on a cudaStream_t, or hand over to the launch hook. Returns null or what went wrong.
-const char* launch(const Kernel& kernel, int64_t grid_x, int64_t grid_y, const void* params, int64_t params_bytes, void* stream);
+// Launch on a cudaStream_t, or hand over to the launch hook. Returns null or what went wrong. dependent (sm_90 on): blocks may start
+// before the kernel launched last has ended, as soon as it lets them (let_next_grid_start), and wait by themselves
+// (wait_for_grid_before) before they read what it wrote or write anything. Some thread of every block must wait: else this kernel
+// could end first, and whatever comes after it take the memory that the one before still uses.
+const char* launch(const Kernel& kernel, int64_t grid_x, int64_t grid_y, const void* params, int64_t params_bytes, void* stream,
+                   bool dependent);
 
 template <typename Params>
-const char* launch(const Kernel& kernel, int64_t grid_x, int64_t grid_y, const Params& params, void* stream) {
-  return launch(kernel, grid_x, grid_y, &params, sizeof params, stream);
+const char* launch(const Kernel& kernel, int64_t grid_x, int64_t grid_y, const Params& params, void* stream,
+                   bool dependent = false) {
+  return launch(kernel, grid_x, grid_y, &params, sizeof params, stream, dependent);
 }
 
 // The same with blocks that all run at once and may wait for each other. `refused`: set where the device

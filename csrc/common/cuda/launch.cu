@@ -9,10 +9,11 @@
 
 namespace {
 
-// Receives launches instead of the device: name of the kernel, grid, threads, dynamic shared memory, whether all blocks must run
-// at once, the params struct. Or the name "clear", memory to be zeroed and its bytes in the place of the struct.
+// Receives launches instead of the device: name of the kernel, grid, threads, dynamic shared memory, kind of launch, the params
+// struct. Or the name "clear", memory to be zeroed and its bytes in the place of the struct.
+enum LaunchKind { kPlain, kCooperative, kDependent };
 using LaunchHook = const char* (*)(const char* kernel, int64_t grid_x, int64_t grid_y, int64_t threads, int64_t shared_bytes,
-                                   int64_t cooperative, const void* params, int64_t params_bytes);
+                                   int64_t kind, const void* params, int64_t params_bytes);
 LaunchHook launch_hook = nullptr;
 int32_t hook_capability = 0;
 comp_kernels::Device hook_device{};
@@ -60,20 +61,31 @@ Device device() {
   return facts;
 }
 
-const char* launch(const Kernel& kernel, int64_t grid_x, int64_t grid_y, const void* params, int64_t params_bytes, void* stream) {
+const char* launch(const Kernel& kernel, int64_t grid_x, int64_t grid_y, const void* params, int64_t params_bytes, void* stream,
+                   bool dependent) {
   if (grid_x == 0 || grid_y == 0) return nullptr;
   if (grid_x > INT32_MAX || grid_y > 65535) {
     return failure("%s needs a grid of %lld x %lld blocks, CUDA allows 2147483647 x 65535", kernel.name,
                    static_cast<long long>(grid_x), static_cast<long long>(grid_y));
   }
   if (launch_hook != nullptr) {
-    return launch_hook(kernel.name, grid_x, grid_y, kernel.threads, kernel.shared_bytes, 0, params, params_bytes);
+    return launch_hook(kernel.name, grid_x, grid_y, kernel.threads, kernel.shared_bytes, dependent ? kDependent : kPlain, params,
+                       params_bytes);
   }
   cudaError_t error = allow_shared(kernel);
   if (error == cudaSuccess) {
+    cudaLaunchAttribute early{};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(grid_x), static_cast<unsigned>(grid_y));
+    config.blockDim = dim3(kernel.threads);
+    config.dynamicSmemBytes = kernel.shared_bytes;
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &early;
+    config.numAttrs = dependent ? 1 : 0;
     void* arguments[] = {const_cast<void*>(params)};
-    error = cudaLaunchKernel(kernel.function, dim3(static_cast<unsigned>(grid_x), static_cast<unsigned>(grid_y)),
-                             dim3(kernel.threads), arguments, kernel.shared_bytes, static_cast<cudaStream_t>(stream));
+    error = cudaLaunchKernelExC(&config, kernel.function, arguments);
   }
   if (error == cudaSuccess) return nullptr;
   return failure("%s: %s", kernel.name, cudaGetErrorString(error));
@@ -83,7 +95,7 @@ const char* launch_cooperative(const Kernel& kernel, int64_t grid_x, int64_t gri
                                void* stream, bool* refused) {
   *refused = false;
   if (launch_hook != nullptr) {
-    return launch_hook(kernel.name, grid_x, grid_y, kernel.threads, kernel.shared_bytes, 1, params, params_bytes);
+    return launch_hook(kernel.name, grid_x, grid_y, kernel.threads, kernel.shared_bytes, kCooperative, params, params_bytes);
   }
   cudaError_t error = allow_shared(kernel);
   int per_multiprocessor = 0;
@@ -110,7 +122,7 @@ const char* launch_cooperative(const Kernel& kernel, int64_t grid_x, int64_t gri
 }
 
 const char* clear(void* memory, int64_t bytes, void* stream) {
-  if (launch_hook != nullptr) return launch_hook("clear", 0, 0, 0, 0, 0, memory, bytes);
+  if (launch_hook != nullptr) return launch_hook("clear", 0, 0, 0, 0, kPlain, memory, bytes);
   const cudaError_t error = cudaMemsetAsync(memory, 0, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream));
   return error == cudaSuccess ? nullptr : failure("clearing a workspace: %s", cudaGetErrorString(error));
 }

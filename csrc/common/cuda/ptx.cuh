@@ -163,6 +163,20 @@ __device__ __forceinline__ void mma_tf32(float (&c)[4], const uint32_t (&a)[4], 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// Programmatic dependent launch, from sm_90 on; elsewhere, and in grids that nobody launched so, nothing happens.
+// The next grid may start once every block of this one has come here or ended.
+__device__ __forceinline__ void let_next_grid_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+// Wait for the end of the grid that this one was launched to depend on; what it wrote can be seen afterwards.
+__device__ __forceinline__ void wait_for_grid_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // Two floats rounded to nearest and packed, `low` in the low half.
 template <typename T>
 __device__ __forceinline__ uint32_t pack(float low, float high);

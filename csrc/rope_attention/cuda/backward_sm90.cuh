@@ -107,7 +107,8 @@ struct KeptRows {
   uint32_t fragment[Config::kHeld ? Config::kSteps : 1][4];
   uint64_t descriptor;
 
-  // image: of this warp's 16 rows. A core matrix is 32 words, one per lane.
+  // image: of this warp's 16 rows. A core matrix is 32 words, one per lane. (No __ldg: in a dependent launch the kernel before may
+  // have been writing them while this one had started already.)
   __device__ __forceinline__ void load(const uint16_t* image) {
     const uint32_t* words = reinterpret_cast<const uint32_t*>(image) + threadIdx.x % 32;
 #pragma unroll
@@ -115,7 +116,7 @@ struct KeptRows {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int chunk = 2 * k + i / 2;
-        fragment[k][i] = chunk < kHeadDim / 8 ? __ldg(words + (i % 2 * (kHeadDim / 8) + chunk) * 32) : 0;
+        fragment[k][i] = chunk < kHeadDim / 8 ? words[(i % 2 * (kHeadDim / 8) + chunk) * 32] : 0;
       }
     }
   }
@@ -143,6 +144,9 @@ __device__ __forceinline__ void attention_backward_sm90(const BackwardSm90Params
   constexpr int kCount = Config::kColumns / 8;
   extern __shared__ __align__(128) char shared[];
   const int slot = blockIdx.x, row_head = blockIdx.y;
+  wait_for_grid_before();
+  // The kernel of the queries follows that of the keys and reads what prepare wrote, which has ended: no block comes here sooner.
+  if constexpr (kKeyRows) let_next_grid_start();
   const Tile tile = params.tiles[slot];
   if (tile.rows == 0) return;
   if (tile.other_rows == 0) {

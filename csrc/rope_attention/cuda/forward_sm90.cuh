@@ -2,7 +2,8 @@
 //
 // Schedule of a block:
 //   producer   one thread of the first warpgroup walks the key tiles; for each it waits until a ring slot is free and starts two
-//              bulk copies (keys, values: pieces of images made by the previous kernel). Its registers go to the others.
+//              bulk copies (keys, values: pieces of images made by the previous kernel). Its registers go to the others. Values
+//              that stay where they are come by cp.async of its three other warps.
 //   consumers  three warpgroups (two at 128 channels) of 64 queries. They turn the queries into shared memory once, then step j
 //                [0] takes its turn: warpgroups start products one after another, so that one's softmax lies under the
 //                    products of the others instead of all wanting the same unit at the same time,
@@ -10,6 +11,10 @@
 //                [2] S_j has come and becomes P_j in registers, and
 //                [3] waits for O, releases its slot, P_j takes the place of P_{j-1}.
 // The last step has as many keys as are left, rounded up to 32, and runs like the others.
+//
+// The grid may be launched to depend on the kernel that makes the images (kernel.h). Then nothing is listed: blocks find their tiles
+// in cu_seqlens themselves, and turn queries and fetch values before they wait. These, cu_seqlens and the tables are inputs of the
+// call: kernels before that one wrote them, and it was launched as usual, after their end.
 #pragma once
 
 #include "softmax.cuh"
@@ -48,6 +53,44 @@ struct ForwardSm90Config {
   static_assert(kKeys % kImagePadding == 0 && kStages >= 2);
 };
 
+struct ForwardSm90Params {
+  ForwardParams attention;  // tiles == nullptr: blocks find their own
+  const int32_t *cu_seqlens, *cu_seqlens_k;
+  int sequences;
+  bool values_in_place;  // attention.v is no image but the tensor; only where tiles == nullptr
+};
+
+struct FoundTile {
+  Tile tile;
+  int first_key;  // in the packed tensor
+};
+
+// The tile of a block without a list. Tiles of sequence b are those from start / kRows + b on, as with images (tile_images.cuh); some
+// between two sequences do not exist. Every warp searches by itself, 32 sequences at a time.
+template <int kRows>
+__device__ __forceinline__ FoundTile find_tile(const ForwardSm90Params& params, int number) {
+  auto first = [&](int b) { return params.cu_seqlens[b] / kRows + b; };
+  const int lane = threadIdx.x % 32;
+  int b = 0;  // the last sequence (`sequences`: the slack) whose tiles start at `number` or before is among the `span` from b on
+  for (int span = params.sequences + 1; span > 1;) {
+    const int step = (span + 31) / 32;
+    const bool reached = lane * step < span && first(b + lane * step) <= number;
+    const int skipped = (__popc(__ballot_sync(0xffffffffu, reached)) - 1) * step;
+    b += skipped;
+    span = min(step, span - skipped);
+  }
+  const bool slack = b == params.sequences;
+  const int start = params.cu_seqlens[b], end = slack ? params.attention.num_tokens : params.cu_seqlens[b + 1];
+  const int row = start + (number - first(b)) * kRows;
+  FoundTile found{{row, max(0, min(kRows, end - row)), 0, 0}, 0};
+  if (!slack) {
+    found.first_key = params.cu_seqlens_k[b];
+    found.tile.other_start = first_slot(params.cu_seqlens_k, b);
+    found.tile.other_rows = params.cu_seqlens_k[b + 1] - found.first_key;
+  }
+  return found;
+}
+
 // Shared-memory addresses of the ring: a slot holds a key tile and a value tile, which come and go on their own.
 template <typename Config>
 struct Ring {
@@ -59,9 +102,9 @@ struct Ring {
   __device__ uint32_t empty(int stage, Half half) const { return base + Config::kBarrierBytes / 2 + (stage * 2 + half) * 8; }
 };
 
-// Bring the keys and values of one tile of queries, from this position of the ring on.
+// Bring the keys (and values) of one tile of queries, from this position of the ring on.
 template <typename Config>
-__device__ __forceinline__ void produce(const ForwardParams& params, const Tile& tile, int key_head,
+__device__ __forceinline__ void produce(const ForwardParams& params, const Tile& tile, int key_head, bool values,
                                         RingPosition<Config::kStages>& position) {
   constexpr int kHeadDim = Config::kHeadDim;
   using R = Ring<Config>;
@@ -76,11 +119,66 @@ __device__ __forceinline__ void produce(const ForwardParams& params, const Tile&
     const int64_t at = first + static_cast<int64_t>(key) * kHeadDim;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
+      if (half == 1 && !values) continue;
       const auto which = static_cast<typename R::Half>(half);
       barrier_wait(ring.empty(stage, which), parity ^ 1);
       barrier_arrive_expecting(ring.full(stage, which), bytes);
       copy_bulk(ring.tile(stage, which), elements<bf16>(half == 0 ? params.k : params.v) + at, bytes, ring.full(stage, which));
     }
+  }
+}
+
+// Bring the values of one tile of queries from the tensor itself, by warps 1 to kValueWarps, into the layout of an image. An
+// instruction copies 8 rows x 4 chunks of 16 bytes: whole sectors of global memory, and shared memory without bank conflicts. Rows
+// that do not exist become zeros, whatever lies there: their weight is zero, and zero times NaN is none.
+constexpr int kValueWarps = 3;
+template <typename Config>
+__device__ __forceinline__ void produce_values(const ForwardParams& params, const FoundTile& found, int key_head) {
+  constexpr int kHeadDim = Config::kHeadDim, kChunks = kHeadDim / 8;
+  // Tiles on their way beside the one that is announced next. wgmma may read them only after a fence of the threads that copied, so
+  // they cannot announce themselves; with two more slots than that, one is announced while the tile before it is still in use.
+  constexpr int kAhead = Config::kStages > 4 ? 2 : Config::kStages > 3 ? 1 : 0;
+  using R = Ring<Config>;
+  extern __shared__ __align__(128) char shared[];
+  const R ring{shared_address(shared)};
+  const int warp = threadIdx.x / 32 - 1, lane = threadIdx.x % 32, row = warp * 8 + lane % 8;
+  const int64_t stride = params.v_stride_token;
+  const uint16_t* from = elements<bf16>(params.v) + (found.first_key + row) * stride + key_head * params.v_stride_head;
+  // Rows of an odd number of chunks may begin in the middle of a sector: then the first instruction takes one chunk, not four.
+  const bool halved = kChunks % 2 == 1 && reinterpret_cast<uintptr_t>(from) % 32 != 0;
+  const int chunk = lane / 8 - (halved ? 3 : 0);
+  from += chunk * 8;
+  const uint32_t offset = warp * Config::kKeyStride + chunk * 128 + lane % 8 * 16;
+  int rest = found.tile.other_rows;
+  const int tiles = (rest + Config::kKeys - 1) / Config::kKeys;
+  RingPosition<Config::kStages> position, landed;
+  for (int i = 0; i < tiles + kAhead; ++i) {
+    if (i < tiles) {
+      barrier_wait(ring.empty(position.stage, R::kValues), position.parity ^ 1);
+      uint32_t to = ring.tile(position.stage, R::kValues) + offset;
+      const int padded = min(Config::kKeys, (rest + kImagePadding - 1) / kImagePadding * kImagePadding);
+      const uint16_t* next = from;
+#pragma unroll 1  // unrolled it would keep an address for every round, and these threads have few registers
+      for (int i = row; i < padded; i += kValueWarps * 8) {
+        const int bytes = i < rest ? 16 : 0;
+        unrolled<(kChunks + 3) / 4>([&](auto four) {
+          const int own = four * 4 + chunk;
+          if (own < kChunks && (kChunks % 2 == 0 || own >= 0)) copy_async_16<four * 512>(to, next + four * 32, bytes);
+        });
+        next += kValueWarps * 8 * stride;
+        to += kValueWarps * Config::kKeyStride;
+      }
+      from += Config::kKeys * stride;
+      rest -= Config::kKeys;
+      position.advance();
+    }
+    copy_async_commit();
+    if (i < kAhead) continue;
+    copy_async_wait<kAhead>();
+    fence_async_proxy();
+    __syncwarp();
+    if (lane == 0) barrier_arrive(ring.full(landed.stage, R::kValues));
+    landed.advance();
   }
 }
 
@@ -272,12 +370,15 @@ struct ConsumerWarp : SoftmaxRows<T, Config::kHeadDim, 1> {
 };
 
 template <typename T, int kHeadDim>
-__device__ __forceinline__ void attention_forward_sm90(const ForwardParams& params) {
+__device__ __forceinline__ void attention_forward_sm90(const ForwardSm90Params& all) {
   using Config = ForwardSm90Config<kHeadDim>;
   using R = Ring<Config>;
   extern __shared__ __align__(128) char shared[];
-  const Tile tile = params.tiles[blockIdx.x];
-  if (tile.rows == 0) return;
+  const ForwardParams& params = all.attention;
+  const FoundTile found =
+      params.tiles != nullptr ? FoundTile{params.tiles[blockIdx.x], 0} : find_tile<Config::kQueries>(all, blockIdx.x);
+  const Tile& tile = found.tile;
+  if (tile.rows == 0) return wait_for_grid_before();
   const int head = blockIdx.y;
   const int group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);  // the same for the whole warp, and the compiler knows it
   const int groups = (tile.rows + 63) / 64;  // warpgroups that have queries
@@ -285,7 +386,7 @@ __device__ __forceinline__ void attention_forward_sm90(const ForwardParams& para
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < Config::kStages; ++stage) {
       for (const auto half : {R::kKeys, R::kValues}) {
-        barrier_init(ring.full(stage, half), 1);
+        barrier_init(ring.full(stage, half), half == R::kValues && all.values_in_place ? kValueWarps : 1);
         barrier_init(ring.empty(stage, half), groups * 4);  // every warp that computes
       }
     }
@@ -295,9 +396,13 @@ __device__ __forceinline__ void attention_forward_sm90(const ForwardParams& para
 
   if (group == 0) {
     registers_down_to<Config::kProducerRegisters>();
+    const int key_head = head / params.heads_per_key_head;
     if (threadIdx.x == 0) {
+      wait_for_grid_before();
       RingPosition<Config::kStages> start;
-      produce<Config>(params, tile, head / params.heads_per_key_head, start);
+      produce<Config>(params, tile, key_head, !all.values_in_place, start);
+    } else if (threadIdx.x >= 32 && all.values_in_place) {
+      produce_values<Config>(params, found, key_head);
     }
     return;
   }
@@ -310,6 +415,7 @@ __device__ __forceinline__ void attention_forward_sm90(const ForwardParams& para
                                            (channel >> 3) * Config::kQueryLeading + (row & 7) * 16) +
                (channel & 7);
       });
+  wait_for_grid_before();  // this thread is going to write
   fence_async_proxy();  // of the thread that wrote ...
   named_barrier<1, Config::kConsumers>();
   fence_async_proxy();  // ... and of the one that lets wgmma read what others wrote
@@ -323,6 +429,6 @@ __device__ __forceinline__ void attention_forward_sm90(const ForwardParams& para
 
 }  // namespace comp_kernels
 
-#define INSTANTIATE_FORWARD_SM90(T, kHeadDim)                                                                             \
-  DEFINE_KERNEL(rope_attention_forward_sm90_##T##_##kHeadDim, ForwardParams, attention_forward_sm90, forward_sm90_kernel, \
+#define INSTANTIATE_FORWARD_SM90(T, kHeadDim)                                                                                 \
+  DEFINE_KERNEL(rope_attention_forward_sm90_##T##_##kHeadDim, ForwardSm90Params, attention_forward_sm90, forward_sm90_kernel, \
                 (T, kHeadDim), (ForwardSm90Config<kHeadDim>), kQueries, 1)

@@ -81,6 +81,7 @@ __device__ __forceinline__ void list_longest_first(const PersistentPrepareParams
 // Grid: the list, then every slot and head of q, of k, of v.
 template <typename T>
 __device__ __forceinline__ void prepare_persistent(const PersistentPrepareParams& params) {
+  let_next_grid_start();
   int block = static_cast<int>(blockIdx.x) - 1;
   if (block < 0) return list_longest_first(params);
   const int of_queries = params.slots * params.heads, of_keys = params.slots_k * params.heads_k;
@@ -158,6 +159,7 @@ __device__ __forceinline__ void attention_forward_persistent(const PersistentPar
   fence_async_proxy();  // of the thread that wrote ...
   __syncthreads();
   fence_async_proxy();  // ... and of the one that lets wgmma read what others wrote
+  wait_for_grid_before();  // for the list and all images
   const int items = all.num_tiles * params.num_heads, step = static_cast<int>(gridDim.x);
 
   if (group == 0) {
@@ -180,7 +182,7 @@ __device__ __forceinline__ void attention_forward_persistent(const PersistentPar
       for (int i = 0; i < eights; ++i) {
         copy_bulk(ring.base + buffers.offset() + i * Config::kQueryStride, from + i * 8 * kHeadDim, kHeadDim * 16, buffers.full());
       }
-      produce<Config>(params, tile, head / params.heads_per_key_head, position);
+      produce<Config>(params, tile, head / params.heads_per_key_head, true, position);
     }
     return;
   }

@@ -110,6 +110,7 @@ __device__ __forceinline__ void image_with_stats(const StatsJob& job, const Imag
 // Grid: first tensor and second tensor of every slot and head of the queries, then of the keys.
 template <typename T>
 __device__ __forceinline__ void prepare_sm90(const PrepareSm90Params& params) {
+  let_next_grid_start();
   const int of_queries = 2 * params.queries.slots * params.queries.heads;
   const bool queries = static_cast<int>(blockIdx.x) < of_queries;
   const ImageSide& side = queries ? params.queries : params.keys;

@@ -103,6 +103,10 @@ template <typename T>
 Kernel prepare_sm90_kernel() {
   return {};
 }
+template <typename T>
+Kernel images_kernel() {
+  return {};
+}
 #endif
 
 Kernel sm90_kernel_of(const Params& p, Pass pass) {
@@ -128,6 +132,10 @@ int persistent_blocks = 0;
 Kernel persistent_kernel_of(const Params& p) {
   return p.dtype == COMP_KERNELS_BFLOAT16 ? persistent_kernel_of<bf16>(p.head_dim) : persistent_kernel_of<fp16>(p.head_dim);
 }
+
+// Whether kernels of sm_90a are launched before the one that prepares for them has ended (kernel.h), and whether their forward reads
+// values where they are. Both are off: they have not run on a GPU yet.
+bool dependent_launches = false, values_in_place = false;
 
 // Calls whose sequences have at most this many rows on average go to the kernels for short sequences. They are right for any
 // length: only speed depends on the guess. None do unless asked for: they have not run on a GPU yet.
@@ -217,14 +225,16 @@ struct ForwardWorkspace {
 
 struct ForwardSm90Workspace {
   int64_t slots;  // key tiles per head
-  Tile* tiles;
-  uint16_t *k_images, *v_images;
+  uint16_t *k_images, *v_images;  // v_images: null where values stay where they are
+  Tile* tiles;  // null where blocks find their own
 
-  ForwardSm90Workspace(Workspace& memory, const Params& p)
-      : slots(max_tiles(p.num_tokens_k, p.num_sequences, kImageKeys)),
-        tiles(memory.take<Tile>(max_tiles(p.num_tokens, p.num_sequences, sm90_kernel_of(p, Pass::kForward).rows))),
-        k_images(memory.take<uint16_t>(p.num_heads_k * slots * kImageKeys * p.head_dim)),
-        v_images(memory.take<uint16_t>(p.num_heads_k * slots * kImageKeys * p.head_dim)) {}
+  ForwardSm90Workspace(Workspace& memory, const Params& p) : slots(max_tiles(p.num_tokens_k, p.num_sequences, kImageKeys)) {
+    const int64_t images = p.num_heads_k * slots * kImageKeys * p.head_dim;
+    k_images = memory.take<uint16_t>(images);
+    v_images = values_in_place ? nullptr : memory.take<uint16_t>(images);
+    const int64_t num_tiles = max_tiles(p.num_tokens, p.num_sequences, sm90_kernel_of(p, Pass::kForward).rows);
+    tiles = values_in_place || dependent_launches ? nullptr : memory.take<Tile>(num_tiles);
+  }
 };
 
 struct PersistentWorkspace {
@@ -423,10 +433,18 @@ const char* forward_sm90(const Params& p, void* memory, void* stream) {
   const Kernel maker = p.dtype == COMP_KERNELS_BFLOAT16 ? images_kernel<bf16>() : images_kernel<fp16>();
   if (const char* wrong = launch(maker, workspace.slots + 1, p.num_heads_k, images, stream)) return wrong;
 
-  ForwardParams params = forward_params(p, workspace.tiles);
-  params.k = workspace.k_images, params.v = workspace.v_images;
-  params.k_stride_head = params.v_stride_head = workspace.slots * kImageKeys * p.head_dim;
-  return launch(kernel, max_tiles(p.num_tokens, p.num_sequences, kernel.rows), p.num_heads, params, stream);
+  ForwardSm90Params params{};
+  ForwardParams& attention = params.attention = forward_params(p, workspace.tiles);
+  attention.k = workspace.k_images;
+  attention.k_stride_head = attention.v_stride_head = workspace.slots * kImageKeys * p.head_dim;
+  attention.v = workspace.v_images;
+  if (values_in_place) {
+    attention.v = p.v, attention.v_stride_token = p.v_stride_token, attention.v_stride_head = p.v_stride_head;
+  }
+  params.cu_seqlens = p.cu_seqlens, params.cu_seqlens_k = p.cu_seqlens_k;
+  params.sequences = static_cast<int>(p.num_sequences);
+  params.values_in_place = values_in_place;
+  return launch(kernel, max_tiles(p.num_tokens, p.num_sequences, kernel.rows), p.num_heads, params, stream, dependent_launches);
 }
 
 ImageJob image_of(const void* x, int64_t stride_token, int64_t stride_head, const Tables& tables, uint16_t* images) {
@@ -464,7 +482,7 @@ const char* forward_persistent(const Params& p, void* memory, void* stream) {
   const int64_t items = workspace.num_tiles * p.num_heads;
   if (items > INT32_MAX / 2)
     return failure("at most %d tiles of all heads, got %lld", INT32_MAX / 2, static_cast<long long>(items));
-  return launch(kernel, std::min<int64_t>(persistent_blocks, items), 1, params, stream);
+  return launch(kernel, std::min<int64_t>(persistent_blocks, items), 1, params, stream, dependent_launches);
 }
 
 const char* forward_short(const Params& p, const Kernel& kernel, void* stream) {
@@ -547,15 +565,14 @@ const char* backward_sm90(const Params& p, void* memory, void* stream) {
   params.first = gradient_of(p, true);
   params.second.dx = p.dv;
   params.second.heads = static_cast<int>(p.num_heads_k);
-  if (const char* wrong = launch(sm90_kernel_of(p, Pass::kBackwardKeys), workspace.key_slots, p.num_heads_k, params, stream)) {
-    return wrong;
-  }
+  const Kernel of_keys = sm90_kernel_of(p, Pass::kBackwardKeys), of_queries = sm90_kernel_of(p, Pass::kBackwardQueries);
+  if (const char* wrong = launch(of_keys, workspace.key_slots, p.num_heads_k, params, stream, dependent_launches)) return wrong;
   std::swap(params.row_one, params.column_one);
   std::swap(params.row_two, params.column_two);
   std::swap(params.row_slots, params.column_slots);
   params.tiles = workspace.query_tiles;
   params.first = gradient_of(p, false);
-  return launch(sm90_kernel_of(p, Pass::kBackwardQueries), workspace.query_slots, p.num_heads, params, stream);
+  return launch(of_queries, workspace.query_slots, p.num_heads, params, stream, dependent_launches);
 }
 
 const char* backward_short(const Params& p, const Kernel& kernel, void* stream) {
@@ -637,6 +654,16 @@ COMP_KERNELS_EXPORT void comp_kernels_cuda_rope_attention_set_short(int32_t rows
 // Results agree within rounding. For tests and for measuring the kernels against each other.
 COMP_KERNELS_EXPORT void comp_kernels_cuda_rope_attention_set_persistent(int32_t blocks) {
   comp_kernels::persistent_blocks = blocks;
+}
+
+// Not 0: kernels of sm_90a are launched before the kernel that prepares for them has ended. 0, as it is unless set: after it. The same
+// bits. For tests and for measuring the kernels against each other.
+COMP_KERNELS_EXPORT void comp_kernels_cuda_rope_attention_set_dependent(int32_t on) { comp_kernels::dependent_launches = on != 0; }
+
+// Not 0: the forward of sm_90a with a block per tile reads values where they are; 0, as it is unless set: from a copy. The same bits.
+// For tests and for measuring the kernels against each other.
+COMP_KERNELS_EXPORT void comp_kernels_cuda_rope_attention_set_values_in_place(int32_t on) {
+  comp_kernels::values_in_place = on != 0;
 }
 
 // Bytes of device memory that a forward or backward call needs besides its arguments; 256-byte aligned.

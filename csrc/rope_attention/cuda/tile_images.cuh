@@ -1,5 +1,5 @@
-// Key tiles as images for sm_90a: turned keys, and values, of every sequence laid out so that one bulk copy brings a tile in
-// the order in which wgmma reads it.
+// Key tiles as images for sm_90a: turned keys, and values where asked for, of every sequence laid out so that one bulk copy brings
+// a tile in the order in which wgmma reads it.
 //
 // A tile holds kImageKeys keys of one sequence and head: [keys / 8][head_dim / 8][8 keys][8 channels]. Slot start / kImageKeys +
 // b holds the first tile of sequence b: slots of different sequences never meet, and no prefix sum is needed. Keys that do not
@@ -20,11 +20,11 @@ struct ImageParams {
   const uint16_t* k;  // [Tk, Hkv, D]
   const uint16_t* v;
   uint16_t* k_images;  // [Hkv, slots, kImageKeys, head_dim]
-  uint16_t* v_images;
+  uint16_t* v_images;  // null: values stay where they are
   const int32_t* cu_seqlens_k;
   Tables tables;  // of the keys; cos == nullptr: not turned
   int64_t k_stride_token, k_stride_head, v_stride_token, v_stride_head;
-  ListJob list;  // the first block of the first head lists the query tiles
+  ListJob list;  // the first block of the first head lists the query tiles; tiles == nullptr: no list
   int sequences, slots, head_dim;
 };
 
@@ -35,10 +35,11 @@ __device__ __forceinline__ int first_slot(const int32_t* cu_seqlens, int sequenc
 // Grid: [slots + 1, Hkv].
 template <typename T>
 __device__ __forceinline__ void make_images(const ImageParams& params) {
+  let_next_grid_start();  // no block of it reads anything of ours before all of ours have ended
   const int head = blockIdx.y, head_dim = params.head_dim, slot = static_cast<int>(blockIdx.x) - 1;
   if (slot < 0) {
     const ListJob& job = params.list;
-    if (head == 0) {
+    if (head == 0 && job.tiles != nullptr) {
       list_tiles<kImageThreads>(job.tiles, job.cu_seqlens, job.cu_seqlens_other, params.sequences, job.tokens, job.tile,
                                 kImageKeys);
     }
@@ -60,7 +61,6 @@ __device__ __forceinline__ void make_images(const ImageParams& params) {
 
   const int64_t image = (static_cast<int64_t>(head) * params.slots + slot) * kImageKeys * head_dim;
   const uint16_t* k = params.k + start * params.k_stride_token + head * params.k_stride_head;
-  const uint16_t* v = params.v + start * params.v_stride_token + head * params.v_stride_head;
   auto place = [&](int row, int channel) {
     return image + ((row >> 3) * (head_dim >> 3) + (channel >> 3)) * 64 + (row & 7) * 8 + (channel & 7);
   };
@@ -74,11 +74,15 @@ __device__ __forceinline__ void make_images(const ImageParams& params) {
         [&](int slot, int row, int chunk) { chunks[slot] = *reinterpret_cast<const uint4*>(from + row * stride + chunk * 8); },
         [&](int slot, int row, int chunk) { *reinterpret_cast<uint4*>(images + place(row, chunk * 8)) = chunks[slot]; });
   };
-  copy(v, params.v_stride_token, params.v_images);
+  const bool values = params.v_images != nullptr;
+  if (values) {
+    copy(params.v + start * params.v_stride_token + head * params.v_stride_head, params.v_stride_token, params.v_images);
+  }
   if (!turned) copy(k, params.k_stride_token, params.k_images);
   for_each_in_rows(threadIdx.x, kImageThreads, padded - rows, head_dim / 8, [&](int row, int chunk) {
     const int64_t at = place(rows + row, chunk * 8);
-    *reinterpret_cast<uint4*>(params.v_images + at) = *reinterpret_cast<uint4*>(params.k_images + at) = uint4{0, 0, 0, 0};
+    *reinterpret_cast<uint4*>(params.k_images + at) = uint4{0, 0, 0, 0};
+    if (values) *reinterpret_cast<uint4*>(params.v_images + at) = uint4{0, 0, 0, 0};
   });
   if (!turned) return;
   const int64_t table = static_cast<int64_t>(start) * params.tables.token_stride + head * params.tables.head_stride;

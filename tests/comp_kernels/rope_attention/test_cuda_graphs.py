@@ -10,12 +10,18 @@ from comp_kernels.testing import assert_within_budget, plain_rope_attention
 
 HEADS, HEAD_DIM = 2, 64
 
-# (compute capability, dtype, rows, bounds of sequences): the first are captured, the others replayed. Fewer sequences than the
+# (device and switches, dtype, rows, bounds of sequences): the first are captured, the others replayed. Fewer sequences than the
 # bound end with empty ones, and rows behind the last belong to none. 600 rows for two sequences take the sm_90a backward.
 BOUNDS = [
-    (80, torch.bfloat16, 200, ([0, 60, 130, 130, 190], [0, 1, 2, 3, 4], [0, 0, 0, 200, 200], [0, 50, 100, 150, 200])),
-    (80, torch.float32, 200, ([0, 60, 130, 130, 190], [0, 1, 2, 3, 4], [0, 0, 0, 200, 200])),
-    (90, torch.bfloat16, 600, ([0, 300, 600], [0, 0, 600], [0, 1, 130])),
+    (
+        dict(capability=80),
+        torch.bfloat16,
+        200,
+        ([0, 60, 130, 130, 190], [0, 1, 2, 3, 4], [0, 0, 0, 200, 200], [0, 50, 100, 150, 200]),
+    ),
+    (dict(capability=80), torch.float32, 200, ([0, 60, 130, 130, 190], [0, 1, 2, 3, 4], [0, 0, 0, 200, 200])),
+    (dict(capability=90), torch.bfloat16, 600, ([0, 300, 600], [0, 0, 600], [0, 1, 130])),
+    (dict(capability=90, dependent=True, values_in_place=True), torch.bfloat16, 600, ([0, 300, 600], [0, 1, 130])),
 ]
 
 
@@ -68,11 +74,11 @@ def by_cuda(*args, **kwargs):
 @pytest.mark.emulated
 @needs_cuda_emulation
 @pytest.mark.parametrize(
-    ("capability", "dtype", "rows", "bounds"), BOUNDS, ids=lambda x: str(x) if not isinstance(x, tuple) else ""
+    ("device", "dtype", "rows", "bounds"), BOUNDS, ids=["sm_80", "sm_80_float32", "sm_90a", "sm_90a_dependent_in_place"]
 )
-def test_one_capture_serves_all_bounds(capability, dtype, rows, bounds):
+def test_one_capture_serves_all_bounds(device, dtype, rows, bounds):
     tower, recording = Tower(rows, bounds[0], dtype), Recording()
-    with launches_on_emulator(capability=capability, recording=recording):
+    with launches_on_emulator(recording=recording, **device):
         found = tower.run(by_cuda)
     tower.check(found)
     for seed, others in enumerate(bounds[1:], 1):
@@ -80,6 +86,6 @@ def test_one_capture_serves_all_bounds(capability, dtype, rows, bounds):
         recording.replay()
         tower.check(found)
         again = Recording()
-        with launches_on_emulator(capability=capability, recording=again):
+        with launches_on_emulator(recording=again, **device):
             tower.run(by_cuda)
         assert [launch[:4] for launch in again.launches] == [launch[:4] for launch in recording.launches]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import triton
-from cuda_emulation import HOOK, needs_cuda_emulation
+from cuda_emulation import HOOK, needs_cuda_emulation, switch
 
 from comp_kernels import _native
 from comp_kernels.ops.rope_attention import native
@@ -27,7 +27,7 @@ def launches(capability: int, head_dim: int, precision: str, rows: int) -> dict[
     """Kernel -> (threads, dynamic shared bytes) of a forward and a backward call of two sequences."""
     found = {}
 
-    def note(kernel, grid_x, grid_y, threads, shared_bytes, cooperative, params, params_bytes):
+    def note(kernel, grid_x, grid_y, threads, shared_bytes, kind, params, params_bytes):
         found[kernel.decode()] = threads, shared_bytes
 
     library, hook = _native.cuda(), HOOK(note)
@@ -40,18 +40,16 @@ def launches(capability: int, head_dim: int, precision: str, rows: int) -> dict[
     )  # fmt: skip
     library.comp_kernels_cuda_set_launch_hook.argtypes = [ctypes.c_void_p, ctypes.c_int32]
     library.comp_kernels_cuda_set_launch_hook(ctypes.cast(hook, ctypes.c_void_p), capability)
-    set_short = library.comp_kernels_cuda_rope_attention_set_short
-    set_short.argtypes, set_short.restype = [ctypes.c_int32], None
     try:
         for short in (0, 1024):
-            set_short(short)
+            switch(short=short)
             for which in ("forward", "backward"):
                 function = getattr(library, f"comp_kernels_cuda_rope_attention_{which}")
                 function.argtypes = [ctypes.POINTER(native.Params), ctypes.c_void_p, ctypes.c_void_p]
                 function.restype = ctypes.c_char_p
                 _native.call(function, params, 4096, None)
     finally:
-        set_short(0)
+        switch()
         library.comp_kernels_cuda_set_launch_hook(None, 0)
     return found
 

@@ -27,7 +27,7 @@ class KernelError(Exception):
     """A check failed while the kernel ran.
 
     kind is one of out-of-bounds, misaligned, uninitialised, race, async-copy, barrier, deadlock, divergence, warp-sync,
-    mbarrier, tensormap, wgmma, proxy, limit, trap, assert, control, unsupported.
+    mbarrier, tensormap, wgmma, proxy, dependent-launch, limit, trap, assert, control, unsupported.
     """
 
     def __init__(
@@ -155,6 +155,7 @@ class Kernel:
         buffers: Sequence[Any] = (),
         smem_fill: int = 0xCD,
         num_sms: int = 108,
+        after: Sequence[tuple] | None = None,
     ) -> rep.Report:
         """Run the kernel.
 
@@ -163,6 +164,8 @@ class Kernel:
         threads     worker threads over the blocks (default: CPU count, at most 8); 1 runs blocks in order
         seed        seeds the warp schedule; quantum bounds the instructions a warp runs before another is chosen
         cooperative runs all blocks of the grid interleaved (grid-wide barriers)
+        after       a programmatic dependent launch: the address ranges that the kernels before may still be writing
+                    (`written()` of their reports), which no thread may read before its griddepcontrol.wait
         """
         low = self.low
         g, b = _dim3(grid), _dim3(block)
@@ -223,6 +226,12 @@ class Kernel:
             smem_fill,
             num_sms,
         )
+        earlier = np.array(sorted(after or ()), np.uint64).reshape(-1, 2)
+        if len(earlier):  # those that touch or overlap become one
+            ends = np.maximum.accumulate(earlier[:, 1])
+            first = np.append(True, earlier[1:, 0] > ends[:-1])
+            earlier = np.stack([earlier[first, 0], np.append(ends[:-1][first[1:]], ends[-1])], 1)
+        A.dependent, A.nearlier, A.earlier = int(after is not None), len(earlier), earlier.ctypes.data
         warps = cl[0] * cl[1] * cl[2] * ((n + 31) // 32)
         if warps > 96:
             raise ValueError("clusters of more than 96 warps are not supported")
@@ -247,6 +256,7 @@ class Kernel:
             seconds=dt,
         )
         r = rep.make_report(self, stats, summary, ld, st, info)
+        r.stores = st, [(lo, hi, R[k].bit0) for k, (lo, hi, _) in enumerate(merged)]
         r.output = out.value.decode(errors="replace")
         return r
 

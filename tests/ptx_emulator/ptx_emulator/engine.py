@@ -86,6 +86,9 @@ class LaunchArgs(C.Structure):
         ("max_steps", C.c_uint64),
         ("smem_fill", C.c_uint32),
         ("nsm", C.c_uint32),
+        ("dependent", C.c_uint32),
+        ("nearlier", C.c_uint32),
+        ("earlier", C.c_void_p),
     ]
 
 

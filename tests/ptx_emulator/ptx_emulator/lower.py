@@ -1059,7 +1059,7 @@ class Lowerer:
             sp = 3 if not self.cur.entry or hint == "local" else 4
         if sp in (0, 2):
             self.gran_sizes.add(size)
-        self.emit("ld", d=d, s=[a], o=[a] + d, m=[sp, size, sx, rs, asz, strong], imm=off)
+        self.emit("ld", d=d, s=[a], o=[a] + d, m=[sp, size, sx, rs, asz, strong, int("nc" in p)], imm=off)
 
     op_ldu = op_ld
 
@@ -1118,8 +1118,11 @@ class Lowerer:
     def nop(self, i, p, o):
         self.emit("nop")
 
-    op_membar = op_prefetch = op_prefetchu = op_discard = op_applypriority = op_nanosleep = op_griddepcontrol = nop
+    op_membar = op_prefetch = op_prefetchu = op_discard = op_applypriority = op_nanosleep = nop
     op_setmaxnreg = op_pmevent = op_brkpt = nop
+
+    def op_griddepcontrol(self, i, p, o):
+        self.emit("griddepcontrol.wait" if "wait" in p else "nop")
 
     def op_fence(self, i, p, o):
         self.emit("fence.proxy" if "proxy" in p else "nop")

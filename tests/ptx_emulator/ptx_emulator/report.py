@@ -73,6 +73,17 @@ class Report(dict):
 
     instructions: list
     output: str = ""
+    stores: tuple  # a bit per 32-byte sector that was written; first byte, end and first bit of every buffer
+
+    def written(self) -> list[tuple[int, int]]:
+        """Address ranges that the launch wrote, in whole sectors of 32 bytes."""
+        bits, buffers = np.unpackbits(self.stores[0], bitorder="little"), self.stores[1]
+        found = []
+        for lo, hi, first in buffers:
+            sectors = bits[first : first + ((hi - 1) >> 5) - (lo >> 5) + 1]
+            edges = np.flatnonzero(np.diff(sectors, prepend=0, append=0).astype(bool)) if len(sectors) else []
+            found += [((lo >> 5) + int(a) << 5, (lo >> 5) + int(b) << 5) for a, b in zip(edges[::2], edges[1::2])]
+        return found
 
     def table(self) -> str:
         L = []

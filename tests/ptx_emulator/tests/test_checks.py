@@ -140,3 +140,70 @@ def test_unsupported_instruction():
     ptx = """.version 8.0\n.target sm_80\n.address_size 64\n.visible .entry k() { tex.1d.v4.f32.s32 {%f1}, [x, {%r1}]; ret; }"""
     with pytest.raises(pe.PtxError, match="line 4|tex"):
         pe.load(ptx).kernel()
+
+
+PROXY = r"""
+// Values go through shared memory to a bulk store. which: 0 the writer fences, 1 the thread that stores, 2 nobody, 3 the writer, but
+// before it writes.
+extern "C" __global__ void publish(float* out, int which) {
+  __shared__ __align__(16) float s[32];
+  if (threadIdx.x < 32) {
+    if (which == 3) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    s[threadIdx.x] = threadIdx.x;
+    if (which == 0) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  }
+  __syncthreads();
+  if (threadIdx.x == 32) {
+    if (which == 1) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    unsigned from = (unsigned)__cvta_generic_to_shared(s);
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], 128;\ncp.async.bulk.commit_group;\n"
+                 "cp.async.bulk.wait_group 0;" ::"l"(out), "r"(from) : "memory");
+  }
+}
+// which: 0 as it should be, 1 reads before it waits, 2 writes before, 3 one warp does not wait, 4 one block does not, 5 reads by ld.nc
+extern "C" __global__ void dependent(const float* before, const float* input, float* out, int which) {
+  float x = input[threadIdx.x];
+  if (which == 1) x += before[threadIdx.x];
+  if (which == 2) out[threadIdx.x] = x;
+  if (which == 4 && blockIdx.x > 0) return;
+  if (which != 3 || threadIdx.x < 32) asm volatile("griddepcontrol.wait;" ::: "memory");
+  out[threadIdx.x] = x + (which == 5 ? __ldg(before + threadIdx.x) : before[threadIdx.x]);
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def sm90():
+    return pe.compile_cuda(PROXY, arch="sm_90a")
+
+
+@pytest.mark.parametrize(("which", "right"), [(0, True), (1, True), (2, False), (3, False)])
+def test_a_fence_between_proxies_on_either_side_of_the_barrier(sm90, which, right):
+    out = np.zeros(32, np.float32)
+    if right:
+        sm90.kernel("publish").launch(1, 64, [out, which], check_proxy=True)
+        assert (out == np.arange(32)).all()
+    else:
+        with pytest.raises(pe.KernelError) as error:
+            sm90.kernel("publish").launch(1, 64, [out, which], check_proxy=True)
+        assert error.value.kind == "proxy"
+
+
+@pytest.mark.parametrize(
+    ("which", "message"), [(0, ""), (1, "read of"), (2, "write of"), (3, "read of"), (4, "a block ended"), (5, "ld.global.nc")]
+)
+def test_dependent_launches_wait_before_they_touch_memory(sm90, which, message):
+    before, data, out = (np.zeros(64, np.float32) for _ in range(3))
+    first = (
+        pe.compile_cuda('extern "C" __global__ void fill(float* x) { x[threadIdx.x] = 1; }').kernel().launch(1, 64, [before])
+    )
+    assert first.written() == [(before.ctypes.data & ~31, before.ctypes.data + 256 + 31 & ~31)]
+    kernel, args = sm90.kernel("dependent"), [before, data, out, which]
+    kernel.launch(2, 64, args)  # launched as usual it may do all that
+    if not message:
+        kernel.launch(2, 64, args, after=first.written())
+        assert (out == 1).all()
+    else:
+        with pytest.raises(pe.KernelError, match=message) as error:
+            kernel.launch(2, 64, args, after=first.written())
+        assert error.value.kind == "dependent-launch"

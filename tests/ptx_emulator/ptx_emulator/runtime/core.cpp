@@ -225,8 +225,13 @@ static void hCpMbArrive(Warp& w, const Insn& I, u32 m) {
   }
 }
 REG("cp.async.mbarrier", hCpMbArrive);
-static void hProxyFence(Warp& w, const Insn&, u32) { w.fence_vc = w.vc; }
+static void hProxyFence(Warp& w, const Insn&, u32) {
+  for (int i = 0; i < 128; i++) w.vc.f[i] = std::max(w.vc.f[i], w.vc.c[i]);
+  release(w);  // later writes are not behind this fence
+}
 REG("fence.proxy", hProxyFence);
+static void hGridWait(Warp& w, const Insn&, u32 m) { w.waited |= m; w.cta->waited = true; }
+REG("griddepcontrol.wait", hGridWait);
 
 // ---- cluster barrier ----------------------------------------------------------------------------------------
 static void hClArrive(Warp& w, const Insn&, u32 m) {
@@ -814,6 +819,7 @@ static void worker(const Program* P, LaunchArgs* L, Shared* S, u32 tid, std::vec
           c->id[2] = cz * L->cluster[2] + rz;
           c->linear = c->id[0] + (u64)L->grid[0] * (c->id[1] + (u64)L->grid[1] * c->id[2]);
           c->insns = 0;
+          c->waited = false;
           memset(c->smem, L->smem_fill, smem);
           std::fill(c->W.begin(), c->W.end(), 0);
           for (auto& R : c->R) if (R == FULL) R = 0;
@@ -827,7 +833,7 @@ static void worker(const Program* P, LaunchArgs* L, Shared* S, u32 tid, std::vec
             w->div = false; w->divcount = 0; w->blocked = w->done = false; w->timeout = 0; w->cc = 0;
             w->vc.fill(k.clk_base);
             w->vc.c[w->actor]++;
-            w->fence_vc.fill(k.clk_base);
+            w->waited = 0;
             w->cpa.clear();
             memset(w->cpgroup, 0, sizeof w->cpgroup);
             memset(w->bulkgroup, 0, sizeof w->bulkgroup);
@@ -864,6 +870,7 @@ static void worker(const Program* P, LaunchArgs* L, Shared* S, u32 tid, std::vec
       }
       run_group(k, g, &cur);
       for (auto* C : g.clusters) for (auto* c : C->ctas) {
+        if (L->dependent && !c->waited) throw SimError("dependent-launch", "a block ended without griddepcontrol.wait: the grid could end before the one that it depends on");
         for (auto* w : c->warps) maxclk = std::max(maxclk, w->vc.c[w->actor]);
         for (auto& b : c->mbars) maxclk = std::max(maxclk, b.second.clk);
         k.summary[SM_CTAS]++;

@@ -143,6 +143,9 @@ struct LaunchArgs {
   u64 max_steps;
   u32 smem_fill;
   u32 nsm;
+  u32 dependent;       // launched while the kernels before may still run
+  u32 nearlier;
+  const u64* earlier;  // what those write: first byte and end of each range, ascending
 };
 
 struct Program {
@@ -169,11 +172,13 @@ constexpr u32 MAX_ACTORS = 126;
 static inline u32 wpack(u32 actor, u32 clk) { return (actor << 24) | clk; }
 
 struct VClock {
-  u32 c[128];
+  u32 c[128];  // what is known of every actor
+  u32 f[128];  // and how far a fence between generic and asynchronous accesses lies on the way from there
   void join(const VClock& o) {
     for (int i = 0; i < 128; i++) c[i] = c[i] > o.c[i] ? c[i] : o.c[i];
+    for (int i = 0; i < 128; i++) f[i] = f[i] > o.f[i] ? f[i] : o.f[i];
   }
-  void fill(u32 v) { for (auto& x : c) x = v; }
+  void fill(u32 v) { for (auto& x : c) x = v; for (auto& x : f) x = v; }
 };
 
 struct NamedBar {
@@ -212,6 +217,7 @@ struct Cta {
   std::unordered_map<u32, MBar> mbars;
   std::vector<Warp*> warps;
   u32 live_warps;
+  bool waited;  // any of its threads has executed griddepcontrol.wait
   u64 insns;
 };
 
@@ -259,8 +265,8 @@ struct Warp {
   u8 timeout;     // a blocked try_wait may return false
   u32 cc;         // carry flag, one bit per lane
   u32 barid[32], barline[32];
-  VClock vc, fence_vc;
-  u32 fence_clk;
+  VClock vc;
+  u32 waited;  // lanes that have executed griddepcontrol.wait
   u8* local;
   std::vector<u32> rstack[32];  // return stack: pc of the call
   std::vector<u32> fbusy;
