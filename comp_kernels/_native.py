@@ -94,8 +94,13 @@ def cuda() -> ctypes.CDLL:
     return _usable(_cuda())
 
 
+_serving: set[torch.device] = set()  # GPUs that the CUDA library runs on: torch takes microseconds to tell
+
+
 def cuda_unavailable_reason(device: torch.device) -> str | None:
     """Why the CUDA library cannot run on `device`, or None."""
+    if device in _serving:
+        return None
     if device.type != "cuda":
         return f"the cuda backend needs tensors on a CUDA device, not on {device}"
     if torch.version.hip is not None:
@@ -105,7 +110,11 @@ def cuda_unavailable_reason(device: torch.device) -> str | None:
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     major, minor = torch.cuda.get_device_capability(device)
-    return None if major >= 8 else f"compute capability 8.0 or later is needed, {device} has {major}.{minor}"
+    if major < 8:
+        return f"compute capability 8.0 or later is needed, {device} has {major}.{minor}"
+    if device.index is not None:  # else it is whichever is current
+        _serving.add(device)
+    return None
 
 
 def stream(x: Tensor) -> int:

@@ -43,9 +43,14 @@ def architecture(device: torch.device) -> str:
         return _redirection[0]
     if device.type == "cpu":
         return "interpreter"
+    return _architecture(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _architecture(index: int) -> str:
     if torch.version.hip:
-        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
+        return torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(index)
     return f"sm_{major}{minor}"
 
 

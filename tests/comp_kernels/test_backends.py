@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import comp_kernels as ck
-from comp_kernels import _backends, info
+from comp_kernels import _backends, _native, info
 from comp_kernels._triton import launches_go_to
 from comp_kernels.ops.alignment_loss.call import Call as AlignmentCall
 from comp_kernels.ops.rope_attention import reference_backend
@@ -178,6 +178,28 @@ def test_kernels_that_no_gpu_has_run_come_after_others(dtype, head_dim, preferen
     cpu = torch.device("cpu")
     assert _backends.choose_backend("rope_attention", None, cpu, call) == (expected, True)
     assert _backends.choose_backend("rope_attention", "cuda", cpu, call) == ("cuda", False)  # by name
+
+
+def test_a_gpu_is_asked_once(monkeypatch):
+    """torch takes microseconds to tell what a GPU is, in every call; what is refused is asked again."""
+    asked, capability = [], (7, 5)
+
+    def get_device_capability(device):
+        asked.append(device)
+        return capability
+
+    monkeypatch.setattr(_native, "_serving", set())
+    monkeypatch.setattr(_native, "_cuda", lambda: None)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", get_device_capability)
+    first, second, current = (torch.device(name) for name in ("cuda:0", "cuda:1", "cuda"))
+    assert "8.0 or later is needed" in _native.cuda_unavailable_reason(first)
+    capability = (9, 0)
+    for device, count in ((first, 1), (second, 1), (current, 2)):
+        asked.clear()
+        assert _native.cuda_unavailable_reason(device) is _native.cuda_unavailable_reason(device) is None
+        assert asked == [device] * count
 
 
 @pytest.fixture

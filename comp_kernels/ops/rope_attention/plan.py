@@ -174,8 +174,9 @@ def look(x: Tensor | None) -> tuple | None:
 
 def keep(found: tuple | None, plan: Plan, tensors: Tensors, call: Call) -> None:
     """The plan by which the call went, for those that look like it; where the checks changed tensors there is none."""
-    copied = any(x is not None and x is not used for x, used in zip(tensors, call))
-    if found is None or copied or call.q.is_meta or not are_plain(tensors):
+    if found is None or call.q.is_meta or not are_plain(tensors):
+        return
+    if any(x is not None and x is not used for x, used in zip(tensors, call)):
         return
     plan.prepare(call)
     if len(_plans) >= MAX_PLANS:
