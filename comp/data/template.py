@@ -4,8 +4,9 @@
     <|im_start|>user\\n<|vision_start|><|image_pad|>...<|vision_end|>What is this?<|im_end|>\\n
     <|im_start|>assistant\\nA cat.<|im_end|>\\n
 
-An image stands as one <|image_pad|> per visual token. The answers and their <|im_end|> are learned, in every assistant turn
-that has a text and is not marked otherwise.
+The ids are those of the conversation tokenised in one piece, as other programs do with an export. An image stands as one
+<|image_pad|> per visual token. The answers and their <|im_end|> are learned, in every assistant turn that has a text and is not
+marked otherwise.
 """
 
 from __future__ import annotations
@@ -94,8 +95,11 @@ class ChatTemplate:
         self.pad_id, self.turn_start, self.turn_end, self.vision_start, self.vision_end, self.image_id = (
             vocabulary[token] for token in SPECIAL_TOKENS
         )
-        self.newline = self.encode_text("\n")
-        self.heads = {role: [self.turn_start, *self.encode_text(role), *self.newline] for role in ROLES}
+        self._line_end = self.encode_text("\n")
+        self._joins_special = self._is_joined_to_special_tokens()
+        self.newline = self._encode_parts(["\n"], [self._joins_special])[0]
+        heads = self._encode_parts([f"{role}\n" for role in ROLES], [self._joins_special] * len(ROLES))
+        self.heads = {role: [self.turn_start, *ids] for role, ids in zip(ROLES, heads)}
 
     @property
     def end_ids(self) -> list[int]:
@@ -129,7 +133,8 @@ class ChatTemplate:
         labels: list[int] = []
         counts = iter(visual_tokens)
         messages_with_system = self._with_system(messages)
-        texts = self.encode_texts([message.text for message in messages_with_system])
+        joined = [not message.images or self._joins_special for message in messages_with_system]
+        texts = self._encode_parts([message.text for message in messages_with_system], joined)
         for message, text_ids in zip(messages_with_system, texts):
             head = self._head(message.role) + self._images(message, counts)
             body = [*text_ids, self.turn_end]
@@ -153,6 +158,23 @@ class ChatTemplate:
         answers = [m.text for m in sample.messages if _is_learned(m)]
         order = range(len(answers)) if shuffle is None else shuffle.permutation(len(answers))
         return " ".join(answers[i] for i in order)
+
+    def _encode_parts(self, texts: Sequence[str], joined: Sequence[bool]) -> list[list[int]]:
+        """Ids of texts as they stand within a conversation: those that are `joined` to what is before them, as a turn is to the
+        line with its role, have no blank in front, which tokenizers in the manner of Llama 2 put where a text begins."""
+        parts = self.encode_texts(["\n" + text if join else text for text, join in zip(texts, joined)])
+        start = len(self._line_end)
+        for number, (text, join) in enumerate(zip(texts, joined)):
+            if join and parts[number][:start] == self._line_end:
+                parts[number] = parts[number][start:]
+            elif join:  # it begins with a blank that became one word with the end of the line
+                parts[number] = self.encode_text(text)
+        return parts
+
+    def _is_joined_to_special_tokens(self) -> bool:
+        """Whether the tokenizer takes what follows a special token as the rest of a line, and not as a text that begins."""
+        alone, behind = self.encode_text("user"), self.tokenizer(f"{TURN_END}user", add_special_tokens=False)["input_ids"][1:]
+        return behind != alone and behind == self._encode_parts(["user"], [True])[0]
 
     def _with_system(self, messages: Sequence[Message]) -> list[Message]:
         has_system = bool(messages) and messages[0].role == "system"
