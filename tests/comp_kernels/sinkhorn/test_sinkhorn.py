@@ -1,5 +1,7 @@
 """sinkhorn on every backend: the definition's answers and POT's, what a plan must satisfy, and its gradients."""
 
+import math
+
 import numpy as np
 import ot
 import pytest
@@ -158,6 +160,21 @@ def test_plans_are_plans_however_large_the_scores(places, dtype):
         assert plan.amax() <= 1 + 1e-6
         scores[7, 9] = torch.nan
         assert ck.sinkhorn(scores, epsilon=0.05, backend="cpu").isnan().any()
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize("order", ("cols_rows", "rows_cols"))
+@pytest.mark.parametrize("bits", (100, 126.5, 127.5, 128, 150, 200, 255, 300, 383, 400, 1100, 2000))
+def test_a_single_exponent_beyond_the_range(bits, order, dtype):
+    """A few entries judge first whether a shift is needed; one elsewhere counts as much, whatever 2^bits wraps around to."""
+    scores = torch.rand(40, 300, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    scores[5, 280] = bits * math.log(2)
+    settings = dict(epsilon=1.0, num_iters=3, order=order)
+    plan, exact = ck.sinkhorn(scores, **settings, backend="cpu"), reference.sinkhorn(scores.double(), **settings)
+    if dtype == torch.float64:  # no peer is more exact
+        torch.testing.assert_close(plan, exact, rtol=1e-10, atol=1e-12)
+    else:
+        assert_within_budget(f"{bits} bits", plan, exact, reference.sinkhorn(scores, **settings))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

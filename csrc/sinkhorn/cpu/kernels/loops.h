@@ -15,6 +15,13 @@ constexpr int64_t kSumCols = 32 * kLanes<T>;
 // Scores are asked for ahead: the next rows where those stay in the caches until their turn, else so many columns.
 constexpr int64_t kShortRowBytes = 32 * 1024, kColsAhead = 512;
 
+// Exponents without a shift are cut to this: 2^x of a larger one would wrap around to any number at all, where a sum that is too
+// large tells serves_without_shift. NaN stays.
+template <typename T>
+CK_INLINE Vec<T> within_range(Vec<T> x) {
+  return min<T>(broadcast(sizeof(T) == 4 ? T(127) : T(1023)), x);
+}
+
 template <typename F, int... kRow>
 CK_INLINE void each_row(F&& f, std::integer_sequence<int, kRow...>) {
   (f(kRow), ...);
@@ -69,7 +76,7 @@ void column_exponentials(const S* scores, int64_t stride, int64_t rows, int64_t 
       Vec<T> x[count];
       each_row(count, [&](int r) {
         __builtin_prefetch(s + r * stride + k + cols);  // the same rows of the next block: each row is a stream of its own
-        x[r] = load_widened(s + r * stride + k) * c + (d + u[first + r]);
+        x[r] = within_range<T>(load_widened(s + r * stride + k) * c + (d + u[first + r]));
       });
       exp2(x);
       each_row(count, [&](int r) { store(out + r * width + k, x[r]); });
@@ -167,6 +174,7 @@ void exponential_rows(const S* scores, int64_t stride, int64_t rows, int64_t col
         __builtin_prefetch(s + r * stride + k + ahead);
         const Vec<T> row = lanes == 1 ? Vec<T>{u[first + r]} : broadcast(u[first + r]);  // unused lanes may not overflow
         x[r] = load_widened(s + r * stride + k, lanes) * scale + (kShifted ? load(shift + k, lanes) + row : row);
+        if (!kShifted) x[r] = within_range<T>(x[r]);
       });
       exp2(x);
       each_row(count, [&](int r) { store(out + r * cols + k, x[r], lanes); });
