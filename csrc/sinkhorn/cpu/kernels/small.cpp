@@ -223,6 +223,7 @@ const char* run(const comp_kernels_sinkhorn_small_params& p, bool backward) {
     if constexpr (sizeof(Compute<S>) == 4) {
       if (p.num_rows == 4 && p.num_cols == 4) return run_packs<S, 2, 4>(p, backward);
       if (p.num_rows == 8 && p.num_cols == 8) return run_packs<S, 1, 8>(p, backward);
+      if (p.num_rows == 16 && p.num_cols == 16) return run_packs<S, 1, 16>(p, backward);
     }
     run_packs<S, 1, 0>(p, backward);
   });

@@ -49,6 +49,7 @@ template <typename T, int kParts, int kSide>
 struct LinearProblems {
   using L = Lanes<T, kParts>;
   static constexpr int kMost = kSide ? kSide : kSmallSide;
+  static constexpr int kKept = kSide <= 8 ? kSide * kSide : 0;  // entries of which the iterations make a copy of their own
 
   int first_, second_, num_iters;
   T eps;
@@ -115,9 +116,9 @@ struct LinearProblems {
 
   template <bool kEps, bool kKeep>
   void iterate() const {
-    L kept[kSide * kSide + 1], xt[kMost], wt[kMost], sums[kMost];
-    for (int i = 0; i < kSide * kSide; ++i) kept[i] = e[i];  // in registers where they suffice
-    const L* from = kSide ? kept : e;
+    L kept[kKept + 1], xt[kMost], wt[kMost], sums[kMost];
+    for (int i = 0; i < kKept; ++i) kept[i] = e[i];  // in registers where they suffice
+    const L* from = kKept ? kept : e;
     for (int s = 0; s < second(); ++s) xt[s] = start(a[s]);
     if (kKeep) std::copy_n(xt, second(), xs);
     if (kEps) std::fill_n(sums, first(), L::all(0));  // nobody reads them, which GCC cannot see
@@ -200,9 +201,10 @@ struct LinearGradient {
   template <bool kEps>
   void through_iterations() const {
     constexpr int kMost = Forward::kMost;
-    L kept[kSide * kSide + 1], sums[kMost], inverse_a[kMost], inverse_b[kMost], carried[kMost], gradient[kMost], weights[kMost];
-    for (int i = 0; i < kSide * kSide; ++i) kept[i] = forward.e[i];
-    const L* e = kSide ? kept : forward.e;
+    constexpr int kKept = Forward::kKept;
+    L kept[kKept + 1], sums[kMost], inverse_a[kMost], inverse_b[kMost], carried[kMost], gradient[kMost], weights[kMost];
+    for (int i = 0; i < kKept; ++i) kept[i] = forward.e[i];
+    const L* e = kKept ? kept : forward.e;
     for (int s = 0; s < second(); ++s) inverse_a[s] = inverse(forward.a[s]);
     for (int f = 0; f < first(); ++f) inverse_b[f] = inverse(forward.b[f]), gradient[f] = dw[f];
 
