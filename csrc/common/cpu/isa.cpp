@@ -6,8 +6,10 @@
 
 #include "comp_kernels/export.h"
 
-#if defined(COMP_KERNELS_X86) && defined(__linux__)
+#ifdef COMP_KERNELS_X86
 #include <cpuid.h>
+#endif
+#if defined(COMP_KERNELS_X86) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -72,15 +74,36 @@ bool worth_taking(Isa isa) {
 #endif
 }
 
-Isa choose_isa() {
+// AMD's family 25 with AVX-512 is Zen 4: 64 bytes take two passes through units of 32. Multiply-adds are then as fast in AVX2, and
+// all else (rows and tiles that 16 numbers do not divide, transpositions) is faster.
+bool executes_avx512_in_halves() {
+#ifdef COMP_KERNELS_X86
+  unsigned eax, ebx, ecx, edx;
+  if (!has(Isa::avx512) || !__builtin_cpu_is("amd") || __get_cpuid(1, &eax, &ebx, &ecx, &edx) == 0) return false;
+  const unsigned base = eax >> 8 & 0xf, extended = eax >> 20 & 0xff;
+  return base + extended == 25;
+#else
+  return false;
+#endif
+}
+
+bool is_named(Isa isa) {
   const char* wanted = std::getenv("COMP_KERNELS_CPU_ISA");
+  return wanted != nullptr && std::strcmp(wanted, name(isa)) == 0;
+}
+
+Isa choose_isa() {
   Isa best = Isa::baseline;
   for (Isa isa : kIsas) {
-    const bool named = wanted != nullptr && std::strcmp(wanted, name(isa)) == 0;
-    if (has(isa) && (named || worth_taking(isa))) best = isa;
-    if (named) break;
+    if (has(isa) && (is_named(isa) || worth_taking(isa))) best = isa;
+    if (is_named(isa)) break;
   }
   return best;
+}
+
+Isa choose_products_isa() {
+  const Isa best = active_isa();
+  return best >= Isa::avx512 && !is_named(best) && executes_avx512_in_halves() ? Isa::avx2 : best;
 }
 
 }  // namespace
@@ -90,11 +113,19 @@ Isa active_isa() {
   return isa;
 }
 
+Isa products_isa() {
+  static const Isa isa = choose_products_isa();
+  return isa;
+}
+
 }  // namespace comp_kernels
 
-// Name of the instruction set in use.
+// Name of the instruction set in use, and in brackets what differs.
 COMP_KERNELS_EXPORT const char* comp_kernels_cpu_isa(void) {
   const comp_kernels::Isa isa = comp_kernels::active_isa();
+  if (comp_kernels::products_isa() != isa) {
+    return isa == comp_kernels::Isa::avx512 ? "avx512 (attention: avx2)" : "avx512_bf16 (attention but in bfloat16: avx2)";
+  }
   if (isa != comp_kernels::Isa::baseline) return comp_kernels::name(isa);
 #if defined(__aarch64__)
   return "baseline (NEON)";

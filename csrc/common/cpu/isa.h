@@ -15,6 +15,10 @@ enum class Isa { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, amx = 4 };
 // The set in use: the best this processor has, or a lower one by the environment variable COMP_KERNELS_CPU_ISA.
 Isa active_isa();
 
+// The set whose float products attention takes: the same, but AVX2 on processors that execute AVX-512 in halves (Zen 4), where it
+// is the faster one, unless COMP_KERNELS_CPU_ISA names the other.
+Isa products_isa();
+
 }  // namespace comp_kernels
 
 // Declares a function that csrc/*/cpu/kernels defines once per instruction set.
@@ -31,11 +35,10 @@ Isa active_isa();
   declaration;                       \
   }                                  \
   }
-// Calls the variant in use, DISPATCH_ISA(rope_attention_forward, params).
-#define DISPATCH_ISA(function, ...)                                                                            \
-  (::comp_kernels::active_isa() >= ::comp_kernels::Isa::avx512 ? ::comp_kernels::avx512::function(__VA_ARGS__) \
-   : ::comp_kernels::active_isa() == ::comp_kernels::Isa::avx2 ? ::comp_kernels::avx2::function(__VA_ARGS__)   \
-                                                               : ::comp_kernels::baseline::function(__VA_ARGS__))
+#define DISPATCH_TO(isa, function, ...)                                                 \
+  ((isa) >= ::comp_kernels::Isa::avx512 ? ::comp_kernels::avx512::function(__VA_ARGS__) \
+   : (isa) == ::comp_kernels::Isa::avx2 ? ::comp_kernels::avx2::function(__VA_ARGS__)   \
+                                        : ::comp_kernels::baseline::function(__VA_ARGS__))
 #else
 #define DECLARE_PER_ISA(declaration) \
   namespace comp_kernels {           \
@@ -43,11 +46,15 @@ Isa active_isa();
   declaration;                       \
   }                                  \
   }
-#define DISPATCH_ISA(function, ...) ::comp_kernels::baseline::function(__VA_ARGS__)
+#define DISPATCH_TO(isa, function, ...) ::comp_kernels::baseline::function(__VA_ARGS__)
 #endif
 
+// Calls the variant in use, DISPATCH_ISA(sinkhorn_plan, params); DISPATCH_PRODUCTS that of products_isa.
+#define DISPATCH_ISA(function, ...) DISPATCH_TO(::comp_kernels::active_isa(), function, __VA_ARGS__)
+#define DISPATCH_PRODUCTS(function, ...) DISPATCH_TO(::comp_kernels::products_isa(), function, __VA_ARGS__)
+
 // Where the compiler knows the sets avx512_bf16 and amx, declares a function that they have; DISPATCH_BFLOAT16 calls it where one
-// of them is in use, and the variant of DISPATCH_ISA elsewhere.
+// of them is in use, and the variant of DISPATCH_PRODUCTS elsewhere.
 #ifdef COMP_KERNELS_HAS_BFLOAT16
 #define DECLARE_BFLOAT16(declaration) \
   namespace comp_kernels {            \
@@ -61,8 +68,8 @@ Isa active_isa();
 #define DISPATCH_BFLOAT16(function, ...)                                                                                   \
   (::comp_kernels::active_isa() == ::comp_kernels::Isa::amx           ? ::comp_kernels::amx::function(__VA_ARGS__)         \
    : ::comp_kernels::active_isa() == ::comp_kernels::Isa::avx512_bf16 ? ::comp_kernels::avx512_bf16::function(__VA_ARGS__) \
-                                                                      : DISPATCH_ISA(function, __VA_ARGS__))
+                                                                      : DISPATCH_PRODUCTS(function, __VA_ARGS__))
 #else
 #define DECLARE_BFLOAT16(declaration)
-#define DISPATCH_BFLOAT16(function, ...) DISPATCH_ISA(function, __VA_ARGS__)
+#define DISPATCH_BFLOAT16(function, ...) DISPATCH_PRODUCTS(function, __VA_ARGS__)
 #endif

@@ -73,12 +73,12 @@ COMP_KERNELS_EXPORT const char* comp_kernels_cpu_rope_attention_forward(const co
   if (const char* wrong = check(*params)) return wrong;
   fill_slack_forward(*params);
   if (params->dtype == COMP_KERNELS_BFLOAT16) return DISPATCH_BFLOAT16(rope_attention_forward, *params);
-  return DISPATCH_ISA(rope_attention_forward, *params);
+  return DISPATCH_PRODUCTS(rope_attention_forward, *params);
 }
 
 COMP_KERNELS_EXPORT const char* comp_kernels_cpu_rope_attention_backward(const comp_kernels_rope_attention_params* params) {
   if (const char* wrong = check(*params)) return wrong;
   fill_slack_backward(*params);
   if (params->dtype == COMP_KERNELS_BFLOAT16) return DISPATCH_BFLOAT16(rope_attention_backward, *params);
-  return DISPATCH_ISA(rope_attention_backward, *params);
+  return DISPATCH_PRODUCTS(rope_attention_backward, *params);
 }

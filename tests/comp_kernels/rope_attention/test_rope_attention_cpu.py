@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -219,10 +220,23 @@ def test_instruction_sets(isa):
     result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     taken, cpuinfo = result.stdout.split()[0], Path("/proc/cpuinfo")
+    assert taken != isa or "attention" not in result.stdout  # a set that is named serves everything
     if taken != isa and cpuinfo.exists():
         assert INSTRUCTION_SETS[isa] not in cpuinfo.read_text().split()
     order = list(INSTRUCTION_SETS)
     assert order.index(taken) <= order.index(isa)
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="what the processor is stands in /proc/cpuinfo, which Linux has")
+def test_zen_4_multiplies_floats_in_avx2():
+    """AMD's family 25 with AVX-512, which executes it in halves, unless a set is named."""
+    environment = {key: value for key, value in os.environ.items() if key != "COMP_KERNELS_CPU_ISA"}
+    program = "from comp_kernels import _native; print(_native.cpu().comp_kernels_cpu_isa().decode())"
+    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    cpuinfo = dict(re.findall(r"^(vendor_id|cpu family|flags)\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M))
+    in_halves = cpuinfo.get("vendor_id") == "AuthenticAMD" and cpuinfo["cpu family"] == "25" and "avx512vl" in cpuinfo["flags"]
+    assert ("avx2)" in result.stdout) == in_halves
 
 
 def test_refusals():
