@@ -128,39 +128,50 @@ __device__ __forceinline__ void produce(const ForwardParams& params, const Tile&
   }
 }
 
-// Bring the values of one tile of queries from the tensor itself, by warps 1 to kValueWarps, into the layout of an image. An
-// instruction copies 8 rows x 4 chunks of 16 bytes: whole sectors of global memory, and shared memory without bank conflicts. Rows
-// that do not exist become zeros, whatever lies there: their weight is zero, and zero times NaN is none.
+// Brings values from the tensor itself, by warps 1 to kValueWarps, into the layout of an image. An instruction copies 8 rows x 4 chunks
+// of 16 bytes: whole sectors of global memory, and shared memory without bank conflicts. Rows that do not exist become zeros,
+// whatever lies there: their weight is zero, and zero times NaN is none.
 constexpr int kValueWarps = 3;
 template <typename Config>
-__device__ __forceinline__ void produce_values(const ForwardParams& params, const FoundTile& found, int key_head) {
-  constexpr int kHeadDim = Config::kHeadDim, kChunks = kHeadDim / 8;
+struct ValueCopies {
+  static constexpr int kHeadDim = Config::kHeadDim, kChunks = kHeadDim / 8;
   // Tiles on their way beside the one that is announced next. wgmma may read them only after a fence of the threads that copied, so
   // they cannot announce themselves; with two more slots than that, one is announced while the tile before it is still in use.
-  constexpr int kAhead = Config::kStages > 4 ? 2 : Config::kStages > 3 ? 1 : 0;
+  static constexpr int kAhead = Config::kStages > 4 ? 2 : Config::kStages > 3 ? 1 : 0;
   using R = Ring<Config>;
-  extern __shared__ __align__(128) char shared[];
-  const R ring{shared_address(shared)};
-  const int warp = threadIdx.x / 32 - 1, lane = threadIdx.x % 32, row = warp * 8 + lane % 8;
-  const int64_t stride = params.v_stride_token;
-  const uint16_t* from = elements<bf16>(params.v) + (found.first_key + row) * stride + key_head * params.v_stride_head;
-  // Rows of an odd number of chunks may begin in the middle of a sector: then the first instruction takes one chunk, not four.
-  const bool halved = kChunks % 2 == 1 && reinterpret_cast<uintptr_t>(from) % 32 != 0;
-  const int chunk = lane / 8 - (halved ? 3 : 0);
-  from += chunk * 8;
-  const uint32_t offset = warp * Config::kKeyStride + chunk * 128 + lane % 8 * 16;
-  int rest = found.tile.other_rows;
-  const int tiles = (rest + Config::kKeys - 1) / Config::kKeys;
+  R ring;
   RingPosition<Config::kStages> position, landed;
-  for (int i = 0; i < tiles + kAhead; ++i) {
-    if (i < tiles) {
+  int groups = 0;  // committed
+
+  // Close the group of a tile, and announce the one kAhead tiles before it.
+  __device__ __forceinline__ void next_group() {
+    copy_async_commit();
+    if (groups++ < kAhead) return;
+    copy_async_wait<kAhead>();
+    fence_async_proxy();
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) barrier_arrive(ring.full(landed.stage, R::kValues));
+    landed.advance();
+  }
+
+  // The values of one tile of queries: `rest` keys from first_key on.
+  __device__ __forceinline__ void copy(const ForwardParams& params, int first_key, int rest, int key_head) {
+    const int warp = threadIdx.x / 32 - 1, lane = threadIdx.x % 32, first_row = warp * 8 + lane % 8;
+    const int64_t stride = params.v_stride_token;
+    const uint16_t* from = elements<bf16>(params.v) + (first_key + first_row) * stride + key_head * params.v_stride_head;
+    // Rows of an odd number of chunks may begin in the middle of a sector: then the first instruction takes one chunk, not four.
+    const bool halved = kChunks % 2 == 1 && reinterpret_cast<uintptr_t>(from) % 32 != 0;
+    const int chunk = lane / 8 - (halved ? 3 : 0);
+    from += chunk * 8;
+    const uint32_t offset = warp * Config::kKeyStride + chunk * 128 + lane % 8 * 16;
+    for (; rest > 0; rest -= Config::kKeys, position.advance()) {
       barrier_wait(ring.empty(position.stage, R::kValues), position.parity ^ 1);
       uint32_t to = ring.tile(position.stage, R::kValues) + offset;
       const int padded = min(Config::kKeys, (rest + kImagePadding - 1) / kImagePadding * kImagePadding);
       const uint16_t* next = from;
 #pragma unroll 1  // unrolled it would keep an address for every round, and these threads have few registers
-      for (int i = row; i < padded; i += kValueWarps * 8) {
-        const int bytes = i < rest ? 16 : 0;
+      for (int row = first_row; row < padded; row += kValueWarps * 8) {
+        const int bytes = row < rest ? 16 : 0;
         unrolled<(kChunks + 3) / 4>([&](auto four) {
           const int own = four * 4 + chunk;
           if (own < kChunks && (kChunks % 2 == 0 || own >= 0)) copy_async_16<four * 512>(to, next + four * 32, bytes);
@@ -169,18 +180,15 @@ __device__ __forceinline__ void produce_values(const ForwardParams& params, cons
         to += kValueWarps * Config::kKeyStride;
       }
       from += Config::kKeys * stride;
-      rest -= Config::kKeys;
-      position.advance();
+      next_group();
     }
-    copy_async_commit();
-    if (i < kAhead) continue;
-    copy_async_wait<kAhead>();
-    fence_async_proxy();
-    __syncwarp();
-    if (lane == 0) barrier_arrive(ring.full(landed.stage, R::kValues));
-    landed.advance();
   }
-}
+
+  // Announce what is left.
+  __device__ __forceinline__ void finish() {
+    for (int i = 0; i < kAhead; ++i) next_group();
+  }
+};
 
 // One warp of a consumer warpgroup: 16 of its 64 queries.
 template <typename T, typename Config>
@@ -281,7 +289,9 @@ struct ConsumerWarp : SoftmaxRows<T, Config::kHeadDim, 1> {
     if (threadIdx.x % 32 == 0) barrier_arrive(ring.empty(stage, half));
   }
 
-  // Wait for this warpgroup's turn to start products, and pass it on. One warpgroup alone has nobody to wait for.
+  // Wait for this warpgroup's turn to start products, and pass it on. One warpgroup alone has nobody to wait for. The first one begins
+  // without: whoever passed it the turn for that could do so while others still take turns in the tile before (persistent_sm90.cuh),
+  // and two turns passed at once are one lost.
   __device__ __forceinline__ void take_turn() {
     if (turn != next_turn) named_barrier_sync(turn, 256);
   }
@@ -295,7 +305,7 @@ struct ConsumerWarp : SoftmaxRows<T, Config::kHeadDim, 1> {
   __device__ __forceinline__ void step(uint32_t (&p)[kColumns / 2][4], bool first, bool final, int rest) {
     Accumulator<1, kCount> s;
     barrier_wait(ring.full(now.stage, R::kKeys), now.parity);
-    take_turn();
+    if (!first || turn != kFirstTurn) take_turn();
     start_scores<kCount>(s, ring.tile(now.stage, R::kKeys));
     const bool pass = !final || next_turn != kFirstTurn;
     if (first) {  // each branch starts and waits: the compiler must see which products are under way
@@ -354,7 +364,6 @@ struct ConsumerWarp : SoftmaxRows<T, Config::kHeadDim, 1> {
     // Steps of the loop. Its last one may lack up to kImagePadding - 1 keys; more than that, and it comes after it, shorter.
     const int whole = (keys + kImagePadding - 1) / Config::kKeys;
     const int rest = keys - whole * Config::kKeys;
-    if (next_turn == kFirstTurn) pass_turn();  // the first warpgroup begins
     uint32_t p[kColumns / 2][4] = {};
     for (int j = 0; j < whole; ++j) {
       if (j > 0) now.advance();
@@ -402,7 +411,9 @@ __device__ __forceinline__ void attention_forward_sm90(const ForwardSm90Params& 
       RingPosition<Config::kStages> start;
       produce<Config>(params, tile, key_head, !all.values_in_place, start);
     } else if (threadIdx.x >= 32 && all.values_in_place) {
-      produce_values<Config>(params, found, key_head);
+      ValueCopies<Config> copies{ring};
+      copies.copy(params, found.first_key, tile.other_rows, key_head);
+      copies.finish();
     }
     return;
   }

@@ -13,12 +13,13 @@ namespace comp_kernels {
 
 struct __align__(16) LongestFirstTile {
   Tile tile;
-  int image;  // of its first query: row of the images
-  int unused[3];
+  int image;      // of its first query: row of the images
+  int first_key;  // in the packed tensor
+  int unused[2];
 };
 
 struct PersistentPrepareParams {
-  ImageJob q, k, v;
+  ImageJob q, k, v;  // v.images == nullptr: values stay where they are
   LongestFirstTile* tiles;  // [max_tiles]
   const int32_t *cu_seqlens, *cu_seqlens_k;
   int tokens, heads, heads_k, slots, slots_k;
@@ -30,6 +31,7 @@ struct PersistentParams {
   ForwardParams attention;  // q, k, v: images; tiles: null
   const LongestFirstTile* tiles;
   int num_tiles;
+  bool values_in_place;  // attention.v is no image but the tensor
 };
 
 // One block lists the tiles of all sequences by the number of their keys, in steps of 64, the most first; the slack, and tiles
@@ -70,6 +72,7 @@ __device__ __forceinline__ void list_longest_first(const PersistentPrepareParams
         params.tiles[at + i] = {
             {start + row, min(params.tile_rows, rows - row), slack ? 0 : first_slot(params.cu_seqlens_k, b), keys},
             first_slot(params.cu_seqlens, b) * kImageKeys + row,
+            slack ? 0 : params.cu_seqlens_k[b],
             {}};
       }
     });
@@ -145,7 +148,7 @@ __device__ __forceinline__ void attention_forward_persistent(const PersistentPar
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < Config::kStages; ++stage) {
       for (const auto half : {R::kKeys, R::kValues}) {
-        barrier_init(ring.full(stage, half), 1);
+        barrier_init(ring.full(stage, half), half == R::kValues && all.values_in_place ? kValueWarps : 1);
         barrier_init(ring.empty(stage, half), Config::kGroups * 4);  // every consumer warp
       }
     }
@@ -164,6 +167,15 @@ __device__ __forceinline__ void attention_forward_persistent(const PersistentPar
 
   if (group == 0) {
     registers_down_to<Config::kProducerRegisters>();
+    if (threadIdx.x >= 32 && all.values_in_place) {
+      ValueCopies<Config> copies{ring};
+      for (int item = blockIdx.x; item < items; item += step) {
+        const LongestFirstTile& next = all.tiles[item / params.num_heads];
+        if (next.tile.rows == 0) break;
+        copies.copy(params, next.first_key, next.tile.other_rows, item % params.num_heads / params.heads_per_key_head);
+      }
+      copies.finish();
+    }
     if (threadIdx.x != 0) return;
     RingPosition<Config::kStages> position;
     for (int item = blockIdx.x; item < items; item += step, ++buffers.turn) {
@@ -182,7 +194,7 @@ __device__ __forceinline__ void attention_forward_persistent(const PersistentPar
       for (int i = 0; i < eights; ++i) {
         copy_bulk(ring.base + buffers.offset() + i * Config::kQueryStride, from + i * 8 * kHeadDim, kHeadDim * 16, buffers.full());
       }
-      produce<Config>(params, tile, head / params.heads_per_key_head, true, position);
+      produce<Config>(params, tile, head / params.heads_per_key_head, !all.values_in_place, position);
     }
     return;
   }

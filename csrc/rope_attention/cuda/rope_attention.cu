@@ -133,7 +133,7 @@ Kernel persistent_kernel_of(const Params& p) {
   return p.dtype == COMP_KERNELS_BFLOAT16 ? persistent_kernel_of<bf16>(p.head_dim) : persistent_kernel_of<fp16>(p.head_dim);
 }
 
-// Whether kernels of sm_90a are launched before the one that prepares for them has ended (kernel.h), and whether their forward reads
+// Whether kernels of sm_90a are launched before the one that prepares for them has ended (kernel.h), and whether their forwards read
 // values where they are. Both are off: they have not run on a GPU yet.
 bool dependent_launches = false, values_in_place = false;
 
@@ -240,7 +240,7 @@ struct ForwardSm90Workspace {
 struct PersistentWorkspace {
   int64_t slots, slots_k, num_tiles;
   LongestFirstTile* tiles;
-  uint16_t *q, *k, *v;  // images
+  uint16_t *q, *k, *v;  // images; v: null where values stay where they are
 
   PersistentWorkspace(Workspace& memory, const Params& p)
       : slots(max_tiles(p.num_tokens, p.num_sequences, kImageKeys)),
@@ -249,7 +249,7 @@ struct PersistentWorkspace {
         tiles(memory.take<LongestFirstTile>(num_tiles)),
         q(memory.take<uint16_t>(p.num_heads * slots * kImageKeys * p.head_dim)),
         k(memory.take<uint16_t>(p.num_heads_k * slots_k * kImageKeys * p.head_dim)),
-        v(memory.take<uint16_t>(p.num_heads_k * slots_k * kImageKeys * p.head_dim)) {}
+        v(values_in_place ? nullptr : memory.take<uint16_t>(p.num_heads_k * slots_k * kImageKeys * p.head_dim)) {}
 };
 
 struct BackwardWorkspace {
@@ -396,6 +396,11 @@ ForwardParams forward_params(const Params& p, const Tile* tiles) {
   return params;
 }
 
+// Values where they are.
+void take_values(const Params& p, ForwardParams& params) {
+  params.v = p.v, params.v_stride_token = p.v_stride_token, params.v_stride_head = p.v_stride_head;
+}
+
 const char* forward_sm80(const Params& p, void* memory, void* stream) {
   Workspace workspace_memory(memory);
   const ForwardWorkspace workspace(workspace_memory, p);
@@ -409,8 +414,7 @@ const char* forward_sm80(const Params& p, void* memory, void* stream) {
   ForwardParams params = forward_params(p, workspace.tiles);
   const Operand k = operand(p.k, p.k_stride_token, p.k_stride_head, workspace.turned_k, p.num_tokens_k, p.head_dim);
   params.k = k.data, params.k_stride_token = k.stride_token, params.k_stride_head = k.stride_head;
-  params.v = p.v;
-  params.v_stride_token = p.v_stride_token, params.v_stride_head = p.v_stride_head;
+  take_values(p, params);
   return launch(kernel, max_tiles(p.num_tokens, p.num_sequences, kernel.rows), p.num_heads, params, stream);
 }
 
@@ -438,9 +442,7 @@ const char* forward_sm90(const Params& p, void* memory, void* stream) {
   attention.k = workspace.k_images;
   attention.k_stride_head = attention.v_stride_head = workspace.slots * kImageKeys * p.head_dim;
   attention.v = workspace.v_images;
-  if (values_in_place) {
-    attention.v = p.v, attention.v_stride_token = p.v_stride_token, attention.v_stride_head = p.v_stride_head;
-  }
+  if (values_in_place) take_values(p, attention);
   params.cu_seqlens = p.cu_seqlens, params.cu_seqlens_k = p.cu_seqlens_k;
   params.sequences = static_cast<int>(p.num_sequences);
   params.values_in_place = values_in_place;
@@ -469,7 +471,7 @@ const char* forward_persistent(const Params& p, void* memory, void* stream) {
   prepare.head_dim = static_cast<int>(p.head_dim);
   prepare.tile_rows = kernel.rows;
   const Kernel maker = p.dtype == COMP_KERNELS_BFLOAT16 ? prepare_persistent_kernel<bf16>() : prepare_persistent_kernel<fp16>();
-  const int64_t images = workspace.slots * p.num_heads + 2 * workspace.slots_k * p.num_heads_k;
+  const int64_t images = workspace.slots * p.num_heads + (values_in_place ? 1 : 2) * workspace.slots_k * p.num_heads_k;
   if (const char* wrong = launch(maker, images + 1, 1, prepare, stream)) return wrong;
 
   PersistentParams params{};
@@ -477,6 +479,8 @@ const char* forward_persistent(const Params& p, void* memory, void* stream) {
   params.attention.q = workspace.q, params.attention.k = workspace.k, params.attention.v = workspace.v;
   params.attention.q_stride_head = workspace.slots * kImageKeys * p.head_dim;
   params.attention.k_stride_head = params.attention.v_stride_head = workspace.slots_k * kImageKeys * p.head_dim;
+  if (values_in_place) take_values(p, params.attention);
+  params.values_in_place = values_in_place;
   params.tiles = workspace.tiles;
   params.num_tiles = static_cast<int>(workspace.num_tiles);
   const int64_t items = workspace.num_tiles * p.num_heads;
@@ -660,7 +664,7 @@ COMP_KERNELS_EXPORT void comp_kernels_cuda_rope_attention_set_persistent(int32_t
 // bits. For tests and for measuring the kernels against each other.
 COMP_KERNELS_EXPORT void comp_kernels_cuda_rope_attention_set_dependent(int32_t on) { comp_kernels::dependent_launches = on != 0; }
 
-// Not 0: the forward of sm_90a with a block per tile reads values where they are; 0, as it is unless set: from a copy. The same bits.
+// Not 0: the forwards of sm_90a read values where they are; 0, as it is unless set: from a copy. The same bits.
 // For tests and for measuring the kernels against each other.
 COMP_KERNELS_EXPORT void comp_kernels_cuda_rope_attention_set_values_in_place(int32_t on) {
   comp_kernels::values_in_place = on != 0;

@@ -24,6 +24,7 @@ KINDS = {
     "forward": (FORWARD, {}),
     "in_place": (FORWARD, dict(values_in_place=True)),
     "persistent": (PERSISTENT, dict(persistent=2)),
+    "persistent_in_place": (PERSISTENT, dict(persistent=2, values_in_place=True)),
     "backward": (BACKWARD, {}),
     "backward_72": (dataclasses.replace(BACKWARD, head_dim=72, lengths=[270]), {}),  # rows kept in registers
 }

@@ -1,4 +1,4 @@
-"""The sm_90a forward that reads values where they are, off by default: the bits of the one that reads a copy, whatever lies
+"""The sm_90a forwards that read values where they are, off by default: the bits of those that read a copy, whatever lies
 beside."""
 
 import re
@@ -43,6 +43,14 @@ def test_same_bits_as_from_a_copy(case, dtype):
     for found, expected in zip(attend(inputs, reports=reports), attend(inputs, in_place=False)):
         assert torch.equal(found, expected)
     assert [name.split("_")[2] for name, _ in reports] == ["images", "forward"]
+
+
+@pytest.mark.parametrize(("case", "dtype"), CASES, ids=[f"{case.name}_{case.head_dim}" for case, _ in CASES])
+def test_same_bits_in_the_grid_that_stays(case, dtype):
+    inputs, reports = make_attention_inputs(case, dtype), []
+    for found, expected in zip(attend(inputs, reports=reports, persistent=2), attend(inputs, in_place=False)):
+        assert torch.equal(found, expected)
+    assert [name.split("_")[2] for name, _ in reports] == ["prepare", "persistent"]
 
 
 @pytest.mark.parametrize("nothing", [torch.nan, torch.inf])
