@@ -42,6 +42,11 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        print(f"train.py: stopped before the first step: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("train.py: interrupted before the first step", file=sys.stderr)
         return INTERRUPTED

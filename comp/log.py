@@ -15,8 +15,8 @@ from tqdm import tqdm
 class MetricsLog:
     """Appends records to metrics.jsonl and mirrors training records to TensorBoard.
 
-    A record reaches the file in one write, so a killed process leaves at most one torn last line. `keep_bytes` cuts off what
-    came after a checkpoint, torn line included.
+    A record reaches the file in one write, where the disk takes it whole, so a killed process leaves at most one torn last
+    line. `keep_bytes` cuts off what came after a checkpoint, torn line included.
     """
 
     def __init__(self, path: Path, tensorboard: Path | None, *, keep_bytes: int | None = None, purge_step: int | None = None):
@@ -31,7 +31,9 @@ class MetricsLog:
             self._writer = SummaryWriter(str(tensorboard), purge_step=purge_step)
 
     def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record).encode() + b"\n")
+        line = json.dumps(record).encode() + b"\n"
+        while line:  # a disk that is nearly full takes a part, and the next write says why
+            line = line[self._file.write(line) :]
         if self._writer is not None and record["event"] in ("train", "evaluation"):
             for name, value in _scalars(record):
                 self._writer.add_scalar(f"{record['event']}/{name}", value, record["step"])

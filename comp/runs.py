@@ -36,7 +36,7 @@ def trained_config(run: Path, stage: str | None = None) -> Config:
             pos_mode=config.vision.pos_mode,
             pretrain_resolution=config.vision.pretrain_resolution,
         ),
-        language=dataclasses.replace(config.language, path=str(models / "language"), tokenizer=None),
+        language=dataclasses.replace(config.language, path=str(models / "language"), tokenizer=None, lora=None),  # merged
         stages=[s for s in config.stages if s.name == stage],
         eval=dataclasses.replace(config.eval, encoder=()),  # names stages that are gone
     )

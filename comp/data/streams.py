@@ -65,15 +65,19 @@ def sample_from_row(row: dict[str, Any], place: str) -> Sample:
 
     Images are the cells of `image`, `images`, `jpg`, `jpeg`, `png` or `webp`. What is said about them is the first of:
     `conversations` (LLaVA), `messages` (role and content), `texts` (user and assistant, as in FineVision), a LLaVA record in
-    `json` (webdataset), or a caption in `caption`, `txt` or `text`. Raises BadSampleError for anything else.
+    `json` (webdataset), or a caption in `caption`, `txt` or `text`. Images that a `json` names are those beside it, as many
+    as it names. Raises BadSampleError for anything else.
     """
+    named = 0
     if isinstance(row.get("json"), (dict, bytes, str)):
         record = row["json"]
         try:
             record = record if isinstance(record, dict) else json.loads(record)
         except ValueError as error:
             raise BadSampleError(f"{place}: json: not valid JSON ({error})") from error
-        row = {**row, **record} if isinstance(record, dict) else row
+        if isinstance(record, dict):
+            named = sum(bool(cell) for column in IMAGE_COLUMNS for cell in _cells(record.get(column)))
+            row = {**row, **{key: value for key, value in record.items() if key not in IMAGE_COLUMNS}}
     record = {key: row[key] for key in ("answers", "options", "question_type", "metric", "system") if row.get(key)}
     record["conversations"] = _conversation(row)
     name = row.get("id", row.get("__key__"))
@@ -83,6 +87,8 @@ def sample_from_row(row: dict[str, Any], place: str) -> Sample:
         pictures = [lazy_image(cell) for column in IMAGE_COLUMNS for cell in _cells(row.get(column))]
     except TypeError as error:
         raise BadSampleError(f"{place}: {error}") from error
+    if named and named != len(pictures):
+        raise BadSampleError(f"{place}: json names {named} images, beside it are {len(pictures)}")
     return sample_from_record(record, place, Path(), pictures=pictures)
 
 

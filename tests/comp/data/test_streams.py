@@ -157,6 +157,7 @@ CELL = {"bytes": png(), "path": None}
         (dict(image=CELL, messages=[dict(role="user", content="<image>What?"), dict(role="assistant", content="red")]),
          "What?", "red", 1),
         (dict(jpg=CELL, txt="a red field\n"), CAPTION_QUESTION, "a red field", 1),
+        (dict(jpg=CELL, json=json.dumps(dict(image="00/a.jpg", caption="red"))), CAPTION_QUESTION, "red", 1),
         (dict(image=None, conversations=[{"from": "human", "value": "1+1?"}, {"from": "gpt", "value": "2"}]), "1+1?", "2", 0),
     ],
 )  # fmt: skip
@@ -172,6 +173,8 @@ def test_rows_of_the_usual_forms(row, question, answer, images):
         (dict(image=CELL), r'x\[0\]: needs an object with a list "conversations"'),
         (dict(image="a.png", txt="a"), r"x\[0\]: an image cell must hold bytes or a path"),
         (dict(json=b"{"), r"x\[0\]: json: not valid JSON"),
+        (dict(jpg=CELL, json=b'{"image": ["a.jpg", "b.jpg"], "txt": "a"}'), r"x\[0\]: json names 2 images, beside it are 1"),
+        (dict(json=b'{"image": {"path": "/a.png"}, "txt": "a"}'), r"x\[0\]: json names 1 images, beside it are 0"),
         (dict(texts=[dict(user="What?", assistant=None)]), r'a turn needs "from"'),
     ],
 )

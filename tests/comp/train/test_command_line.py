@@ -244,3 +244,10 @@ def test_a_full_disk_ends_with_one_line_that_names_the_last_good_checkpoint(toy_
     assert (
         "step-0000000" in lines[0].rpartition("last good checkpoint is ")[2] or "No checkpoint was written before" in lines[0]
     )
+
+
+def test_a_disk_that_is_full_at_the_start_ends_with_one_line(toy_recipe, capsys):
+    with patch("comp.train.trainer.np.save", side_effect=OSError(errno.ENOSPC, "No space left on device")):
+        assert train.main(["--recipe", "toy", "eval.data=[]"]) == 1
+    said = capsys.readouterr().err
+    assert "stopped before the first step: [Errno 28] No space left on device" in said and "Traceback" not in said

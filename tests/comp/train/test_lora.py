@@ -16,6 +16,7 @@ from comp.build import build_model
 from comp.config import ConfigError
 from comp.config_io import apply_overrides
 from comp.log import read_records
+from comp.runs import trained_config
 from comp.train.optim import part_reports, set_trainable
 from comp.train.trainer import Trainer
 
@@ -59,6 +60,11 @@ def test_the_summary_counts_the_updates_alone(finished):
     updates = 2 * RANK * ((32 + 32) + (64 + 32))  # as above
     assert parts["language"]["trainable"] == updates < parts["language"]["all"]
     assert parts["adapter"]["trainable"] == parts["adapter"]["all"]
+
+
+def test_what_is_merged_gets_no_updates_again(finished):
+    config = trained_config(finished, "III")
+    assert config.language.lora is None and config.vision.lora is None
 
 
 def test_a_step_leaves_the_base_as_it_was(finished, toy_models):

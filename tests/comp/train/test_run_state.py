@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from toy import toy_config
 from comp.config import ConfigError
 from comp.config_io import to_dict
 from comp.files import checksum, write_json
+from comp.log import MetricsLog, read_records
 from comp.parallel import start_world
 from comp.train.checkpoint import CheckpointStore
 from comp.train.run_state import RunState, claim_folder, find_state
@@ -103,3 +105,13 @@ def test_a_checkpoint_of_another_version(run):
         find_state(folder, config, store, resume=True)
     write_json(path / "progress.json", {"step": 2})  # an older one, with fewer fields
     assert find_state(folder, config, store, resume=True)[0] == RunState(step=2)
+
+
+def test_a_record_is_whole_where_the_disk_takes_it_in_parts(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl", None)
+    file, records = log._file, [dict(event="note", step=step, message="x" * 50) for step in range(3)]
+    log._file = Mock(write=lambda data: file.write(data[:7]), close=file.close)
+    for record in records:
+        log.write(record)
+    log.close()
+    assert read_records(tmp_path / "metrics.jsonl") == records
