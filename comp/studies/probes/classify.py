@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ...config import ConfigError
 from ...data.decode import to_rgb
+from ...data.encode import load_image
 from ...eval.batches import in_batches
 from ...model import VisionEncoder
 from ...parallel import CPU_ALONE, Place
@@ -85,7 +86,7 @@ class LabelledImages:
 
     def open(self, index: int) -> Image.Image:
         image = self.images[index]
-        return to_rgb(Image.open(image) if isinstance(image, Path) else image)
+        return load_image(str(image), "a probe") if isinstance(image, Path) else to_rgb(image)
 
     def first(self, count: int | None) -> LabelledImages:
         """`count` of the images, drawn from all of them."""

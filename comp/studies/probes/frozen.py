@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ...cli import positive_int
 from ...config import ConfigError
+from ...data.batch import BadSampleError
 from ...eval.batches import RESAMPLES
 from ...log import table
 from ...model import VisionEncoder
@@ -202,7 +203,7 @@ def probe_command(
         place = place_of(options)
         trial = make_trial(options, settings, place)
         run_trial(trial, options.run, encoders_of(options.run, options.stages), place)
-    except ConfigError as error:
+    except (ConfigError, BadSampleError) as error:
         parser.error(str(error))
     if place.world.is_main:
         print(describe_table(options.run / "probes" / trial.name))

@@ -12,8 +12,8 @@ from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
 from ...config import ConfigError
-from ...data.batch import IGNORED
-from ...data.decode import to_rgb
+from ...data.batch import IGNORED, BadSampleError
+from ...data.encode import load_image
 from ..probes.frozen import IMAGE_ENDINGS, subset
 
 
@@ -27,7 +27,12 @@ class AnnotatedImages:
     def open(self, index: int) -> tuple[Image.Image, Image.Image]:
         """RGB picture and annotation of the same size, values as stored."""
         image_file, annotation_file = self.pairs[index]
-        image, annotation = to_rgb(Image.open(image_file)), Image.open(annotation_file)
+        image = load_image(str(image_file), "a probe")
+        try:
+            annotation = Image.open(annotation_file)
+            annotation.load()
+        except OSError as error:
+            raise BadSampleError(f"a probe: annotation {annotation_file}: {error}") from error
         if annotation.mode not in ("L", "P"):
             raise ConfigError(f"{annotation_file} must hold one byte per pixel, the class, got mode {annotation.mode}")
         if annotation.size != image.size:

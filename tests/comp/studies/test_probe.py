@@ -119,6 +119,17 @@ def test_folder_in_imagenet_layout(tmp_path):
         folder_images(tmp_path / "val")
 
 
+def test_a_damaged_picture_is_named(run, tmp_path, capsys):
+    for split in ("train", "val"):
+        (tmp_path / split / "ant").mkdir(parents=True)
+        Image.effect_noise((40, 40), 50).save(tmp_path / split / "ant" / "1.png")
+    whole = (tmp_path / "val" / "ant" / "1.png").read_bytes()
+    (tmp_path / "val" / "ant" / "1.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(SystemExit):
+        classify.main([str(run), "--data", str(tmp_path), "--settings", "small", "--device", "cpu"])
+    assert f"a probe: image {tmp_path}/val/ant/1.png: OSError" in capsys.readouterr().err
+
+
 def test_probe_program(run, tmp_path, monkeypatch):
     for split, count in (("train", 6), ("val", 3)):
         images = coloured(count)

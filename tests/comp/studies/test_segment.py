@@ -12,7 +12,7 @@ from toy import save_toy_models, toy_config
 
 from comp.config import ConfigError
 from comp.config_io import to_dict
-from comp.data.batch import IGNORED
+from comp.data.batch import IGNORED, BadSampleError
 from comp.model import VisionEncoder
 from comp.studies.segmentation import segment
 from comp.studies.segmentation.data import annotated_folder, augmented_square
@@ -120,6 +120,10 @@ def test_refused_folders(tmp_path):
     Image.new("RGB", (3, 3)).save(tmp_path / "annotations" / "training" / "1.png")
     with pytest.raises(ConfigError, match="one byte per pixel"):
         annotated_folder(tmp_path, "training").open(1)
+    annotation = tmp_path / "annotations" / "training" / "2.png"
+    annotation.write_bytes(annotation.read_bytes()[:-30])
+    with pytest.raises(BadSampleError, match=r"a probe: annotation .*2\.png: "):
+        annotated_folder(tmp_path, "training").open(2)
     (tmp_path / "annotations" / "training" / "2.png").unlink()
     with pytest.raises(ConfigError, match=r"1 of 6 pictures .*2\.png"):
         annotated_folder(tmp_path, "training")
