@@ -96,7 +96,7 @@ def blocks_of(mask: Tensor | None, batch: int, tokens: int, device: torch.device
     made in inference mode is read in every layer).
     """
     if mask is None:
-        return Blocks(torch.arange(0, batch * tokens + 1, tokens, dtype=torch.int32, device=device), None, None)
+        return Blocks(torch.arange(batch + 1, dtype=torch.int32, device=device) * tokens, None, None)
     return _LAST_MASK.blocks(mask, batch, tokens)
 
 

@@ -6,6 +6,8 @@ iteration: rows first, `eps` added to the first softmax and to every later sum; 
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor, nn
 
@@ -83,7 +85,10 @@ def liger_mhc_coeffs(
             f"{tuple(x.shape)}, got {tuple(phi.shape)} and {tuple(b.shape)}"
         )
     flat = x.flatten(-2).float()
-    mix = (flat @ phi.float()) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + rms_eps)
+    # float32 whatever autocast says, which a device without values does not know.
+    autocast = torch.amp.is_autocast_available(x.device.type)
+    with torch.autocast(x.device.type, enabled=False) if autocast else contextlib.nullcontext():
+        mix = (flat @ phi.float()) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + rms_eps)
     parts = (streams, streams, streams * streams)
     logits = (
         part * alpha + bias

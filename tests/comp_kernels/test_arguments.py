@@ -151,6 +151,34 @@ def test_empty_dimensions_of_rope_attention(empty, backend):
             assert gradient is None or (gradient.shape == x.shape and (gradient == 0).all())
 
 
+@pytest.mark.parametrize("backend", ck.available_backends("rope_attention", "cpu"))
+def test_a_query_without_keys_has_zeros_whatever_it_is(backend):
+    q, k = torch.full((3, 2, 16), torch.nan), torch.randn(1, 2, 16)
+    bounds, bounds_k = torch.tensor([0, 1, 3]), torch.tensor([0, 1, 1])
+    out = ck.rope_attention(q, k, k, cu_seqlens=bounds, cu_seqlens_k=bounds_k, backend=backend)
+    assert out[0].isnan().all() and (out[1:] == 0).all()
+
+
+def test_more_tokens_than_bounds_can_tell():
+    """An int64 bound was cut to the largest int32: rows behind it would have been zero, without a word."""
+    q = torch.empty(2**31, 1, 16, device="meta")
+    with pytest.raises(ValueError, match=r"q must have fewer than 2\*\*31 tokens"):
+        ck.rope_attention(q, q, q)
+
+
+def test_messages_about_many_sequences_are_short():
+    q, bounds = torch.randn(4, 1, 16), torch.zeros(10_001, dtype=torch.int64)
+    bounds[70:] = 3
+    bounds[71] = 2
+    with pytest.raises(ValueError, match=r"got \[3, 2\] at 70 of 10001 entries") as error:
+        ck.rope_attention(q, q, q, cu_seqlens=bounds)
+    assert len(str(error.value)) < 200
+    rows, cols = torch.ones(10_000, 3), torch.ones(10_000, 3)
+    cols[7] = 2
+    with pytest.raises(ValueError, match=r"must have the same sum, got 3.0 and 6.0 in item \[7\]"):
+        ck.sinkhorn(torch.randn(10_000, 3, 3), epsilon=1.0, row_marginals=rows, col_marginals=cols)
+
+
 @pytest.mark.parametrize("backend", ck.available_backends("sinkhorn", "cpu"))
 @pytest.mark.parametrize("shape", ((0, 4), (4, 0), (0, 3, 4), (2, 0, 4), (2, 3, 0), (0, 0)))
 def test_empty_dimensions_of_sinkhorn(shape, backend):

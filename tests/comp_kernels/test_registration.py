@@ -157,6 +157,17 @@ def test_saved_tensors_may_come_back_as_copies():
             assert torch.equal(gradient(), expected)
 
 
+@pytest.mark.parametrize("backend", ck.available_backends("rope_attention", "cpu"))
+def test_the_default_device_is_not_where_tensors_are_made(backend):
+    """Bounds on another device would be read at an address that is none here."""
+    q, k, v = torch.randn(3, 6, 2, 16).requires_grad_().unbind()
+    expected = ck.rope_attention(q, k, v, backend=backend)
+    (gradient,) = torch.autograd.grad(expected.square().sum(), q)
+    with torch.device("meta"):
+        out = ck.rope_attention(q, k, v, backend=backend)
+        assert torch.equal(out, expected) and torch.equal(torch.autograd.grad(out.square().sum(), q)[0], gradient)
+
+
 def test_batched_gradients():
     q, k, v = torch.randn(3, 6, 2, 16)
     q.requires_grad_()

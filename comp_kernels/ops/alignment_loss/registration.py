@@ -54,8 +54,11 @@ def backward_fake(grad_loss: Tensor, gradient: Tensor, x: Tensor) -> Tensor:
 
 
 def setup_context(ctx, inputs, output) -> None:
-    ctx.wanted = inputs[-4], inputs[-3]
-    ctx.save_for_backward(output[1], inputs[0], output[2], inputs[2])
+    ctx.wanted = vision_wanted, prototypes_wanted = inputs[-4], inputs[-3]
+    # What has no gradient is not held: it may be a copy for this call alone, of inference mode, or change before the backward.
+    ctx.save_for_backward(
+        output[1], inputs[0] if vision_wanted else None, output[2], inputs[2] if prototypes_wanted else None
+    )  # fmt: skip
     ctx.mark_non_differentiable(output[1], output[2])
     ctx.set_materialize_grads(False)
 

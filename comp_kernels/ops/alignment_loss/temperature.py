@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..._checks import check_float, check_positive, check_tensor
+from ..._checks import check_float, check_integer, check_positive, check_tensor
 
 PAPER = dict(width=896, vocabulary=151_657, temperature=0.005)
 """CoMP, arXiv 2503.18931v2, appendix C ("all temperature coefficients are 0.005"), with Qwen2.5-0.5B."""
@@ -37,7 +37,8 @@ def propose_temperature(width: int, vocabulary: int, *, entropy: float | None = 
         ValueError: sizes below 2, or an entropy that no temperature gives.
     """
     for name, value in (("width", width), ("vocabulary", vocabulary)):
-        if not isinstance(value, int) or value < 2:
+        check_integer(name, value)
+        if value < 2:
             raise ValueError(f"{name} must be an integer of at least 2, got {value!r}")
     rows = min(MAX_ROWS, max(MIN_ROWS, MAX_SCORES // vocabulary))
     return temperature_for_entropy(random_cosines(rows, width, vocabulary), PAPER_ENTROPY if entropy is None else entropy)
@@ -85,10 +86,11 @@ def softmax_entropy(scores: Tensor, temperature: float) -> Tensor:
 def random_cosines(rows: int, width: int, vocabulary: int, seed: int = 0) -> Tensor:
     """[rows, vocabulary] float32: cosines of a fixed direction with independent directions, uniform on the sphere in `width`.
 
-    A coordinate of a normalised Gaussian vector: g / sqrt(g^2 + the squares of the other width - 1 coordinates).
+    A coordinate of a normalised Gaussian vector: g / sqrt(g^2 + the squares of the other width - 1 coordinates, chi-squared).
+    The generator is our own and the rest is written out: torch.manual_seed would seed every GPU, and the same seed gives other
+    numbers in another default dtype.
     """
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(seed)
-        g = torch.randn(rows, vocabulary)
-        others = torch.distributions.Chi2(torch.tensor(float(width - 1))).sample((rows, vocabulary))
+    generator = torch.Generator("cpu").manual_seed(seed)
+    g = torch.randn(rows, vocabulary, generator=generator, dtype=torch.float32, device="cpu")
+    others = 2 * torch._standard_gamma(torch.full_like(g, (width - 1) / 2), generator)
     return g / (g.square() + others).sqrt()

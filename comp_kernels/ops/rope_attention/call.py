@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -62,6 +63,9 @@ def call_of(tensors: Iterable[Tensor | None], settings: tuple[int, int, float]) 
     return Call(q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, *settings)
 
 
+MAX_TOKENS = 2**31  # or more are beyond int32 bounds
+
+
 def table_dtype(dtype: torch.dtype) -> torch.dtype:
     """Of tables, and of the lse that a user gets, for q of this dtype."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -87,6 +91,9 @@ def checked_qkv(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor
     check_tensor("v", v, "[Tk, Hkv, D]", dim=3, like=("q", q))
     _, num_heads, head_dim = q.shape
     _, num_heads_k, head_dim_k = k.shape
+    for name, x in (("q", q), ("k", k)):
+        if x.shape[0] >= MAX_TOKENS:
+            raise ValueError(f"{name} must have fewer than 2**31 tokens, which int32 bounds can tell, got {x.shape[0]}")
     if head_dim == 0:
         raise ValueError(f"q must be [T, Hq, D] with a head size D of at least 1, got {tuple(q.shape)}")
     if k.shape != v.shape or head_dim_k != head_dim:
@@ -271,7 +278,9 @@ def check_bounds_on_cpu(name: str, cu_seqlens: Tensor | None, num_tokens: int) -
             return
         raise ValueError(f"{name} must be the same for all of a batch under torch.func transforms: {error}") from None
     if bounds[0] != 0 or bounds[-1] > num_tokens or bounds != sorted(bounds):
-        raise ValueError(f"{name} must start at 0, never decrease and end at or below the {num_tokens} tokens, got {bounds}")
+        wrong = 0 if bounds[0] != 0 else next((i for i, (a, b) in enumerate(pairwise(bounds)) if a > b), len(bounds) - 2)
+        got = bounds if len(bounds) <= 32 else f"{bounds[wrong : wrong + 2]} at {wrong} of {len(bounds)} entries"
+        raise ValueError(f"{name} must start at 0, never decrease and end at or below the {num_tokens} tokens, got {got}")
 
 
 def contiguous(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -282,7 +291,7 @@ def contiguous(x: Tensor, dtype: torch.dtype) -> Tensor:
 def bounds_of_all(num_tokens: int, device: torch.device) -> Tensor:
     """cu_seqlens of one sequence."""
     if device.type == "cpu" and not torch.compiler.is_compiling():
-        return torch.tensor((0, num_tokens), dtype=torch.int32)
+        return torch.tensor((0, num_tokens), dtype=torch.int32, device=device)  # whatever torch's default device is
     # Elsewhere without waiting for a copy from the host; in a graph for any number of tokens.
     return torch.arange(2, dtype=torch.int32, device=device) * num_tokens
 

@@ -98,7 +98,7 @@ def rope_attention(
         group = num_heads // k.shape[1]  # query heads that share one key head
         k_j, v_j = k_j.repeat_interleave(group, dim=1), v_j.repeat_interleave(group, dim=1)
         if end_k == start_k:
-            outputs.append(q_i * 0)
+            outputs.append(torch.zeros_like(q_i))  # of NaN as well
             lses.append(q_i.new_full((num_heads, end_q - start_q), -torch.inf))
             continue
         scores = torch.einsum("ihd,jhd->hij", q_i, k_j) * scale

@@ -26,8 +26,8 @@ def axial_freqs(head_dim: int, base: float = 10000.0, layout: str = "hwhw", rota
         "hhww"           [h f, h f, w f, w f]                         R / 4                Gemma 4 (base 100)
         "interleaved"    [h f0, h f0, h f1, h f1, .. w f0, w f0, ..]  1                    SAM 3, timm EVA-02 style
 
-    Returns float32 [2, R] on the CPU. Raises ValueError for an unknown layout, an R that is not a multiple of 4, a base that is
-    not positive.
+    Returns float32 [2, R] on torch's default device. Raises ValueError for an unknown layout, an R that is not a multiple of 4,
+    a base that is not positive.
     """
     rotary_dim = head_dim if rotary_dim is None else rotary_dim
     check_integer("head_dim", head_dim)

@@ -240,7 +240,9 @@ def check_marginals(
     if group is not None:
         dist.all_reduce(row_sum, group=group)
     col_sum = col_marginals.double().sum(-1)
-    if not bool(((row_sum - col_sum).abs() <= 1e-4 * row_sum.abs()).all()):
-        raise ValueError(
-            f"row_marginals and col_marginals must have the same sum, got {row_sum.tolist()} and {col_sum.tolist()}"
-        )
+    equal = (row_sum - col_sum).abs() <= 1e-4 * row_sum.abs()
+    if not bool(equal.all()):
+        item = (~equal).nonzero()[0].tolist()  # the first; [] where all share one
+        sums = [x.expand_as(equal)[~equal][0].item() for x in (row_sum, col_sum)]
+        where = f" in item {item}" if item else ""
+        raise ValueError(f"row_marginals and col_marginals must have the same sum, got {sums[0]} and {sums[1]}{where}")

@@ -160,7 +160,8 @@ def _conjugate_gradients(operator, rhs: Tensor, null: Tensor) -> Tensor:
     """Solve operator(x) = rhs for every batch item, operator symmetric and positive semi-definite, rhs in its range but for
     rounding, which the unit vector `null` of its null space takes.
 
-    Items that have converged stand still; on a GPU nothing waits for the device, so all steps run.
+    Items that have stopped stand still, for their gradient must not depend on the others': one that began again would run away
+    along what the operator maps to zero. On a GPU nothing waits for the device, so all steps run.
     """
 
     def in_range(x: Tensor) -> Tensor:
@@ -170,12 +171,13 @@ def _conjugate_gradients(operator, rhs: Tensor, null: Tensor) -> Tensor:
     direction, square = residual.clone(), residual.square().sum(-1, keepdim=True)
     enough = square * torch.finfo(rhs.dtype).eps ** 2
     smallest = 8 * torch.finfo(rhs.dtype).eps
+    running = torch.ones_like(square, dtype=torch.bool)
     for _ in range(min(MAX_CONJUGATE_GRADIENT_STEPS, 2 * rhs.shape[-1])):
         image = operator(direction)
         curvature = (direction * image).sum(-1, keepdim=True)
         # What is left of a rounded residual lies where the operator is zero: a step there is as long as its curvature is small,
         # and what it adds cancels between x and y to nothing but rounding. Eigenvalues lie in 0 .. 1.
-        running = (square > enough) & (curvature > smallest * direction.square().sum(-1, keepdim=True))
+        running = running & (square > enough) & (curvature > smallest * direction.square().sum(-1, keepdim=True))
         if rhs.device.type == "cpu" and not bool(running.any()):
             break
         step = torch.where(running, square / torch.where(running, curvature, 1.0), 0.0)

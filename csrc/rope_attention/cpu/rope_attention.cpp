@@ -6,6 +6,7 @@
 #include <cstring>
 #include <initializer_list>
 #include <limits>
+#include <new>
 
 #include "comp_kernels/export.h"
 
@@ -66,19 +67,33 @@ void fill_slack_backward(const comp_kernels_rope_attention_params& p) {
   for (void* x : {p.dcos_k, p.dsin_k}) zero_rows(x, used_k, p.num_tokens_k, p.num_heads_k * table_row);
 }
 
+// run(), which returns null or a message. No exception may cross the C ABI: the process would end.
+template <typename Run>
+const char* within_memory(Run&& run) {
+  try {
+    return run();
+  } catch (const std::bad_alloc&) {
+    return "out of memory";
+  }
+}
+
 }  // namespace
 
-// Both return null, or what is wrong with the arguments (valid until the thread's next call).
+// Both return null, or what is wrong (valid until the thread's next call).
 COMP_KERNELS_EXPORT const char* comp_kernels_cpu_rope_attention_forward(const comp_kernels_rope_attention_params* params) {
   if (const char* wrong = check(*params)) return wrong;
   fill_slack_forward(*params);
-  if (params->dtype == COMP_KERNELS_BFLOAT16) return DISPATCH_BFLOAT16(rope_attention_forward, *params);
-  return DISPATCH_PRODUCTS(rope_attention_forward, *params);
+  return within_memory([&] {
+    if (params->dtype == COMP_KERNELS_BFLOAT16) return DISPATCH_BFLOAT16(rope_attention_forward, *params);
+    return DISPATCH_PRODUCTS(rope_attention_forward, *params);
+  });
 }
 
 COMP_KERNELS_EXPORT const char* comp_kernels_cpu_rope_attention_backward(const comp_kernels_rope_attention_params* params) {
   if (const char* wrong = check(*params)) return wrong;
   fill_slack_backward(*params);
-  if (params->dtype == COMP_KERNELS_BFLOAT16) return DISPATCH_BFLOAT16(rope_attention_backward, *params);
-  return DISPATCH_PRODUCTS(rope_attention_backward, *params);
+  return within_memory([&] {
+    if (params->dtype == COMP_KERNELS_BFLOAT16) return DISPATCH_BFLOAT16(rope_attention_backward, *params);
+    return DISPATCH_PRODUCTS(rope_attention_backward, *params);
+  });
 }

@@ -2,7 +2,6 @@
 #include "schedule.h"
 
 #include <algorithm>
-#include <numeric>
 
 namespace comp_kernels {
 namespace {
@@ -18,10 +17,14 @@ Lengths lengths(const Params& p, int64_t sequence) {
   return {p.cu_seqlens[sequence + 1] - p.cu_seqlens[sequence], p.cu_seqlens_k[sequence + 1] - p.cu_seqlens_k[sequence]};
 }
 
-// Sequences with the most work first, so that the last items to finish are small ones.
+// Sequences with the most work first, so that the last items to finish are small ones. Empty ones are left out: of those there
+// may be any number.
 std::vector<int64_t> largest_first(const Params& p, int64_t workers) {
-  std::vector<int64_t> order(p.num_sequences);
-  std::iota(order.begin(), order.end(), 0);
+  std::vector<int64_t> order;
+  order.reserve(std::min(p.num_sequences, p.num_tokens + p.num_tokens_k));
+  for (int64_t b = 0; b < p.num_sequences; ++b) {
+    if (lengths(p, b).queries + lengths(p, b).keys > 0) order.push_back(b);
+  }
   if (workers > 1) {
     std::stable_sort(order.begin(), order.end(),
                      [&](int64_t a, int64_t b) { return lengths(p, a).scores() > lengths(p, b).scores(); });
@@ -55,11 +58,12 @@ void append_cut(std::vector<AttentionItem>& items, AttentionItem item, int64_t p
 }  // namespace
 
 std::vector<AttentionItem> forward_items(const Params& p, int64_t workers, BlockSizes blocks) {
+  const std::vector<int64_t> order = largest_first(p, workers);
   std::vector<AttentionItem> items;
-  items.reserve(p.num_sequences * p.num_heads_k);
+  items.reserve(order.size() * p.num_heads_k);
   // Every part packs the keys again, so cut only what is large beside a worker's share.
   const double limit = fair_share(p, workers) / 4;
-  for (int64_t b : largest_first(p, workers)) {
+  for (int64_t b : order) {
     const Lengths n = lengths(p, b);
     if (n.queries == 0) continue;
     const double scores = static_cast<double>(n.scores());
@@ -72,14 +76,14 @@ std::vector<AttentionItem> forward_items(const Params& p, int64_t workers, Block
 }
 
 std::vector<AttentionItem> backward_items(const Params& p, int64_t workers, BlockSizes blocks) {
+  const std::vector<int64_t> order = largest_first(p, workers);
   std::vector<AttentionItem> items;
-  items.reserve(p.num_sequences * p.num_heads_k);
+  items.reserve(order.size() * p.num_heads_k);
   // Computing dq apart from dk and dv repeats two of five products, and lets either be cut freely. It pays where one pair
   // would keep its thread busy for more than 7/5 of everybody's share.
   const double share = fair_share(p, workers);
-  for (int64_t b : largest_first(p, workers)) {
+  for (int64_t b : order) {
     const Lengths n = lengths(p, b);
-    if (n.queries == 0 && n.keys == 0) continue;
     const double scores = static_cast<double>(n.scores());
     for (int64_t head = 0; head < p.num_heads_k; ++head) {
       AttentionItem item = whole(p, b, head);

@@ -34,8 +34,10 @@ void prepare_memory(const comp_kernels_sinkhorn_params& p) {
 
 // All iterations, the potentials and the plan.
 COMP_KERNELS_EXPORT const char* comp_kernels_cpu_sinkhorn_solve(const comp_kernels_sinkhorn_params* params) {
-  prepare_memory(*params);
-  return comp_kernels::with_marginals(*params, [](const auto& p) { return DISPATCH_ISA(sinkhorn_solve, p); });
+  return comp_kernels::with_marginals(*params, [](const auto& p) {
+    prepare_memory(p);
+    return DISPATCH_ISA(sinkhorn_solve, p);
+  });
 }
 
 // Columns of the tile to their marginals, v2_new; and per row the sum of the plan after that, from which the caller scales rows.

@@ -323,6 +323,20 @@ def test_squares_beyond_the_range(dtype, scales, mode, backend):
         torch.testing.assert_close(ck.alignment_loss(*scaled, **settings), expected)
 
 
+def test_prototypes_without_a_gradient_are_not_held():
+    """They may change before the backward pass, or be of inference mode."""
+    vision, text, prototypes = (torch.randn(rows, 8, requires_grad=rows == 4) for rows in (4, 4, 30))
+    loss = ck.alignment_loss(vision, text, prototypes)
+    (expected,) = torch.autograd.grad(loss, vision)
+    with torch.inference_mode():
+        frozen = prototypes.clone()
+    (gradient,) = torch.autograd.grad(ck.alignment_loss(vision, text, frozen), vision)
+    assert torch.equal(gradient, expected)
+    loss = ck.alignment_loss(vision, text, prototypes)
+    prototypes.zero_()
+    assert torch.equal(torch.autograd.grad(loss, vision)[0], expected)
+
+
 def test_refuses_what_does_not_fit():
     features, prototypes = torch.randn(4, 8), torch.randn(30, 8)
     with pytest.raises(ValueError, match="num_iters must be at least 1, got 0"):

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy
 import pytest
 import torch
 
@@ -47,6 +48,18 @@ def test_simulation_leaves_the_callers_generator_alone():
     torch.manual_seed(3)
     first = propose_temperature(16, 100)
     assert torch.equal(torch.rand(1), expected) and propose_temperature(16, 100) == first
+
+
+def test_simulation_is_the_same_in_every_surrounding(monkeypatch):
+    first = propose_temperature(16, 100)
+    monkeypatch.setattr(torch, "manual_seed", None)  # would seed every GPU
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert propose_temperature(16, 100) == first
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        assert propose_temperature(numpy.int64(16), 100) == first
 
 
 def test_the_papers_case_gives_the_papers_temperature():

@@ -69,6 +69,15 @@ def test_coefficients_equal_the_formulas(streams):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
 
 
+def test_coefficients_are_float32_under_autocast():
+    inputs = make_inputs(4)
+    expected = liger_mhc_coeffs(*inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = liger_mhc_coeffs(*inputs)
+    assert all(torch.equal(x, y) for x, y in zip(found, expected))
+    assert [x.shape for x in liger_mhc_coeffs(*(x.to("meta") for x in inputs))] == [x.shape for x in expected]
+
+
 @pytest.fixture
 def liger():
     """liger_kernel.ops.mhc; the rest of the package, which wants transformers and a GPU, is left out."""

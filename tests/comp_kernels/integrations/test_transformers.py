@@ -15,6 +15,7 @@ from parity import check_parity, randomize
 from transformers_towers import BLOCKS, SIZE, TOWERS
 
 from comp_kernels.integrations import UnsupportedCall, patch_transformers, register_attention, unpatch
+from comp_kernels.integrations._padded import blocks_of, padded_attention
 from comp_kernels.integrations.transformers import FAMILIES
 
 
@@ -210,6 +211,16 @@ def test_a_mask_changed_in_place_is_read_again():
     before = attention(x, attention_mask=mask)[0]
     mask[:, 8:] = False
     assert not torch.allclose(attention(x, attention_mask=mask)[0], before)
+
+
+@pytest.mark.parametrize("images, tokens", ((0, 5), (2, 0), (0, 0)))
+@pytest.mark.parametrize("masked", (False, True))
+def test_batches_without_tokens(images, tokens, masked):
+    """A process whose share of a batch has no image, say."""
+    blocks = blocks_of(torch.ones(images, tokens) if masked else None, images, tokens, torch.device("cpu"))
+    q = torch.randn(images, tokens, 2, 16)
+    out = padded_attention(q, q, q, blocks, None, scale=None, pair_stride=None, backend=None)
+    assert out.shape == q.shape
 
 
 def test_a_query_without_keys_gets_zeros():

@@ -255,6 +255,32 @@ def test_refusals():
         cpu.forward(Call(q, q, q, wide, wide, wide, wide, bounds, bounds, rotary_dim=8, pair_stride=4, scale=1.0))
 
 
+def test_any_number_of_empty_sequences():
+    """Each took 48 bytes per head: 200 GB here."""
+    q, bounds = torch.randn(1, 4096, 2), torch.zeros(2**20 + 1, dtype=torch.int32)
+    bounds[-1] = 1
+    assert torch.equal(ck.rope_attention(q, q, q, cu_seqlens=bounds, backend="cpu"), q)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
+def test_want_of_memory_is_an_error():
+    """And not the end of the process, as of an exception that leaves the library. The limit needs a process of its own."""
+    code = """
+import resource, torch, comp_kernels as ck
+q, bounds = torch.zeros(1, 1, 2).expand(2**16, 256, 2), torch.arange(2**16 + 1, dtype=torch.int32)
+ck.rope_attention(q[:2], q[:2], q[:2], backend="cpu")
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (600 << 20), -1))  # 268 MB of results, 800 of items
+try:
+    ck.rope_attention(q, q, q, cu_seqlens=bounds, backend="cpu")
+except RuntimeError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "out of memory"), done.stderr
+
+
 @pytest.mark.parametrize("magnitude", (1e3, 1e6, 1e18, 1e30))
 def test_gradients_of_huge_logits(magnitude):
     """Weights recomputed in the backward pass are those of the forward pass, however large the logits."""
