@@ -51,9 +51,12 @@ def test_alignment_loss(benchmark, size):
         "eager": step(reference.alignment_loss, inputs, prior),
         "compiled": step(torch.compile(reference.alignment_loss, dynamic=False), inputs, prior),
     }
+    ours = step(ck.alignment_loss, inputs, prior)
+    found, plain = ours(), peers["compiled"]()  # of all rows: those that `errors` can afford may lack what the others have
+    assert (found - plain).abs().max() <= 1e-4 * plain.abs().max()
     compare(
         benchmark,
-        step(ck.alignment_loss, inputs, prior),
+        ours,
         peers,
         group="alignment_loss sinkhorn, forward+backward",
         case=f"n={rows} V={words} D={dim}",
