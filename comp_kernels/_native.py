@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import os
 import struct
 import sys
 import warnings
@@ -24,6 +25,9 @@ LIB = Path(__file__).parent / "lib"
 
 # dtype codes of csrc/include
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
+"""What COMP_KERNELS_CPU_ISA may name, as in csrc/common/cpu/isa.cpp, which reads it."""
 
 
 _HERE = contextlib.nullcontext()
@@ -63,6 +67,9 @@ def _cpu() -> ctypes.CDLL | Unavailable:
     except Unavailable as error:
         warnings.warn(f"comp_kernels: {error}. The slow reference backend is used on the CPU.", stacklevel=2)
         return error
+    wanted = os.environ.get("COMP_KERNELS_CPU_ISA", "")
+    if wanted not in ("", *INSTRUCTION_SETS):
+        raise ValueError(f"COMP_KERNELS_CPU_ISA must be one of {', '.join(INSTRUCTION_SETS)}, got {wanted!r}")
     library.comp_kernels_cpu_isa.restype = ctypes.c_char_p
     library.comp_kernels_cpu_set_threads.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     library.comp_kernels_cpu_set_threads.restype = None

@@ -239,6 +239,15 @@ def test_zen_4_multiplies_floats_in_avx2():
     assert ("avx2)" in result.stdout) == in_halves
 
 
+def test_a_set_that_does_not_exist_is_refused(monkeypatch):
+    _native._cpu.cache_clear()
+    monkeypatch.setenv("COMP_KERNELS_CPU_ISA", "avx-512")
+    with pytest.raises(ValueError, match=r"must be one of baseline, avx2, avx512, .* got 'avx-512'"):
+        _native.cpu()
+    monkeypatch.undo()
+    _native.cpu()
+
+
 def test_refusals():
     q = torch.randn(4, 2, 258)
     with pytest.raises(RuntimeError, match="at most 256, got 258"):
