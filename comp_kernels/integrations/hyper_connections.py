@@ -122,7 +122,9 @@ def patch_megatron(model: nn.Module, *, backend: str | None = None) -> list[str]
 
 def unpatch_megatron(model: nn.Module) -> list[str]:
     """Undo `patch_megatron`; names of the modules that changed back."""
-    patched = {name: m for name, m in _hyper_connections(model).items() if isinstance(m._sinkhorn_op, _Projection)}
+    patched = {
+        name: m for name, m in _hyper_connections(model).items() if isinstance(getattr(m, "_sinkhorn_op", None), _Projection)
+    }
     for module in patched.values():
         module._sinkhorn_op = module._sinkhorn_op.original
     return list(patched)

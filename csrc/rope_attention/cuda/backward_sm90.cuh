@@ -77,8 +77,8 @@ template <typename Config>
 __device__ __forceinline__ void produce_columns(const BackwardSm90Params& params, const Tile& tile, int row_head, int row_slot,
                                                 int first_head, int heads) {
   constexpr int kHeadDim = Config::kHeadDim;
-  extern __shared__ __align__(128) char shared[];
-  const BackwardRing<Config> ring{shared_address(shared)};
+  extern __shared__ __align__(128) char ring_memory[];  // of another name than that of backward.cuh, which is aligned to 16
+  const BackwardRing<Config> ring{shared_address(ring_memory)};
   if constexpr (!Config::kHeld) {
     const int64_t at = (static_cast<int64_t>(row_head) * params.row_slots + row_slot) * kImageKeys * kHeadDim;
     const uint32_t bytes = Config::kRows * kHeadDim * 2;
@@ -142,7 +142,7 @@ template <typename T, int kHeadDim, bool kKeyRows>
 __device__ __forceinline__ void attention_backward_sm90(const BackwardSm90Params& params) {
   using Config = BackwardSm90Config<kHeadDim, kKeyRows>;
   constexpr int kCount = Config::kColumns / 8;
-  extern __shared__ __align__(128) char shared[];
+  extern __shared__ __align__(128) char ring_memory[];
   const int slot = blockIdx.x, row_head = blockIdx.y;
   wait_for_grid_before();
   // The kernel of the queries follows that of the keys and reads what prepare wrote, which has ended: no block comes here sooner.
@@ -158,7 +158,7 @@ __device__ __forceinline__ void attention_backward_sm90(const BackwardSm90Params
   const int groups = tile.rows > 64 ? 2 : 1;
   const int shared_heads = params.heads_per_key_head;  // grouped queries: a key head sums over its query heads
   const int first_head = kKeyRows ? row_head * shared_heads : row_head / shared_heads, heads = kKeyRows ? shared_heads : 1;
-  const BackwardRing<Config> ring{shared_address(shared)};
+  const BackwardRing<Config> ring{shared_address(ring_memory)};
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < Config::kStages; ++stage) {
       barrier_init(ring.full(stage), 1);
@@ -225,7 +225,8 @@ __device__ __forceinline__ void attention_backward_sm90(const BackwardSm90Params
     if (step > 0 && lane == 0) barrier_arrive(ring.empty(now.before().stage));
     if (!kKeyRows && exist < Config::kColumns) mask_columns<1, kCount>(p, exist, scale_log2);
     if constexpr (!kKeyRows) exist -= Config::kColumns;
-    const RowStats* column_stats = reinterpret_cast<const RowStats*>(shared + (ring.stats(now.stage) - ring.base)) + lane % 4 * 2;
+    const RowStats* column_stats =
+        reinterpret_cast<const RowStats*>(ring_memory + (ring.stats(now.stage) - ring.base)) + lane % 4 * 2;
     auto weigh = [&](auto exactly, const float* lows) {  // lows: of the rows, or of the columns of this tile
 #pragma unroll
       for (int n = 0; n < kCount; ++n) {
@@ -303,7 +304,7 @@ __device__ __forceinline__ void attention_backward_sm90(const BackwardSm90Params
     named_barrier<1, 256>();  // the staging area overlaps all buffers
   }
   if (own >= tile.rows) return;
-  float* staging = reinterpret_cast<float*>(shared + Config::kBarrierBytes) + own * Config::kStagingFloats;
+  float* staging = reinterpret_cast<float*>(ring_memory + Config::kBarrierBytes) + own * Config::kStagingFloats;
   const int rows = min(16, tile.rows - own);
   write_gradient<T, Config>(params.first, first, params.scale, staging, rows, tile.row + own, row_head, kHeadDim);
   if constexpr (kKeyRows) {

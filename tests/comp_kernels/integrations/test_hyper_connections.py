@@ -135,6 +135,7 @@ def test_what_cannot_be_patched_is_named():
     del other._sinkhorn_op
     with pytest.raises(ValueError, match="arranges HyperConnectionModule differently"):
         patch_megatron(other)
+    assert unpatch_megatron(nn.Sequential(other)) == []
     x, phi, b, *alphas = make_inputs(4)
     with pytest.raises(ValueError, match=r"phi and b must be \(64, 24\) and \(24,\)"):
         liger_mhc_coeffs(x, phi[:, 1:], b, *alphas)
