@@ -108,8 +108,8 @@ __device__ __forceinline__ void produce(const ForwardParams& params, const Tile&
                                         RingPosition<Config::kStages>& position) {
   constexpr int kHeadDim = Config::kHeadDim;
   using R = Ring<Config>;
-  extern __shared__ __align__(128) char shared[];
-  const R ring{shared_address(shared)};
+  extern __shared__ __align__(128) char ring_memory[];
+  const R ring{shared_address(ring_memory)};
   // The images of a sequence follow one another, so a step may take its keys from any multiple of 8 on.
   const int64_t first = key_head * params.k_stride_head + static_cast<int64_t>(tile.other_start) * kImageKeys * kHeadDim;
   for (int key = 0; key < tile.other_rows; key += Config::kKeys, position.advance()) {
@@ -382,7 +382,7 @@ template <typename T, int kHeadDim>
 __device__ __forceinline__ void attention_forward_sm90(const ForwardSm90Params& all) {
   using Config = ForwardSm90Config<kHeadDim>;
   using R = Ring<Config>;
-  extern __shared__ __align__(128) char shared[];
+  extern __shared__ __align__(128) char ring_memory[];
   const ForwardParams& params = all.attention;
   const FoundTile found =
       params.tiles != nullptr ? FoundTile{params.tiles[blockIdx.x], 0} : find_tile<Config::kQueries>(all, blockIdx.x);
@@ -391,7 +391,7 @@ __device__ __forceinline__ void attention_forward_sm90(const ForwardSm90Params& 
   const int head = blockIdx.y;
   const int group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);  // the same for the whole warp, and the compiler knows it
   const int groups = (tile.rows + 63) / 64;  // warpgroups that have queries
-  const R ring{shared_address(shared)};
+  const R ring{shared_address(ring_memory)};
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < Config::kStages; ++stage) {
       for (const auto half : {R::kKeys, R::kValues}) {
@@ -419,7 +419,7 @@ __device__ __forceinline__ void attention_forward_sm90(const ForwardSm90Params& 
   }
   registers_up_to<Config::kConsumerRegisters>();
   const int thread = threadIdx.x - 128;
-  char* query_image = shared + Config::kBarrierBytes;
+  char* query_image = ring_memory + Config::kBarrierBytes;
   load_queries<T, Config::kQueries, Config::kSteps * 16, Config::kConsumers, true>(
       params, tile, head, thread, [&](int row, int channel) {
         return reinterpret_cast<uint16_t*>(query_image + (row >> 3) * Config::kQueryStride +
@@ -430,7 +430,7 @@ __device__ __forceinline__ void attention_forward_sm90(const ForwardSm90Params& 
   fence_async_proxy();  // of the thread that wrote ...
   named_barrier<1, Config::kConsumers>();
   fence_async_proxy();  // ... and of the one that lets wgmma read what others wrote
-  ConsumerWarp<T, Config> warp(shared_address(shared), Config::kBarrierBytes, group - 1, groups, params.scale);
+  ConsumerWarp<T, Config> warp(shared_address(ring_memory), Config::kBarrierBytes, group - 1, groups, params.scale);
   if (group <= groups) warp.consume(tile.other_rows);
   named_barrier<1, Config::kConsumers>();  // no one reads the query image any more: it becomes the way out
   const int first = thread / 32 * 16;

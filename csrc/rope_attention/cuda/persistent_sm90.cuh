@@ -141,9 +141,9 @@ __device__ __forceinline__ void attention_forward_persistent(const PersistentPar
   using Config = PersistentConfig<kHeadDim>;
   using R = Ring<Config>;
   const ForwardParams& params = all.attention;
-  extern __shared__ __align__(128) char shared[];
+  extern __shared__ __align__(128) char ring_memory[];
   const int group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
-  const R ring{shared_address(shared)};
+  const R ring{shared_address(ring_memory)};
   QueryBuffers<Config> buffers{ring.base};
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < Config::kStages; ++stage) {
@@ -157,7 +157,7 @@ __device__ __forceinline__ void attention_forward_persistent(const PersistentPar
     fence_barrier_init();
   }
   for (int i = threadIdx.x * 16; i < 2 * Config::kQueryBytes; i += Config::kThreads * 16) {
-    *reinterpret_cast<uint4*>(shared + Config::kBarrierBytes + i) = uint4{0, 0, 0, 0};
+    *reinterpret_cast<uint4*>(ring_memory + Config::kBarrierBytes + i) = uint4{0, 0, 0, 0};
   }
   fence_async_proxy();  // of the thread that wrote ...
   __syncthreads();
@@ -219,7 +219,7 @@ __device__ __forceinline__ void attention_forward_persistent(const PersistentPar
         warp.let_pass(keys);
       }
       position = warp.now;
-      own = shared + buffers.offset() + first / 8 * Config::kQueryStride;
+      own = ring_memory + buffers.offset() + first / 8 * Config::kQueryStride;
       if (keys > 0) position.advance();
       named_barrier_sync(kFirstTurn + Config::kGroups + group, 128);  // no one of the warpgroup reads its queries any more
       const Tile tile = all.tiles[item / params.num_heads].tile;  // again: registers are short during the steps
