@@ -116,22 +116,14 @@ def _aligned(x: Tensor) -> Tensor:
 
 def _launch(which: str, q: Tensor, params: bytes) -> None:
     """One pass on the current stream of q's device, with the workspace that it needs."""
-    stream = 0  # of emulators
-    if q.is_cuda:
-        index = q.device.index
-        if index != torch.cuda.current_device():  # the size depends on the device too
-            with torch.cuda.device(index):
-                return _launch(which, q, params)
-        stream = torch._C._cuda_getCurrentRawStream(index)
-    size, function = _functions(which)
-    workspace = q.new_empty(size(params, which == "backward"), dtype=torch.uint8)
-    message = function(params, workspace.data_ptr(), stream)
-    if message is not None:
-        raise RuntimeError(message.decode())
+    size, function = _functions(_native.cuda(), which)
+    with _native.on_device(q):  # the size depends on the device too
+        workspace = q.new_empty(size(params, which == "backward"), dtype=torch.uint8)
+        _native.call(function, params, workspace.data_ptr(), _native.stream(q))
 
 
 @functools.cache
-def _functions(which: str) -> tuple[Callable, Callable]:
+def _functions(library: ctypes.CDLL, which: str) -> tuple[Callable, Callable]:
     """(what tells the size of a workspace, the pass)."""
     size = _native.cuda_function("rope_attention_workspace", (ctypes.c_void_p, ctypes.c_int32), ctypes.c_int64)
     return size, _native.cuda_function(f"rope_attention_{which}", (ctypes.c_void_p,) * 3)

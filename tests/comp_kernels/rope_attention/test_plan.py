@@ -10,8 +10,9 @@ import torch
 from cuda_emulation import launches_on_emulator, needs_cuda_emulation
 
 import comp_kernels as ck
-from comp_kernels import _backends
-from comp_kernels.ops.rope_attention import native, plan
+from comp_kernels import _backends, _native
+from comp_kernels.ops.rope_attention import cuda, native, plan
+from comp_kernels.ops.rope_attention.call import checked_call
 from comp_kernels.testing import AttentionCase, attention_with_gradients, make_attention_inputs
 
 CASES = {
@@ -153,3 +154,28 @@ def test_addresses_that_kernels_cannot_take():
         found, of_grad = call(shifted(q), grad), call(q, shifted(grad))
     assert all(x.passes is not None for x in plan._plans.values())
     assert equal(again, expected) and equal(found, expected) and equal(of_grad, expected)
+
+
+class Library:
+    """Functions by name, as ctypes gives them, that do nothing but note that they were called."""
+
+    def __init__(self):
+        self.called = []
+
+    def __getitem__(self, name):
+        def function(*arguments):
+            self.called.append(name)
+            return 0 if name.endswith("workspace") else None
+
+        return function
+
+
+def test_the_cuda_library_in_use_is_called(monkeypatch):
+    """Benchmarks put another build in the place of the library, and back, within one process."""
+    inputs = make_attention_inputs(AttentionCase("packed", [3, 5]), dtype=torch.bfloat16)
+    libraries = Library(), Library()
+    for library in (*libraries, libraries[0]):
+        monkeypatch.setattr(_native, "_cuda", lambda library=library: library)
+        tensors = (inputs.q, inputs.k, inputs.v, inputs.cos, inputs.sin, None, None, inputs.cu_seqlens, None)
+        cuda.forward(checked_call(tensors, None, None, None))
+    assert [len(library.called) for library in libraries] == [4, 2]
