@@ -90,12 +90,11 @@ def launch(kernel, grid: tuple[int, ...], *args, num_warps: int = 4, num_stages:
         _redirection[1](kernel, grid, *args, num_warps=num_warps, num_stages=num_stages, **constexprs)
         return
     first = next(x for x in args if isinstance(x, torch.Tensor))
-    if not first.is_cuda or torch.version.hip:  # the interpreter; AMD's compiler asks for more than `look_of` tells
-        with on_device(first):
-            kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **OPTIONS, **constexprs)
-        return
     with on_device(first):
-        launch_known((first.device.index, num_warps, num_stages), kernel, grid, args, constexprs)
+        if first.is_cuda and not torch.version.hip:
+            launch_known((first.device.index, num_warps, num_stages), kernel, grid, args, constexprs)
+        else:  # the interpreter; AMD's compiler asks for more than `look_of` tells
+            kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **OPTIONS, **constexprs)
 
 
 MAX_KNOWN = 4096

@@ -138,6 +138,17 @@ def generate_answers(
     return [encoder.template.decode(ids) for ids in answers]
 
 
+def usable_samples(
+    samples: Dataset, encoder: SampleEncoder, indices: Iterable[int], told: str
+) -> Iterator[tuple[int, EncodedSample]]:
+    """Those that can be learned from, with their indices; the others are said, behind `told`."""
+    for index in indices:
+        try:
+            yield index, encoder.encode(samples[index])
+        except BadSampleError as error:
+            say_once(f"{told}{error}")
+
+
 @torch.no_grad()
 def answer_loss(
     model: nn.Module,
@@ -200,6 +211,11 @@ def all_types(tables: Iterable[dict[str, dict[str, Any]]]) -> dict[str, dict[str
     """Every question type that any of several `scores_by_type` has, with its newest entry; "overall" last."""
     newest = {name: entry for table in tables for name, entry in table.items()}
     return dict(sorted(newest.items(), key=lambda item: (item[0] == OVERALL, item[0])))
+
+
+def percent(scores: dict[str, dict[str, Any]], question_type: str) -> str:
+    """A score of `scores_by_type` for a table; "-" where it has no such type."""
+    return f"{100 * scores[question_type]['score']:.1f}" if question_type in scores else "-"
 
 
 def _groups(predictions: Iterable[Prediction]) -> list[list[Prediction]]:

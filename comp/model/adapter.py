@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import AdapterInit, need_choice
-from .row_sizes import slack_rows, with_slack, without_slack
+from .row_sizes import over_filled_rows
 
 
 class Adapter(nn.Module):
@@ -50,6 +50,4 @@ class Adapter(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Patches [N, Dv] in merge-block order -> tokens [N / merge_size^2, D_language]."""
         blocks = self.norm(features).view(-1, self.fc1.in_features)
-        slack = slack_rows(len(blocks), blocks.device)
-        tokens = self.fc2(F.gelu(self.fc1(with_slack(blocks, slack))))
-        return without_slack(tokens, slack)
+        return over_filled_rows(lambda x: self.fc2(F.gelu(self.fc1(x))), blocks)

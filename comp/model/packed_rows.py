@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from .causal_lm import Halves, evaluation_mode, probe_ids, rounding_of
 from .generation import cache_layers, has_static_rope
-from .row_sizes import slack_rows, with_slack, without_slack
+from .row_sizes import over_filled_rows, slack_rows, with_slack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -149,9 +149,7 @@ def _last_layer(layer: Any, hidden_states: Tensor, *args: Any, learned: Tensor |
     normed = layer.input_layernorm(hidden_states)
     attended = layer.self_attn(hidden_states=normed, queries=learned, **settings)[0]
     x = hidden_states.index_select(1, learned) + attended.index_select(1, learned)
-    slack = slack_rows(len(learned), x.device)
-    x = with_slack(x, slack, dim=1)
-    return without_slack(x + layer.mlp(layer.post_attention_layernorm(x)), slack, dim=1)
+    return over_filled_rows(lambda x: x + layer.mlp(layer.post_attention_layernorm(x)), x, dim=1)
 
 
 def attention_mask_for_packed(model: PreTrainedModel) -> Tensor | None:

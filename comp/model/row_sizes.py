@@ -8,6 +8,8 @@ float32 and on GPUs there are none.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,3 +40,9 @@ def with_slack(x: Tensor, slack: int, dim: int = 0) -> Tensor:
 def without_slack(x: Tensor, slack: int, dim: int = 0) -> Tensor:
     """`x` without its last `slack` rows along `dim`."""
     return x.narrow(dim, 0, x.shape[dim] - slack) if slack else x
+
+
+def over_filled_rows(function: Callable[[Tensor], Tensor], x: Tensor, dim: int = 0) -> Tensor:
+    """`function`, which takes each row along `dim` by itself, of `x` and what slack pays for it."""
+    slack = slack_rows(x.shape[dim], x.device)
+    return without_slack(function(with_slack(x, slack, dim)), slack, dim)

@@ -27,7 +27,7 @@ from .adapter import Adapter
 from .folder import warn_of_non_finite
 from .lora import merged_state
 from .positions import Grids, in_token_order, patch_positions, resample_table, rotary_tables, sincos_table
-from .row_sizes import slack_rows, with_slack, without_slack
+from .row_sizes import over_filled_rows, slack_rows, with_slack, without_slack
 from .vit_config import ACTIVATIONS, ViTConfig
 
 
@@ -252,10 +252,11 @@ class VisionEncoder(nn.Module):
                 raise ValueError(f"return_layers must lie in {-num_layers} .. {num_layers - 1}, got {layer}")
         taps = {}
         # the blocks draw no random numbers of their own, but dropout of low-rank updates within them does
-        draws = any(isinstance(module, nn.Dropout) for module in self.blocks.modules())
+        recomputed = self.gradient_checkpointing and torch.is_grad_enabled()
+        draws = recomputed and any(isinstance(module, nn.Dropout) for module in self.blocks.modules())
         for index, block in enumerate(self.blocks):
             arguments = (x_TD, layout.cos_TR, layout.sin_TR, layout.cu_seqlens, self.backend)
-            if self.gradient_checkpointing and torch.is_grad_enabled():
+            if recomputed:
                 x_TD = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=draws)
             else:
                 x_TD = block(*arguments)
@@ -339,9 +340,7 @@ class VisionEncoder(nn.Module):
 
     def _embed(self, pixel_values: Tensor, grids: Grids) -> Tensor:
         """Patches with their absolute positions, [N, D]."""
-        slack = slack_rows(len(pixel_values), pixel_values.device)
-        pixel_values = with_slack(pixel_values.to(self.patch_embed.weight.dtype), slack)
-        x_ND = without_slack(self.patch_embed(pixel_values), slack)
+        x_ND = over_filled_rows(self.patch_embed, pixel_values.to(self.patch_embed.weight.dtype))
         if self.embed_norm is not None:
             x_ND = self.embed_norm(x_ND)
         if "abs" in self.pos_mode:

@@ -13,6 +13,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -25,13 +26,13 @@ from ..build import build_model, sample_encoder, set_position_mode
 from ..cli import positive_int
 from ..config import AlignmentConfig, Config, ConfigError, PrototypeSource
 from ..config_io import apply_overrides
-from ..data.batch import BadSampleError, Batch
+from ..data.batch import Batch
 from ..data.datasets import Dataset
 from ..data.encode import SampleEncoder
 from ..data.mixture import open_sources
 from ..data.packing import EncodedSample, collate
 from ..data.template import num_rows
-from ..eval.vqa import say_once
+from ..eval.vqa import usable_samples
 from ..log import table
 from ..model.multimodal import CoMP
 from ..recipes import RECIPES
@@ -94,14 +95,8 @@ def force(model: CoMP, batch: Batch, settings: AlignmentConfig) -> dict[str, tup
 
 def first_usable(samples: Dataset, encoder: SampleEncoder, count: int) -> list[EncodedSample]:
     """The first `count` samples that can be learned from, or as many as there are; those left out are said."""
-    found: list[EncodedSample] = []
-    for index in range(len(samples)):
-        if len(found) == count:
-            break
-        try:
-            found.append(encoder.encode(samples[index]))
-        except BadSampleError as error:
-            say_once(f"skipped {error}")
+    usable = usable_samples(samples, encoder, range(len(samples)), "skipped ")
+    found = [sample for _, sample in islice(usable, count)]
     if not any(sample.grids and sample.answer_ids for sample in found):
         raise ConfigError(f"none of {len(found)} samples has an image and an answer: nothing to align")
     return found

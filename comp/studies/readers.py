@@ -15,13 +15,10 @@ import torch
 
 from ..build import build_model, sample_encoder, set_position_mode
 from ..config import Config, ConfigError
-from ..data.batch import BadSampleError
-from ..data.datasets import Dataset
-from ..data.encode import SampleEncoder
 from ..data.loader import StepDataset, iterate_steps
 from ..data.mixture import open_sources
 from ..data.streams import is_stream
-from ..eval.vqa import answer_loss, say_once
+from ..eval.vqa import answer_loss, usable_samples
 from ..model import Adapter, VisionEncoder
 from ..parallel import ALONE
 from ..train.optim import build_optimizer, lr_multiplier, set_learning_rates, set_trainable
@@ -107,19 +104,8 @@ def reading_loss(
             set_learning_rates(optimizer, lr_multiplier(data.step, len(dataset), stage.optim))
             train_step(model, optimizer, data, totals, stage, ALONE, pad_id=template.pad_id, bf16=False)
     held_out = open_sources(config.eval.data, config.seed)
-    indices = usable(held_out, encoder, min(num_questions or len(held_out), len(held_out)))
-    return answer_loss(model, held_out, encoder, indices=indices, batch_size=config.eval.batch_size)
-
-
-def usable(samples: Dataset, encoder: SampleEncoder, count: int) -> list[int]:
-    """Which of the first `count` samples can be learned from; the others are said. ConfigError where none can."""
-    found = []
-    for index in range(count):
-        try:
-            encoder.encode(samples[index])
-            found.append(index)
-        except BadSampleError as error:
-            say_once(f"left out of the reading loss: {error}")
-    if not found:
+    count = min(num_questions or len(held_out), len(held_out))
+    indices = [index for index, _ in usable_samples(held_out, encoder, range(count), "left out of the reading loss: ")]
+    if not indices:
         raise ConfigError(f"none of {count} held-out samples can be used for the reading loss")
-    return found
+    return answer_loss(model, held_out, encoder, indices=indices, batch_size=config.eval.batch_size)

@@ -29,7 +29,7 @@ from ..config import Config, ConfigError
 from ..data.datasets import Dataset
 from ..data.mixture import open_sources
 from ..eval.evaluate import open_all
-from ..eval.vqa import OVERALL, Prediction, all_types, answer_questions, scores_by_type
+from ..eval.vqa import OVERALL, Prediction, all_types, answer_questions, percent, scores_by_type
 from ..parallel import CPU_ALONE, Place, add_place_options, place_of, stop_world
 from ..runs import trained_config
 from ..train.plots import plain_text
@@ -103,7 +103,7 @@ def write_sweep(results: dict[int, dict[str, dict[str, Any]]], folder: Path) -> 
     """folder/table.json, a row per question type and a column per cap, and folder/sweep.png."""
     folder.mkdir(parents=True, exist_ok=True)
     types = all_types(results.values())
-    rows = [[name, *(_percent(scores, name) for scores in results.values())] for name in types]
+    rows = [[name, *(percent(scores, name) for scores in results.values())] for name in types]
     counts = [scores[OVERALL]["count"] for scores in results.values()]
     text = (
         f"Score in per cent on {max(counts)} held-out questions at native resolution, against the cap on visual tokens per "
@@ -133,10 +133,6 @@ def write_sweep(results: dict[int, dict[str, dict[str, Any]]], folder: Path) -> 
     figure.tight_layout()
     figure.savefig(folder / "sweep.png", dpi=110)
     plt.close(figure)
-
-
-def _percent(scores: dict[str, dict[str, Any]], name: str) -> str:
-    return f"{100 * scores[name]['score']:.1f}" if name in scores else "-"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

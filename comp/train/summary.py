@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..config import Config, StageConfig
-from ..eval.vqa import all_types
+from ..eval.vqa import all_types, percent
 from ..log import read_records, table
 from ..model.multimodal import CoMP
 from ..parallel import World
@@ -82,7 +82,7 @@ def result_table(evaluations: Sequence[dict[str, Any]], baselines: dict[str, Any
     """Held-out scores in per cent: a row per question type, a column per baseline and per evaluation."""
     columns = {**(baselines or {}), **{e["label"]: e["scores"] for e in evaluations}}
     rows = [
-        [name, str(entry["count"]), *(f"{100 * c[name]['score']:.1f}" if name in c else "-" for c in columns.values())]
+        [name, str(entry["count"]), *(percent(scores, name) for scores in columns.values())]
         for name, entry in all_types(e["scores"] for e in evaluations).items()
     ]
     return table(["question type", "count", *columns], rows)

@@ -147,21 +147,19 @@ def recall(
     if torch.compiler.is_compiling():
         return None, None
     try:
-        q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k = tensors
         found = (
-            look(q), look(k), look(v), look(cos), look(sin), None if cos_k is None else look(cos_k),
-            None if sin_k is None else look(sin_k), look(cu_seqlens), None if cu_seqlens_k is None else look(cu_seqlens_k),
-            rotary_dim, type(rotary_dim), pair_stride, type(pair_stride), scale, type(scale),
+            *map(look, tensors),
+            *(rotary_dim, type(rotary_dim), pair_stride, type(pair_stride), scale, type(scale)),
             os.environ.get(ENVIRONMENT_VARIABLE) if backend is None else backend,
-        )  # fmt: skip
+        )
         plan = _plans.get(found)
     except (AttributeError, RuntimeError, TypeError, ValueError):
         return None, None
     if plan is None or not plan.holds():
         return found, None
     if plan.device_type == "cpu":
-        check_bounds_on_cpu("cu_seqlens", cu_seqlens, q.shape[0])
-        check_bounds_on_cpu("cu_seqlens_k", cu_seqlens_k, k.shape[0])
+        check_bounds_on_cpu("cu_seqlens", tensors[7], tensors[0].shape[0])
+        check_bounds_on_cpu("cu_seqlens_k", tensors[8], tensors[1].shape[0])
     return found, plan
 
 

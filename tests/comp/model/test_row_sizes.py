@@ -8,10 +8,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from comp.config import AlignmentConfig
-from comp.model import CoMP, VisionEncoder, adapter, losses, multimodal, packed_rows, row_sizes, vision_encoder
+from comp.model import CoMP, VisionEncoder, losses, multimodal, packed_rows, row_sizes, vision_encoder
 from comp.model.vit_config import ViTConfig
 
-USERS = (adapter, losses, multimodal, packed_rows, vision_encoder)
+USERS = (losses, multimodal, packed_rows, row_sizes, vision_encoder)
 """Modules that put slack behind tokens."""
 FAMILIES = ["Llama", "Mistral, window 16", "GPT2", "Mixtral", "Gemma3, logits capped, window 16", "Mamba"]
 """Last layers that are shortened and others, windows, experts, a head that is not linear alone, rows that are padded."""
@@ -82,11 +82,11 @@ def test_what_is_in_the_slack_is_not_read(family, monkeypatch):
     """With NaN in its place the losses are the same bits, with random numbers the gradients, too."""
     model, data = make_model(family, prefix_tokens=2), make_batch()
     expected = results(model, data)
-    count = []
+    count, fill_up = [], row_sizes.with_slack
 
     def filled_with(make):
         def with_slack(x, slack, dim=0):
-            out = row_sizes.with_slack(x, slack, dim)
+            out = fill_up(x, slack, dim)
             if slack and x.is_floating_point() and x.dim() > 1:
                 rest = out.narrow(dim, x.shape[dim], slack)
                 out = torch.cat((out.narrow(dim, 0, x.shape[dim]), make(rest).detach()), dim)
