@@ -20,7 +20,7 @@ constexpr BlockSizes kBlocks{/*queries=*/96, /*keys=*/96};  // of a block, about
 
 // Queries are rows of products, keys are columns of some and rows of others.
 template <typename T>
-constexpr BlockSizes kMultiple{std::lcm(tile_rows(2), kPack* kDepthStep), std::lcm(tile_rows(2), kRowsTogether<T>)};
+constexpr BlockSizes kMultiple{std::lcm(kTileRows, kPack* kDepthStep), std::lcm(kTileRows, kRowsTogether<T>)};
 template <typename T>
 constexpr BlockSizes kMost{longest_block(kBlocks.queries, kMultiple<T>.queries), longest_block(kBlocks.keys, kMultiple<T>.keys)};
 template <typename T>

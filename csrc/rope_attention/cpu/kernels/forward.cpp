@@ -6,25 +6,28 @@
 #include "common/cpu/parallel.h"
 #include "common/cpu/scratch.h"
 #include "../schedule.h"
+#include "half_vectors.h"
 #include "rows.h"
 
 namespace comp_kernels::COMP_KERNELS_ISA {
 namespace {
 
 constexpr int64_t kQueries = kTiles ? 64 : 96, kKeys = kTiles ? 256 : 192;  // of a block, about
+template <typename T>
+constexpr int64_t kKeysMultiple = kWidePanels ? kLanes<T> : 2 * kLanes<T>;  // wide panels share any number of vectors well
 
 // Lengths of the blocks of queries and keys. Those of the keys decide how a row is summed, so they depend on the sequence alone,
 // not on the number of threads.
 int64_t queries_per_block(const AttentionItem& item) {
-  return block_length(item.query_end - item.query_begin, kQueries, tile_rows(2));
+  return block_length(item.query_end - item.query_begin, kQueries, kTileRows);
 }
 template <typename T>
 int64_t keys_per_block(const AttentionItem& item) {
-  return block_length(item.key_end - item.key_begin, kKeys, 2 * kLanes<T>);
+  return block_length(item.key_end - item.key_begin, kKeys, kKeysMultiple<T>);
 }
-constexpr int64_t kMostQueries = longest_block(kQueries, tile_rows(2));
+constexpr int64_t kMostQueries = longest_block(kQueries, kTileRows);
 template <typename T>
-constexpr int64_t kMostKeys = longest_block(kKeys, 2 * kLanes<T>);
+constexpr int64_t kMostKeys = longest_block(kKeys, kKeysMultiple<T>);
 
 constexpr int kTogether = 2;  // vectors of scores whose exponentials are taken together
 constexpr double kLn2 = 0.693147180559945309417;
@@ -33,11 +36,11 @@ constexpr double kLn2 = 0.693147180559945309417;
 template <typename T>
 struct ForwardScratch {
   T* key_panels;  // all keys of the packed (sequence, head), block by block
-  T* values;      // [operand_depth(keys), D]
+  T* values;      // [operand_depth(keys), D] (half_vectors.h)
   T* rows;        // [kRowsTogether, D], rotated keys on their way into the panels, values on their way into pairs
   T* query;       // [kMostQueries, operand_depth(D)], negated if the scale is negative: the maximum is taken before scaling
   T* scores;      // [kMostQueries, kMostKeys], then probabilities [kMostQueries, kMostKeys / kPack]
-  T* output;      // [kMostQueries, D], unnormalised
+  T* output;      // [kMostQueries, D] (half_vectors.h), unnormalised
   T* row_shift;   // [kMostQueries], maximum of the scores so far, not scaled
   T* row_sum;     // [kMostQueries], of exp2((score - shift) * scale_log2)
   RowsAhead ahead;
@@ -46,11 +49,12 @@ struct ForwardScratch {
   void carve(Carver& carver, const int64_t& most_keys, const int64_t& head_dim) {
     const int64_t stride = row_stride<T>(head_dim);
     carver.take(key_panels, round_up_to_lanes<T>(most_keys) * operand_depth(head_dim));
-    carver.take(values, operand_depth(most_keys) * stride);
+    const ValueRows<T> layout(head_dim);
+    carver.take(values, (operand_depth(most_keys) * kPack + layout.tokens - 1) / layout.tokens * layout.stride);
     carver.take(rows, kRowsTogether<T> * stride);
     carver.take(query, kMostQueries * stride);
     carver.take(scores, kMostQueries * row_stride<T>(kMostKeys<T>));
-    carver.take(output, kMostQueries * stride);
+    carver.take(output, kMostQueries * layout.stride);
     carver.take(row_shift, round_up_to_lanes<T>(kMostQueries));
     carver.take(row_sum, round_up_to_lanes<T>(kMostQueries));
   }
@@ -76,17 +80,23 @@ void pack_keys_and_values(const Params& p, const AttentionItem& item, ForwardScr
       transpose_into_panels(scratch.rows, stride, depth, scratch.key_panels + block * depth, round_up_to_lanes<T>(in_block), j);
     }
   }
+  const ValueRows<T> layout(p.head_dim);
   const auto load_values = [&](int64_t j, int64_t rows, T* to) {
     load_rows<S>(p.v, p.v_stride_token, p.v_stride_head, item.key_begin + j, rows, j, count, item.head_k, Tables<T>{}, to, stride,
                  p);
   };
-  if constexpr (kPack == 1) {
+  if (layout.tokens == 1) {
     load_values(0, count, scratch.values);
-  } else {
-    for (int64_t j = 0; j < count; j += kRowsTogether<T>) {
-      const int64_t rows = min(count - j, kRowsTogether<T>);
-      load_values(j, rows, scratch.rows);
-      as_right_operand(scratch.rows, rows, p.head_dim, stride, scratch.values + j / kPack * stride);
+    return;
+  }
+  for (int64_t j = 0; j < count; j += kRowsTogether<T>) {
+    const int64_t rows = min(count - j, kRowsTogether<T>);
+    T* to = scratch.values + j / layout.tokens * layout.stride;
+    load_values(j, rows, scratch.rows);
+    if (layout.halves) {
+      zip_rows(scratch.rows, rows, stride, layout, to);
+    } else {
+      as_right_operand(scratch.rows, rows, p.head_dim, stride, to);
     }
   }
 }
@@ -97,10 +107,11 @@ void pack_keys_and_values(const Params& p, const AttentionItem& item, ForwardScr
 // The maximum is subtracted before scaling, exactly zero where it is reached: score * scale - maximum * scale, one rounded and
 // one fused, can be off by more than a float's exponent for scores beyond 5e9.
 template <typename T>
-void online_softmax(ForwardScratch<T>& scratch, int64_t queries, int64_t keys, int64_t head_dim, T scale_log2, bool first) {
+void online_softmax(ForwardScratch<T>& scratch, int64_t queries, int64_t keys, const ValueRows<T>& layout, T scale_log2,
+                    bool first) {
   constexpr int L = kLanes<T>;
   constexpr T kLowest = -std::numeric_limits<T>::infinity();
-  const int64_t score_stride = row_stride<T>(kMostKeys<T>), stride = row_stride<T>(head_dim);
+  const int64_t score_stride = row_stride<T>(kMostKeys<T>);
   const int64_t last = round_up_to_lanes<T>(keys) - L;  // the vector that may hold columns beyond the keys
   const BitVec<T> valid = first_lanes<T>(keys - last);
   for (int64_t i = 0; i < queries; i += L) {
@@ -115,10 +126,7 @@ void online_softmax(ForwardScratch<T>& scratch, int64_t queries, int64_t keys, i
 #pragma GCC unroll 16
       for (int r = 0; r < L; ++r) tops[r] = max<T>(load(scores[r] + j), tops[r]);
     }
-    transpose_square<T>(tops);
-    Vec<T> top = tops[0];
-#pragma GCC unroll 16
-    for (int r = 1; r < L; ++r) top = max<T>(tops[r], top);
+    const Vec<T> top = across_lanes<T>(tops, [](Vec<T> a, Vec<T> b) { return max<T>(a, b); });
     const Vec<T> old_shift = first ? broadcast(kLowest) : load(scratch.row_shift + i);
     const Vec<T> shift = max<T>(top, old_shift), fade = exp2((old_shift - shift) * scale_log2);
     store(scratch.row_shift + i, shift);
@@ -143,16 +151,13 @@ void online_softmax(ForwardScratch<T>& scratch, int64_t queries, int64_t keys, i
       sums[r] = sum[0] + sum[1];
     }
     for (int64_t r = rows; r < L; ++r) sums[r] = Vec<T>{};
-    transpose_square<T>(sums);
-    Vec<T> sum = sums[0];
-#pragma GCC unroll 16
-    for (int r = 1; r < L; ++r) sum += sums[r];
+    Vec<T> sum = across_lanes<T>(sums, [](Vec<T> a, Vec<T> b) { return a + b; });
     if (!first) {
       sum += load(scratch.row_sum + i) * fade;
       for (int64_t r = 0; r < rows; ++r) {
         if (fade[r] == 1) continue;
-        T* out = scratch.output + (i + r) * stride;
-        for (int64_t d = 0; d < head_dim; d += L) store(out + d, load(out + d) * fade[r]);
+        T* out = scratch.output + (i + r) * layout.stride;
+        for (int64_t d = 0; d < layout.vectors * L; d += L) store(out + d, load(out + d) * fade[r]);
       }
     }
     store(scratch.row_sum + i, sum);
@@ -163,12 +168,15 @@ void online_softmax(ForwardScratch<T>& scratch, int64_t queries, int64_t keys, i
 template <typename S, typename T>
 void store_outputs(const Params& p, ForwardScratch<T>& scratch, int64_t token, int64_t queries, int64_t head, T scale_log2,
                    bool any_keys) {
-  const int64_t D = p.head_dim, stride = row_stride<T>(D);
+  const int64_t D = p.head_dim;
+  const ValueRows<T> layout(D);
   for (int64_t i = 0; i < queries; ++i) {
+    T* output = scratch.output + i * layout.stride;
     S* to = static_cast<S*>(p.out) + ((token + i) * p.num_heads + head) * D;
     ask_ahead(to, p.num_heads * D, i, queries, D);
     if (any_keys) {
-      narrow_row(scratch.output + i * stride, 1 / scratch.row_sum[i], to, D);
+      if (layout.halves) add_zipped(output, layout);
+      narrow_row(output, 1 / scratch.row_sum[i], to, D);
     } else {
       std::memset(to, 0, D * sizeof(S));
     }
@@ -201,6 +209,7 @@ void forward_block(const Params& p, const AttentionItem& item, ForwardScratch<T>
   constexpr int L = kLanes<T>;
   const int64_t D = p.head_dim, stride = row_stride<T>(D), score_stride = row_stride<T>(kMostKeys<T>);
   const int64_t count = item.key_end - item.key_begin, depth = operand_depth(D);
+  const ValueRows<T> layout(D);
   const T scale_log2 = std::fabs(scale_in_bits<T>(p));
   load_queries<S>(p, scratch, token, queries, head);
   const int64_t step = keys_per_block<T>(item);
@@ -209,10 +218,10 @@ void forward_block(const Params& p, const AttentionItem& item, ForwardScratch<T>
     product<T, RowsOfA::strided, RowsOfB::in_panels>(Result::overwritten, queries, round_up_to_lanes<T>(keys) / L, depth,
                                                      scratch.query, stride, scratch.key_panels + block * depth, 0, scratch.scores,
                                                      score_stride, scratch.ahead);
-    online_softmax(scratch, queries, keys, D, scale_log2, block == 0);
-    product<T, RowsOfA::strided, RowsOfB::in_rows>(
-        block == 0 ? Result::overwritten : Result::accumulated, queries, round_up_to_lanes<T>(D) / L, operand_depth(keys),
-        scratch.scores, score_stride, scratch.values + block / kPack * stride, stride, scratch.output, stride, scratch.ahead);
+    online_softmax(scratch, queries, keys, layout, scale_log2, block == 0);
+    product_with_values(block == 0 ? Result::overwritten : Result::accumulated, queries, operand_depth(keys), scratch.scores,
+                        score_stride, scratch.values + block / layout.tokens * layout.stride, layout, scratch.output,
+                        scratch.ahead);
   }
   store_outputs<S>(p, scratch, token, queries, head, scale_log2, count > 0);
 }

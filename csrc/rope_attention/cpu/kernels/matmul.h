@@ -1,9 +1,9 @@
 // Small matrix products in registers: C[m, n] (+)= sum_k A[m, k] B[k, n], the core of the attention kernels.
 //
-// A tile of C (kTileRows x 1..3 vectors) stays in registers over the whole depth; per step of k the tile costs one load per
+// A tile of C (rows x 1 to 5 vectors) stays in registers over the whole depth; per step of k the tile costs one load per
 // vector of B and one broadcast per row of A. The tile is as tall as the register file allows, so that the loads hide behind
-// the multiply-adds. B is read in column panels of two vectors (the last of three or one): as packed panels, [k][panel width]
-// one after another, or in place from rows.
+// the multiply-adds. B is read in column panels as wide as a tile (panel_vectors): as packed panels, [k][panel width] one after
+// another, or in place from rows.
 //
 // An element of A or B is a number, or in the sets that multiply bfloat16 a pair of numbers (pairs.h); `depth` counts elements.
 #pragma once
@@ -21,12 +21,35 @@ constexpr int kRegisters = 32;
 constexpr int kRegisters = 16;
 #endif
 
+// Panels of three to five vectors. With 32 registers of 64 bytes, 8 x 3 and 6 x 4 tiles have as many multiply-adds per step as
+// 12 x 2 and need fewer instructions and loads for them.
+constexpr bool kWidePanels = kVectorBytes == 64 && kPack == 1;
+
 // Rows of a register tile that is `vectors` wide: accumulators, one row of B and one broadcast fill the registers. Of 32
 // registers some are left over: 12 rows divide blocks better than 14.
 constexpr int tile_rows(int vectors) {
   if (kTiles) return 16;
-  const int rows = (kRegisters - vectors - 1) / vectors, multiple = kRegisters == 32 ? 4 : 2;
+  const int rows = (kRegisters - vectors - 1) / vectors, multiple = vectors > 4 ? 1 : vectors > 3 || kRegisters == 16 ? 2 : 4;
   return vectors == 1 ? kRegisters / 2 : rows / multiple * multiple;
+}
+constexpr int kTileRows = tile_rows(kWidePanels ? 3 : 2);  // of most tiles
+
+// Two floats as one element of an operand (half_vectors.h): a vector is kLanes of such pairs.
+struct NumberPair {
+  float numbers[2];
+};
+template <>
+struct VectorTypes<NumberPair> : VectorTypes<float> {};
+
+template <typename T>
+CK_INLINE Vec<T> broadcast_element(const T& x) {
+  return broadcast<T>(x);
+}
+template <>
+CK_INLINE Vec<NumberPair> broadcast_element(const NumberPair& x) {
+  int64_t both;
+  std::memcpy(&both, &x, sizeof both);
+  return (Vec<float>)(BitVec<double>{} + both);
 }
 
 enum class RowsOfA { strided, transposed };     // A[m, k] at a[m * stride + k], or at a[k * stride + m]
@@ -43,7 +66,7 @@ CK_INLINE void product_tile(int64_t depth, const T* a, int64_t a_stride, const T
   Vec<T> sum[kRows][kVectors];
 #pragma GCC unroll 16
   for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int n = 0; n < kVectors; ++n) {
       sum[m][n] = kResult == Result::accumulated ? load(c + m * c_stride + n * L) : Vec<T>{};
     }
@@ -51,25 +74,27 @@ CK_INLINE void product_tile(int64_t depth, const T* a, int64_t a_stride, const T
   const auto multiply = [&](int64_t steps) __attribute__((always_inline)) {
     for (int64_t k = 0; k < steps; ++k) {
       Vec<T> row[kVectors];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int n = 0; n < kVectors; ++n) row[n] = load(b + n * L);
       b += b_stride;
 #pragma GCC unroll 16
       for (int m = 0; m < kRows; ++m) {
-        const Vec<T> x = broadcast<T>(kA == RowsOfA::strided ? a[m * a_stride] : a[m]);
-#pragma GCC unroll 4
+        const Vec<T> x = broadcast_element<T>(kA == RowsOfA::strided ? a[m * a_stride] : a[m]);
+#pragma GCC unroll 8
         for (int n = 0; n < kVectors; ++n) sum[m][n] = multiply_add(x, row[n], sum[m][n]);
       }
       a += kA == RowsOfA::strided ? 1 : a_stride;
     }
   };
-  const int64_t until_ahead = depth < 2 * kStepsUntilAhead ? depth : kStepsUntilAhead;
+  const int64_t until_ahead = !kTilesAsk || depth < 2 * kStepsUntilAhead ? depth : kStepsUntilAhead;
   multiply(until_ahead);
-  ahead.step();
-  multiply(depth - until_ahead);
+  if constexpr (kTilesAsk) {
+    ahead.step();
+    multiply(depth - until_ahead);
+  }
 #pragma GCC unroll 16
   for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int n = 0; n < kVectors; ++n) store(c + m * c_stride + n * L, sum[m][n]);
   }
 }
@@ -100,9 +125,11 @@ void product_rows(int64_t rows, int64_t depth, const T* a, int64_t a_stride, con
                                                  ahead);
 }
 
-// Widths of the panels that `vectors` columns are cut into: twos, and for an odd number a three (or a single one) at the end.
+// Widths of the panels that `vectors` columns are cut into: twos, and for an odd number a three (or a single one) at the end; where
+// panels are wide, threes and fours, or one panel of what is less than six.
 constexpr int64_t panel_vectors(int64_t vectors_left) {
   if (kTiles) return 1;
+  if (kWidePanels) return vectors_left < 6 ? vectors_left : vectors_left % 3 == 0 ? 3 : 4;
   return vectors_left == 3 || vectors_left == 1 ? vectors_left : 2;
 }
 
@@ -112,13 +139,14 @@ void product_panels(int64_t rows, int64_t vectors, int64_t depth, const T* a, in
   while (vectors > 0) {
     const int64_t width = panel_vectors(vectors);
     const int64_t stride = kB == RowsOfB::in_panels ? width * kLanes<T> : b_stride;
-    if (width == 2) {
-      product_rows<T, 2, kA, kResult>(rows, depth, a, a_stride, b, stride, c, c_stride, ahead);
-    } else if (width == 3) {
-      product_rows<T, 3, kA, kResult>(rows, depth, a, a_stride, b, stride, c, c_stride, ahead);
-    } else {
-      product_rows<T, 1, kA, kResult>(rows, depth, a, a_stride, b, stride, c, c_stride, ahead);
+    auto* rows_of_panel = width == 1   ? product_rows<T, 1, kA, kResult>
+                          : width == 2 ? product_rows<T, 2, kA, kResult>
+                                       : product_rows<T, 3, kA, kResult>;
+    if constexpr (kWidePanels) {
+      if (width == 4) rows_of_panel = product_rows<T, 4, kA, kResult>;
+      if (width == 5) rows_of_panel = product_rows<T, 5, kA, kResult>;
     }
+    rows_of_panel(rows, depth, a, a_stride, b, stride, c, c_stride, ahead);
     b += width * kLanes<T> * (kB == RowsOfB::in_panels ? depth : 1);
     c += width * kLanes<T>;
     vectors -= width;
@@ -159,7 +187,7 @@ constexpr int64_t kRowsTogether = kLanes<T> > kPack* kDepthStep ? kLanes<T> : kP
 template <typename T>
 int64_t count_tiles(int64_t rows, int64_t columns) {
   constexpr int64_t kTileColumns = 2 * kLanes<T>;
-  return (rows / (kTiles ? 32 : tile_rows(2)) + 1) * ((columns + kTileColumns - 1) / kTileColumns);
+  return (rows / (kTiles ? 32 : kTileRows) + 1) * ((columns + kTileColumns - 1) / kTileColumns);
 }
 
 // Rows of `columns` elements are kept this far apart: whole cache lines, an odd number of them, so that a column of a matrix
@@ -195,6 +223,18 @@ CK_INLINE void transpose_square(Vec<T> (&rows)[kLanes<T>]) {
     }
   }
   if constexpr (kBlock > 1) transpose_square<T, kBlock / 2>(rows);
+}
+
+// combine() over the lanes of each of kLanes rows, row i's in lane i: a transposition that combines on the way. Destroys `rows`.
+template <typename T, int kBlock = kLanes<T> / 2, typename Combine>
+CK_INLINE Vec<T> across_lanes(Vec<T> (&rows)[kLanes<T>], Combine combine) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kBlock; ++i) {
+    exchange_blocks<T, kBlock>(rows[i], rows[i + kBlock], std::make_integer_sequence<int, kLanes<T>>{});
+    rows[i] = combine(rows[i], rows[i + kBlock]);
+  }
+  if constexpr (kBlock > 1) across_lanes<T, kBlock / 2>(rows, combine);
+  return rows[0];
 }
 
 // Dot products of kLanes rows of a and b, [kLanes, depth] (readable up to depth rounded up to whole vectors), operands both, each

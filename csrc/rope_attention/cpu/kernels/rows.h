@@ -215,8 +215,10 @@ void as_left_operand(T* x, int64_t rows, int64_t head_dim, int64_t stride) {
 // Such rows -> pairs of rows, a right operand whose depth is the rows, [operand_depth(rows), D]. Without pairs the rows are it.
 template <typename T>
 void as_right_operand(const T* x, int64_t rows, int64_t head_dim, int64_t stride, T* to) {
-  pair_rows(x, rows, round_up_to_lanes<T>(head_dim), stride, to);
-  for (int64_t i = (rows + 1) / kPack * stride; i < operand_depth(rows) * stride; ++i) to[i] = 0;
+  if constexpr (kPack > 1) {
+    pair_rows(x, rows, round_up_to_lanes<T>(head_dim), stride, to);
+    for (int64_t i = (rows + 1) / kPack * stride; i < operand_depth(rows) * stride; ++i) to[i] = 0;
+  }
 }
 
 // Neighbouring vectors of a row of results -> what a later product reads as its left operand.
