@@ -29,8 +29,8 @@ class TileRegisters {
       uint8_t rows[16] = {};
     } configuration;
     for (int tile = 0; tile < 8; ++tile) configuration.row_bytes[tile] = 64, configuration.rows[tile] = kTile;
-    // Not _tile_loadconfig: to GCC it reads eight bytes, and the stores of all others are dropped.
-    asm volatile("ldtilecfg %0" ::"m"(configuration));
+    asm volatile("" ::"m"(configuration));  // to GCC _tile_loadconfig reads eight bytes, and the stores of all others are dropped
+    _tile_loadconfig(&configuration);
   }
   ~TileRegisters() { _tile_release(); }
   TileRegisters(const TileRegisters&) = delete;
