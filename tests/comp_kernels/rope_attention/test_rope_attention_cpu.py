@@ -150,15 +150,15 @@ def test_many_blocks_of_queries_and_keys():
 
 @pytest.mark.parametrize("head_dim", (6, 20, 40, 56, 74, 104, 136))
 def test_products_of_every_width(head_dim):
-    """Products are cut into panels of one to five vectors by the number of keys and of channels; an odd number of half vectors of
-    channels is multiplied in halves, two keys at a time, so lengths are odd and even. No length has rows for whole tiles alone."""
+    """Products are cut into panels of one to five vectors by the number of keys and of channels; an odd number of half vectors
+    of channels is multiplied in halves, two keys at a time, so lengths are odd and even."""
     lengths = [n + (n // 16) % 2 for n in range(1, 300, 16)]
     case = AttentionCase("widths", lengths, heads=1, head_dim=head_dim, layout=None, seed=11)
     check_rope_attention(case, torch.float32, "cpu")
 
 
 def test_weights_below_normal_numbers_are_zero():
-    """exp(-89) is a float that some processors take eighty times as long to multiply with: it counts as zero. exp(-87) counts."""
+    """exp(-89) is a float that some processors take eighty times as long to multiply with: it is zero. exp(-87) is not."""
     q, k, v = torch.ones(3, 1, 16), torch.zeros(40, 1, 16), torch.zeros(40, 1, 16)
     k[1:, 0, 0], v[1:] = -89.0, 1e38
     out, lse = ck.rope_attention(q, k, v, scale=1.0, return_lse=True, backend="cpu")
