@@ -30,17 +30,23 @@ template <typename T>
 constexpr int64_t kMostKeys = longest_block(kKeys, kKeysMultiple<T>);
 
 constexpr int kTogether = 2;  // vectors of scores whose exponentials are taken together
+
+// Rows of scores are this far apart; the last of the vectors taken together may lie beyond the keys.
+template <typename T>
+constexpr int64_t kScoresTogether = kTogether * kLanes<T>;
+template <typename T>
+constexpr int64_t kScoreStride = row_stride<T>((kMostKeys<T> + kScoresTogether<T> - 1) / kScoresTogether<T> * kScoresTogether<T>);
 constexpr double kLn2 = 0.693147180559945309417;
 
 // Scratch of one worker. Rows are row_stride apart; the keys of a block are the columns of packed panels [D, keys].
 template <typename T>
 struct ForwardScratch {
   T* key_panels;  // all keys of the packed (sequence, head), block by block
-  T* values;      // [operand_depth(keys), D] (half_vectors.h)
+  T* values;      // rows as ValueRows has them (half_vectors.h), operand_depth(keys) of them or half as many
   T* rows;        // [kRowsTogether, D], rotated keys on their way into the panels, values on their way into pairs
   T* query;       // [kMostQueries, operand_depth(D)], negated if the scale is negative: the maximum is taken before scaling
   T* scores;      // [kMostQueries, kMostKeys], then probabilities [kMostQueries, kMostKeys / kPack]
-  T* output;      // [kMostQueries, D] (half_vectors.h), unnormalised
+  T* output;      // [kMostQueries, D] likewise, unnormalised
   T* row_shift;   // [kMostQueries], maximum of the scores so far, not scaled
   T* row_sum;     // [kMostQueries], of exp2((score - shift) * scale_log2)
   RowsAhead ahead;
@@ -53,7 +59,7 @@ struct ForwardScratch {
     carver.take(values, (operand_depth(most_keys) * kPack + layout.tokens - 1) / layout.tokens * layout.stride);
     carver.take(rows, kRowsTogether<T> * stride);
     carver.take(query, kMostQueries * stride);
-    carver.take(scores, kMostQueries * row_stride<T>(kMostKeys<T>));
+    carver.take(scores, kMostQueries * kScoreStride<T>);
     carver.take(output, kMostQueries * layout.stride);
     carver.take(row_shift, round_up_to_lanes<T>(kMostQueries));
     carver.take(row_sum, round_up_to_lanes<T>(kMostQueries));
@@ -111,13 +117,12 @@ void online_softmax(ForwardScratch<T>& scratch, int64_t queries, int64_t keys, c
                     bool first) {
   constexpr int L = kLanes<T>;
   constexpr T kLowest = -std::numeric_limits<T>::infinity();
-  const int64_t score_stride = row_stride<T>(kMostKeys<T>);
   const int64_t last = round_up_to_lanes<T>(keys) - L;  // the vector that may hold columns beyond the keys
   const BitVec<T> valid = first_lanes<T>(keys - last);
   for (int64_t i = 0; i < queries; i += L) {
     const int64_t rows = min(queries - i, L);
     T* scores[L];
-    for (int64_t r = 0; r < L; ++r) scores[r] = scratch.scores + (i + min(r, rows - 1)) * score_stride;
+    for (int64_t r = 0; r < L; ++r) scores[r] = scratch.scores + (i + min(r, rows - 1)) * kScoreStride<T>;
 
     Vec<T> tops[L], sums[L];
 #pragma GCC unroll 16
@@ -207,7 +212,7 @@ template <typename S, typename T>
 void forward_block(const Params& p, const AttentionItem& item, ForwardScratch<T>& scratch, int64_t token, int64_t queries,
                    int64_t head) {
   constexpr int L = kLanes<T>;
-  const int64_t D = p.head_dim, stride = row_stride<T>(D), score_stride = row_stride<T>(kMostKeys<T>);
+  const int64_t D = p.head_dim, stride = row_stride<T>(D);
   const int64_t count = item.key_end - item.key_begin, depth = operand_depth(D);
   const ValueRows<T> layout(D);
   const T scale_log2 = std::fabs(scale_in_bits<T>(p));
@@ -217,10 +222,10 @@ void forward_block(const Params& p, const AttentionItem& item, ForwardScratch<T>
     const int64_t keys = min(count - block, step);
     product<T, RowsOfA::strided, RowsOfB::in_panels>(Result::overwritten, queries, round_up_to_lanes<T>(keys) / L, depth,
                                                      scratch.query, stride, scratch.key_panels + block * depth, 0, scratch.scores,
-                                                     score_stride, scratch.ahead);
+                                                     kScoreStride<T>, scratch.ahead);
     online_softmax(scratch, queries, keys, layout, scale_log2, block == 0);
     product_with_values(block == 0 ? Result::overwritten : Result::accumulated, queries, operand_depth(keys), scratch.scores,
-                        score_stride, scratch.values + block / layout.tokens * layout.stride, layout, scratch.output,
+                        kScoreStride<T>, scratch.values + block / layout.tokens * layout.stride, layout, scratch.output,
                         scratch.ahead);
   }
   store_outputs<S>(p, scratch, token, queries, head, scale_log2, count > 0);

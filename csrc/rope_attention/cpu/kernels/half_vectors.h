@@ -25,10 +25,10 @@ struct ValueRows {
   int64_t tokens;   // in a row of V
 
   explicit ValueRows(int64_t channels) {
-    constexpr int64_t kLane = kLanes<T>, kHalf = kLane / 2;
+    constexpr int64_t L = kLanes<T>, kHalf = L / 2;
     halves = kMayHalve<T> && (channels + kHalf - 1) / kHalf % 2 == 1;
-    vectors = halves ? (channels + kHalf - 1) / kHalf : (channels + kLane - 1) / kLane;
-    stride = row_stride<T>(vectors * kLane);
+    vectors = halves ? (channels + kHalf - 1) / kHalf : (channels + L - 1) / L;
+    stride = row_stride<T>(vectors * L);
     tokens = halves ? 2 : kPack;
   }
 };

@@ -78,7 +78,8 @@ CK_INLINE V multiply_add(V x, V y, V sum) {
 
 #endif
 
-#if defined(__AVX512F__) && !defined(COMP_KERNELS_BFLOAT16_PAIRS)
+#if defined(__AVX512DQ__) && !defined(COMP_KERNELS_BFLOAT16_PAIRS)
+#define COMP_KERNELS_SCALED_EXP2
 
 // 2^x for x <= 0 as exp2, in three quarters of its instructions: x = n / 32 + f with n = floor(32 x), a table of 32 for n modulo 32,
 // and scaling by 2^floor(x). 0 below the range of normal numbers: others make a multiply-add 80 times as slow. NaN stays NaN.
@@ -119,7 +120,7 @@ template <typename T, int N>
 CK_INLINE void weights_of(Vec<T> (&x)[N]) {
 #if defined(COMP_KERNELS_TILES)
   short_exp2(x);
-#elif defined(__AVX512F__) && !defined(COMP_KERNELS_BFLOAT16_PAIRS)
+#elif defined(COMP_KERNELS_SCALED_EXP2)
   if constexpr (std::is_same_v<T, float>) {
     scaled_exp2(x);
   } else {
