@@ -12,6 +12,7 @@
 #include "common/cpu/scratch.h"
 #include "../schedule.h"
 #include "rows.h"
+#include "weights.h"
 
 namespace comp_kernels::COMP_KERNELS_ISA {
 namespace {
@@ -29,14 +30,9 @@ BlockSizes blocks_of(const AttentionItem& item) {
           block_length(item.key_end - item.key_begin, kBlocks.keys, kMultiple<T>.keys)};
 }
 
-constexpr int kTogether = 2;  // vectors of scores whose exponentials are taken together
-
+// Rows of scores are this far apart.
 template <typename T>
-constexpr int64_t kScoresTogether = kTogether * kLanes<T>;
-
-// Rows of scores are this far apart; the last of the vectors taken together may lie beyond the keys.
-template <typename T>
-constexpr int64_t kMostScores = (kMost<T>.keys + kScoresTogether<T> - 1) / kScoresTogether<T> * kScoresTogether<T>;
+constexpr int64_t kMostScores = whole_scores<T>(kMost<T>.keys);
 template <typename T>
 constexpr int64_t kScoreStride = row_stride<T>(kMostScores<T>);
 template <typename T>
@@ -198,7 +194,7 @@ CK_INLINE void weights_and_gradients(const BackwardScratch<T>& scratch, int64_t 
     constexpr T kLowest = -std::numeric_limits<T>::infinity();
     for (int n = 0; n < kTogether; ++n) weights[n] = select<T>(first_lanes<T>(keys - j - n * L), weights[n], broadcast(kLowest));
   }
-  weights_of<T>(weights);
+  weights_of(weights);
 #pragma GCC unroll 8
   for (int n = 0; n < kTogether; ++n) gradients[n] = weights[n] * (load(dp + n * L) - delta + dlse);
   if (kTiles && j + kTogether * L > keys) {  // dP is not there for whole tiles

@@ -8,6 +8,7 @@
 #include "../schedule.h"
 #include "half_vectors.h"
 #include "rows.h"
+#include "weights.h"
 
 namespace comp_kernels::COMP_KERNELS_ISA {
 namespace {
@@ -29,13 +30,9 @@ constexpr int64_t kMostQueries = longest_block(kQueries, kTileRows);
 template <typename T>
 constexpr int64_t kMostKeys = longest_block(kKeys, kKeysMultiple<T>);
 
-constexpr int kTogether = 2;  // vectors of scores whose exponentials are taken together
-
-// Rows of scores are this far apart; the last of the vectors taken together may lie beyond the keys.
+// Rows of scores are this far apart.
 template <typename T>
-constexpr int64_t kScoresTogether = kTogether * kLanes<T>;
-template <typename T>
-constexpr int64_t kScoreStride = row_stride<T>((kMostKeys<T> + kScoresTogether<T> - 1) / kScoresTogether<T> * kScoresTogether<T>);
+constexpr int64_t kScoreStride = row_stride<T>(whole_scores<T>(kMostKeys<T>));
 constexpr double kLn2 = 0.693147180559945309417;
 
 // Scratch of one worker. Rows are row_stride apart; the keys of a block are the columns of packed panels [D, keys].
@@ -147,7 +144,7 @@ void online_softmax(ForwardScratch<T>& scratch, int64_t queries, int64_t keys, c
         if (j + kTogether * L > keys) {
           for (int n = 0; n < kTogether; ++n) e[n] = select<T>(first_lanes<T>(keys - j - n * L), e[n], broadcast(kLowest));
         }
-        weights_of<T>(e);
+        weights_of(e);
 #pragma GCC unroll 8
         for (int n = 0; n < kTogether; ++n) sum[n] += e[n];
         store_operands(row + j / kPack, e);
