@@ -18,10 +18,16 @@ import shlex
 import struct
 import subprocess
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from comp_kernels import _native
+from comp_kernels.ops._log_domain.cpu import StepParams
+from comp_kernels.ops.alignment_loss import cpu as alignment_loss
+from comp_kernels.ops.rope_attention import native as rope_attention
+from comp_kernels.ops.sinkhorn.native import SolveParams
+from comp_kernels.ops.sinkhorn.small import SmallParams
 
 SENT, RETURNED = 1, 2
 STORAGE_BYTES = {0: 4, 1: 8, 2: 2, 3: 2}  # by dtype code of csrc/include
@@ -122,31 +128,39 @@ def alignment_extents(p: ctypes.Structure, function: str) -> dict[str, Extent]:
     }
 
 
-EXTENTS: dict[str, Callable[[ctypes.Structure, str], dict[str, Extent]]] = {
-    "comp_kernels_cpu_rope_attention": attention_extents,
-    "comp_kernels_cpu_sinkhorn_small": small_sinkhorn_extents,
-    "comp_kernels_cpu_sinkhorn": sinkhorn_extents,
-    "comp_kernels_cpu_alignment_loss": alignment_extents,
+OPERATORS: dict[str, tuple[type[ctypes.Structure], Callable[[Any, str], dict[str, Extent]]]] = {
+    "comp_kernels_cpu_rope_attention": (rope_attention.Params, attention_extents),
+    "comp_kernels_cpu_sinkhorn_small": (SmallParams, small_sinkhorn_extents),
+    "comp_kernels_cpu_sinkhorn_solve": (SolveParams, sinkhorn_extents),
+    "comp_kernels_cpu_sinkhorn": (StepParams, sinkhorn_extents),
+    "comp_kernels_cpu_alignment_loss": (alignment_loss.Params, alignment_extents),
 }
+"""What functions whose names begin so are given, and what its pointers span."""
 
 
 class EmulatedLibrary:
-    """Stands for the ctypes library: its attributes are functions that run in the emulator."""
+    """Stands for the ctypes library: its attributes, or items, are functions that run in the emulator."""
 
     def __init__(self, command: list[str]) -> None:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def __getattr__(self, name: str) -> Callable:
-        def function(params=None) -> bytes | None:
-            return self.call(name, None if params is None else params._obj)
+        def function(params: Any = None) -> bytes | None:
+            return self.call(name, params if params is None or isinstance(params, bytes) else bytes(params._obj))
 
         setattr(self, name, function)
         return function
 
-    def call(self, name: str, params: ctypes.Structure | None) -> bytes | None:
+    __getitem__ = __getattr__
+
+    def call(self, name: str, packed: bytes | None) -> bytes | None:
+        params, extents = None, {}
+        if packed is not None:
+            kind, spans = next(operator for prefix, operator in OPERATORS.items() if name.startswith(prefix))
+            params = kind.from_buffer_copy(packed)
+            extents = spans(params, name)
         buffers: dict[int, list[int]] = {}  # address -> [bytes, flags]; pointers to the same memory share a buffer
         pointers: list[tuple[int, int]] = []  # (offset in params, address)
-        extents = {} if params is None else next(f for prefix, f in EXTENTS.items() if name.startswith(prefix))(params, name)
         for field, (size, flags) in extents.items():
             address = getattr(params, field)
             if address is not None:
@@ -156,7 +170,7 @@ class EmulatedLibrary:
         index = {address: i for i, address in enumerate(buffers)}
 
         self.send(len(name), name.encode(), torch.get_num_threads())
-        self.send(0 if params is None else ctypes.sizeof(params), b"" if params is None else bytes(params), len(buffers))
+        self.send(len(packed or b""), packed or b"", len(buffers))
         for address, (size, flags) in buffers.items():
             self.send(size, flags, ctypes.string_at(address, size) if flags & SENT else b"")
         self.send(len(pointers), *(number for offset, address in pointers for number in (offset, index[address])))

@@ -10,6 +10,7 @@
 
 #include "common/cpu/parallel.h"
 #include "common/cpu/scratch.h"
+#include "common/cpu/subnormals.h"
 #include "../schedule.h"
 #include "rows.h"
 #include "weights.h"
@@ -363,6 +364,7 @@ const char* backward(const Params& p) {
   parallel_draws(workers, static_cast<int64_t>(items.size()), [&](int64_t worker, auto draw) {
     BackwardScratch<T>& mine = scratch[worker];
     [[maybe_unused]] const TileRegisters tiles;
+    const NoSubnormalResults none;
     for (int64_t index = draw(), next = -1; index >= 0; index = next) {
       const AttentionItem& item = items[index];
       pack_keys_and_values<S>(p, item, mine);
