@@ -37,12 +37,12 @@ __all__ = [
     "unavailable_reason",
 ]
 
-# A score tile and a tile of prototypes stay in the last level cache together.
+# A score tile and a tile of prototypes stay in the last level cache together. Few rows take longer in wider tiles.
 LIMITS = Limits(
     score_elements=1 << 18,
     prototype_elements=1 << 22,
     min_cols=512,
-    max_cols=8192,
+    max_cols=2048,
     whole_kept=False,
     pairs=0.0,
     share_of_many=1 / 4,

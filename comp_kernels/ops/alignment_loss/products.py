@@ -2,7 +2,7 @@
 
     Matmul      the computing dtype; torch.mm follows torch.set_float32_matmul_precision and allow_tf32, float32 is exact by
                 default. Prototypes of another dtype are widened tile by tile.
-    OneDnn      the same on processors with AVX-512, where torch's oneDNN is faster than the BLAS of torch.mm
+    OneDnn      the same on AMD's processors with AVX-512, where torch's oneDNN is faster than the BLAS of torch.mm
     Half        16-bit prototypes on a GPU: 16-bit products with float32 results, no widened prototypes at all
 
 Features are kept as `terms` numbers whose sum they are: one in the computing dtype, one of 16 bits as the user gave it (with a
@@ -12,8 +12,10 @@ the channels, the smallest first, so one product with prototypes that are repeat
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -25,8 +27,8 @@ COLUMNS = 16  # tiles of prototypes begin at multiples of it, whatever the batch
 ONEDNN_CHANNELS = 320
 ONEDNN_OPERATIONS = 1 << 20  # below, a call costs more than the product
 
-# Elements of prototypes that are widened at a time; on GPUs fewer, larger tiles mean fewer launches.
-WIDE_ELEMENTS = {"cpu": 1 << 22, "cuda": 3 << 24}
+# Elements of prototypes that are widened at a time: on CPUs they stay in the caches, on GPUs fewer tiles mean fewer launches.
+WIDE_ELEMENTS = {"cpu": 1 << 20, "cuda": 3 << 24}
 
 # Bytes of repeated prototypes, and of the terms of score gradients; fewer of the first for many rows.
 REPEATED_BYTES, GRADIENT_BYTES = 200 << 20, 226 << 20
@@ -231,10 +233,19 @@ def choose_products(
 
 
 def onednn_is_faster() -> bool:
-    """Whether torch has oneDNN and the processor AVX-512. Measured on Zen 5, where the BLAS of torch.mm stays with AVX2."""
+    """Whether torch has oneDNN and the processor has AVX-512, which the BLAS of torch.mm, Intel's, takes on Intel's alone."""
     mkldnn = torch.backends.mkldnn
     avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    return avx512 and mkldnn.is_available() and bool(mkldnn.enabled)
+    return avx512 and not is_intel() and mkldnn.is_available() and bool(mkldnn.enabled)
+
+
+@functools.cache
+def is_intel() -> bool:
+    """Whether the processor is known to be Intel's; only Linux tells."""
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -86,6 +86,15 @@ def test_what_is_kept_fits_its_share():
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch was built without oneDNN")
+@pytest.mark.parametrize("intel", (False, True))
+def test_onednn_multiplies_where_the_blas_stays_with_avx2(intel, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(products, "is_intel", lambda: intel)
+    chosen = products.choose_products(torch.zeros(3, 8), 2, torch.float32, torch.float32, False, on_gpu=False)
+    assert type(chosen) is (products.Matmul if intel else products.OneDnn)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch was built without oneDNN")
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
 @pytest.mark.parametrize("view", (False, True))
 def test_products_of_onednn(dtype, view, monkeypatch):
