@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import AdapterInit, need_choice
+from .layer_norm import LayerNorm
 from .row_sizes import over_filled_rows
 
 
@@ -29,7 +30,7 @@ class Adapter(nn.Module):
         need_choice("init", init, get_args(AdapterInit))
         self.merge_size, self.init, self.std = merge_size, init, std
         merged_width = vision_width * merge_size**2
-        self.norm = nn.LayerNorm(vision_width, eps=1e-6)
+        self.norm = LayerNorm(vision_width, eps=1e-6)
         self.fc1 = nn.Linear(merged_width, merged_width)
         self.fc2 = nn.Linear(merged_width, language_width)
         self.reset_parameters()

@@ -25,6 +25,7 @@ from ..data.images import check_grid, prepare_image, to_raster
 from . import weights
 from .adapter import Adapter
 from .folder import warn_of_non_finite
+from .layer_norm import LayerNorm
 from .lora import merged_state
 from .positions import Grids, in_token_order, patch_positions, resample_table, rotary_tables, sincos_table
 from .row_sizes import over_filled_rows, slack_rows, with_slack, without_slack
@@ -32,7 +33,7 @@ from .vit_config import ACTIVATIONS, ViTConfig
 
 
 def make_norm(config: ViTConfig) -> nn.Module:
-    return {"layer": nn.LayerNorm, "rms": nn.RMSNorm}[config.norm](config.width, eps=config.norm_eps)
+    return {"layer": LayerNorm, "rms": nn.RMSNorm}[config.norm](config.width, eps=config.norm_eps)
 
 
 class Attention(nn.Module):
