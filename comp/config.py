@@ -289,7 +289,7 @@ class SourceConfig:
     """Share of the samples that come from this source, relative to the others of the stage; null: 1 where a source of the stage
     is a stream or has a weight, else every source by its size."""
     images: str | None = None
-    """Folder that image names start from; None: the folder of `path`."""
+    """Folder that image names start from; None: that of `path`, or `hub`."""
     images_anywhere: bool = False
     """Image names may be absolute or lead out of `images`, by ".." or symbolic links; otherwise such samples are unusable."""
     factory: str | None = None

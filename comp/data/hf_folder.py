@@ -105,11 +105,17 @@ def lazy_image(value: Any) -> LazyImage:
     raise TypeError(f"an image cell must hold bytes or a path, got {value!r:.80}")
 
 
-def images_inside(value: Any, folder: Path) -> Any:
-    """An image cell, or a list of them, whose file must lie in `folder`, from where relative names start; other cells as they
-    are. ValueError where a name leads out."""
+def images_inside(value: Any, folder: Path, *, anywhere: bool = False) -> Any:
+    """An image cell, or a list of them, whose file must lie in `folder` if it may not lie anywhere; relative names start from
+    there. Other cells as they are. ValueError where a name leads out."""
     if isinstance(value, list):
-        return [images_inside(one, folder) for one in value]
-    if isinstance(value, dict) and not value.get("bytes") and isinstance(value.get("path"), str):
-        return {**value, "path": FileInFolder(value["path"], folder, "; images_anywhere=True allows that")}
-    return value
+        return [images_inside(one, folder, anywhere=anywhere) for one in value]
+    if not isinstance(value, dict) or value.get("bytes") or not isinstance(value.get("path"), str):
+        return value
+    if anywhere:
+        return {**value, "path": str(folder / value["path"])}
+    name = value["path"]
+    for root in (folder.absolute(), folder.resolve()):  # of a folder of pictures the library gives absolute names
+        if Path(name).is_relative_to(root):
+            name = str(Path(name).relative_to(root))
+    return {**value, "path": FileInFolder(name, folder, "; images_anywhere=true allows that")}

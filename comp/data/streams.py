@@ -12,8 +12,9 @@ import copy
 import glob
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import numpy as np
 
 from ..config import ConfigError, SourceConfig
 from .batch import BadSampleError, Sample
-from .hf_folder import datasets_library, lazy_image, without_decoding
+from .hf_folder import datasets_library, images_inside, lazy_image, without_decoding
 from .mixture import Mixture, SampleOrder, open_sources
 from .records import sample_from_record
 
@@ -60,8 +61,18 @@ def open_stream(source: SourceConfig) -> Any:
     return without_decoding(rows, library)
 
 
-def sample_from_row(row: dict[str, Any], place: str) -> Sample:
+def image_folder(source: SourceConfig) -> Path:
+    """Where names of image files in the rows of a stream start, and what they may not lead out of."""
+    if source.images or source.hub:
+        return Path(source.images or source.hub or "")
+    return next(folder for folder in Path(source.path or "").parents if not glob.has_magic(str(folder)))
+
+
+def sample_from_row(row: dict[str, Any], place: str, images: Path, *, images_anywhere: bool = False) -> Sample:
     """One row as a `Sample`.
+
+    images:           folder that names of image files start from.
+    images_anywhere:  they may be absolute or lead out of it.
 
     Images are the cells of `image`, `images`, `jpg`, `jpeg`, `png` or `webp`. What is said about them is the first of:
     `conversations` (LLaVA), `messages` (role and content), `texts` (user and assistant, as in FineVision), a LLaVA record in
@@ -84,8 +95,9 @@ def sample_from_row(row: dict[str, Any], place: str) -> Sample:
     if isinstance(name, (str, int)):
         record["id"] = name
     try:
-        pictures = [lazy_image(cell) for column in IMAGE_COLUMNS for cell in _cells(row.get(column))]
-    except TypeError as error:
+        cells = [cell for column in IMAGE_COLUMNS for cell in _cells(row.get(column))]
+        pictures = [lazy_image(cell) for cell in images_inside(cells, images, anywhere=images_anywhere)]
+    except (TypeError, ValueError) as error:
         raise BadSampleError(f"{place}: {error}") from error
     if named and named != len(pictures):
         raise BadSampleError(f"{place}: json names {named} images, beside it are {len(pictures)}")
@@ -115,6 +127,8 @@ class _Rows:
     """One source of one lane: an endless iterator over its samples, that can be told where it stands."""
 
     name: str
+    read: Callable[[dict[str, Any], str], Sample]
+    """`sample_from_row` with the source's settings."""
     rows: Any
     """datasets.IterableDataset of the lane's rows."""
     window: int
@@ -198,7 +212,7 @@ class Lane:
         place, item = next(self._iterators[chosen])
         source = self._sources[chosen]
         try:
-            return place, source.samples[item] if isinstance(source, _Items) else sample_from_row(item, place)
+            return place, source.samples[item] if isinstance(source, _Items) else source.read(item, place)
         except BadSampleError as error:
             return place, error
 
@@ -232,4 +246,5 @@ class Streams:
         from datasets.distributed import split_dataset_by_node
 
         rows = split_dataset_by_node(opened, rank=lane, world_size=self.lanes)  # its own shards, or every n-th row
-        return _Rows(f"{source.hub or source.path}, lane {lane}", rows, source.shuffle, (self.seed, index, lane))
+        read = partial(sample_from_row, images=image_folder(source), images_anywhere=source.images_anywhere)
+        return _Rows(f"{source.hub or source.path}, lane {lane}", read, rows, source.shuffle, (self.seed, index, lane))

@@ -59,7 +59,7 @@ class BenchmarkDataset:
         if name not in BENCHMARKS:
             raise ConfigError(f"benchmark must be one of {', '.join(BENCHMARKS)}, got {name!r}")
         self.name = name
-        self.folder = None if images_anywhere else Path(path)
+        self.folder, self.images_anywhere = Path(path), images_anywhere
         self.benchmark = BENCHMARKS[name]
         rows_of = partial(open_folder, path, split=split or self.benchmark.split, cache_dir=cache_dir)
         self._rows = rows_of(config=self.benchmark.config)
@@ -90,8 +90,7 @@ class BenchmarkDataset:
         try:
             if self._images:
                 row["image"] = self._image_rows[self._images[row[self._image_ids]]]["image"]
-            if self.folder is not None:
-                row = {column: images_inside(value, self.folder) for column, value in row.items()}
+            row = {column: images_inside(value, self.folder, anywhere=self.images_anywhere) for column, value in row.items()}
             return self.benchmark.read(name, row)
         except (TypeError, ValueError, LookupError) as error:
             raise BadSampleError(f"{name}: {type(error).__name__}: {error}") from error

@@ -1,15 +1,19 @@
 """Streams: rows of parquet and webdataset shards as samples, lanes, weights, exact positions, bad rows."""
 
 import io
+import itertools
 import json
 import tarfile
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from PIL import Image
 from toy import ColouredRectangles, make_sample_encoder
 
 from comp.config import ConfigError, SourceConfig
-from comp.data.batch import BadSampleError, ImageBytes
+from comp.data.batch import BadSampleError, ImageBytes, Sample
+from comp.data.encode import load_image
 from comp.data.loader import StreamSteps, iterate_steps
 from comp.data.streams import CAPTION_QUESTION, Lane, Streams, needs_lanes, sample_from_row
 
@@ -162,7 +166,7 @@ CELL = {"bytes": png(), "path": None}
     ],
 )  # fmt: skip
 def test_rows_of_the_usual_forms(row, question, answer, images):
-    sample = sample_from_row(row, "x[0]")
+    sample = sample_from_row(row, "x[0]", Path())
     assert [m.text for m in sample.messages] == [question, answer]
     assert len(sample.messages[0].images) == images and all(isinstance(i, ImageBytes) for i in sample.messages[0].images)
 
@@ -180,7 +184,52 @@ def test_rows_of_the_usual_forms(row, question, answer, images):
 )
 def test_rows_that_cannot_be_used_are_named(row, message):
     with pytest.raises(BadSampleError, match=message):
-        sample_from_row(row, "x[0]")
+        sample_from_row(row, "x[0]", Path())
+
+
+def readable(count, **source):
+    """Captions of those of the first rows whose picture can be read."""
+    found = set()
+    for place, sample in itertools.islice(Lane(Streams([SourceConfig(**source)], lanes=1, seed=0), 0), count):
+        with suppress(BadSampleError):
+            if isinstance(sample, Sample):
+                load_image(sample.messages[0].images[0], place)
+                found.add(sample.messages[-1].text)
+    return found
+
+
+def test_cells_that_name_files_stay_below_the_shards(tmp_path):
+    """Or below `images`; all others need a word from the user."""
+    data = tmp_path / "data"
+    names = [
+        "in/a.png", "../b.png", "c.png", str(tmp_path / "b.png"), str(data / "in" / "a.png")
+    ]  # fmt: skip
+    inside, _, link, absolute, home = names
+    (data / "in").mkdir(parents=True)
+    for path in (data / inside, tmp_path / "b.png"):
+        path.write_bytes(png())
+    (data / link).symlink_to(tmp_path / "b.png")
+    rows = [dict(image={"bytes": None, "path": name}, caption=name) for name in names]
+    text = datasets.Value("string")
+    features = datasets.Features(image={"bytes": datasets.Value("binary"), "path": text}, caption=text)
+    datasets.Dataset.from_list(rows, features=features).to_parquet(data / "part.parquet")
+    for path in (data / "part.parquet", tmp_path / "*" / "part.parquet"):
+        expected = {inside, home} if path.parent == data else {absolute, home}
+        assert readable(5, path=str(path)) == expected
+    assert readable(5, path=str(data / "*.parquet"), images=str(tmp_path)) == {absolute, home}
+    assert readable(5, path=str(data / "*.parquet"), images_anywhere=True) == set(names)
+    with pytest.raises(BadSampleError, match=r"x\[0\]: /etc/a.png leads out of .*images_anywhere=true"):
+        sample_from_row(dict(jpg={"path": "/etc/a.png"}, txt="a"), "x[0]", data)
+
+
+def test_a_folder_of_pictures(tmp_path):
+    """The library gives absolute names."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    (pictures / "a.png").write_bytes(png())
+    (pictures / "metadata.jsonl").write_text('{"file_name": "a.png", "caption": "red"}\n')
+    (tmp_path / "link").symlink_to(pictures)
+    assert readable(1, hub=str(pictures)) == readable(1, hub=str(tmp_path / "link")) == {"red"}
 
 
 def test_wrong_sources_are_refused(tmp_path):

@@ -264,7 +264,7 @@ def test_image_cells_that_name_files_stay_in_the_folder(tmp_path):
 
     assert opened(0).size == (20, 12)
     for index in (1, 2, 3):
-        with pytest.raises(BadSampleError, match=rf"docvqa\[{index}\].*leads out of .*docvqa.*images_anywhere=True"):
+        with pytest.raises(BadSampleError, match=rf"docvqa\[{index}\].*leads out of .*docvqa.*images_anywhere=true"):
             opened(index)
     assert opened(2, images_anywhere=True).size == (20, 12)
 
