@@ -16,7 +16,7 @@ from .data.template import ChatTemplate, load_tokenizer, num_rows
 from .files import write_json
 from .limits import position_limit
 from .model import VisionEncoder
-from .model.causal_lm import apply_liger, load_language_model, word_embeddings
+from .model.causal_lm import apply_liger, load_language_model, recompute_activations, word_embeddings
 from .model.lora import TOWER_TARGETS, add_lora
 from .model.multimodal import CoMP
 from .model.weights import MODELING_FILE, image_processor
@@ -57,6 +57,7 @@ def build_model(
             adapter_init=config.vision.adapter_init,
             dummy_image=dummy_image,
             pack_rows=config.language.pack_rows,
+            text_start=template.start,
         )
     sources = {stage.alignment.prototype_source for stage in config.stages if stage.alignment is not None}
     if "frozen" in sources:
@@ -71,9 +72,7 @@ def build_model(
         encoder.gradient_checkpointing = True
         if not language_model.supports_gradient_checkpointing:
             raise ConfigError(f"{type(language_model).__name__} has no activation_checkpointing; set it to false")
-        # the second is the name in older releases of transformers; newer ones warn about it
-        enable = getattr(language_model, "activation_checkpointing_enable", language_model.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
+        recompute_activations(language_model)
     return model, template
 
 

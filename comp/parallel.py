@@ -76,6 +76,11 @@ class World:
         dist.all_gather(shares, padded, group=self.group)
         return torch.cat([share[:n] for share, n in zip(shares, lengths)])
 
+    def in_turns(self, own: Sequence[Any]) -> list[Any]:
+        """The (picklable) items of all processes, of each its next one in turn: in order where item i is process i % size's."""
+        shares = self.gather(own)
+        return [share[turn] for turn in range(max(map(len, shares))) for share in shares if turn < len(share)]
+
     def in_order(self, own: Tensor, indices: Sequence[int]) -> Tensor:
         """A row per index, in their order, from processes that each have the rows of their own indices: index i belongs to
         process i % size."""

@@ -82,7 +82,7 @@ class SampleEncoder:
         self.mrope = mrope
         self.answer_tokens = answer_tokens
         self.shuffle_answers = shuffle_answers
-        self.max_alignment_tokens = min(max_alignment_tokens or NO_LIMIT, max_positions)
+        self.max_alignment_tokens = min(max_alignment_tokens or NO_LIMIT, max_positions - len(template.start))
 
     @property
     def patch_features(self) -> int:

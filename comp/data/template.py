@@ -4,9 +4,10 @@
     <|im_start|>user\\n<|vision_start|><|image_pad|>...<|vision_end|>What is this?<|im_end|>\\n
     <|im_start|>assistant\\nA cat.<|im_end|>\\n
 
-The ids are those of the conversation tokenised in one piece, as other programs do with an export. An image stands as one
-<|image_pad|> per visual token. The answers and their <|im_end|> are learned, in every assistant turn that has a text and is not
-marked otherwise.
+The ids are those of the conversation tokenised in one piece, as other programs do with an export. What the tokenizer puts in
+front of a text (<s>, <bos>), which the language model has never been without, stands in front of the whole. An image stands as
+one <|image_pad|> per visual token. The answers and their <|im_end|> are learned, in every assistant turn that has a text and
+is not marked otherwise.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ import copy
 import json
 import os
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from tokenizers import AddedToken
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils import cached_file
 
 from .batch import IGNORED, Message, Sample
 
@@ -47,22 +51,33 @@ CHAT_TEMPLATE = """\
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a directory or hub id, with the special tokens of the template added where they are missing.
+    """The tokenizer of a directory or hub id, with the special tokens of the template added where they are missing, and none of
+    them taking the blanks beside it (as Phi-4 has them): those are part of the template.
 
     The word embeddings must have `num_rows(tokenizer)` rows afterwards. Padding is <|endoftext|>, an answer ends at <|im_end|>.
 
     Raises ValueError where there are no words: transformers makes an empty tokenizer of a folder that holds none
     (findings/transformers_empty_tokenizer.sh).
     """
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = _as_written(path)
     known = tokenizer.get_vocab()
     ids = tokenizer("a picture", add_special_tokens=False)["input_ids"]
     if not ids or set(ids) == {tokenizer.unk_token_id}:
         raise ValueError(f"{path} has no tokenizer.json, or one without words: text becomes {ids} by its {len(known)} words")
-    tokenizer.add_tokens([token for token in SPECIAL_TOKENS if token not in known], special_tokens=True)
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS], special_tokens=True)
     _check_ids(tokenizer, known)
     tokenizer.pad_token, tokenizer.eos_token = END_OF_TEXT, TURN_END
     return tokenizer
+
+
+def _as_written(path: str) -> PreTrainedTokenizerBase:
+    """What tokenizer.json says, where there is one: AutoTokenizer takes its words and may split text in another way
+    (findings/transformers_5_reads_half_of_tokenizer_json.sh)."""
+    try:
+        cached_file(path, "tokenizer.json")
+    except OSError:
+        return AutoTokenizer.from_pretrained(path)
+    return PreTrainedTokenizerFast.from_pretrained(path)
 
 
 def num_rows(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -95,6 +110,8 @@ class ChatTemplate:
         self.pad_id, self.turn_start, self.turn_end, self.vision_start, self.vision_end, self.image_id = (
             vocabulary[token] for token in SPECIAL_TOKENS
         )
+        first = self.encode_text("user")[0]
+        self.start = list(takewhile(lambda i: i != first, tokenizer("user")["input_ids"]))
         self._line_end = self.encode_text("\n")
         self._joins_special = self._is_joined_to_special_tokens()
         self.newline = self._encode_parts(["\n"], [self._joins_special])[0]
@@ -109,7 +126,9 @@ class ChatTemplate:
     def save_tokenizer(self, folder: str | os.PathLike) -> None:
         """Write the tokenizer with this template, whatever template it came with: the model was trained with this one."""
         tokenizer = copy.deepcopy(self.tokenizer)
-        tokenizer.chat_template = CHAT_TEMPLATE.replace("system +", f"{json.dumps(self.system, ensure_ascii=False)} +")
+        start = "".join(tokenizer.convert_ids_to_tokens(self.start))
+        template = CHAT_TEMPLATE.replace("system +", f"{json.dumps(self.system, ensure_ascii=False)} +")
+        tokenizer.chat_template = f"{{{{- {json.dumps(start, ensure_ascii=False)} }}}}{template}" if start else template
         tokenizer.save_pretrained(folder)
 
     def encode_text(self, text: str) -> list[int]:
@@ -129,8 +148,8 @@ class ChatTemplate:
 
         Labels are the ids themselves where they are learned, IGNORED elsewhere; not shifted.
         """
-        ids: list[int] = []
-        labels: list[int] = []
+        ids = list(self.start)
+        labels = [IGNORED] * len(ids)
         counts = iter(visual_tokens)
         messages_with_system = self._with_system(messages)
         joined = [not message.images or self._joins_special for message in messages_with_system]

@@ -88,9 +88,7 @@ def answer_into(
                     device=place.device,
                 ):
                     own += batch
-            shares = [iter(share) for share in world.gather(own)]
-            results = [next(shares[number % world.size]) for number in range(len(together))]
-            records = [asdict(r) if isinstance(r, Prediction) else {"skipped": r} for r in results]
+            records = [asdict(r) if isinstance(r, Prediction) else {"skipped": r} for r in world.in_turns(own)]
             if file is not None:
                 file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
                 file.flush()

@@ -7,6 +7,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ from ..data.datasets import Dataset
 from ..data.encode import SampleEncoder, prompt_messages, reference_answers
 from ..data.packing import EncodedSample, collate
 from ..model.causal_lm import evaluation_mode
+from ..parallel import ALONE, World
 from .choices import CHOICE_METRICS
 from .metrics import METRICS
 
@@ -51,19 +53,23 @@ def answer_questions(
     samples: Dataset,
     encoder: SampleEncoder,
     *,
+    indices: Sequence[int],
+    world: World = ALONE,
     after_batch: Callable[[], bool] | None = None,
     **settings: Any,
 ) -> tuple[list[Prediction], list[str]]:
     """All that `answer_batches` gives with such settings: the predictions in the order of the indices, and a message for every
     sample that could not be used.
 
-    after_batch:  called after every batch; true ends the evaluation there.
+    world:        its processes share the indices; each gets the whole.
+    after_batch:  called after every batch; true ends the evaluation of this process there.
     """
     results: list[Prediction | str] = []
-    for batch in answer_batches(model, samples, encoder, **settings):
+    for batch in answer_batches(model, samples, encoder, indices=indices[world.rank :: world.size], **settings):
         results += batch
         if after_batch is not None and after_batch():
             break
+    results = world.in_turns(results)
     return [r for r in results if isinstance(r, Prediction)], [r for r in results if isinstance(r, str)]
 
 
@@ -138,13 +144,11 @@ def generate_answers(
     return [encoder.template.decode(ids) for ids in answers]
 
 
-def usable_samples(
-    samples: Dataset, encoder: SampleEncoder, indices: Iterable[int], told: str
-) -> Iterator[tuple[int, EncodedSample]]:
-    """Those that can be learned from, with their indices; the others are said, behind `told`."""
+def usable_samples(samples: Dataset, encoder: SampleEncoder, indices: Iterable[int], told: str) -> Iterator[EncodedSample]:
+    """Those that can be learned from; the others are said, behind `told`."""
     for index in indices:
         try:
-            yield index, encoder.encode(samples[index])
+            yield encoder.encode(samples[index])
         except BadSampleError as error:
             say_once(f"{told}{error}")
 
@@ -152,25 +156,25 @@ def usable_samples(
 @torch.no_grad()
 def answer_loss(
     model: nn.Module,
-    samples: Dataset,
+    samples: Iterable[EncodedSample],
     encoder: SampleEncoder,
     *,
-    indices: Sequence[int],
     batch_size: int,
     device: torch.device | str = "cpu",
 ) -> float:
     """Mean next-token loss of the reference answers, in nats per learned token: less noisy than a score.
 
-    Learned tokens are those of training: the answers of all turns and the end of each. Raises BadSampleError at the first
-    sample that cannot be used: a mean over the others would be another number.
+    samples:  what `encoder` made. Learned tokens are those of training: the answers of all turns and the end of each.
     """
     total, count = 0.0, 0
+    remaining = iter(samples)
     with evaluation_mode(model):
-        for begin in range(0, len(indices), batch_size):
-            encoded = [encoder.encode(samples[i]) for i in indices[begin : begin + batch_size]]
+        while encoded := list(islice(remaining, batch_size)):
             batch = collate(encoded, pad_id=encoder.template.pad_id, patch_features=encoder.patch_features)
             output = model(batch.to(device))
             total, count = total + output.token_loss_sum.item(), count + output.num_tokens
+    if not count:
+        raise ConfigError("none of the held-out samples can be used for the loss of the answers")
     return total / count
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -107,6 +109,11 @@ def split(model: PreTrainedModel) -> Halves:
     learns from another loss than that of the next token (a router's, or labels that are not shifted).
     """
     name = type(model).__name__
+    config = model.config.get_text_config(decoder=True)
+    if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation == "sdpa":
+        # as transformers 5.20 chooses, all that Python 3.10 gets; newer ones choose or refuse as this does
+        warnings.warn(f"attention is 'eager': 'sdpa' leaves out the cap on the scores of {name}", stacklevel=3)
+        model.set_attn_implementation("eager")
     try:
         return _checked(model)
     except Exception as error:  # a model that cannot be used says so in any way it likes
@@ -199,14 +206,49 @@ def _returning(module: nn.Module, output: Any) -> Iterator[None]:
             module.forward = before
 
 
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Keep the inputs of the layers alone for the backward pass.
+
+    transformers recomputes a layer in training mode alone, where some drop activations by themselves (OPT): here a layer
+    runs in the mode of its parts.
+    """
+    # the second is the name in older releases of transformers; newer ones warn about it
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
+    for layer in _recomputed(model):
+        layer._gradient_checkpointing_func = partial(_recompute, layer, layer._gradient_checkpointing_func)
+
+
+def _recomputed(model: nn.Module) -> list[Any]:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
+
+
+def _recompute(layer: nn.Module, checkpoint: Callable[..., Any], run: Callable[..., Any], *inputs: Any) -> Any:
+    return checkpoint(partial(_in_mode_of_parts, layer, run), *inputs)
+
+
+def _in_mode_of_parts(layer: nn.Module, run: Callable[..., Any], *inputs: Any) -> Any:
+    with nullcontext() if any(part.training for part in layer.children()) else evaluation_mode(layer):
+        return run(*inputs)
+
+
+def freeze(model: PreTrainedModel) -> None:
+    """Evaluation mode, in which the layers are recomputed as before."""
+    model.eval()
+    for layer in _recomputed(model):
+        layer.training = True
+
+
 @contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
     """Switch dropout and the like off for a while, and restore what each submodule had."""
-    training = [part for part in module.modules() if part.training]
+    modes = [(part, part.training) for part in module.modules()]
     try:
-        for part in training:
+        for part, _ in modes:
             part.training = False
         yield
     finally:
-        for part in training:
-            part.training = True
+        for part, training in modes:
+            part.training = training

@@ -107,6 +107,8 @@ class CoMP(nn.Module):
             costs nothing in the vision tower.
         pack_rows:  let the language model's decoder read the rows of a batch one after the other without padding, where it
             can (comp.model.packed_rows). `padded_because` says why it cannot or may not, None where it does.
+        text_start:  ids that stand before every text the language model knows (<s>, <bos>), hence before those of the
+            alignment loss, of whose features they are no part. Prompts and conversations have them already.
 
     Parts: `encoder` (which holds `adapter`) and `language_model`; `named_parts` partitions the parameters.
     """
@@ -125,6 +127,7 @@ class CoMP(nn.Module):
         adapter_init: AdapterInit = "lecun",
         dummy_image: bool = False,
         pack_rows: bool = True,
+        text_start: Sequence[int] = (),
     ) -> None:
         super().__init__()
         words = word_embeddings(language_model)
@@ -144,6 +147,7 @@ class CoMP(nn.Module):
         self.language_model = language_model
         self.image_token_id = image_token_id
         self.dummy_image = dummy_image
+        self.text_start = text_start
         self.mrope = position_ids == "mrope"
         self._halves = split(language_model)
         self.padded_because = allow_packing(language_model, self._halves) if pack_rows else "pack_rows is false"
@@ -441,8 +445,11 @@ class CoMP(nn.Module):
         if not bool(lengths.any()):  # the decoder runs all the same: sharded, it is waited for by other processes
             mask = mask.clone()
             mask[0, 0] = True
+        start = ids.new_tensor(self.text_start).expand(len(ids), -1)
+        ids, is_text = torch.cat((start, ids), dim=1), F.pad(mask, (start.shape[1], 0))
+        mask = torch.cat((mask.any(1, keepdim=True).expand_as(start), mask), dim=1)
         with evaluation_mode(self.language_model):
-            hidden_TE = self.run_decoder(mask, input_ids=ids)
+            hidden_TE = self.run_decoder(mask, wanted_T=is_text[mask] if self.text_start else None, input_ids=ids)
         return mean_by_segment(hidden_TE if bool(lengths.any()) else hidden_TE[:0], lengths)
 
     @torch.no_grad()

@@ -128,7 +128,8 @@ def shorten_last_layer(model: PreTrainedModel, halves: Halves) -> bool:
         rows = Rows.of(torch.tensor([[1] * 6, [1] * 4 + [0] * 2], device=model.device))
         ids, learned = probe_ids(model, 10).unsqueeze(0), torch.tensor([1, 4, 5, 8], device=model.device)
         mask = attention_mask_for_packed(model)
-        with evaluation_mode(model), torch.no_grad():
+        with evaluation_mode(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            last.train()  # a layer with dropout of its own is made in another way
             every, some = (
                 halves.decode(model, input_ids=ids, attention_mask=mask, **rows.arguments(wanted))[0]
                 for wanted in (None, learned)

@@ -96,7 +96,7 @@ def force(model: CoMP, batch: Batch, settings: AlignmentConfig) -> dict[str, tup
 def first_usable(samples: Dataset, encoder: SampleEncoder, count: int) -> list[EncodedSample]:
     """The first `count` samples that can be learned from, or as many as there are; those left out are said."""
     usable = usable_samples(samples, encoder, range(len(samples)), "skipped ")
-    found = [sample for _, sample in islice(usable, count)]
+    found = list(islice(usable, count))
     if not any(sample.grids and sample.answer_ids for sample in found):
         raise ConfigError(f"none of {len(found)} samples has an image and an answer: nothing to align")
     return found

@@ -21,7 +21,7 @@ from ..data.streams import is_stream
 from ..eval.vqa import answer_loss, usable_samples
 from ..model import Adapter, VisionEncoder
 from ..parallel import ALONE
-from ..train.optim import build_optimizer, lr_multiplier, set_learning_rates, set_trainable
+from ..train.optim import build_optimizer, lr_multiplier, set_learning_rates, set_trainable, train_mode
 from ..train.step import StepTotals, seed_step, train_step
 
 STEPS = 100
@@ -94,7 +94,7 @@ def reading_loss(
         visual_tokens=stage.forward_visual_tokens,
         text_tokens=stage.forward_text_tokens,
     )
-    model.train()
+    train_mode(model, stage.trainable)
     with closing(iterate_steps(dataset, start=0, num_workers=config.num_workers)) as prepared:
         for data in prepared:
             totals = StepTotals.gather(data, ALONE, stop=False)
@@ -105,7 +105,5 @@ def reading_loss(
             train_step(model, optimizer, data, totals, stage, ALONE, pad_id=template.pad_id, bf16=False)
     held_out = open_sources(config.eval.data, config.seed)
     count = min(num_questions or len(held_out), len(held_out))
-    indices = [index for index, _ in usable_samples(held_out, encoder, range(count), "left out of the reading loss: ")]
-    if not indices:
-        raise ConfigError(f"none of {count} held-out samples can be used for the reading loss")
-    return answer_loss(model, held_out, encoder, indices=indices, batch_size=config.eval.batch_size)
+    usable = usable_samples(held_out, encoder, range(count), "left out of the reading loss: ")
+    return answer_loss(model, usable, encoder, batch_size=config.eval.batch_size)

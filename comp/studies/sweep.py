@@ -71,25 +71,25 @@ def sweep(
             forward_visual_tokens=None,
         )
         encoder = sample_encoder(model, template, config, capped)
-        own: list[tuple[list[Prediction], list[str]]] = []
+        predictions: list[Prediction] = []
+        skipped: list[str] = []
         for name, (samples, answer_tokens) in sources.items():
             count = min(num_questions or len(samples), len(samples))
             with place.autocast():
-                predictions, skipped = answer_questions(
+                answered, unasked = answer_questions(
                     model,
                     samples,
                     encoder,
-                    indices=range(place.world.rank, count, place.world.size),
+                    indices=range(count),
+                    world=place.world,
                     metric=config.eval.metric,
                     max_new_tokens=answer_tokens,
                     batch_size=config.eval.batch_size,
                     device=place.device,
                 )
-            named = [p if name is None else dataclasses.replace(p, question_type=name) for p in predictions]
-            own.append((named, skipped))
-        everything = [part for share in place.world.gather(own) for part in share]
-        skipped = [message for _, messages in everything for message in messages]
-        results[cap] = scores_by_type(p for predictions, _ in everything for p in predictions)
+            predictions += [p if name is None else dataclasses.replace(p, question_type=name) for p in answered]
+            skipped += unasked
+        results[cap] = scores_by_type(predictions)
         if not results[cap]:
             raise ConfigError(f"no question could be asked at {cap} visual tokens; the first: {skipped[:1]}")
         if place.world.is_main:

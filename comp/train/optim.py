@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..config import OptimConfig
+from ..model.causal_lm import freeze
 from ..model.lora import MARK as LORA
 from ..model.multimodal import CoMP
 
@@ -35,6 +36,16 @@ def set_trainable(model: CoMP, trainable: Iterable[str]) -> None:
             parameter.requires_grad_(False)
         for parameter in learning(parameters) if part in trainable else ():
             parameter.requires_grad_(True)
+
+
+def train_mode(model: CoMP, trainable: Iterable[str]) -> None:
+    """Training mode for the named parts, evaluation mode for the others: what is frozen drops nothing."""
+    trainable = set(trainable)
+    model.train()
+    model.encoder.train("vision" in trainable)
+    model.adapter.train("adapter" in trainable)
+    if "language" not in trainable:
+        freeze(model.language_model)
 
 
 def learning(parameters: dict[str, nn.Parameter]) -> list[nn.Parameter]:

@@ -33,7 +33,7 @@ from ..files import checksum, write_json
 from ..log import MetricsLog, Progress, table
 from ..parallel import distribute, gathered, multiplies_bf16, note_trainable_changed, start_world, uses_bf16, uses_fsdp
 from .checkpoint import CheckpointError, CheckpointStore
-from .optim import build_optimizer, lr_multiplier, part_reports, set_learning_rates, set_trainable
+from .optim import build_optimizer, lr_multiplier, part_reports, set_learning_rates, set_trainable, train_mode
 from .plots import plot_run
 from .prior import count_words
 from .run_state import claim_folder, find_state, is_unchanged
@@ -129,7 +129,7 @@ class Trainer:
             self.store.load(self._checkpoint, self.model, optimizer)
             self._checkpoint = None
         self._print_parts(stage)
-        self.model.train()
+        train_mode(self.model, stage.trainable)
         dataset = self.datasets[index]
         loaded = time.monotonic()
         ahead = iterate_steps(dataset, start=state.step_in_stage, num_workers=config.num_workers, states=state.lanes)
@@ -264,11 +264,12 @@ class Trainer:
         notes: list[str] = []
         self.startup.say(f"evaluation: {label} ({len(self.held_out)} questions)")
         with gathered(self.model), torch.autocast(world.device.type, torch.bfloat16, enabled=self.bf16):
-            share = answer_questions(
+            predictions, skipped = answer_questions(
                 self.model,
                 self.held_out,
                 sample_encoder(self.model, self.template, self.config, stage),
-                indices=range(world.rank, len(self.held_out), world.size),
+                indices=range(len(self.held_out)),
+                world=world,
                 metric=settings.metric,
                 max_new_tokens=settings.max_new_tokens,
                 batch_size=settings.batch_size,
@@ -279,9 +280,6 @@ class Trainer:
         if world.max([int(self._stop)])[0]:  # agreed on by all: no process may wait for one that left
             raise StopRequested  # the steps so far are saved, and resuming repeats the evaluation
         self._say_notes(list(dict.fromkeys(notes)))
-        shares = world.gather(share)
-        predictions = [p for predictions, _ in shares for p in predictions]
-        skipped = [message for _, messages in shares for message in messages]
         if skipped:
             self.progress.print(f"{len(skipped)} questions could not be asked and do not count: {skipped[0]}")
         scores = scores_by_type(predictions)

@@ -217,7 +217,7 @@ def train_and_score(config: Config, num_questions: int = NUM_QUESTIONS) -> dict[
         raise RuntimeError(f"{config.name}: {len(skipped)} questions could not be asked, the first: {skipped[0]}")
     records = [r for r in read_records(trainer.folder / "metrics.jsonl", "train") if r["stage"] == stage.name]
     scores = scores_by_type(predictions)
-    loss = answer_loss(trainer.model, held_out, encoder, indices=every, batch_size=65)
+    loss = answer_loss(trainer.model, (encoder.encode(held_out[i]) for i in every), encoder, batch_size=65)
     tower = measure_tower(trainer.model.encoder, trainer.template.encode_text, embeddings, caps=CAPS)
     return dict(
         patches=tower.patches[max(CAPS)],

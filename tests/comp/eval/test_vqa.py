@@ -102,8 +102,10 @@ def test_answer_loss_is_the_mean_over_the_tokens_of_the_answers(encoder, batch_s
     answers = [samples[i].messages[-1].text for i in indices]
     ids = [i for answer in answers for i in (*template.encode_text(answer), template.turn_end)]
     model = CountsLabels().train()
-    loss = answer_loss(model, samples, encoder, indices=indices, batch_size=batch_size)
+    loss = answer_loss(model, (encoder.encode(samples[i]) for i in indices), encoder, batch_size=batch_size)
     assert loss == pytest.approx(sum(ids) / len(ids)) and model.training
+    with pytest.raises(ConfigError, match="none of the held-out samples can be used"):
+        answer_loss(model, [], encoder, batch_size=batch_size)
 
 
 def test_predictions_are_one_json_per_line(encoder, tmp_path):

@@ -199,6 +199,19 @@ def test_text_features_use_no_dropout_and_no_gradient():
     assert all(module.training for module in model.modules()), "the mode comes back"
 
 
+def test_what_starts_a_text_is_no_part_of_its_features(model):
+    ids, mask = torch.randint(8, 60, (3, 6)), torch.tensor([[1] * 6, [0] * 6, [1] * 3 + [0] * 3]).bool()
+    start = torch.tensor([1, 2])
+    expected = torch.zeros(3, model.adapter.language_width)
+    with torch.no_grad():
+        for row in (0, 2):
+            text = torch.cat((start, ids[row, mask[row]])).unsqueeze(0)
+            expected[row] = model.language_model.model(input_ids=text).last_hidden_state[0, 2:].mean(0)
+    model.text_start = start.tolist()
+    torch.testing.assert_close(model.text_features(ids, mask), expected)
+    assert model.text_features(ids, mask & False).eq(0).all()
+
+
 def test_prototypes(model):
     lm = model.language_model
     assert torch.equal(model.prototypes("embed_tokens"), lm.get_input_embeddings().weight)

@@ -8,6 +8,7 @@ from torch import nn
 
 from comp.data.packing import EncodedSample, collate
 from comp.model import CoMP, VisionEncoder
+from comp.model.causal_lm import freeze, recompute_activations
 from comp.model.generation import ALONE, EQUAL_LENGTHS, PADDED, sharing_of
 from comp.model.vit_config import ViTConfig
 
@@ -48,6 +49,42 @@ def test_the_loss_is_the_models_own(family):
         ids = torch.tensor([sample.input_ids])
         expected = language_model(input_ids=ids, labels=ids).loss
     torch.testing.assert_close(output.token_loss_sum / output.num_tokens, expected, rtol=1e-5, atol=1e-5)
+
+
+DROPPING = {
+    "GPT2": (transformers.GPT2Config, dict(n_embd=32, n_layer=2, n_head=2, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)),
+    "OPT": (
+        transformers.OPTConfig,
+        dict(hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=2, dropout=0.5, layerdrop=0.5),
+    ),
+}
+
+
+@pytest.mark.parametrize("family", DROPPING)
+def test_what_is_frozen_drops_nothing_and_is_recomputed_all_the_same(family):
+    kind, sizes = DROPPING[family]
+    language_model = transformers.AutoModelForCausalLM.from_config(kind(vocab_size=WORDS, **sizes))
+    model, data = make_model(language_model), batch([text(5, 1), with_image(9, 2)])
+
+    def learn():
+        """Loss, gradients of the adapter, and how many numbers are kept for them."""
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+            loss = model(data).token_loss_sum
+        return loss, torch.autograd.grad(loss, list(model.adapter.parameters())), sum(kept)
+
+    expected, gradients, kept = learn()
+    model.train()
+    assert learn()[0] != learn()[0]
+    freeze(language_model)
+    torch.testing.assert_close(learn(), (expected, gradients, kept))
+    recompute_activations(language_model)
+    model.train()
+    assert learn()[0] != learn()[0]
+    freeze(language_model)
+    loss, recomputed, fewer = learn()
+    torch.testing.assert_close((loss, recomputed), (expected, gradients))
+    assert fewer < 0.7 * kept
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if "capped" in name or "Granite" in name or "Cohere" in name])

@@ -18,6 +18,7 @@ import train as program
 from comp.build import load_tower
 from comp.config import ConfigError
 from comp.config_io import apply_overrides
+from comp.data.encode import SampleEncoder
 from comp.eval import patches, retrieval
 from comp.model import Adapter
 from comp.studies import alignment, encoder
@@ -92,15 +93,19 @@ def test_a_run_measures_its_towers_and_prints_them(toy_models, few_pages, tmp_pa
     assert table["scores"]["III"]["patches"] == left["scores"]["III"]["patches"]
 
 
-def test_a_broken_question_is_left_out_of_the_reading_loss(toy_models, capsys):
+def test_a_broken_question_is_left_out_of_the_reading_loss(toy_models, monkeypatch, capsys):
     config, tower = toy_config(toy_models), load_tower(toy_config(toy_models).vision)
+    encode, encoded = SampleEncoder.encode, []
+    noting = lambda self, sample, **seed: encoded.append(sample.name) or encode(self, sample, **seed)  # noqa: E731
+    monkeypatch.setattr(SampleEncoder, "encode", noting)
     whole = reading_loss(config, tower, steps=1, num_questions=4)
+    assert encoded[-4:] == [f"rectangle {number}" for number in range(100, 104)] and len(encoded) == 8 + 4, "once each"
     arguments = config.eval.data[0].arguments
     arguments["broken"] = (4, 5)
     assert reading_loss(config, tower, steps=1) == whole
     assert "left out of the reading loss: rectangle 104: image /nowhere/broken.png" in capsys.readouterr().err
     arguments["broken"] = tuple(range(6))
-    with pytest.raises(ConfigError, match="none of 6 held-out samples can be used"):
+    with pytest.raises(ConfigError, match="none of the held-out samples can be used"):
         reading_loss(config, tower, steps=1)
 
 

@@ -17,7 +17,7 @@ from comp.config import ConfigError
 from comp.config_io import apply_overrides
 from comp.log import read_records
 from comp.runs import trained_config
-from comp.train.optim import part_reports, set_trainable
+from comp.train.optim import part_reports, set_trainable, train_mode
 from comp.train.trainer import Trainer
 
 peft = pytest.importorskip("peft", reason="pip install 'comp-kernels[lora]'")
@@ -53,6 +53,14 @@ def test_the_updates_alone_train(toy_folder):
     assert reports["language"].num_trainable == language and reports["adapter"].num_trainable == 0
     blocks = 2 * RANK * ((32 + 96) + (32 + 32) + 2 * (32 + 64))
     assert reports["vision"].num_trainable == blocks
+
+
+def test_updates_drop_where_they_train(toy_folder):
+    model, _ = build_model(apply_overrides(toy_config(toy_folder), LORA))
+    for trainable in (("adapter",), ("vision", "language"), ("vision",)):
+        train_mode(model, trainable)
+        for part, module in (("vision", model.encoder.blocks), ("language", model.language_model)):
+            assert {layer.training for layer in module.modules()} == {part in trainable}, (trainable, part)
 
 
 def test_the_summary_counts_the_updates_alone(finished):

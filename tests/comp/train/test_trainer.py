@@ -143,6 +143,8 @@ def test_two_processes_equal_one(unbroken, parallel):
         for part, norm in a["grad_norm"].items():
             assert abs(norm - b["grad_norm"][part]) <= 1e-5 * max(1, norm), (a["step"], part)
     assert [r["scores"] for r in records(folder, parallel) if r["event"] == "evaluation"]
+    ones, twos = ((folder / "runs" / name / "predictions" / "before.jsonl").read_text() for name in ("toy", parallel))
+    assert ones == twos, "in the order of the data"
     for key, value in weights(folder).items():
         # Adam divides by gradients that may be tiny, so rounding grows in single weights
         assert torch.allclose(value, weights(folder, parallel)[key], atol=2e-3), key
