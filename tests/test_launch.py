@@ -14,7 +14,7 @@ from comp.log import read_records
 
 REPOSITORY = Path(__file__).parent.parent
 USAGE = (REPOSITORY / "docs" / "usage.md").read_text()
-SMALL = "'stages.*.max_steps=1' 'stages.*.batch_size=4' eval.data=[] tensorboard=false device=cpu"
+SMALL = "'stages.*.max_steps=1' 'stages.*.batch_size=4' eval.data=[] eval.encoder=[] tensorboard=false device=cpu"
 
 
 @pytest.fixture
