@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from .model.multimodal import CoMP
 
 
-CPU_INFO = Path("/proc/cpuinfo")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of malloc.h."""
 
@@ -169,15 +167,6 @@ def stop_world(world: World) -> None:
 def uses_bf16(precision: str, world: World) -> bool:
     """What `Config.precision` means for the device of this process."""
     return precision == "bf16" or (precision == "auto" and world.device.type == "cuda")
-
-
-def multiplies_bf16() -> bool | None:
-    """Whether this processor has products of bfloat16, by its flags; None on systems that do not tell."""
-    try:
-        words = set(CPU_INFO.read_text().split())
-    except OSError:
-        return None
-    return not words.isdisjoint(("avx512_bf16", "amx_bf16", "bf16"))  # the last on ARM
 
 
 def distribute(model: CoMP, config: Config, world: World) -> CoMP:

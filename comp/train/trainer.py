@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
+from comp_kernels._processor import has_fast_bfloat16
+
 from ..build import build_model, export_model, sample_encoder, set_position_mode
 from ..config import BEFORE, Config, ConfigError, StageConfig
 from ..data.batch import BadSampleError
@@ -31,7 +33,7 @@ from ..data.template import num_rows
 from ..eval.vqa import answer_questions, blind_baselines, scores_by_type, write_predictions
 from ..files import checksum, write_json
 from ..log import MetricsLog, Progress, table
-from ..parallel import distribute, gathered, multiplies_bf16, note_trainable_changed, start_world, uses_bf16, uses_fsdp
+from ..parallel import distribute, gathered, note_trainable_changed, start_world, uses_bf16, uses_fsdp
 from .checkpoint import CheckpointError, CheckpointStore
 from .optim import build_optimizer, lr_multiplier, part_reports, set_learning_rates, set_trainable, train_mode
 from .plots import plot_run
@@ -89,8 +91,8 @@ class Trainer:
             print(f"rows of text are padded: {model.padded_because}", file=sys.stderr)
         self.model = distribute(model, config, self.world)
         self.bf16 = uses_bf16(config.precision, self.world)
-        if self.bf16 and self.world.device.type == "cpu" and multiplies_bf16() is False and self.world.is_main:
-            print("precision=bf16 is slower than fp32 here: this processor has no products of bfloat16", file=sys.stderr)
+        if self.bf16 and self.world.device.type == "cpu" and has_fast_bfloat16() is False and self.world.is_main:
+            print("precision=bf16 is slower than fp32 here: this processor has no fast products of bfloat16", file=sys.stderr)
         self.peak = peak_flops(config.peak_tflops, self.world.device, bf16=self.bf16)
         self.startup.say("models loaded")
         self.datasets = [self._open_stage(index) for index in range(len(config.stages))]

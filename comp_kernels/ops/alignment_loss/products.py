@@ -12,13 +12,13 @@ the channels, the smallest first, so one product with prototypes that are repeat
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from ..._processor import is_intel
 
 COLUMNS = 16  # tiles of prototypes begin at multiples of it, whatever the batch: 64 bytes of a row of scores in float32
 
@@ -237,15 +237,6 @@ def onednn_is_faster() -> bool:
     mkldnn = torch.backends.mkldnn
     avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
     return avx512 and not is_intel() and mkldnn.is_available() and bool(mkldnn.enabled)
-
-
-@functools.cache
-def is_intel() -> bool:
-    """Whether the processor is known to be Intel's; only Linux tells."""
-    try:
-        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -559,16 +559,18 @@ def test_bf16_stays_close(unbroken, toy_folder):
     assert {value.dtype for value in weights(toy_folder).values()} == {torch.float32}
 
 
-def test_bf16_says_where_the_processor_has_no_products_for_it(toy_folder, tmp_path, monkeypatch, capsys):
+def test_bf16_says_where_the_processor_has_no_fast_products_for_it(toy_folder, tmp_path, monkeypatch, capsys):
     said = "slower than fp32 here"
-    for flags, is_slow in (("fpu avx2", True), ("fpu avx512_bf16", False), (None, False)):
+    intel = "GenuineIntel\nflags : fpu avx512_bf16"
+    slow = {"AuthenticAMD\nflags : fpu avx2": True, "AuthenticAMD\nflags : fpu avx512_bf16": False, None: False}
+    for number, (vendor, is_slow) in enumerate((slow | {intel: True, f"{intel} amx_bf16": False}).items()):
         info = tmp_path / "cpuinfo"
         info.unlink(missing_ok=True)
-        if flags:
-            info.write_text(f"processor : 0\nflags : {flags}\n")
-        monkeypatch.setattr("comp.parallel.CPU_INFO", info)
+        if vendor:
+            info.write_text(f"processor : 0\nvendor_id : {vendor}\n")
+        monkeypatch.setattr("comp_kernels._processor.CPU_INFO", info)
         for precision in ("bf16", "fp32"):
-            overrides = [f"precision={precision}", f"name={precision}-{flags}"]
+            overrides = [f"precision={precision}", f"name={precision}-{number}"]
             Trainer(apply_overrides(toy_config(toy_folder), overrides), resume=False)
             assert (said in capsys.readouterr().err) == (is_slow and precision == "bf16")
 

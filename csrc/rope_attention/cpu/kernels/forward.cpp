@@ -145,6 +145,9 @@ void online_softmax(ForwardScratch<T>& scratch, int64_t queries, int64_t keys, c
         if (j + kTogether * L > keys) {
           for (int n = 0; n < kTogether; ++n) e[n] = select<T>(first_lanes<T>(keys - j - n * L), e[n], broadcast(kLowest));
         }
+        if constexpr (kVectorBytes == 64) {  // the next rows' scores, which their maxima would wait for; AVX2 gains nothing
+          for (int n = 0; n < kTogether; ++n) __builtin_prefetch(row + L * kScoreStride<T> + j + n * L);
+        }
         weights_of(e);
 #pragma GCC unroll 8
         for (int n = 0; n < kTogether; ++n) sum[n] += e[n];

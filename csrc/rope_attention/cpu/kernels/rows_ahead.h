@@ -19,16 +19,19 @@ constexpr bool kTilesAsk = false;
 #else
 constexpr bool kTilesAsk = true;
 #endif
-constexpr int64_t kRowsAhead = 16;
+constexpr int64_t kRowsAhead = 8;
 
 // Before a loop over `count` rows reads or writes row i, which is at `row`: asks for the one kRowsAhead on; first, for all up to it.
+// They come to the second-level cache: in the first, rows that are a power of two apart would drive each other out.
 template <typename S>
 CK_INLINE void ask_ahead(const S* row, int64_t stride, int64_t i, int64_t count, int64_t columns) {
   if constexpr (kTilesAsk) return;
   const int64_t last = min(kRowsAhead, count - 1 - i);
   for (int64_t n = i == 0 ? 1 : kRowsAhead; n <= last; ++n) {
     const char* ahead = reinterpret_cast<const char*>(row + n * stride);
-    for (int64_t byte = 0; byte < columns * static_cast<int64_t>(sizeof(S)); byte += 64) __builtin_prefetch(ahead + byte);
+    for (int64_t byte = 0; byte < columns * static_cast<int64_t>(sizeof(S)); byte += 64) {
+      __builtin_prefetch(ahead + byte, /*rw=*/0, /*locality=*/2);
+    }
   }
 }
 
