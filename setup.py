@@ -42,7 +42,7 @@ ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
 known = runpy.run_path(str(ROOT / "comp_kernels" / "_sources.py"))
 fingerprint, INCLUDES = known["fingerprint"], known["INCLUDES"]
-CXX_FLAGS, X86_FLAGS, BFLOAT16_FLAGS = (known[f"{name}_FLAGS"] for name in ("CXX", "X86", "BFLOAT16"))
+CXX_FLAGS, X86_FLAGS, PAIRS_FLAGS = (known[f"{name}_FLAGS"] for name in ("CXX", "X86", "PAIRS"))
 
 NVCC_FLAGS = ["-std=c++17", "-O3", *INCLUDES, "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
 CUDA_ARCHITECTURES = "8.0;9.0a+PTX"
@@ -122,10 +122,10 @@ def build_cpu(lib: Path, objects: Path) -> None:
     ]
     sets = {isa: (flags, sorted(CSRC.glob("*/cpu/kernels/*.cpp"))) for isa, flags in instruction_sets(target(compiler)).items()}
     defines = []
-    if "avx512" in sets and all(accepts(compiler, flags) for flags in BFLOAT16_FLAGS.values()):
+    if "avx512" in sets and all(accepts(compiler, flags) for flags in PAIRS_FLAGS.values()):
         sources = sorted(CSRC.glob("rope_attention/cpu/kernels/*.cpp"))
-        sets |= {isa: (flags, sources) for isa, flags in BFLOAT16_FLAGS.items()}
-        defines.append("-DCOMP_KERNELS_HAS_BFLOAT16")
+        sets |= {isa: (flags, sources) for isa, flags in PAIRS_FLAGS.items()}
+        defines.append("-DCOMP_KERNELS_HAS_PAIRS")
     for isa, (flags, sources) in sets.items():
         flags = [*flags, f"-DCOMP_KERNELS_ISA={isa}"]
         jobs += [(source, objects / f"{name_of(source)}.{isa}.o", flags) for source in sources]

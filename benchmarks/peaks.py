@@ -13,30 +13,32 @@ from pathlib import Path
 import torch
 
 from comp_kernels import _native
-from comp_kernels._sources import BFLOAT16_FLAGS, CSRC, CXX_FLAGS, X86_FLAGS
+from comp_kernels._sources import CSRC, CXX_FLAGS, PAIRS_FLAGS, X86_FLAGS
 
 SOURCE = Path(__file__).parent / "csrc" / "peaks.cpp"
 BUILD = Path(__file__).parents[1] / "build"
 
 
 def fma_peak(dtype: torch.dtype = torch.float32) -> float:
-    """GFLOP/s of float32 multiply-adds in registers, or of what bfloat16 is multiplied with; measured anew, for the
+    """GFLOP/s of float32 multiply-adds in registers, or of what `dtype` is multiplied with; measured anew, for the
     clock may have changed."""
-    return _library(pairs=dtype == torch.bfloat16).peak_multiply_add(torch.get_num_threads(), 5) * 1e-9
+    return _library(dtype).peak_multiply_add(torch.get_num_threads(), 5) * 1e-9
 
 
 def exponential_rate() -> float:
     """Exponentials per second of the kernels' own exponential, of numbers in the first level cache."""
-    return _library(pairs=False).peak_exponentials(torch.get_num_threads(), 5)
+    return _library(torch.float32).peak_exponentials(torch.get_num_threads(), 5)
 
 
 @cache
-def _library(pairs: bool) -> ctypes.CDLL:
-    """peaks.cpp, compiled as the kernels are, for the instruction set that they run in; pairs: for bfloat16."""
+def _library(dtype: torch.dtype) -> ctypes.CDLL:
+    """peaks.cpp, compiled as the kernels are, for the instruction set that multiplies `dtype`."""
     isa = _native.cpu().comp_kernels_cpu_isa().decode().split()[0]
-    if isa in BFLOAT16_FLAGS and not pairs:
+    if dtype == torch.bfloat16 and isa == "amx_fp16":
+        isa = "amx"
+    elif dtype != torch.bfloat16 and isa in PAIRS_FLAGS and (dtype, isa) != (torch.float16, "amx_fp16"):
         isa = "avx512"
-    x86 = {**X86_FLAGS, **BFLOAT16_FLAGS}
+    x86 = {**X86_FLAGS, **PAIRS_FLAGS}
     flags = [*CXX_FLAGS, *(x86[isa] if platform.machine() in ("x86_64", "AMD64") else []), f"-DCOMP_KERNELS_ISA={isa}"]
     headers = [*(CSRC / "common" / "cpu").glob("*.h"), *(CSRC / "rope_attention" / "cpu" / "kernels").glob("*.h")]
     text = b"".join(path.read_bytes() for path in [SOURCE, *sorted(headers)]) + " ".join(flags).encode()

@@ -14,6 +14,9 @@ from .attention_cases import CASES, inputs_of, largest_error, operations
 from .attention_peers import peers_of
 from .measure import compare
 
+DTYPES = {torch.float32: "", torch.bfloat16: " bf16", torch.float16: " fp16"}
+"""And what they add to the names of groups."""
+
 
 def training_step(attention, inputs):
     """Forward and backward of `attention(q, k, v)` with a fixed cotangent."""
@@ -35,7 +38,7 @@ def rope_attention_of(inputs):
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("which", ("forward", "forward+backward"))
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=("float32", "bfloat16", "float16"))
 def test_attention(benchmark, dtype, which, name):
     case = CASES[name]
     inputs = inputs_of(case, dtype)
@@ -50,7 +53,7 @@ def test_attention(benchmark, dtype, which, name):
         benchmark,
         calls.pop("ours"),
         calls,
-        group=which + (" bf16" if dtype == torch.bfloat16 else ""),
+        group=which + DTYPES[dtype],
         case=name,
         operations=operations(case) * (3.5 if training else 1),
         error=largest_error(ours, inputs),

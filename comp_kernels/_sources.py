@@ -20,9 +20,15 @@ X86_FLAGS = {
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512 -mtune=icelake-server".split(),
 }
 """By instruction set; files of csrc/*/cpu/kernels are compiled once for each."""
-_PAIRS = [*X86_FLAGS["avx512"], "-mavx512bf16", "-DCOMP_KERNELS_BFLOAT16_PAIRS"]
-BFLOAT16_FLAGS = {"avx512_bf16": _PAIRS, "amx": [*_PAIRS, "-mamx-tile", "-mamx-bf16", "-DCOMP_KERNELS_TILES"]}
-"""Of the sets that multiply bfloat16, for attention alone; left out where the compiler does not know them (GCC before 11)."""
+_BFLOAT16 = [*X86_FLAGS["avx512"], "-mavx512bf16"]
+_TILES = [*_BFLOAT16, "-mamx-tile", "-mamx-bf16"]
+PAIRS_FLAGS = {
+    "avx512_bf16": [*_BFLOAT16, "-DCOMP_KERNELS_PAIRS=bfloat16"],
+    "amx": [*_TILES, "-DCOMP_KERNELS_PAIRS=bfloat16", "-DCOMP_KERNELS_TILES=bf16"],
+    "amx_fp16": [*_TILES, "-DCOMP_KERNELS_PAIRS=float16", "-DCOMP_KERNELS_TILES=fp16"],
+}
+"""Of the sets that multiply 16-bit numbers in pairs, for attention in that dtype alone; left out where the compiler does not
+know them (GCC before 11)."""
 
 
 def fingerprint(library: str) -> str | None:

@@ -1,5 +1,5 @@
-// What this processor does at best when nothing is in the way: multiply-adds in registers (in the sets that multiply bfloat16,
-// its dot products or tiles), the kernels' own exponential in the first level cache. The yardsticks of the benchmarks, per instruction
+// What this processor does at best when nothing is in the way: multiply-adds in registers (in the sets that multiply pairs of
+// 16 bits, dot products or tiles), the kernels' own exponential in the first level cache. The yardsticks of the benchmarks, per instruction
 // set; peaks.py builds and calls them.
 #include <chrono>
 #include <thread>
@@ -18,10 +18,10 @@ double multiply_adds(int64_t steps) {
   steps /= 4;  // a tile keeps its unit busy for 16 cycles
   const TileRegisters registers;
   for (int64_t step = 0; step < steps; ++step) {
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+    TILE_PRODUCT(0, 4, 6);
+    TILE_PRODUCT(1, 4, 7);
+    TILE_PRODUCT(2, 5, 6);
+    TILE_PRODUCT(3, 5, 7);
   }
   return 2.0 * kPack * kSums * kTile * kTile * kTile * static_cast<double>(steps);
 }

@@ -17,10 +17,11 @@
 namespace comp_kernels {
 namespace {
 
-constexpr Isa kIsas[] = {Isa::baseline, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx};
+constexpr Isa kIsas[] = {Isa::baseline, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx, Isa::amx_fp16};
 
 const char* name(Isa isa) {
   switch (isa) {
+    case Isa::amx_fp16: return "amx_fp16";
     case Isa::amx: return "amx";
     case Isa::avx512_bf16: return "avx512_bf16";
     case Isa::avx512: return "avx512";
@@ -29,7 +30,7 @@ const char* name(Isa isa) {
   }
 }
 
-#ifdef COMP_KERNELS_HAS_BFLOAT16
+#ifdef COMP_KERNELS_HAS_PAIRS
 // Tiles of bfloat16, and the system's leave to use them: it saves their registers only for processes that asked.
 bool has_amx() {
 #ifdef __linux__
@@ -43,6 +44,13 @@ bool has_amx() {
   return false;
 #endif
 }
+
+// Tiles of float16 too.
+bool has_amx_fp16() {
+  unsigned eax, ebx, ecx, edx;
+  constexpr unsigned kFloat16 = 1u << 21;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax & kFloat16) != 0;
+}
 #endif
 
 bool has(Isa isa) {
@@ -54,9 +62,10 @@ bool has(Isa isa) {
     case Isa::avx512:
       return has(Isa::avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-#ifdef COMP_KERNELS_HAS_BFLOAT16
+#ifdef COMP_KERNELS_HAS_PAIRS
     case Isa::avx512_bf16: return has(Isa::avx512) && __builtin_cpu_supports("avx512bf16");
     case Isa::amx: return has(Isa::avx512_bf16) && has_amx();
+    case Isa::amx_fp16: return has(Isa::amx) && has_amx_fp16();
 #endif
     default: return false;
   }
@@ -65,9 +74,11 @@ bool has(Isa isa) {
 #endif
 }
 
-// Intel multiplies pairs of bfloat16 in vectors at half the rate of float: a set to skip there unless asked for.
+// Sets to skip unless asked for: Intel multiplies pairs of bfloat16 in vectors at half the rate of float, and tiles of float16 have
+// not been measured on a processor that has them.
 bool worth_taking(Isa isa) {
 #ifdef COMP_KERNELS_X86
+  if (isa == Isa::amx_fp16) return false;
   return isa != Isa::avx512_bf16 || !__builtin_cpu_is("intel");
 #else
   return isa == Isa::baseline;

@@ -1,6 +1,6 @@
 // Instruction sets: every file of csrc/*/cpu/kernels is compiled once per set, in a namespace of its own; the choice between
-// them is made at run time. The sets that multiply bfloat16 hold the attention kernels alone, for that dtype; all else takes
-// avx512.
+// them is made at run time. The sets that multiply 16-bit numbers in pairs hold the attention kernels alone, for bfloat16
+// (avx512_bf16, amx) or float16 (amx_fp16); all else takes avx512.
 #pragma once
 
 #if defined(__x86_64__) || defined(_M_X64)
@@ -10,7 +10,7 @@
 namespace comp_kernels {
 
 // Ordered: each set contains those before it. Baseline is what the architecture guarantees (SSE2, or NEON on aarch64).
-enum class Isa { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, amx = 4 };
+enum class Isa { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, amx = 4, amx_fp16 = 5 };
 
 // The set in use: the best this processor has, or a lower one by the environment variable COMP_KERNELS_CPU_ISA.
 Isa active_isa();
@@ -53,23 +53,30 @@ Isa products_isa();
 #define DISPATCH_ISA(function, ...) DISPATCH_TO(::comp_kernels::active_isa(), function, __VA_ARGS__)
 #define DISPATCH_PRODUCTS(function, ...) DISPATCH_TO(::comp_kernels::products_isa(), function, __VA_ARGS__)
 
-// Where the compiler knows the sets avx512_bf16 and amx, declares a function that they have; DISPATCH_BFLOAT16 calls it where one
-// of them is in use, and the variant of DISPATCH_PRODUCTS elsewhere.
-#ifdef COMP_KERNELS_HAS_BFLOAT16
-#define DECLARE_BFLOAT16(declaration) \
-  namespace comp_kernels {            \
-  namespace avx512_bf16 {             \
-  declaration;                        \
-  }                                   \
-  namespace amx {                     \
-  declaration;                        \
-  }                                   \
+// Where the compiler knows the sets that multiply pairs, declares a function that they have; DISPATCH_BFLOAT16 and DISPATCH_FLOAT16
+// call it where a set for that dtype is in use, and the variant of DISPATCH_PRODUCTS elsewhere.
+#ifdef COMP_KERNELS_HAS_PAIRS
+#define DECLARE_PAIRS(declaration) \
+  namespace comp_kernels {         \
+  namespace avx512_bf16 {          \
+  declaration;                     \
+  }                                \
+  namespace amx {                  \
+  declaration;                     \
+  }                                \
+  namespace amx_fp16 {             \
+  declaration;                     \
+  }                                \
   }
 #define DISPATCH_BFLOAT16(function, ...)                                                                                   \
-  (::comp_kernels::active_isa() == ::comp_kernels::Isa::amx           ? ::comp_kernels::amx::function(__VA_ARGS__)         \
+  (::comp_kernels::active_isa() >= ::comp_kernels::Isa::amx           ? ::comp_kernels::amx::function(__VA_ARGS__)         \
    : ::comp_kernels::active_isa() == ::comp_kernels::Isa::avx512_bf16 ? ::comp_kernels::avx512_bf16::function(__VA_ARGS__) \
                                                                       : DISPATCH_PRODUCTS(function, __VA_ARGS__))
+#define DISPATCH_FLOAT16(function, ...)                                                                            \
+  (::comp_kernels::active_isa() == ::comp_kernels::Isa::amx_fp16 ? ::comp_kernels::amx_fp16::function(__VA_ARGS__) \
+                                                                 : DISPATCH_PRODUCTS(function, __VA_ARGS__))
 #else
-#define DECLARE_BFLOAT16(declaration)
+#define DECLARE_PAIRS(declaration)
 #define DISPATCH_BFLOAT16(function, ...) DISPATCH_PRODUCTS(function, __VA_ARGS__)
+#define DISPATCH_FLOAT16(function, ...) DISPATCH_PRODUCTS(function, __VA_ARGS__)
 #endif

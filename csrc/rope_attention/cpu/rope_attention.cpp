@@ -85,6 +85,7 @@ COMP_KERNELS_EXPORT const char* comp_kernels_cpu_rope_attention_forward(const co
   fill_slack_forward(*params);
   return within_memory([&] {
     if (params->dtype == COMP_KERNELS_BFLOAT16) return DISPATCH_BFLOAT16(rope_attention_forward, *params);
+    if (params->dtype == COMP_KERNELS_FLOAT16) return DISPATCH_FLOAT16(rope_attention_forward, *params);
     return DISPATCH_PRODUCTS(rope_attention_forward, *params);
   });
 }
@@ -94,6 +95,7 @@ COMP_KERNELS_EXPORT const char* comp_kernels_cpu_rope_attention_backward(const c
   fill_slack_backward(*params);
   return within_memory([&] {
     if (params->dtype == COMP_KERNELS_BFLOAT16) return DISPATCH_BFLOAT16(rope_attention_backward, *params);
+    if (params->dtype == COMP_KERNELS_FLOAT16) return DISPATCH_FLOAT16(rope_attention_backward, *params);
     return DISPATCH_PRODUCTS(rope_attention_backward, *params);
   });
 }

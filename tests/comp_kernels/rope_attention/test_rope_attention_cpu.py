@@ -27,7 +27,8 @@ from comp_kernels.testing import (
 )
 
 LOW_PRECISION = (torch.float32, torch.bfloat16, torch.float16)
-INSTRUCTION_SETS = {"baseline": "", "avx2": "avx2", "avx512": "avx512vl", "avx512_bf16": "avx512_bf16", "amx": "amx_bf16"}
+INSTRUCTION_SETS = {"baseline": "", "avx2": "avx2", "avx512": "avx512vl"}
+INSTRUCTION_SETS |= {"avx512_bf16": "avx512_bf16", "amx": "amx_bf16", "amx_fp16": "amx_fp16"}
 """With the processor's flag that tells; each contains those before it."""
 
 

@@ -389,8 +389,8 @@ const char* backward(const Params& p) {
 }  // namespace
 
 const char* rope_attention_backward(const Params& params) {
-#ifdef COMP_KERNELS_BFLOAT16_PAIRS
-  return backward<bfloat16>(params);
+#ifdef COMP_KERNELS_PAIRS
+  return backward<COMP_KERNELS_PAIRS>(params);
 #else
   switch (params.dtype) {
     case COMP_KERNELS_FLOAT64: return backward<double>(params);

@@ -292,8 +292,8 @@ const char* forward(const Params& p) {
 }  // namespace
 
 const char* rope_attention_forward(const Params& params) {
-#ifdef COMP_KERNELS_BFLOAT16_PAIRS
-  return forward<bfloat16>(params);
+#ifdef COMP_KERNELS_PAIRS
+  return forward<COMP_KERNELS_PAIRS>(params);
 #else
   switch (params.dtype) {
     case COMP_KERNELS_FLOAT64: return forward<double>(params);

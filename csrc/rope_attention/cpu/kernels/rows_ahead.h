@@ -13,8 +13,8 @@ namespace comp_kernels::COMP_KERNELS_ISA {
 
 // Whether tiles ask. On Intel processors with AVX-512 a tile that asks waits until the row is there: 200 ns for one of five lines,
 // a sixth of the time of all products, where a loop that only touches rows, many at a time, needs 17 ns for each. With AVX-512,
-// except for bfloat16, the loops that read and write rows ask instead, kRowsAhead rows before they come to them.
-#if defined(__AVX512F__) && !defined(COMP_KERNELS_BFLOAT16_PAIRS)
+// except for pairs of 16 bits, the loops that read and write rows ask instead, kRowsAhead rows before they come to them.
+#if defined(__AVX512F__) && !defined(COMP_KERNELS_PAIRS)
 constexpr bool kTilesAsk = false;
 #else
 constexpr bool kTilesAsk = true;

@@ -1,6 +1,6 @@
-// Products on AMX: C (+)= A B with tiles of 16 rows of 64 bytes, 16 x 16 numbers of C, 16 x 16 pairs of bfloat16 (pairs.h) of A or B.
+// Products on AMX: C (+)= A B with tiles of 16 rows of 64 bytes, 16 x 16 numbers of C, 16 x 16 pairs (pairs.h) of A or B.
 //
-// Only the set that is compiled with COMP_KERNELS_TILES has them. Operands are what the vector products read (matmul.h), but whole
+// Only the sets that are compiled with COMP_KERNELS_TILES, bf16 or fp16, have them. Operands are what the vector products read (matmul.h), but whole
 // tiles: the depth is a multiple of kDepthStep elements, filled up with zeros, and rows of A and C up to the next multiple of 16 are
 // memory that may be read and overwritten.
 #pragma once
@@ -14,6 +14,16 @@
 namespace comp_kernels::COMP_KERNELS_ISA {
 
 #ifdef COMP_KERNELS_TILES
+
+// TILE_PRODUCT(c, a, b): C += A B in tile registers of these numbers. Few compilers know TDPFP16PS: VEX.128.F2.0F38.W0 5C /r.
+#define TILE_PRODUCT_bf16 _tile_dpbf16ps
+#ifndef TILE_PRODUCT_fp16
+#define TILE_PRODUCT_fp16(c, a, b) \
+  asm volatile(".byte 0xc4, 0xe2, %c0, 0x5c, %c1" ::"i"((~(b) & 0xf) << 3 | 3), "i"(0xc0 | (c) << 3 | (a)))
+#endif
+#define TILE_PRODUCT_OF(kind) TILE_PRODUCT_##kind
+#define TILE_PRODUCT_OF_MACRO(kind) TILE_PRODUCT_OF(kind)
+#define TILE_PRODUCT TILE_PRODUCT_OF_MACRO(COMP_KERNELS_TILES)
 
 constexpr bool kTiles = true;
 constexpr int64_t kTile = 16;  // rows of a tile, and numbers or pairs in a row of it
@@ -59,15 +69,15 @@ void multiply_tiles(int64_t depth, const float* a, int64_t a_stride, const float
   for (int64_t k = 0; k < depth; k += kDepthStep, a += kDepthStep, b += kDepthStep * b_stride) {
     _tile_loadd(6, b, b_bytes);
     _tile_loadd(4, a, a_bytes);
-    _tile_dpbf16ps(0, 4, 6);
+    TILE_PRODUCT(0, 4, 6);
     if constexpr (kColumns > 1) {
       _tile_loadd(7, b + b_column, b_bytes);
-      _tile_dpbf16ps(1, 4, 7);
+      TILE_PRODUCT(1, 4, 7);
     }
     if constexpr (kRows > 1) {
       _tile_loadd(5, a + kTile * a_stride, a_bytes);
-      _tile_dpbf16ps(2, 5, 6);
-      if constexpr (kColumns > 1) _tile_dpbf16ps(3, 5, 7);
+      TILE_PRODUCT(2, 5, 6);
+      if constexpr (kColumns > 1) TILE_PRODUCT(3, 5, 7);
     }
   }
   _tile_stored(0, c, c_bytes);

@@ -1,4 +1,4 @@
-"""rope_attention's CPU kernels for AVX512_BF16 and AMX on processors without them: the instructions in software."""
+"""rope_attention's CPU kernels that multiply pairs of 16 bits, on processors without AVX512_BF16 and AMX: in software."""
 
 import ctypes
 import fcntl
@@ -16,11 +16,11 @@ import test_rope_attention_cpu as every_set
 import torch
 
 from comp_kernels import _native
-from comp_kernels._sources import BFLOAT16_FLAGS, CSRC, CXX_FLAGS
+from comp_kernels._sources import CSRC, CXX_FLAGS, PAIRS_FLAGS
 from comp_kernels.testing import ATTENTION_CASES, AttentionCase, check_huge_logits, check_median_error, check_rope_attention
 
 ROOT = CSRC.parent
-SOFTWARE = ROOT / "tests" / "emulated_cpu" / "software_bfloat16.h"
+SOFTWARE = ROOT / "tests" / "emulated_cpu" / "software_pairs.h"
 NEEDED = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 build = runpy.run_path(str(ROOT / "setup.py"))
 COMPILER = shlex.split(os.environ.get("CXX", "")) or [shutil.which("c++") or shutil.which("g++") or ""]
@@ -34,25 +34,25 @@ def why_not() -> str | None:
         return "the stand-ins are written in AVX-512, which /proc/cpuinfo does not show"
     if shutil.which(COMPILER[0]) is None:
         return "there is no C++ compiler (c++, g++ or CXX)"
-    if not all(build["accepts"](COMPILER, flags) for flags in BFLOAT16_FLAGS.values()):
+    if not all(build["accepts"](COMPILER, flags) for flags in PAIRS_FLAGS.values()):
         return "the compiler does not know AVX512_BF16 and AMX, so that the library has no kernels for them either"
     return None
 
 
 def compile_library() -> Path:
-    """The two sets with their instructions in software; compiled again when anything it is made of has changed."""
-    common = [*COMPILER, *CXX_FLAGS, "-O1", "-DCOMP_KERNELS_HAS_BFLOAT16"]  # -O1: half the time of -O3
+    """The sets with their instructions in software; compiled again when anything it is made of has changed."""
+    common = [*COMPILER, *CXX_FLAGS, "-O1", "-DCOMP_KERNELS_HAS_PAIRS"]  # -O1: half the time of -O3
     cpu = [CSRC / "common" / "cpu", CSRC / "rope_attention" / "cpu"]
     sources = [*cpu[0].glob("*.cpp"), *cpu[1].glob("*.cpp"), SOFTWARE.parent / "software_isa.cpp"]
     jobs = [(source, "all", []) for source in sorted(sources) if source.name != "isa.cpp"]
-    for isa, flags in BFLOAT16_FLAGS.items():
+    for isa, flags in PAIRS_FLAGS.items():
         flags = [flag for flag in flags if not flag.startswith(("-mavx512bf16", "-mamx"))]
         flags += ["-include", str(SOFTWARE), f"-DCOMP_KERNELS_ISA={isa}"]
         jobs += [(source, isa, flags) for source in sorted((cpu[1] / "kernels").glob("*.cpp"))]
     headers = [*CSRC.glob("include/**/*.h"), *cpu[0].glob("*.h"), *cpu[1].glob("**/*.h"), SOFTWARE]
     made_of = [*headers, *(source for source, _, _ in jobs)]
     text = b"".join(path.read_bytes() for path in sorted(made_of)) + repr((common, jobs)).encode()
-    folder = ROOT / "build" / f"software-bfloat16-{hashlib.sha256(text).hexdigest()[:12]}"
+    folder = ROOT / "build" / f"software-pairs-{hashlib.sha256(text).hexdigest()[:12]}"
     folder.mkdir(parents=True, exist_ok=True)
     library = folder / "library.so"
     with open(folder / "lock", "w") as lock:  # pytest's other processes wait for the one that compiles
@@ -81,7 +81,7 @@ def library():
     return library
 
 
-@pytest.fixture(params=BFLOAT16_FLAGS, autouse=True)
+@pytest.fixture(params=PAIRS_FLAGS, autouse=True)
 def isa(request, library, monkeypatch):
     """Within, this library takes the place of the usual one, and such a set is in use."""
     monkeypatch.setenv("COMP_KERNELS_CPU_ISA", request.param)
@@ -91,45 +91,51 @@ def isa(request, library, monkeypatch):
     _native.cpu_function.cache_clear()
 
 
+@pytest.fixture
+def dtype(isa):
+    """What the set multiplies."""
+    return torch.float16 if isa == "amx_fp16" else torch.bfloat16
+
+
 def test_it_is_these_kernels_that_run(isa):
     assert _native.cpu().comp_kernels_cpu_isa().decode() == f"{isa} (in software)"
-    with pytest.raises(RuntimeError, match="this library has bfloat16 alone"):
+    with pytest.raises(RuntimeError, match="this library has bfloat16 and float16 alone"):
         check_rope_attention(ATTENTION_CASES["dim_2"], torch.float32, "cpu")
 
 
 @pytest.mark.parametrize("name", [name for name in ATTENTION_CASES if name != "logits_of_1e4"])
-def test_error_budget(name):
-    check_rope_attention(ATTENTION_CASES[name], torch.bfloat16, "cpu")
+def test_error_budget(name, dtype):
+    check_rope_attention(ATTENTION_CASES[name], dtype, "cpu")
 
 
 @pytest.mark.parametrize("head_dim", (64, 72, 80, 128))
-def test_many_blocks_of_queries_and_keys(head_dim):
+def test_many_blocks_of_queries_and_keys(head_dim, dtype):
     """Lengths around the blocks of tiles (64 x 256) and of vectors, odd ones; two heads share their keys."""
     lengths, lengths_k = [0, 1, 63, 97, 143, 289], [5, 333, 0, 129, 257, 17]
     case = AttentionCase("blocks", lengths, head_dim=head_dim, kv_heads=1, lengths_k=lengths_k, seed=3)
-    check_rope_attention(case, torch.bfloat16, "cpu")
+    check_rope_attention(case, dtype, "cpu")
 
 
 @pytest.mark.parametrize("head_dim", (64, 72))
-def test_negative_scale(head_dim):
+def test_negative_scale(head_dim, dtype):
     case = AttentionCase("scale", [41, 150], heads=4, kv_heads=2, head_dim=head_dim, scale=-0.3)
-    check_rope_attention(case, torch.bfloat16, "cpu")
+    check_rope_attention(case, dtype, "cpu")
 
 
-def test_large_logits():
-    check_median_error(AttentionCase("large", [160, 9], heads=4, magnitude=50.0), torch.bfloat16, "cpu")
-    check_huge_logits(torch.bfloat16, "cpu")
+def test_large_logits(dtype):
+    check_median_error(AttentionCase("large", [160, 9], heads=4, magnitude=50.0), dtype, "cpu")
+    check_huge_logits(dtype, "cpu")
 
 
 @pytest.mark.parametrize("head_dim", (16, 72, 88, 128))
-def test_scores_learn_nothing_where_one_key_has_all_the_weight(head_dim):
+def test_scores_learn_nothing_where_one_key_has_all_the_weight(head_dim, dtype):
     """dP and delta are summed in the same order, in each of the sets its own."""
-    every_set.test_scores_learn_nothing_where_one_key_has_all_the_weight(torch.bfloat16, head_dim)
+    every_set.test_scores_learn_nothing_where_one_key_has_all_the_weight(dtype, head_dim)
 
 
-def test_same_bits_again_and_with_two_threads():
-    every_set.test_same_bits_again_and_with_two_threads("dim_72", torch.bfloat16)
+def test_same_bits_again_and_with_two_threads(dtype):
+    every_set.test_same_bits_again_and_with_two_threads("dim_72", dtype)
 
 
-def test_nan_in_one_sequence_stays_there():
-    every_set.test_nan_in_one_sequence_stays_there(torch.bfloat16)
+def test_nan_in_one_sequence_stays_there(dtype):
+    every_set.test_nan_in_one_sequence_stays_there(dtype)

@@ -1,8 +1,8 @@
-// Stand-ins in plain AVX-512 for the instructions that multiply bfloat16, AVX512_BF16 and AMX, so that kernels which use them run,
+// Stand-ins in plain AVX-512 for the instructions that multiply 16-bit numbers, AVX512_BF16 and AMX, so that kernels which use them run,
 // slowly, on processors without: `-include` this file and leave -mavx512bf16 and -mamx-* out.
 //
-// They round as Intel's Software Developer's Manual writes the operations down, VDPBF16PS, TDPBF16PS and VCVTNEPS2BF16: to nearest,
-// even on a tie, denormal numbers zero before and after each step, in the manual's order of the steps. What differs: a step whose
+// They round as Intel's Software Developer's Manual writes the operations down, VDPBF16PS, TDPBF16PS, TDPFP16PS and VCVTNEPS2BF16: to
+// nearest, even on a tie, denormal numbers (but for float16's) zero before and after each step, in the manual's order of the steps. What differs: a step whose
 // result rounds up to the smallest normal number may become zero or stay, as the rounding of denormal numbers has it; which of
 // several NaN comes through is not said; the rounding mode is the thread's own, which nothing here changes.
 //
@@ -16,7 +16,7 @@
 #include <cstdlib>
 #include <cstring>
 
-namespace software_bfloat16 {
+namespace software_pairs {
 
 // Functions that are called and not inlined: kernels unroll their products, and what is here would be repeated hundreds of times.
 #define SOFTWARE_FUNCTION inline __attribute__((noinline))
@@ -29,9 +29,15 @@ typedef uint16_t Halves __attribute__((vector_size(32)));
 inline Bits flush(Bits x) { return (x & 0x7f800000) != 0 ? x : x & INT32_MIN; }
 inline Floats flush(Floats x) { return (Floats)flush((Bits)x); }
 
-// The lower or the upper number of each pair.
-inline Floats lower(Bits pairs) { return (Floats)flush(pairs << 16); }
-inline Floats upper(Bits pairs) { return (Floats)flush(pairs & -0x10000); }
+// The lower or the upper number of each pair of bfloat16 or, with its name, float16.
+struct Bfloat16 {
+  static Floats lower(Bits pairs) { return (Floats)flush(pairs << 16); }
+  static Floats upper(Bits pairs) { return (Floats)flush(pairs & -0x10000); }
+};
+struct Float16 {
+  static Floats lower(Bits pairs) { return (Floats)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)pairs)); }
+  static Floats upper(Bits pairs) { return (Floats)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)(pairs >> 16))); }
+};
 
 inline Floats multiply_add(Floats x, Floats y, Floats sum) {
   return flush((Floats)_mm512_fmadd_ps((__m512)x, (__m512)y, (__m512)flush(sum)));
@@ -41,7 +47,8 @@ inline Floats add(Floats x, Floats y) { return flush(flush(x) + flush(y)); }
 // VDPBF16PS: the upper product is added first, each in one rounding.
 SOFTWARE_FUNCTION __m512 dot_product(__m512 sum, __m512i x, __m512i y) {
   const Bits a = (Bits)x, b = (Bits)y;
-  return (__m512)multiply_add(lower(a), lower(b), multiply_add(upper(a), upper(b), (Floats)sum));
+  using T = Bfloat16;
+  return (__m512)multiply_add(T::lower(a), T::lower(b), multiply_add(T::upper(a), T::upper(b), (Floats)sum));
 }
 
 // VCVTNEPS2BF16.
@@ -62,9 +69,9 @@ SOFTWARE_FUNCTION __m512i narrow(__m512 high, __m512 low) {
 #undef _mm512_dpbf16_ps
 #undef _mm512_cvtneps_pbh
 #undef _mm512_cvtne2ps_pbh
-#define _mm512_dpbf16_ps(sum, x, y) ::software_bfloat16::dot_product((__m512)(sum), (__m512i)(x), (__m512i)(y))
-#define _mm512_cvtneps_pbh(x) ((__m256bh)::software_bfloat16::narrow((__m512)(x)))
-#define _mm512_cvtne2ps_pbh(high, low) ((__m512bh)::software_bfloat16::narrow((__m512)(high), (__m512)(low)))
+#define _mm512_dpbf16_ps(sum, x, y) ::software_pairs::dot_product((__m512)(sum), (__m512i)(x), (__m512i)(y))
+#define _mm512_cvtneps_pbh(x) ((__m256bh)::software_pairs::narrow((__m512)(x)))
+#define _mm512_cvtne2ps_pbh(high, low) ((__m512bh)::software_pairs::narrow((__m512)(high), (__m512)(low)))
 
 // --- tiles ---------------------------------------------------------------------------------------------------------------
 
@@ -78,7 +85,7 @@ inline thread_local TileState state;
 
 inline void require(bool condition, const char* message) {
   if (condition) return;
-  std::fprintf(stderr, "software_bfloat16: %s\n", message);
+  std::fprintf(stderr, "software_pairs: %s\n", message);
   std::abort();
 }
 
@@ -110,7 +117,8 @@ SOFTWARE_FUNCTION void store(int index, void* memory, int64_t stride) {
   for (int m = 0; m < kRows; ++m) std::memcpy(static_cast<char*>(memory) + m * stride, rows[m], 64);
 }
 
-// TDPBF16PS: sums of the lower and of the upper products apart, from zero, then their sum is added to c.
+// TDPBF16PS, TDPFP16PS: sums of the lower and of the upper products apart, from zero, then their sum is added to c.
+template <typename T>
 SOFTWARE_FUNCTION void multiply_tiles(int c, int a, int b) {
   auto &sums = tile(c), &left = tile(a), &right = tile(b);
   for (int m = 0; m < kRows; ++m) {
@@ -121,8 +129,8 @@ SOFTWARE_FUNCTION void multiply_tiles(int c, int a, int b) {
       std::memcpy(&pair, left[m] + 4 * k, sizeof pair);
       std::memcpy(&y, right[k], sizeof y);
       const Bits x = Bits{} + pair;
-      lower_sum = multiply_add(lower(x), lower(y), lower_sum);
-      upper_sum = multiply_add(upper(x), upper(y), upper_sum);
+      lower_sum = multiply_add(T::lower(x), T::lower(y), lower_sum);
+      upper_sum = multiply_add(T::upper(x), T::upper(y), upper_sum);
     }
     std::memcpy(&sum, sums[m], sizeof sum);
     sum = add(sum, add(lower_sum, upper_sum));
@@ -136,11 +144,12 @@ SOFTWARE_FUNCTION void multiply_tiles(int c, int a, int b) {
 #undef _tile_loadd
 #undef _tile_stored
 #undef _tile_dpbf16ps
-#define _tile_loadconfig ::software_bfloat16::configure
-#define _tile_release ::software_bfloat16::release
-#define _tile_zero ::software_bfloat16::zero
-#define _tile_loadd ::software_bfloat16::load
-#define _tile_stored ::software_bfloat16::store
-#define _tile_dpbf16ps ::software_bfloat16::multiply_tiles
+#define _tile_loadconfig ::software_pairs::configure
+#define _tile_release ::software_pairs::release
+#define _tile_zero ::software_pairs::zero
+#define _tile_loadd ::software_pairs::load
+#define _tile_stored ::software_pairs::store
+#define _tile_dpbf16ps ::software_pairs::multiply_tiles<::software_pairs::Bfloat16>
+#define TILE_PRODUCT_fp16 ::software_pairs::multiply_tiles<::software_pairs::Float16>
 
-}  // namespace software_bfloat16
+}  // namespace software_pairs
