@@ -36,7 +36,7 @@ from ..eval.vqa import usable_samples
 from ..log import table
 from ..model.multimodal import CoMP
 from ..recipes import RECIPES
-from ..train.optim import set_trainable
+from ..train.optim import set_trainable, train_mode
 from ..train.prior import count_words
 
 
@@ -118,6 +118,7 @@ def examine(config: Config, num_samples: int | None = None) -> tuple[list[str], 
     rows = []
     for stage, settings in aligned:
         set_trainable(model, stage.trainable)
+        train_mode(model, stage.trainable)
         set_position_mode(model, config, stage)
         encoder = sample_encoder(model, template, config, stage)
         samples = open_sources(stage.data, config.seed)

@@ -190,7 +190,12 @@ def test_the_first_batch_is_one_that_can_be_read(toy_models, capsys):
 
 def test_the_command_prints_a_row_per_stage(toy_models, monkeypatch, capsys):
     monkeypatch.setitem(alignment.RECIPES, "toy", lambda: toy_config(toy_models))
+    scores, dropping = alignment.text_scores, []
+    monkeypatch.setattr(
+        alignment, "text_scores", lambda m, *rest: dropping.append(m.language_model.training) or scores(m, *rest)
+    )
     assert alignment.main(["--recipe", "toy", "--samples", "4"]) == 0
+    assert dropping == ["language" in stage.trainable for stage in toy_config(toy_models).stages if stage.alignment]
     printed = capsys.readouterr().out
     assert printed.count("sinkhorn") == 3 and "epsilon at 2.08 nats" in printed
     with pytest.raises(SystemExit):
