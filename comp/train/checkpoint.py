@@ -232,8 +232,8 @@ def _fill_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[nn.P
     """Give parameters that the optimiser has not updated yet the state of no update; returns them.
 
     torch's get_state_dict fills the state of an optimiser that has none by an update of zero gradients and leaves it counted:
-    the first real update would then be corrected for a bias of two. State that is missing for some parameters only (without
-    gradients so far) it leaves out, and does not find when it loads.
+    the first real update would then be corrected for a bias of two (findings/torch_dcp_get_state_dict_counts_a_step.sh).
+    State that is missing for some parameters only (without gradients so far) it leaves out, and does not find when it loads.
     """
     missing = [p for group in optimizer.param_groups for p in group["params"] if p not in optimizer.state]
     if not optimizer.state:
