@@ -17,7 +17,7 @@ from .files import write_json
 from .limits import position_limit
 from .model import VisionEncoder
 from .model.causal_lm import apply_liger, load_language_model, recompute_activations, word_embeddings
-from .model.lora import TOWER_TARGETS, add_lora
+from .model.lora import OUTSIDE_ADAPTER, TOWER_TARGETS, add_lora
 from .model.multimodal import CoMP
 from .model.weights import MODELING_FILE, image_processor
 from .parallel import World, uses_fsdp
@@ -64,10 +64,13 @@ def build_model(
         model.freeze_prototypes()
     if "learned" in sources:
         model.learn_prototypes()
-    for part, module, targets in (("vision", encoder, TOWER_TARGETS), ("language", language_model, "all-linear")):
+    for part, module, targets, names in (
+        ("vision", encoder, TOWER_TARGETS, OUTSIDE_ADAPTER),
+        ("language", language_model, "all-linear", None),
+    ):
         settings = getattr(config, part)
         if settings.lora is not None:
-            add_lora(module, settings.lora, all_targets=targets, base=settings.path, field=f"{part}.lora")
+            add_lora(module, settings.lora, all_targets=targets, names=names, base=settings.path, field=f"{part}.lora")
     if config.activation_checkpointing:
         encoder.gradient_checkpointing = True
         if not language_model.supports_gradient_checkpointing:

@@ -31,7 +31,7 @@ from .causal_lm import evaluation_mode, load_language_model, split, word_embeddi
 from .folder import read_object
 from .generation import ALONE, continue_rows, plain_config, rows_together, sharing_of
 from .lean_layers import make_lean
-from .lora import has_lora, merged_state, save_adapter
+from .lora import has_lora, merged_state, save_adapter, updates_words_apart
 from .losses import (
     Head,
     Learned,
@@ -190,6 +190,9 @@ class CoMP(nn.Module):
         self.encoder.save_pretrained(folder / "vision")
         merged = merged_state(self.language_model) if has_lora(self.language_model) else None
         self.language_model.save_pretrained(folder / "language", state_dict=merged)
+        if updates_words_apart(self.language_model):
+            path = folder / "language" / "config.json"
+            write_json(path, read_object(path) | {"tie_word_embeddings": False})
         for part, module in (("vision", self.encoder), ("language", self.language_model)):
             if has_lora(module):
                 save_adapter(module, folder / "lora" / part)

@@ -55,6 +55,18 @@ def test_the_updates_alone_train(toy_folder):
     assert reports["vision"].num_trainable == blocks
 
 
+def test_names_of_matrices_are_those_of_the_tower_alone(toy_folder):
+    """The 2x2 adapter has an fc1 and an fc2 too, new ones, which no update of low rank can replace."""
+    model, _ = build_model(apply_overrides(toy_config(toy_folder), [f"vision.lora={{rank: {RANK}, targets: [fc1, fc2]}}"]))
+    set_trainable(model, ("adapter",))
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == name.startswith("encoder.adapter."), name
+    assert sum(".lora_" in name for name, _ in model.named_parameters()) == 2 * 2 * 2
+    only_there = apply_overrides(toy_config(toy_folder), ["vision.lora={targets: [norm]}"])
+    with pytest.raises(ConfigError, match=r"vision\.lora\.targets"):
+        build_model(only_there)
+
+
 def test_updates_drop_where_they_train(toy_folder):
     model, _ = build_model(apply_overrides(toy_config(toy_folder), LORA))
     for trainable in (("adapter",), ("vision", "language"), ("vision",)):
@@ -138,6 +150,25 @@ def test_the_adapter_on_the_base_is_the_merged_model(finished, toy_models, tmp_p
         found = peft.PeftModel.from_pretrained(tower, adapters / "vision").eval()(pixel_values=patches, image_grid_thw=grid)
         expected = VisionEncoder.from_pretrained(finished / "models" / "III" / "vision")(patches, grid)
     torch.testing.assert_close(found.last_hidden_state, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_tied_words_are_two_matrices_once_one_is_updated(target, toy_folder, tmp_path):
+    """The toy ties them. A reader that ties by the configuration would throw one away."""
+    model, _ = build_model(apply_overrides(toy_config(toy_folder), [f"language.lora={{rank: 2, targets: [{target}]}}"]))
+    language_model = model.language_model.eval()
+    for name, parameter in language_model.named_parameters():
+        if ".lora_" in name:
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path)
+    for config in ("config.json", "language/config.json"):
+        settings = json.loads((tmp_path / config).read_text())
+        assert settings.get("text_config", settings)["tie_word_embeddings"] is False
+    words = torch.arange(20, 40).unsqueeze(0)
+    with torch.no_grad():
+        expected = language_model(words).logits
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "language").eval()(words).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_recomputed_activations_are_dropped_at_the_same_places(toy_folder):
