@@ -80,6 +80,7 @@ def sample_from_row(row: dict[str, Any], place: str, images: Path, *, images_any
     as it names. Raises BadSampleError for anything else.
     """
     named = 0
+    row = {name: cell.tolist() if isinstance(cell, np.ndarray) else cell for name, cell in row.items()}
     if isinstance(row.get("json"), (dict, bytes, str)):
         record = row["json"]
         try:
@@ -111,15 +112,27 @@ def _cells(value: Any) -> list[Any]:
 def _conversation(row: dict[str, Any]) -> Any:
     if row.get("conversations"):
         return row["conversations"]
-    if row.get("messages"):
-        return [{"from": turn.get("role"), "value": turn.get("content")} for turn in row["messages"] if isinstance(turn, dict)]
-    if row.get("texts"):
-        pairs = [turn for turn in row["texts"] if isinstance(turn, dict)]
-        return [{"from": role, "value": pair.get(role)} for pair in pairs for role in ("user", "assistant")]
+    if turns := row.get("messages"):
+        return _each(turns, lambda turn: [_renamed(turn)])
+    if pairs := row.get("texts"):
+        return _each(pairs, lambda pair: [{"from": role, "value": pair.get(role)} for role in ("user", "assistant")])
     caption = next((row[column] for column in CAPTION_COLUMNS if isinstance(row.get(column), str)), None)
     if caption is None:
         return None
     return [{"from": "human", "value": CAPTION_QUESTION}, {"from": "gpt", "value": caption.strip()}]
+
+
+def _each(turns: Any, read: Callable[[dict[str, Any]], list[Any]]) -> Any:
+    """What a list of turns says, turn by turn; what is no turn, and no list, is left as it is, to be named."""
+    if not isinstance(turns, list):
+        return turns
+    return [said for turn in turns for said in (read(turn) if isinstance(turn, dict) else [turn])]
+
+
+def _renamed(turn: dict[str, Any]) -> dict[str, Any]:
+    """A turn of `messages` as LLaVA has it, with all else that it says, such as a weight of 0."""
+    others = {field: value for field, value in turn.items() if field not in ("role", "content")}
+    return {**others, "from": turn.get("role"), "value": turn.get("content")}
 
 
 @dataclass

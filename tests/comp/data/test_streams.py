@@ -7,6 +7,7 @@ import tarfile
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from toy import ColouredRectangles, make_sample_encoder
@@ -180,11 +181,29 @@ def test_rows_of_the_usual_forms(row, question, answer, images):
         (dict(jpg=CELL, json=b'{"image": ["a.jpg", "b.jpg"], "txt": "a"}'), r"x\[0\]: json names 2 images, beside it are 1"),
         (dict(json=b'{"image": {"path": "/a.png"}, "txt": "a"}'), r"x\[0\]: json names 1 images, beside it are 0"),
         (dict(texts=[dict(user="What?", assistant=None)]), r'a turn needs "from"'),
+        (dict(texts=[dict(user="What?", assistant="red"), "blue"]), r'a turn needs "from".*got blue'),
+        (dict(messages=3, txt="a"), r'x\[0\]: needs an object with a list "conversations"'),
+        (dict(texts=2.0), r'x\[0\]: needs an object with a list "conversations"'),
+        (dict(messages=np.array([[1, 2]])), r'a turn needs "from"'),
+        (dict(messages=[dict(role="user", content="a", images=["a.png"])]), r'pictures belong in "image"'),
     ],
 )
 def test_rows_that_cannot_be_used_are_named(row, message):
     with pytest.raises(BadSampleError, match=message):
         sample_from_row(row, "x[0]", Path())
+
+
+def test_an_answer_that_a_message_leaves_out_is_not_learned():
+    """In a table every message has the field, null where it says nothing."""
+    texts = ("What?", "red", None), ("Sure?", "blue", 0.0)
+    turns = [
+        dict(role=role, content=text, weight=weight)
+        for *pair, weight in texts
+        for role, text in zip(("user", "assistant"), pair)
+    ]
+    turns[2]["weight"] = None
+    sample = sample_from_row(dict(image=CELL, messages=turns), "x[0]", Path())
+    assert [m.text for m in sample.messages if m.role == "assistant" and m.learned] == ["red"]
 
 
 def readable(count, **source):
