@@ -130,11 +130,7 @@ def _check_fields(record: dict[str, Any], has_image: bool, name: str) -> list[st
         if field in _READ or _is_nothing(value):
             continue
         words = set(_words(field))
-        is_media_name = bool(words & (_PICTURE_WORDS | _OTHER_MEDIA)) and words <= _PICTURE_WORDS | _OTHER_MEDIA | _PATH_WORDS
-        is_media = _looks_like_a_file(value) or (is_media_name and not isinstance(value, bool | int | float))
-        instead_of_image = bool(words & _OTHER_MEDIA) or (bool(words) and words <= _PICTURE_WORDS)
-        if is_media and field not in _HARMLESS and (instead_of_image or not has_image):
-            raise BadSampleError(f'{name}: pictures belong in "image" (a text or a list), got "{field}": {str(value)[:80]}')
+        is_media = check_media(field, value, has_image, name)
         if _says_what_is_learned(words) and not (field in _LEARNED and value in (1, True)):
             raise BadSampleError(f'{name}: "{field}" belongs to a turn, got {str(value)[:80]} for the whole record')
         if "system" in words:
@@ -142,6 +138,19 @@ def _check_fields(record: dict[str, Any], has_image: bool, name: str) -> list[st
         if is_media or field not in (*_HARMLESS, *_LEARNED):
             passed_over.append(f'field "{printable(field)}"')
     return passed_over
+
+
+def check_media(field: str, value: Any, has_image: bool, name: str) -> bool:
+    """Whether a field that nobody reads holds pictures or other media, or names files; BadSampleError where they would be
+    missed."""
+    words = set(_words(field))
+    is_media_name = bool(words & (_PICTURE_WORDS | _OTHER_MEDIA)) and words <= _PICTURE_WORDS | _OTHER_MEDIA | _PATH_WORDS
+    is_file = _looks_like_a_file(value) or (isinstance(value, bytes) and f".{field}".lower().endswith(_SUFFIXES))
+    is_media = is_file or (is_media_name and not isinstance(value, bool | int | float))
+    instead_of_image = bool(words & _OTHER_MEDIA) or (bool(words) and words <= _PICTURE_WORDS)
+    if is_media and field not in _HARMLESS and (instead_of_image or not has_image):
+        raise BadSampleError(f'{name}: pictures belong in "image" (a text or a list), got "{field}": {str(value)[:80]}')
+    return is_media
 
 
 def _check_turn_fields(turn: dict[str, Any], name: str) -> list[str]:

@@ -24,12 +24,15 @@ from ..config import ConfigError, SourceConfig
 from .batch import BadSampleError, Sample
 from .hf_folder import datasets_library, images_inside, lazy_image, without_decoding
 from .mixture import Mixture, SampleOrder, open_sources
-from .records import sample_from_record
+from .records import check_media, sample_from_record
 
 SHARDS = {".parquet": "parquet", ".tar": "webdataset"}
 """Suffixes of files that are read as streams, and what the library `datasets` calls their form."""
 IMAGE_COLUMNS = ("image", "images", "jpg", "jpeg", "png", "webp")
 CAPTION_COLUMNS = ("caption", "txt", "text")
+TURN_COLUMNS = ("conversations", "messages", "texts")
+ANSWER_COLUMNS = ("answers", "options", "question_type", "metric", "system")
+READ = {*IMAGE_COLUMNS, *CAPTION_COLUMNS, *TURN_COLUMNS, *ANSWER_COLUMNS, "json", "id", "__key__", "__url__"}
 CAPTION_QUESTION = "Describe the image."
 State = dict[str, Any]
 
@@ -77,7 +80,8 @@ def sample_from_row(row: dict[str, Any], place: str, images: Path, *, images_any
     Images are the cells of `image`, `images`, `jpg`, `jpeg`, `png` or `webp`. What is said about them is the first of:
     `conversations` (LLaVA), `messages` (role and content), `texts` (user and assistant, as in FineVision), a LLaVA record in
     `json` (webdataset), or a caption in `caption`, `txt` or `text`. Images that a `json` names are those beside it, as many
-    as it names. Raises BadSampleError for anything else.
+    as it names. Raises BadSampleError for anything else, and for pictures and other media that would be missed in columns of
+    other names.
     """
     named = 0
     row = {name: cell.tolist() if isinstance(cell, np.ndarray) else cell for name, cell in row.items()}
@@ -90,7 +94,7 @@ def sample_from_row(row: dict[str, Any], place: str, images: Path, *, images_any
         if isinstance(record, dict):
             named = sum(bool(cell) for column in IMAGE_COLUMNS for cell in _cells(record.get(column)))
             row = {**row, **{key: value for key, value in record.items() if key not in IMAGE_COLUMNS}}
-    record = {key: row[key] for key in ("answers", "options", "question_type", "metric", "system") if row.get(key)}
+    record = {key: row[key] for key in ANSWER_COLUMNS if row.get(key)}
     record["conversations"] = _conversation(row)
     name = row.get("id", row.get("__key__"))
     if isinstance(name, (str, int)):
@@ -102,6 +106,11 @@ def sample_from_row(row: dict[str, Any], place: str, images: Path, *, images_any
         raise BadSampleError(f"{place}: {error}") from error
     if named and named != len(pictures):
         raise BadSampleError(f"{place}: json names {named} images, beside it are {len(pictures)}")
+    for column, cell in row.items():
+        if column not in READ and cell not in (None, "", b"", [], {}):
+            check_media(column, cell, bool(pictures), place)
+    if not pictures and record["conversations"] is not None and not any(row.get(column) for column in TURN_COLUMNS):
+        raise BadSampleError(f"{place}: a caption and no picture in {', '.join(IMAGE_COLUMNS)}; the row has {', '.join(row)}")
     return sample_from_record(record, place, Path(), pictures=pictures)
 
 
