@@ -304,6 +304,11 @@ class SourceConfig:
             "a data source needs exactly one of path, hub and factory, "
             f"got path={self.path!r}, hub={self.hub!r} and factory={self.factory!r}",
         )
+        for name, of in (("subset", ("hub",)), ("arguments", ("factory",)), ("images", ("path", "hub"))):
+            need(
+                not getattr(self, name) or any(getattr(self, kind) is not None for kind in of),
+                f"data.{name} is for a {' or a '.join(of)}, got {getattr(self, name)!r}",
+            )
         need(
             self.factory is None or self.factory.count(":") == 1,
             f'data.factory must look like "package.module:callable", got {self.factory!r}',

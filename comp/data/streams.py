@@ -45,6 +45,8 @@ def open_stream(source: SourceConfig) -> Any:
     """The rows of a source as a datasets.IterableDataset, images encoded. ConfigError where there is nothing to read."""
     library = datasets_library()
     name = source.hub or source.path
+    if source.sampling != "all":
+        raise ConfigError(f"data.sampling of {name} must be all, got {source.sampling!r}: a stream has no size to choose from")
     try:
         if source.hub is not None:
             rows = library.load_dataset(source.hub, source.subset, split=source.split, streaming=True)

@@ -265,6 +265,15 @@ def test_wrong_sources_are_refused(tmp_path):
             Streams([SourceConfig(path=path)], lanes=1, seed=0)
     with pytest.raises(ConfigError, match="exactly one of path, hub and factory"):
         SourceConfig(path="a.json", hub="a/b")
+    with pytest.raises(ConfigError, match=r"data\.sampling of .*a\.parquet must be all, got 'first:3'"):
+        Streams([SourceConfig(path=f"{tmp_path}/a.parquet", sampling="first:3")], lanes=1, seed=0)
+    for field, source in (
+        ("subset", dict(path="a.parquet", subset="b")),
+        ("arguments", dict(hub="a", arguments=dict(size=1))),
+        ("images", dict(factory="a:b", images="c")),
+    ):
+        with pytest.raises(ConfigError, match=rf"data\.{field} is for a"):
+            SourceConfig(**source)
 
 
 def test_rectangles_have_answers_without_a_dash():
