@@ -21,6 +21,7 @@ from itertools import takewhile
 import numpy as np
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import cached_file
 
 from .batch import IGNORED, Message, Sample
@@ -50,6 +51,10 @@ CHAT_TEMPLATE = """\
 """The template for other programs (Jinja, as transformers reads it): one <|image_pad|> per image, which a processor repeats."""
 
 
+BEGINS_AS_SET = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer", "GPTNeoXTokenizer")
+"""Classes that put a token in front of a text, or none, as `add_bos_token` says, whatever is in tokenizer.json."""
+
+
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a directory or hub id, with the special tokens of the template added where they are missing, and none of
     them taking the blanks beside it (as Phi-4 has them): those are part of the template.
@@ -72,12 +77,19 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 def _as_written(path: str) -> PreTrainedTokenizerBase:
     """What tokenizer.json says, where there is one: AutoTokenizer takes its words and may split text in another way
-    (findings/transformers_5_reads_half_of_tokenizer_json.sh)."""
+    (findings/transformers_5_reads_half_of_tokenizer_json.sh). Both pass over `add_bos_token`, by which DeepSeek's have their
+    first token (findings/transformers_5_passes_over_add_bos_token.sh)."""
     try:
         cached_file(path, "tokenizer.json")
     except OSError:
         return AutoTokenizer.from_pretrained(path)
-    return PreTrainedTokenizerFast.from_pretrained(path)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+    settings = get_tokenizer_config(path)
+    begins, kind = settings.get("add_bos_token"), str(settings.get("tokenizer_class")).removesuffix("Fast")
+    if isinstance(begins, bool) and kind in BEGINS_AS_SET and tokenizer.bos_token_id is not None:
+        if begins != (tokenizer("user")["input_ids"][:1] == [tokenizer.bos_token_id]):
+            tokenizer.add_bos_token = begins
+    return tokenizer
 
 
 def num_rows(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -135,6 +135,21 @@ def test_blanks_in_front_of_texts_and_what_starts_them_are_where_one_piece_has_t
     assert hostile.count(template.turn_end) == 3 and template.image_id not in hostile
 
 
+@pytest.mark.parametrize("begins", [True, False])
+@pytest.mark.parametrize("in_file", [True, False])
+def test_a_text_begins_as_the_settings_say_where_their_class_heeds_them(in_file, begins, tmp_path):
+    """As with transformers 4: DeepSeek's tokenizer.json has no first token, the setting beside it has."""
+    folder = tmp_path / "llama"
+    llama_tokenizer(folder, "always", "<s> " if in_file else "")
+    path = folder / "tokenizer_config.json"
+    for kind, heeds in (("LlamaTokenizerFast", True), ("LlamaTokenizer", True), ("PreTrainedTokenizerFast", False)):
+        path.write_text(json.dumps(json.loads(path.read_text()) | dict(tokenizer_class=kind, add_bos_token=begins)))
+        template = ChatTemplate(load_tokenizer(str(folder)))
+        assert template.start == ([1] if (begins if heeds else in_file) else []), kind
+        assert_as_in_one_piece(template, tmp_path / "export")
+        assert ChatTemplate(load_tokenizer(str(tmp_path / "export"))).start == template.start
+
+
 def test_special_tokens_leave_the_blanks_beside_them(tmp_path):
     """Those of Phi-4 take them: the line's end between two turns."""
     tokenizer = make_tokenizer()
