@@ -123,7 +123,9 @@ class ChatTemplate:
             vocabulary[token] for token in SPECIAL_TOKENS
         )
         first = self.encode_text("user")[0]
-        self.start = list(takewhile(lambda i: i != first, tokenizer("user")["input_ids"]))
+        self.start = (
+            [] if _is_without_start(tokenizer) else list(takewhile(lambda i: i != first, tokenizer("user")["input_ids"]))
+        )
         self._line_end = self.encode_text("\n")
         self._joins_special = self._is_joined_to_special_tokens()
         self.newline = self._encode_parts(["\n"], [self._joins_special])[0]
@@ -230,6 +232,13 @@ class ChatTemplate:
         if unused:
             images = sum(len(m.images) for m in messages)
             raise ValueError(f"visual_tokens has {images + unused} entries, the conversation has {images} images")
+
+
+def _is_without_start(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer is of an export that learned without what it puts in front of a text, as all did once."""
+    before, _, after = CHAT_TEMPLATE.partition("system +")
+    template = tokenizer.chat_template
+    return isinstance(template, str) and template.startswith(before) and template.endswith(after)
 
 
 def _is_learned(message: Message) -> bool:

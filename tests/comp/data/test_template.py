@@ -135,6 +135,21 @@ def test_blanks_in_front_of_texts_and_what_starts_them_are_where_one_piece_has_t
     assert hostile.count(template.turn_end) == 3 and template.image_id not in hostile
 
 
+def test_an_export_is_asked_as_it_learned(tmp_path):
+    """Those from before conversations began with what the tokenizer puts in front have a template without it."""
+    llama_tokenizer(tmp_path / "llama", "always", "<s> ")
+    template = ChatTemplate(load_tokenizer(str(tmp_path / "llama")))
+    template.save_tokenizer(tmp_path / "export")
+    old = tmp_path / "export" / "chat_template.jinja"
+    begin = '{{- "<s>" }}'
+    assert old.read_text().startswith(begin)
+    old.write_text(old.read_text().removeprefix(begin))
+    again = ChatTemplate(load_tokenizer(str(tmp_path / "export")))
+    assert again.start == [] and again.encode(CONVERSATION, [1])[0] == template.encode(CONVERSATION, [1])[0][1:]
+    assert_as_in_one_piece(again, tmp_path / "export again")
+    assert ChatTemplate(load_tokenizer(str(tmp_path / "export again"))).start == []
+
+
 @pytest.mark.parametrize("begins", [True, False])
 @pytest.mark.parametrize("in_file", [True, False])
 def test_a_text_begins_as_the_settings_say_where_their_class_heeds_them(in_file, begins, tmp_path):
