@@ -48,7 +48,7 @@ def answer(
         template,
         max_text_tokens=limit,
         min_visual_tokens=min_visual_tokens,
-        max_visual_tokens=max(0, min(max_visual_tokens, room)),
+        max_visual_tokens=max(1, min(max_visual_tokens, room)),  # the encoder says where that is too much
         answer_tokens=max_new_tokens,
     )
     device = model.adapter.fc2.weight.device

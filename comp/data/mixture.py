@@ -162,6 +162,8 @@ def _read_yaml(path: Path, source: SourceConfig) -> tuple[Path, list[dict[str, A
         anywhere = entry.get("images_anywhere", source.images_anywhere)
         if not isinstance(anywhere, bool):
             raise ConfigError(f"{path}, datasets[{number}]: images_anywhere must be true or false, got {anywhere!r}")
+        if not isinstance(entry.get("images"), str | None):
+            raise ConfigError(f"{path}, datasets[{number}]: images must be the name of a folder, got {entry['images']!r}")
     root = content.get("root")
     if not isinstance(root, str | None):
         raise ConfigError(f"{path}: root must be the name of a folder, got {root!r}")

@@ -46,6 +46,15 @@ def test_a_large_image_leaves_room_for_question_and_answer(exported):
     assert answer.answer(model, template, [Image.new("RGB", (1200, 900), "red")], "What colour?", max_new_tokens=4)
 
 
+@pytest.mark.parametrize(("images", "question", "tokens"), [(1, "What?", 600), (0, "What? " * 300, 4), (2, "What?", 468)])
+def test_what_the_positions_do_not_hold_is_named(exported, images, question, tokens):
+    model, template, _ = exported
+    with pytest.raises(
+        BadSampleError, match=rf"question: .*(exceed max_visual_tokens 1|{tokens} of an answer exceed|max_text)"
+    ):
+        answer.answer(model, template, [Image.new("RGB", (40, 24))] * images, question, max_new_tokens=tokens)
+
+
 def test_command_line(exported, tmp_path, monkeypatch, capsys):
     model, template, folder = exported
     Image.new("RGB", (40, 24), "red").save(tmp_path / "red.png")

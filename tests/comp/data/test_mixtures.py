@@ -64,6 +64,7 @@ def test_files_lie_in_the_folder_that_the_mixture_names(tmp_path, monkeypatch):
     ("text", "message"),
     [
         ("root: 3\ndatasets: []", "root must be the name of a folder, got 3"),
+        ("datasets: [{json_path: a.json, images: 3}]", r"datasets\[0\]: images must be the name of a folder, got 3"),
         ("datasets: [{json_path: 3}]", r"datasets\[0\]: needs json_path"),
         ("datasets: [{json_path: a.json, license: x}]", r"datasets\[0\]: needs json_path, may have .*licence; got .*license"),
     ],
