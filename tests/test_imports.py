@@ -23,7 +23,7 @@ ROOMS = {
         "studies",
     ),
     "comp_kernels": (
-        "_backends _sources _units",
+        "_backends _processor _sources _units",
         "_checks _namespace _native",
         "_triton",
         "ops",
