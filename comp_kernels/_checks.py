@@ -56,9 +56,11 @@ def check_float(name: str, x: Tensor) -> None:
 
 
 def check_real(name: str, x: Tensor) -> None:
-    """Integers, booleans, and floats that arithmetic knows."""
+    """Integers and booleans that torch compares, and floats that arithmetic knows."""
     if x.is_complex():
         raise ValueError(f"{name} must be real, got {x.dtype}")
+    if x.dtype in (torch.uint16, torch.uint32, torch.uint64):
+        raise ValueError(f"{name} must not be {x.dtype}, of which torch has little arithmetic: pass {name}.to(torch.int64)")
     if x.is_floating_point():
         check_float(name, x)
 

@@ -347,7 +347,7 @@ def spoiled(x):
         made += [torch.full_like(x, fill) for fill in (torch.nan, torch.inf, -torch.inf, 3e38)]
         made += [x.to(torch.float8_e4m3fn)]
     if not x.is_floating_point() and x.dtype != torch.bool:
-        made += [x + 2**40, x - 3, torch.cat((x, x)), x.to(torch.uint8)]
+        made += [x + 2**40, x - 3, torch.cat((x, x)), x.to(torch.uint8), x.to(torch.uint32)]
     return made
 
 

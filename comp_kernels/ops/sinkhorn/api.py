@@ -128,6 +128,11 @@ def sinkhorn(
     check_marginals(scores, row_marginals, col_marginals, group)
 
     rows, cols = used_marginals(scores, row_marginals, col_marginals, group)
+    if eps > 0:  # the kernels begin with a softmax over the side that is scaled first
+        if order == "cols_rows" and cols is not None:
+            scores = reference.without_empty_columns(scores, cols)
+        elif order == "rows_cols" and rows is not None:
+            scores = reference.without_empty_columns(scores.mT, rows).mT
     name = None if group is None else group.group_name
     call = Call(scores.detach() if gradient == "detach" else scores, rows, cols, epsilon, num_iters, tol, name, order, eps)
     backend, fallback = choose_backend("sinkhorn", backend, scores.device, call)

@@ -56,7 +56,7 @@ def unrolled(
         column_sums = torch.logsumexp(log_kernel + u.unsqueeze(-1), -2)
         v = scaling(log_b, column_sums)
         row_sums = torch.logsumexp(log_kernel + v.unsqueeze(-2), -1)
-        steps.append((u, column_sums, v, row_sums))
+        steps.append((u, finite(column_sums), v, finite(row_sums)))
         u = scaling(log_a, row_sums)
 
     gradient = _through_plan((log_kernel + u.unsqueeze(-1) + v.unsqueeze(-2)).exp(), grad_plan)
@@ -72,6 +72,11 @@ def unrolled(
         gradient -= through_columns
         du, dv = -through_columns.sum(-1), torch.zeros_like(dv)
     return gradient / epsilon
+
+
+def finite(log_sums: Tensor) -> Tensor:
+    """Zero for a sum of nothing, a masked row of scores of -inf: its shares exp(entry - sum) are then zero, and not NaN."""
+    return torch.where(log_sums == -torch.inf, 0.0, log_sums)
 
 
 def implicit(

@@ -18,13 +18,24 @@ def log_sum_exp_over_group(x: Tensor, dim: int, group: dist.ProcessGroup | None)
     maximum and one of the rescaled sums. Not differentiable across processes.
     """
     if group is None:
-        return torch.logsumexp(x, dim)
+        return log_sum_exp(x, dim)
     peak = x.amax(dim) if x.shape[dim] else torch.full_like(x.sum(dim), -torch.inf)
     dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
     shift = torch.where(peak.isfinite(), peak, 0.0)  # a column of -inf: its sum is exp(-inf) = 0, not NaN
     total = (x - shift.unsqueeze(dim)).exp().sum(dim)
     dist.all_reduce(total, dist.ReduceOp.SUM, group=group)
     return total.log() + shift
+
+
+def log_sum_exp(x: Tensor, dim: int) -> Tensor:
+    """torch.logsumexp with a gradient of zero, and not NaN, where all entries are -inf (a masked row or column)."""
+    nothing = (x == -torch.inf).all(dim, keepdim=True)
+    return torch.logsumexp(x.masked_fill(nothing, 0.0), dim).masked_fill(nothing.squeeze(dim), -torch.inf)
+
+
+def without_empty_columns(scores: Tensor, col_marginals: Tensor) -> Tensor:
+    """Scores of columns without mass as zeros: whatever they are (-inf all of them, say), the softmax over each is a number."""
+    return scores.masked_fill((col_marginals == 0).unsqueeze(-2), 0.0)
 
 
 def scaling(log_marginal: Tensor, log_sum: Tensor) -> Tensor:
@@ -71,7 +82,7 @@ def sinkhorn(
     u = torch.where(log_a == -torch.inf, log_a, u)  # rows without mass never count
     for _ in range(num_iters):
         v = scaling(log_b, log_sum_exp_over_group(log_kernel + u.unsqueeze(-1), -2, group))
-        u = scaling(log_a, torch.logsumexp(log_kernel + v.unsqueeze(-2), -1))
+        u = scaling(log_a, log_sum_exp(log_kernel + v.unsqueeze(-2), -1))
         if tol is not None:
             columns = log_sum_exp_over_group(log_kernel + u.unsqueeze(-1), -2, group) + v
             if bool(((columns.exp() - b).abs().sum(-1) <= tol * mass).all()):
@@ -108,7 +119,8 @@ def scale_with_eps(log_kernel: Tensor, a: Tensor, b: Tensor, num_iters: int, eps
 
     v = log_of(b, b)
     u = torch.where(a == 0, -torch.inf, torch.zeros_like(a))
-    plan = torch.where((a == 0).unsqueeze(-1), 0.0, torch.softmax(log_kernel, -2) + eps) * b.unsqueeze(-2)
+    softmax = torch.softmax(without_empty_columns(log_kernel, b), -2)
+    plan = torch.where((a == 0).unsqueeze(-1), 0.0, softmax + eps) * b.unsqueeze(-2)
     for iteration in range(num_iters):
         if iteration > 0:
             scale = b / (plan.sum(-2) + eps)

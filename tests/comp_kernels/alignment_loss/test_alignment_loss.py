@@ -402,6 +402,7 @@ def test_flops_are_counted():
         (dict(prior=torch.ones(29)), r"prior must have one count per prototype, \(30,\), got \(29,\)"),
         (dict(prior=[1.0] * 30), r"prior must be a tensor \[V\], one count per prototype, got list"),
         (dict(prior=torch.ones(30, dtype=torch.complex64)), "prior must be real, got torch.complex64"),
+        (dict(prior=torch.ones(30, dtype=torch.uint16)), "prior must not be torch.uint16, .*: pass prior.to"),
         (dict(prior=torch.full((30,), -1.0)), "prior must hold counts that are not negative, with a finite sum"),
         (dict(prior=torch.full((30,), torch.nan)), "got a minimum of nan"),
         (dict(prior=torch.full((30,), 3e38)), "and a sum of inf"),

@@ -409,6 +409,10 @@ def test_compiles_into_one_graph():
         (dict(tol=float("nan")), "tol must not be negative or NaN, got nan"),
         (dict(group="world"), "group must be a torch.distributed.ProcessGroup or None, got str 'world'"),
         (dict(row_marginals=torch.ones(4, dtype=torch.complex64)), "row_marginals must be real, got torch.complex64"),
+        (
+            dict(col_marginals=torch.ones(6, dtype=torch.uint32)),
+            "col_marginals must not be torch.uint32, .*: pass col_marginals",
+        ),
         (dict(row_marginals=torch.ones(5)), r"row_marginals must be \(4,\) or \(2, 4\)"),
         (dict(col_marginals=torch.full((6,), -1.0)), "col_marginals must not be negative"),
         (dict(col_marginals=torch.ones(6)), "must have the same sum"),
@@ -442,3 +446,37 @@ def test_a_row_or_column_without_scores_is_named(backend):
     masked = torch.ones(2, 5)
     masked[1, 3] = 0
     assert ck.sinkhorn(row, epsilon=0.5, row_marginals=masked, backend=backend).isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ("definition", "reference", *BACKENDS))
+@pytest.mark.parametrize("order", ("cols_rows", "rows_cols"))
+@pytest.mark.parametrize("shape", ((5, 7), (40, 35)))
+def test_masked_rows_and_columns_have_no_gradient_and_change_no_other(shape, order, backend):
+    """Scores of -inf and marginals of zero: as if they were not there. The last item has no mass at all."""
+    dtype = torch.float32 if backend == "triton" else torch.float64
+    scores = torch.randn(3, *shape, dtype=dtype)
+    scores[:, 3], scores[:, :, 2] = -torch.inf, -torch.inf
+    rows, cols = (torch.rand(3, length, dtype=dtype) + 0.5 for length in shape)
+    rows[:, 3], cols[:, 2], rows[2], cols[2] = 0, 0, 0, 0
+    rows, cols = (x / x.sum(-1, keepdim=True).clamp(min=1e-9) for x in (rows, cols))
+    cotangent = torch.randn_like(scores)
+
+    def plan_and_gradient(function, scores, rows, cols, cotangent, **settings):
+        leaf = scores.clone().requires_grad_()
+        plan = function(leaf, epsilon=0.5, row_marginals=rows, col_marginals=cols, order=order, **settings)
+        return plan.detach(), torch.autograd.grad(plan, leaf, cotangent)[0]
+
+    if backend == "definition":
+        found = plan_and_gradient(reference.sinkhorn, scores, rows, cols, cotangent)
+    else:
+        found = plan_and_gradient(ck.sinkhorn, scores, rows, cols, cotangent, gradient="unrolled", backend=backend)
+    kept = [[i for i in range(length) if i != masked] for length, masked in zip(shape, (3, 2))]
+    without = plan_and_gradient(
+        reference.sinkhorn,
+        *(scores[:2, kept[0]][..., kept[1]], rows[:2, kept[0]], cols[:2, kept[1]], cotangent[:2, kept[0]][..., kept[1]]),
+    )
+    bound = dict(rtol=1e-4, atol=1e-5) if backend == "triton" else dict(rtol=1e-9, atol=1e-12)
+    for actual, expected in zip(found, without):
+        whole = torch.zeros_like(actual)
+        whole[:2, torch.tensor(kept[0])[:, None], kept[1]] = expected
+        torch.testing.assert_close(actual, whole, **bound)

@@ -378,6 +378,31 @@ def test_a_row_or_column_of_minus_infinity_is_named(order, eps):
                 ck.sinkhorn(scores, **settings)
 
 
+@pytest.mark.parametrize("backend", ("definition", "reference", *BACKENDS))
+@pytest.mark.parametrize("order", ORDERS)
+def test_scores_without_mass_do_not_count_with_eps(order, backend):
+    """Of the side that is scaled first, over which the softmax runs: -inf there gives what any number gives."""
+    scores, masked = torch.randn(5, 4, 4), torch.tensor([1.0, 0.0, 1.0, 1.0])
+    sides = dict(col_marginals=masked) if order == "cols_rows" else dict(row_marginals=masked)
+    sides |= dict(row_marginals=torch.full((4,), 0.75)) if order == "cols_rows" else {}
+    place = (..., 1) if order == "cols_rows" else (..., 1, slice(None))
+    results = []
+    for value in (0.0, -torch.inf):
+        leaf = scores.clone()
+        leaf[place] = value
+        leaf.requires_grad_()
+        settings = dict(epsilon=1.0, num_iters=3, order=order, eps=1e-6, return_potentials=True, **sides)
+        if backend == "definition":
+            plan, u, v = reference.sinkhorn(leaf, **settings)
+        else:
+            plan, u, v = ck.sinkhorn(leaf, gradient="unrolled", backend=backend, **settings)
+        (gradient,) = torch.autograd.grad(plan.square().sum(), leaf)
+        assert plan.isfinite().all() and (plan[place] == 0).all() and (gradient[place] == 0).all()
+        results.append((plan.detach(), u.detach(), v.detach(), gradient))
+    for numbers, nothing in zip(*results):
+        torch.testing.assert_close(nothing, numbers, rtol=0, atol=0)
+
+
 def test_logits_of_ten_thousand():
     scores = 1e4 * torch.randn(50, 4, 4)
     plan = ck.sinkhorn(scores, epsilon=1.0, num_iters=20)
