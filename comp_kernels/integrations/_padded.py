@@ -77,6 +77,8 @@ def token_tables(cos: Tensor, sin: Tensor, batch: int, tokens: int) -> tuple[Ten
         if table.dim() == 2:
             table = table[None]
         prefix = tokens - table.shape[1]
+        if prefix < 0:  # a negative padding would cut the first rows off
+            raise ValueError(f"cos and sin must have at most one row for each of the {tokens} tokens, got {table.shape[1]}")
         if prefix:
             table = F.pad(table, (0, 0) * (table.dim() - 2) + (prefix, 0), value=identity)
         return table.expand(batch, *table.shape[1:]).flatten(0, 1)
@@ -95,6 +97,8 @@ def blocks_of(mask: Tensor | None, batch: int, tokens: int, device: torch.device
     values, so on a GPU it waits for them, once per mask: all layers of a model pass the same tensor (a mask
     made in inference mode is read in every layer).
     """
+    if mask is not None and not isinstance(mask, Tensor):  # flex_attention's BlockMask
+        raise UnsupportedCall(f"attention mask must be a tensor, got {type(mask).__name__}")
     if mask is None:
         return Blocks(torch.arange(batch + 1, dtype=torch.int32, device=device) * tokens, None, None)
     return _LAST_MASK.blocks(mask, batch, tokens)
@@ -111,7 +115,8 @@ class _LastMask:
     def blocks(self, mask: Tensor, batch: int, tokens: int) -> Blocks:
         if mask.is_inference():  # it counts no versions: a change in place would go unnoticed
             return _read_mask(_visible(mask, batch, tokens))
-        key = (batch, mask._version, torch.is_inference_mode_enabled())  # blocks made in inference mode cannot be trained on
+        # Blocks made in inference mode cannot be trained on; with a number of tokens that the mask does not fit, it is refused.
+        key = (batch, tokens, mask._version, torch.is_inference_mode_enabled())
         last_mask, last_key, blocks = self.last
         if blocks is None or last_mask() is not mask or last_key != key:
             blocks = _read_mask(_visible(mask, batch, tokens))
@@ -124,11 +129,15 @@ _LAST_MASK = _LastMask()
 
 def _visible(mask: Tensor, batch: int, tokens: int) -> Tensor:
     """Bool [B, S or 1, S], True where the query sees the key."""
+    came = tuple(mask.shape)
     if mask.dim() == 2:
+        if mask.is_floating_point() and bool((mask < 0).any()):  # an additive mask, in which 0 means visible
+            raise UnsupportedCall("attention mask [B, S] must be true or not zero where a key is visible, got negative values")
         mask = mask[:, None, None, :].bool()
-    if mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2] not in (1, tokens) or mask.shape[3] != tokens:
+    sizes = ((1, batch), (1,), (1, tokens), (tokens,))
+    if mask.dim() != 4 or any(size not in allowed for size, allowed in zip(mask.shape, sizes)):
         raise UnsupportedCall(
-            f"attention mask must be [B, S] or [B or 1, 1, S or 1, S] with S = {tokens}, got {tuple(mask.shape)}"
+            f"attention mask must be [B, S] or [B or 1, 1, S or 1, S] with B = {batch} and S = {tokens}, got {came}"
         )
     if mask.dtype != torch.bool:
         visible, hidden = mask == 0, mask <= MASKED

@@ -59,7 +59,10 @@ class TimmAttention:
             raise UnsupportedCall("is_causal=True is not served: rope_attention is bidirectional")
         x, rope = arguments["x"], arguments.get("rope")
         batch, tokens = x.shape[:2]
-        blocks = blocks_of(arguments.get("attn_mask"), batch, tokens, x.device)
+        mask = arguments.get("attn_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2:  # [S, S] for all images, as scaled_dot_product_attention has it
+            mask = mask[None, None]
+        blocks = blocks_of(mask, batch, tokens, x.device)
         q, k, v = self.qkv(module, x)
         tables = rope_tables(rope, batch, tokens, module.num_prefix_tokens) if rope is not None else None
         pair_stride = (module.head_dim // 2 if module.rotate_half else 1) if rope is not None else None

@@ -176,6 +176,19 @@ def test_patch_dropout_gives_every_image_its_own_positions():
     torch.testing.assert_close(tower.model(**tower.inputs), before, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("images", (1, 2, 6))  # 6: as many as tokens, where [6, 6] could also be a padding mask
+@pytest.mark.parametrize("additive", (False, True))
+def test_a_mask_of_two_dimensions_is_that_of_all_images(images, additive):
+    tower = TOWERS["vit"]()
+    attention, x = tower.model.eval().blocks[0].attn, torch.randn(images, 6, 64)
+    mask = torch.block_diag(torch.ones(2, 2), torch.ones(4, 4)).bool()
+    if additive:
+        mask = torch.zeros(6, 6).masked_fill(~mask, -torch.inf)
+    before = attention(x, attn_mask=mask)
+    patch_timm(tower.model)
+    torch.testing.assert_close(attention(x, attn_mask=mask), before, rtol=1e-4, atol=1e-5)
+
+
 def test_refusals():
     tower = by_name("vit_tiny_patch16_224", attn_drop_rate=0.1)
     patch_timm(tower.model)

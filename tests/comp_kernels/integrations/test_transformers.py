@@ -195,6 +195,9 @@ def test_attention_weights_are_refused_or_left_to_the_original():
         (torch.linspace(-1, 0, 256).view(1, 1, 16, 16), "bias"),
         (torch.ones(2, 2, 16, 16).bool(), r"must be \[B, S\]"),  # one mask per head
         (torch.ones(1, 1, 16, 15).bool(), "S = 16"),
+        (torch.ones(3, 16).bool(), r"B = 2 .* got \(3, 16\)"),
+        (torch.zeros(2, 16).masked_fill(torch.arange(16) > 9, -1e9), "got negative values"),  # additive
+        ("a BlockMask", "must be a tensor, got str"),
     ],
 )
 def test_masks_that_are_not_blocks_are_refused(mask, message):
@@ -211,6 +214,25 @@ def test_a_mask_changed_in_place_is_read_again():
     before = attention(x, attention_mask=mask)[0]
     mask[:, 8:] = False
     assert not torch.allclose(attention(x, attention_mask=mask)[0], before)
+
+
+def test_a_mask_that_was_read_is_refused_with_other_tokens():
+    tower = tower_in_eval("siglip")
+    attention = tower.model.get_submodule(patch_transformers(tower.model)[0])
+    mask = torch.ones(1, 16, dtype=torch.bool)
+    attention(torch.randn(1, 16, 64), attention_mask=mask)
+    for tokens in (15, 20):
+        with pytest.raises(UnsupportedCall, match=f"S = {tokens}, got"):
+            attention(torch.randn(1, tokens, 64), attention_mask=mask)
+
+
+def test_tables_of_more_tokens_are_refused():
+    """Tokens dropped between the layers, tables as they were: nobody knows which rows are theirs."""
+    tower = tower_in_eval("dinov3")
+    attention = tower.model.get_submodule(patch_transformers(tower.model)[0])
+    tables = torch.ones(12, attention.head_dim), torch.zeros(12, attention.head_dim)
+    with pytest.raises(ValueError, match="at most one row for each of the 10 tokens, got 12"):
+        attention(torch.randn(2, 10, 64), position_embeddings=tables)
 
 
 @pytest.mark.parametrize("images, tokens", ((0, 5), (2, 0), (0, 0)))
