@@ -85,9 +85,17 @@ def unavailable_reason(op: str, backend: str, device: torch.device) -> str | Non
     return implementation(op, backend).unavailable_reason(device)
 
 
-# torch.compile takes the answer as a constant; asking also loads the module, which tracing itself could not do. This is what
+def load(op: str) -> bool:
+    """Import all backends of `op`: before torch.compile reads `_loaded`, for what comes later tracing does not see."""
+    for backend in IMPLEMENTATIONS[op]:
+        implementation(op, backend)
+    return True
+
+
+# torch.compile takes their answers as constants: tracing itself could not import a module. This is what
 # torch.compiler.assume_constant_result sets, without importing the whole compiler for it (half of torch's own import time).
 unavailable_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
+load._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def preferred(device: torch.device) -> tuple[str, ...]:
@@ -140,6 +148,8 @@ def choose_backend(op: str, backend: str | None, device: torch.device, call: Any
     An automatic choice skips backends that decline, and takes one whose kernels for this call are `unmeasured` only where no
     other compiled one serves. A named one is used or refused: never silently replaced.
     """
+    if torch.compiler.is_compiling():
+        load(op)
     named_by = "backend"
     if backend is None:
         backend, named_by = os.environ.get(ENVIRONMENT_VARIABLE) or None, ENVIRONMENT_VARIABLE

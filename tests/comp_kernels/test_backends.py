@@ -367,6 +367,20 @@ def test_in_a_compiled_graph(failing):
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("backend", (None, "reference"))
+def test_backends_are_loaded_while_a_graph_is_traced(backend, monkeypatch):
+    """In a process whose first call is compiled; an odd head size is one that the first backend declines."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(_backends, "_loaded", {})
+    q = torch.randn(5, 2, 7)
+
+    def step(q):
+        return ck.rope_attention(q, q, q, backend=backend)
+
+    compiled = torch.compile(step, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(q), ck.rope_attention(q, q, q, backend="reference"))
+
+
 def test_opcheck_with_a_fallback(failing):
     failing(failures()["launch"])
     call, _ = example("rope_attention")

@@ -73,6 +73,18 @@ def test_compiled_without_recompiling_for_new_lengths(backend):
     assert counter.frame_count == 1
 
 
+def test_compiled_with_a_symbolic_head_size_beside_a_table_of_a_constant_width():
+    torch._dynamo.reset()
+
+    def step(q, positions):
+        cos, sin = ck.rope_tables(positions, ck.axial_freqs(16))
+        return ck.rope_attention(q, q, q, cos, sin)
+
+    arguments = torch.randn(5, 2, 16), torch.randn(5, 2)
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="eager")
+    torch.testing.assert_close(compiled(*arguments), step(*arguments))
+
+
 def test_autocast_casts_q_k_v_and_never_the_tables():
     inputs = make_attention_inputs(AttentionCase("far", [70], head_dim=32))
     positions = torch.stack((torch.arange(70) + 60000, torch.arange(70)), dim=1)  # angles that bfloat16 cannot hold

@@ -238,7 +238,9 @@ def check_tables(
             raise ValueError(f"{name} must be on {device} like q, got {table.device}")
         if table.dtype == torch.float64 != dtype:
             raise ValueError(f"{name} is float64 but q is {dtype}: tables are used in float32 then, pass {name}.float()")
-        fits = table.shape[0] == num_tokens and table.shape[-1] in (rotary_dim, rotary_dim // 2)
+        width = table.shape[-1]
+        # Not `in`, by which torch.compile compares a symbolic size with a number as if they were of two kinds.
+        fits = table.shape[0] == num_tokens and (width == rotary_dim or width == rotary_dim // 2)
         if not fits or (table.dim() == 3 and table.shape[1] != num_heads):
             wanted: list[tuple[int, ...]] = [(num_tokens, width) for width in (rotary_dim, rotary_dim // 2)]
             wanted += [(num_tokens, num_heads, width) for width in (rotary_dim, rotary_dim // 2)]

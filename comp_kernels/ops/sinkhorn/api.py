@@ -231,11 +231,10 @@ def check_marginals(
         check_dense(name, marginal)
         check_same(name, marginal, "scores", scores, dtype=False)
         check_real(name, marginal)
-        if tuple(marginal.shape) not in ((length,), (*batch, length)):
-            raise ValueError(
-                f"{name} must be {(length,)} or {(*batch, length)} for scores {tuple(scores.shape)}, "
-                f"got {tuple(marginal.shape)}"
-            )
+        shape = tuple(marginal.shape)
+        # Not `in`, by which torch.compile compares a symbolic size with a number as if they were of two kinds.
+        if shape != (length,) and shape != (*batch, length):
+            raise ValueError(f"{name} must be {(length,)} or {(*batch, length)} for scores {tuple(scores.shape)}, got {shape}")
         if values and readable(marginal) and not bool((marginal >= 0).all()):
             raise ValueError(f"{name} must not be negative or NaN, got a minimum of {marginal.min().item()}")
     if not values or col_marginals is None or not readable(col_marginals):

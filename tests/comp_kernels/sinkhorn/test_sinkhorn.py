@@ -395,6 +395,22 @@ def test_compiles_into_one_graph():
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("shape", ((4, 4), (40, 5), (3, 4, 6)))
+def test_compiles_with_sizes_that_are_symbols_beside_those_that_are_not(shape):
+    """Marginals out of the graph's own constants, and as arguments."""
+    *batch, num_rows, num_cols = shape
+    torch._dynamo.reset()
+
+    def function(scores, cols):
+        rows = torch.ones(num_rows)
+        plain = ck.sinkhorn(scores, epsilon=0.3, row_marginals=rows, col_marginals=cols)
+        return plain + ck.sinkhorn(scores, epsilon=0.3, row_marginals=rows.expand(*batch, num_rows))
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="eager")
+    scores, cols = torch.randn(shape), torch.full((num_cols,), num_rows / num_cols)
+    torch.testing.assert_close(compiled(scores, cols), function(scores, cols))
+
+
 @pytest.mark.parametrize(
     "kwargs, message",
     [
