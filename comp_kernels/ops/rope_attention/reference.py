@@ -108,6 +108,7 @@ def rope_attention(
     slack = num_tokens - bounds_q[-1]
     outputs.append(q.new_zeros((slack, num_heads, head_dim), dtype=compute))
     lses.append(q.new_full((num_heads, slack), -torch.inf, dtype=compute))
-    attached = q[:0].sum() + k[:0].sum() + v[:0].sum()  # 0: without any sequence there is still a gradient, of zeros
+    # 0: without any sequence, or any key, there is still a gradient, of zeros
+    attached = sum(x[:0].sum(dtype=compute) for x in (q, k, v, cos, sin, cos_k, sin_k) if x is not None)
     out = (torch.cat(outputs) + attached).to(q.dtype)
     return (out, torch.cat(lses, dim=1)) if return_lse else out

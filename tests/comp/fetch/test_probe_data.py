@@ -121,3 +121,9 @@ def test_a_part_that_cannot_be_had_is_left_out(tmp_path, monkeypatch, capsys):
     assert probes.main() == 1
     assert "left out" in (said := capsys.readouterr().out) and "SHA-256" in said
     assert not (tmp_path / "fashion-mnist").exists()
+
+    def builder(places, folder):
+        raise ModuleNotFoundError("No module named 'pypdfium2'")
+
+    monkeypatch.setitem(probes.BUILDERS, "digits", builder)
+    assert "pip install 'comp-kernels[data]'" in dict(probes.fetch(tmp_path, ("digits",)))["digits"]
