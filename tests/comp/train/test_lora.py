@@ -153,21 +153,22 @@ def test_the_adapter_on_the_base_is_the_merged_model(finished, toy_models, tmp_p
 
 
 @pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
-def test_tied_words_are_two_matrices_once_one_is_updated(target, toy_folder, tmp_path):
+def test_tied_words_are_two_matrices_once_one_is_updated(target, toy_folder):
     """The toy ties them. A reader that ties by the configuration would throw one away."""
     model, _ = build_model(apply_overrides(toy_config(toy_folder), [f"language.lora={{rank: 2, targets: [{target}]}}"]))
     language_model = model.language_model.eval()
     for name, parameter in language_model.named_parameters():
         if ".lora_" in name:
             torch.nn.init.normal_(parameter)
-    model.save_pretrained(tmp_path)
+    saved = toy_folder / "saved"
+    model.save_pretrained(saved)
     for config in ("config.json", "language/config.json"):
-        settings = json.loads((tmp_path / config).read_text())
+        settings = json.loads((saved / config).read_text())
         assert settings.get("text_config", settings)["tie_word_embeddings"] is False
     words = torch.arange(20, 40).unsqueeze(0)
     with torch.no_grad():
         expected = language_model(words).logits
-        found = AutoModelForCausalLM.from_pretrained(tmp_path / "language").eval()(words).logits
+        found = AutoModelForCausalLM.from_pretrained(saved / "language").eval()(words).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
