@@ -17,6 +17,8 @@ from comp_kernels._sources import CSRC, CXX_FLAGS, PAIRS_FLAGS, X86_FLAGS
 
 SOURCE = Path(__file__).parent / "csrc" / "peaks.cpp"
 BUILD = Path(__file__).parents[1] / "build"
+PAIRS = {"avx512_bf16": torch.bfloat16, "amx": torch.bfloat16, "amx_fp16": torch.float16}
+"""What the sets multiply that have products of one dtype alone."""
 
 
 def fma_peak(dtype: torch.dtype = torch.float32) -> float:
@@ -33,11 +35,9 @@ def exponential_rate() -> float:
 @cache
 def _library(dtype: torch.dtype) -> ctypes.CDLL:
     """peaks.cpp, compiled as the kernels are, for the instruction set that multiplies `dtype`."""
-    isa = _native.cpu().comp_kernels_cpu_isa().decode().split()[0]
-    if dtype == torch.bfloat16 and isa == "amx_fp16":
-        isa = "amx"
-    elif dtype != torch.bfloat16 and isa in PAIRS_FLAGS and (dtype, isa) != (torch.float16, "amx_fp16"):
-        isa = "avx512"
+    in_use = _native.cpu().comp_kernels_cpu_isa().decode().split()[0]
+    up_to = _native.INSTRUCTION_SETS[: _native.INSTRUCTION_SETS.index(in_use) + 1]
+    isa = [name for name in up_to if PAIRS.get(name, dtype) == dtype][-1]
     x86 = {**X86_FLAGS, **PAIRS_FLAGS}
     flags = [*CXX_FLAGS, *(x86[isa] if platform.machine() in ("x86_64", "AMD64") else []), f"-DCOMP_KERNELS_ISA={isa}"]
     headers = [*(CSRC / "common" / "cpu").glob("*.h"), *(CSRC / "rope_attention" / "cpu" / "kernels").glob("*.h")]

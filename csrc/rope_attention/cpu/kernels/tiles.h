@@ -1,8 +1,8 @@
 // Products on AMX: C (+)= A B with tiles of 16 rows of 64 bytes, 16 x 16 numbers of C, 16 x 16 pairs (pairs.h) of A or B.
 //
-// Only the sets that are compiled with COMP_KERNELS_TILES, bf16 or fp16, have them. Operands are what the vector products read (matmul.h), but whole
-// tiles: the depth is a multiple of kDepthStep elements, filled up with zeros, and rows of A and C up to the next multiple of 16 are
-// memory that may be read and overwritten.
+// Only the sets that are compiled with COMP_KERNELS_TILES, bf16 or fp16, have them. Operands are what the vector products read
+// (matmul.h), but whole tiles: the depth is a multiple of kDepthStep elements, filled up with zeros, and rows of A and C up to the
+// next multiple of 16 are memory that may be read and overwritten.
 #pragma once
 
 #include <cstdint>

@@ -17,8 +17,9 @@ constexpr int64_t whole_scores(int64_t scores) {
 
 #if defined(COMP_KERNELS_TILES)
 
-// To 3e-6, a thousandth of what bfloat16 keeps and a hundredth of what float16 does, in half the instructions of exp2: beside tiles, exponentials are the
-// larger part. x = floor(x) + f, and a minimax polynomial of 2^f on [0, 1), 1 at 0. Exactly 0 for -inf; NaN stays NaN.
+// To 3e-6, a thousandth of what bfloat16 keeps and a hundredth of what float16 does, in half the instructions of exp2: beside tiles,
+// exponentials are the larger part. x = floor(x) + f, and a minimax polynomial of 2^f on [0, 1), 1 at 0. Exactly 0 for -inf; NaN
+// stays NaN.
 template <int N>
 CK_INLINE void weights_of(Vec<float> (&x)[N]) {
   constexpr float kCoefficients[] = {1.342668724e-2f, 5.224246943e-2f, 2.412802070e-1f, 6.930448446e-1f, 1.0f};
