@@ -20,6 +20,8 @@ Isa active_isa() {
 
 Isa products_isa() { return active_isa(); }
 
+const bool tiles_wait_for_prefetches = false;
+
 // What the other sets would have.
 #define REFUSE(isa, function)                                                               \
   const char* isa::function(const comp_kernels_rope_attention_params&) {                    \

@@ -74,12 +74,21 @@ bool has(Isa isa) {
 #endif
 }
 
+bool is_intel() {
+#ifdef COMP_KERNELS_X86
+  __builtin_cpu_init();
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 // Sets to skip unless asked for: Intel multiplies pairs of bfloat16 in vectors at half the rate of float, and tiles of float16 have
 // not been measured on a processor that has them.
 bool worth_taking(Isa isa) {
 #ifdef COMP_KERNELS_X86
   if (isa == Isa::amx_fp16) return false;
-  return isa != Isa::avx512_bf16 || !__builtin_cpu_is("intel");
+  return isa != Isa::avx512_bf16 || !is_intel();
 #else
   return isa == Isa::baseline;
 #endif
@@ -118,6 +127,8 @@ Isa choose_products_isa() {
 }
 
 }  // namespace
+
+const bool tiles_wait_for_prefetches = is_intel();
 
 Isa active_isa() {
   static const Isa isa = choose_isa();

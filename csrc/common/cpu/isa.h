@@ -19,6 +19,9 @@ Isa active_isa();
 // is the faster one, unless COMP_KERNELS_CPU_ISA names the other.
 Isa products_isa();
 
+// Whether multiply-adds wait for a line that was asked for among them, as on Intel processors with AVX-512: rows_ahead.h.
+extern const bool tiles_wait_for_prefetches;
+
 }  // namespace comp_kernels
 
 // Declares a function that csrc/*/cpu/kernels defines once per instruction set.

@@ -292,7 +292,7 @@ void backward_block(const Params& p, const AttentionItem& item, BackwardScratch<
 template <typename S, typename T>
 void look_ahead(const Params& p, const AttentionItem& item, bool last, const AttentionItem* next, BackwardScratch<T>& scratch,
                 int64_t token, int64_t queries, int64_t head) {
-  if constexpr (!kTilesAsk) return;
+  if (!tiles_ask()) return;
   const int64_t D = p.head_dim, group = p.num_heads / p.num_heads_k, keys = item.key_end - item.key_begin, end = token + queries;
   RowsAhead& ahead = scratch.ahead;
   const auto add_queries = [&](const AttentionItem& of, int64_t begin, int64_t of_head) {

@@ -89,9 +89,9 @@ CK_INLINE void product_tile(int64_t depth, const T* a, int64_t a_stride, const T
       a += kA == RowsOfA::strided ? 1 : a_stride;
     }
   };
-  const int64_t until_ahead = !kTilesAsk || depth < 2 * kStepsUntilAhead ? depth : kStepsUntilAhead;
+  const int64_t until_ahead = !tiles_ask() || depth < 2 * kStepsUntilAhead ? depth : kStepsUntilAhead;
   multiply(until_ahead);
-  if constexpr (kTilesAsk) {  // or there would be a second loop for nothing
+  if (tiles_ask()) {
     ahead.step();
     multiply(depth - until_ahead);
   }
