@@ -18,7 +18,7 @@
 namespace comp_kernels::COMP_KERNELS_ISA {
 namespace {
 
-constexpr BlockSizes kBlocks{/*queries=*/96, /*keys=*/96};  // of a block, about
+constexpr BlockSizes kBlocks{/*queries=*/kPack > 1 && !kTiles ? 192 : 96, /*keys=*/96};  // of a block, about
 
 // Queries are rows of products, keys are columns of some and rows of others.
 template <typename T>

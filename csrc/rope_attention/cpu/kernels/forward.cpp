@@ -14,7 +14,8 @@
 namespace comp_kernels::COMP_KERNELS_ISA {
 namespace {
 
-constexpr int64_t kQueries = kTiles ? 64 : 96, kKeys = kTiles ? 256 : 192;  // of a block, about
+// Of a block, about. Pairs halve the depth of P V and with it the time that a tile's loads and stores of C have.
+constexpr int64_t kQueries = kTiles ? 64 : kPack > 1 ? 144 : 96, kKeys = kTiles ? 256 : kPack > 1 ? 384 : 192;
 template <typename T>
 constexpr int64_t kKeysMultiple = kWidePanels ? kLanes<T> : 2 * kLanes<T>;  // wide panels share any number of vectors well
 
@@ -97,11 +98,8 @@ void pack_keys_and_values(const Params& p, const AttentionItem& item, ForwardScr
     const int64_t rows = min(count - j, kRowsTogether<T>);
     T* to = scratch.values + j / layout.tokens * layout.stride;
     load_values(j, rows, scratch.rows);
-    if (layout.halves) {
-      zip_rows(scratch.rows, rows, stride, layout, to);
-    } else {
-      as_right_operand(scratch.rows, rows, p.head_dim, stride, to);
-    }
+    as_right_operand(scratch.rows, rows, p.head_dim, stride, layout.halves ? scratch.rows : to);
+    if (layout.halves) zip_rows(scratch.rows, (rows + kPack - 1) / kPack, stride, layout, to);
   }
 }
 

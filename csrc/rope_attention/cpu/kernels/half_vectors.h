@@ -1,8 +1,9 @@
 // P V for heads whose channels are an odd number of half vectors: 72 are four and a half vectors of 16, and would be multiplied as
 // five.
 //
-// Two tokens of the sum then take the place of one (NumberPair, matmul.h), and a vector is eight channels of both. Rows of V are
-// zipped in twos, P is read as it lies, and a row of the result has two sums of each channel side by side, to be added at last.
+// Two elements of the depth, tokens or pairs of tokens, then take the place of one (ElementPair, matmul.h), and a vector is eight
+// channels of both. Rows of V are zipped in twos, P is read as it lies, and a row of the result has two sums of each channel side
+// by side, to be added at last.
 #pragma once
 
 #include <type_traits>
@@ -14,7 +15,7 @@
 namespace comp_kernels::COMP_KERNELS_ISA {
 
 template <typename T>
-constexpr bool kMayHalve = kWidePanels && std::is_same_v<T, float>;
+constexpr bool kMayHalve = kVectorBytes == 64 && !kTiles && std::is_same_v<T, float>;
 
 // How rows of V and of P V lie in memory.
 template <typename T>
@@ -29,7 +30,7 @@ struct ValueRows {
     halves = kMayHalve<T> && (channels + kHalf - 1) / kHalf % 2 == 1;
     vectors = halves ? (channels + kHalf - 1) / kHalf : (channels + L - 1) / L;
     stride = row_stride<T>(vectors * L);
-    tokens = halves ? 2 : kPack;
+    tokens = halves ? 2 * kPack : kPack;
   }
 };
 
@@ -39,10 +40,10 @@ void product_with_values(Result result, int64_t rows, int64_t depth, const T* p,
                          const ValueRows<T>& layout, T* c, RowsAhead& ahead) {
   if constexpr (kMayHalve<T>) {
     if (layout.halves) {
-      product<NumberPair, RowsOfA::strided, RowsOfB::in_rows>(result, rows, layout.vectors, (depth + 1) / 2,
-                                                              reinterpret_cast<const NumberPair*>(p), p_stride / 2,
-                                                              reinterpret_cast<const NumberPair*>(values), layout.stride / 2,
-                                                              reinterpret_cast<NumberPair*>(c), layout.stride / 2, ahead);
+      product<ElementPair, RowsOfA::strided, RowsOfB::in_rows>(result, rows, layout.vectors, (depth + 1) / 2,
+                                                               reinterpret_cast<const ElementPair*>(p), p_stride / 2,
+                                                               reinterpret_cast<const ElementPair*>(values), layout.stride / 2,
+                                                               reinterpret_cast<ElementPair*>(c), layout.stride / 2, ahead);
       return;
     }
   }

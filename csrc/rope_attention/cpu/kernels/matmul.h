@@ -33,19 +33,19 @@ constexpr int tile_rows(int vectors) {
 }
 constexpr int kTileRows = tile_rows(kWidePanels ? 3 : 2);  // of most tiles
 
-// Two floats as one element of an operand (half_vectors.h): a vector is kLanes of such pairs.
-struct NumberPair {
-  float numbers[2];
+// Two elements of an operand as one (half_vectors.h): a vector is kLanes of such pairs.
+struct ElementPair {
+  float elements[2];
 };
 template <>
-struct VectorTypes<NumberPair> : VectorTypes<float> {};
+struct VectorTypes<ElementPair> : VectorTypes<float> {};
 
 template <typename T>
 CK_INLINE Vec<T> broadcast_element(const T& x) {
   return broadcast<T>(x);
 }
 template <>
-CK_INLINE Vec<NumberPair> broadcast_element(const NumberPair& x) {
+CK_INLINE Vec<ElementPair> broadcast_element(const ElementPair& x) {
   int64_t both;
   std::memcpy(&both, &x, sizeof both);
   return (Vec<float>)(BitVec<double>{} + both);

@@ -55,7 +55,7 @@ CK_INLINE Vec<float> pair_rows(Vec<float> even, Vec<float> odd) {
 }
 
 // Rows x [rows, columns], `stride` apart -> pairs of rows [rows / 2 rounded up, columns], `stride` apart; a row without a partner
-// is paired with zeros. `columns`: whole vectors.
+// is paired with zeros. `columns`: whole vectors. In place, too.
 CK_INLINE void pair_rows(const float* x, int64_t rows, int64_t columns, int64_t stride, float* pairs) {
   for (int64_t i = 0; i < rows; i += 2, x += 2 * stride, pairs += stride) {
     for (int64_t d = 0; d < columns; d += kLanes<float>) {

@@ -212,8 +212,8 @@ void as_left_operand(T* x, int64_t rows, int64_t head_dim, int64_t stride) {
   }
 }
 
-// Such rows -> pairs of rows, a right operand whose depth is the rows, [operand_depth(rows), D]. Without pairs
-// the rows are it, and `to` is not written.
+// Such rows -> pairs of rows, a right operand whose depth is the rows, [operand_depth(rows), D], in place if `to` is x. Without
+// pairs the rows are it, and `to` is not written.
 template <typename T>
 void as_right_operand(const T* x, int64_t rows, int64_t head_dim, int64_t stride, T* to) {
   if constexpr (kPack > 1) {
