@@ -15,11 +15,11 @@ constexpr int64_t whole_scores(int64_t scores) {
   return (scores + kWhole - 1) / kWhole * kWhole;
 }
 
-#if defined(COMP_KERNELS_TILES)
+#if defined(COMP_KERNELS_PAIRS)
 
-// To 3e-6, a thousandth of what bfloat16 keeps and a hundredth of what float16 does, in half the instructions of exp2: beside tiles,
-// exponentials are the larger part. x = floor(x) + f, and a minimax polynomial of 2^f on [0, 1), 1 at 0. Exactly 0 for -inf; NaN
-// stays NaN.
+// To 3e-6, a thousandth of what bfloat16 keeps and a hundredth of what float16 does, in half the instructions of exp2: beside
+// products of 16-bit numbers exponentials take more of the time. x = floor(x) + f, and a minimax polynomial of 2^f on [0, 1), 1 at
+// 0. Exactly 0 for -inf; NaN stays NaN.
 template <int N>
 CK_INLINE void weights_of(Vec<float> (&x)[N]) {
   constexpr float kCoefficients[] = {1.342668724e-2f, 5.224246943e-2f, 2.412802070e-1f, 6.930448446e-1f, 1.0f};
@@ -34,7 +34,7 @@ CK_INLINE void weights_of(Vec<float> (&x)[N]) {
   for (int i = 0; i < N; ++i) x[i] = (Vec<float>)_mm512_maskz_scalef_ps(0xffff, (__m512)y[i], (__m512)x[i]);
 }
 
-#elif defined(__AVX512DQ__) && !defined(COMP_KERNELS_PAIRS)
+#elif defined(__AVX512DQ__)
 
 // To 1.8e-7 (exp2: 1.3e-7), in three quarters of its instructions: x = n / 32 + f with n = floor(32 x), a table of 32 for n modulo 32,
 // and scaling by 2^floor(x). NaN stays NaN.
