@@ -100,18 +100,22 @@ def one_of_each_kind(model: nn.Module, names: list[str], dtype: torch.dtype) -> 
 
 def transformers_calls(folder: Path, dtype: torch.dtype) -> Iterator[tuple[nn.Module, dict]]:
     """(attention module, arguments)."""
-    from transformers import AutoConfig, AutoModel
+    import transformers
 
-    from .integrations.transformers import complex_tables, fused_qkv, patch_transformers
+    from .integrations.transformers import complex_tables, patch_transformers
 
-    config = AutoConfig.from_pretrained(folder)
+    config = transformers.AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
-        model = AutoModel.from_config(config)
+        try:
+            model = transformers.AutoModel.from_config(config)
+        except ValueError:  # a model without a body of its own, as Qwen2.5-Omni
+            if not config.architectures or not hasattr(transformers, config.architectures[0]):
+                raise
+            model = getattr(transformers, config.architectures[0])._from_config(config)
     for module in one_of_each_kind(model, patch_transformers(model, backend="triton"), dtype):
         family = module._comp_kernels_patch.family
-        is_fused = family.qkv is fused_qkv
-        outputs, inputs = next((module.qkv if is_fused else module.q_proj).parameters()).shape
-        head_dim = outputs // 3 // module.num_heads if is_fused else module.head_dim
+        inputs = next(layer for layer in module.modules() if isinstance(layer, nn.Linear)).in_features
+        rotary_dim = family.rotary_dim(module.head_dim) or module.head_dim
         for images, tokens in BATCHES:
             rows = images * tokens if family.packed else tokens
             x = torch.zeros(images, tokens, inputs, dtype=dtype)
@@ -119,9 +123,9 @@ def transformers_calls(folder: Path, dtype: torch.dtype) -> Iterator[tuple[nn.Mo
             if family.packed:
                 arguments["cu_seqlens"] = torch.arange(0, rows + 1, tokens, dtype=torch.int32)
             if family.tables is complex_tables:
-                arguments["freqs_ci"] = torch.ones(rows, 1, head_dim // 2, dtype=torch.complex64)
+                arguments["freqs_ci"] = torch.ones(rows, 1, rotary_dim // 2, dtype=torch.complex64)
             elif family.tables is not None:
-                arguments["position_embeddings"] = (torch.ones(rows, head_dim), torch.zeros(rows, head_dim))
+                arguments["position_embeddings"] = (torch.ones(rows, rotary_dim), torch.zeros(rows, rotary_dim))
             yield module, arguments
 
 

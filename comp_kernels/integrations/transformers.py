@@ -1,6 +1,6 @@
 """Hugging Face transformers: vision towers whose attention is swapped in place, and an attention function to select by name.
 
-Read against transformers 5.23. Another version that arranges a class differently is refused when patching, not at the
+Read against transformers 5.24. Another version that arranges a class differently is refused when patching, not at the
 first call.
 """
 
@@ -25,13 +25,51 @@ def fused_qkv(module: Foreign, x: Tensor) -> tuple[Tensor, ...]:
     return module.qkv(x).unflatten(-1, (3, module.num_heads, -1)).unbind(-3)
 
 
+def fused_normed_qkv(module: Foreign, x: Tensor) -> tuple[Tensor, ...]:
+    q, k, v = fused_qkv(module, x)
+    return module.q_norm(q), module.k_norm(k), v
+
+
+def fused_grouped_qkv(module: Foreign, x: Tensor) -> tuple[Tensor, ...]:
+    widths = (module.q_dim, module.kv_dim, module.kv_dim)
+    return tuple(part.unflatten(-1, (-1, module.head_dim)) for part in module.qkv(x).split(widths, -1))
+
+
 def separate_qkv(module: Foreign, x: Tensor) -> tuple[Tensor, ...]:
     return tuple(project(x).unflatten(-1, (-1, module.head_dim)) for project in (module.q_proj, module.k_proj, module.v_proj))
+
+
+def separate_short_names_qkv(module: Foreign, x: Tensor) -> tuple[Tensor, ...]:
+    return tuple(project(x).unflatten(-1, (module.num_heads, -1)) for project in (module.q, module.k, module.v))
 
 
 def normed_qkv(module: Foreign, x: Tensor) -> tuple[Tensor, ...]:
     q, k, v = separate_qkv(module, x)
     return module.q_norm(q), module.k_norm(k), module.v_norm(v)
+
+
+def normed_qk(module: Foreign, x: Tensor) -> tuple[Tensor, ...]:
+    q, k, v = separate_qkv(module, x)
+    return module.q_norm(q), module.k_norm(k), v
+
+
+def normed_before_heads_qk(module: Foreign, x: Tensor) -> tuple[Tensor, ...]:
+    rows = module.q_norm(module.q_proj(x)), module.k_norm(module.k_proj(x)), module.v_proj(x)
+    return tuple(row.unflatten(-1, (-1, module.head_dim)) for row in rows)
+
+
+SEPARATE, NORMS = ("q_proj", "k_proj", "v_proj", "head_dim"), ("q_norm", "k_norm")
+READS: dict[Callable, tuple[str, ...]] = {
+    fused_qkv: ("qkv", "num_heads"),
+    fused_normed_qkv: ("qkv", "num_heads", *NORMS),
+    fused_grouped_qkv: ("qkv", "q_dim", "kv_dim", "head_dim"),
+    separate_qkv: SEPARATE,
+    separate_short_names_qkv: ("q", "k", "v", "num_heads"),
+    normed_qkv: (*SEPARATE, *NORMS, "v_norm"),
+    normed_qk: (*SEPARATE, *NORMS),
+    normed_before_heads_qk: (*SEPARATE, *NORMS),
+}
+"""What each of them reads from the module."""
 
 
 def real_tables(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -57,55 +95,94 @@ def rotate_neighbours(head_dim: int) -> int:
     return 1
 
 
+def all_channels(head_dim: int) -> None:
+    """All of a head turns, which is the default of rope_attention."""
+
+
+def three_axes(head_dim: int) -> int:
+    """Time, rows and columns turn as many pairs each; what is left over stays."""
+    return head_dim // 6 * 6
+
+
 @dataclass(frozen=True)
 class VisionAttention:
     """One row of the table below: the classes, and where their forward finds what rope_attention needs."""
 
     classes: tuple[str, ...]
     qkv: Callable[[Foreign, Tensor], tuple[Tensor, ...]]  # x [.., C] -> q, k, v [.., H, D]
-    output: str  # the last projection
+    output: tuple[str, ...]  # the last projection, and what follows it
     scale: str = "scaling"
-    dropout: str = "attention_dropout"
+    dropout: str | None = "attention_dropout"  # None: it has none
     tables: Callable[[dict[str, Any]], tuple[Tensor, Tensor]] | None = None  # the call's arguments -> cos, sin; None: no RoPE
     pair_stride: Callable[[int], int | None] = rotate_half  # a function of the module: a patched model can be pickled
-    packed: bool = False  # hidden states [T, C] with cu_seqlens; else [B, S, C] with a mask
+    rotary_dim: Callable[[int], int | None] = all_channels
+    packed: bool = (
+        False  # hidden states [T, C] or [1, T, C] with cu_seqlens; else [B, S, C] with a mask, and packed if there are any
+    )
+    weights: bool = True  # whether forward returns (out, attention weights)
     mask: str | None = "attention_mask"  # None: the model ignores masks
     parameters: tuple[str, ...] = ("hidden_states", "attention_mask", "position_embeddings")
 
     @property
     def attributes(self) -> tuple[str, ...]:
-        projections = ("qkv", "num_heads") if self.qkv is fused_qkv else ("q_proj", "k_proj", "v_proj", "head_dim")
-        return (*projections, self.output, self.scale, self.dropout)
+        return (*READS[self.qkv], *self.output, self.scale, *([self.dropout] if self.dropout else []))
 
     def run(self, module: Foreign, arguments: dict[str, Any], backend: str | None) -> Any:
-        check_call(module, arguments, getattr(module, self.dropout))
-        x = arguments["hidden_states"]
-        project, scale = getattr(module, self.output), getattr(module, self.scale)
-        tables = None if self.tables is None else self.tables(arguments)
-        if self.packed:
-            q, k, v = self.qkv(module, x)
-            cos, sin = tables or (None, None)
-            out = rope_attention(q, k, v, cos, sin, arguments["cu_seqlens"], scale=scale, backend=backend)
-            return project(out.flatten(-2))
-
-        batch, tokens = x.shape[:2]
+        check_call(module, arguments, getattr(module, self.dropout) if self.dropout else 0.0)
+        x, scale = arguments["hidden_states"], getattr(module, self.scale)
         mask = None if self.mask is None else arguments.get(self.mask)
-        blocks = blocks_of(mask, batch, tokens, x.device)
-        q, k, v = self.qkv(module, x)
-        if tables is not None:
-            tables = token_tables(*tables, batch, tokens)
-        pair_stride = self.pair_stride(q.shape[-1])
-        out = padded_attention(q, k, v, blocks, tables, scale=scale, pair_stride=pair_stride, backend=backend)
-        return project(out.flatten(-2)), None
+        cu_seqlens = arguments["cu_seqlens"] if self.packed else arguments.get("cu_seqlens")
+        tables = None if self.tables is None else self.tables(arguments)
+        if cu_seqlens is not None:
+            out = self.packed_heads(module, x, tables, cu_seqlens, mask, scale, backend)
+        else:
+            batch, tokens = x.shape[:2]
+            blocks = blocks_of(mask, batch, tokens, x.device)
+            q, k, v = self.qkv(module, x)
+            if tables is not None:
+                tables = token_tables(*tables, batch, tokens)
+            pair_stride = self.pair_stride(q.shape[-1])
+            out = padded_attention(q, k, v, blocks, tables, scale=scale, pair_stride=pair_stride, backend=backend)
+        out = out.flatten(-2)
+        for name in self.output:
+            out = getattr(module, name)(out)
+        return (out, None) if self.weights else out
+
+    def packed_heads(
+        self,
+        module: Foreign,
+        x: Tensor,
+        tables: tuple[Tensor, Tensor] | None,
+        cu_seqlens: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        backend: str | None,
+    ) -> Tensor:
+        """x [T, C] or [1, T, C] -> [.., T, H, D]."""
+        if mask is not None:
+            raise UnsupportedCall("attention_mask beside cu_seqlens is not served")
+        if x.dim() == 3 and x.shape[0] != 1:
+            raise UnsupportedCall(f"hidden_states with cu_seqlens must be [T, C] or [1, T, C], got {tuple(x.shape)}")
+        q, k, v = (y.flatten(0, -3) for y in self.qkv(module, x))
+        cos, sin = tables or (None, None)
+        rotary_dim, pair_stride = self.rotary_dim(q.shape[-1]), self.pair_stride(q.shape[-1])
+        out = rope_attention(
+            q, k, v, cos, sin, cu_seqlens, rotary_dim=rotary_dim, pair_stride=pair_stride, scale=scale, backend=backend
+        )
+        return out.unflatten(0, x.shape[:-1])
 
 
 packed_attention = partial(
     VisionAttention,
-    output="proj",
+    output=("proj",),
     tables=real_tables,
     packed=True,
+    weights=False,
+    mask=None,
     parameters=("hidden_states", "cu_seqlens", "position_embeddings", "max_seqlen"),
 )
+packed_with_weights = partial(packed_attention, qkv=separate_qkv, output=("out_proj",), weights=True)
+UNROTATED = ("hidden_states", "cu_seqlens", "max_seqlen")
 
 FAMILIES = (
     # Windowed layers of Qwen2.5-VL need nothing special: the model hands them the cu_seqlens of its windows.
@@ -118,24 +195,83 @@ FAMILIES = (
             "qwen3_5.Qwen3_5VisionAttention",
             "qwen3_5_moe.Qwen3_5MoeVisionAttention",
             "qwen3_omni_moe.Qwen3OmniMoeVisionAttention",
+            "qwen4_exp.Qwen4ExpVisionAttention",
             "glm4v.Glm4vVisionAttention",
             "glm4v_moe.Glm4vMoeVisionAttention",
             "ernie4_5_vl_moe.Ernie4_5_VLMoeVisionAttention",
+            "cohere_compass.CohereCompassVisionAttention",
         ),
         fused_qkv,
     ),
-    packed_attention(("kimi_k25.Kimi_K25VisionAttention",), separate_qkv),
-    VisionAttention(
-        ("pixtral.PixtralAttention", "dinov3_vit.DINOv3ViTAttention"),
+    packed_attention(("qwen2_5_omni.Qwen2_5OmniVisionAttention",), separate_short_names_qkv),
+    packed_attention(
+        ("glm_ocr.GlmOcrVisionAttention", "glm5_next.Glm5NextVisionAttention", "dots3_note.Dots3NoteVisionAttention"),
+        fused_normed_qkv,
+    ),
+    packed_attention(("exaone4_5.Exaone4_5_VisionAttention",), fused_grouped_qkv),
+    packed_attention(
+        (
+            "kimi_k25.Kimi_K25VisionAttention",
+            "muse_glimmer.MuseGlimmerVisionAttention",
+            "muse_spark.MuseSparkVisionAttention",
+        ),
         separate_qkv,
-        output="o_proj",
+    ),
+    packed_attention(("glm_image.GlmImageVisionAttention",), fused_qkv, tables=None, parameters=UNROTATED),
+    packed_attention(
+        ("cosmos3_edge.Cosmos3EdgeVisionAttention",),
+        separate_qkv,
+        output=("out_proj",),
+        scale="scale",
+        dropout="dropout",
+        tables=None,
+        parameters=UNROTATED,
+    ),
+    packed_with_weights(("video_llama_3.VideoLlama3VisionAttention", "paddleocr_vl.PaddleOCRVisionAttention")),
+    packed_with_weights(("minimax_m3_vl.MiniMaxM3VLVisionAttention",), rotary_dim=three_axes),
+    packed_with_weights(("inkling2.Inkling2VisionAttention",), pair_stride=rotate_neighbours),
+    packed_with_weights(
+        ("lfm3_vl.Lfm3VlVisionAttention",),
+        qkv=normed_qk,
+        mask="attention_mask",
+        parameters=("hidden_states", "cu_seqlens", "position_embeddings", "max_seqlen", "attention_mask"),
+    ),
+    packed_with_weights(
+        (
+            "minicpm_ocr.MiniCPMOcrVisionAttention",
+            "minicpmv4_6.MiniCPMV4_6VisionAttention",
+            "minicpmv4_7.MiniCPMV4_7VisionAttention",
+        ),
+        tables=None,
+        parameters=(*UNROTATED, "attention_mask"),
+    ),
+    packed_with_weights(
+        ("hunyuan_vl.HunYuanVLVisionAttention", "hy_v4_vl.HYV4VLVisionAttention"),
+        output=("o_proj",),
+        dropout=None,
+        tables=None,
+        parameters=UNROTATED,
+    ),
+    VisionAttention(
+        ("pixtral.PixtralAttention", "dinov3_vit.DINOv3ViTAttention", "eomt_dinov3.EomtDinov3Attention"),
+        separate_qkv,
+        output=("o_proj",),
         dropout="dropout",
         tables=real_tables,
     ),
     VisionAttention(
+        ("step3p7.Step3p7VisionAttention",),
+        separate_qkv,
+        output=("out_proj",),
+        scale="scale",
+        dropout="dropout",
+        tables=real_tables,
+        parameters=("hidden_states", "position_embeddings", "attention_mask"),
+    ),
+    VisionAttention(
         ("gemma4.Gemma4VisionAttention",),
         normed_qkv,
-        output="o_proj",
+        output=("o_proj",),
         tables=real_tables,
         pair_stride=rotate_quarters,
         parameters=("hidden_states", "position_embeddings", "attention_mask", "position_ids"),
@@ -143,7 +279,7 @@ FAMILIES = (
     VisionAttention(
         ("llama4.Llama4VisionAttention",),
         separate_qkv,
-        output="o_proj",
+        output=("o_proj",),
         tables=complex_tables,
         pair_stride=rotate_neighbours,
         mask=None,
@@ -155,12 +291,18 @@ FAMILIES = (
             "siglip2.Siglip2Attention",
             "aimv2.Aimv2Attention",
             "clip.CLIPAttention",
+            "idefics2.Idefics2VisionAttention",
             "idefics3.Idefics3VisionAttention",
             "smolvlm.SmolVLMVisionAttention",
+            "granite_docling.GraniteDoclingVisionAttention",
+            "ovis2.Ovis2VisionAttention",
             "metaclip_2.MetaClip2Attention",
+            "altclip.AltCLIPAttention",
+            "chinese_clip.ChineseCLIPVisionAttention",
+            "clipseg.CLIPSegAttention",
         ),
         separate_qkv,
-        output="out_proj",
+        output=("out_proj",),
         scale="scale",
         dropout="dropout",
     ),
@@ -169,10 +311,30 @@ FAMILIES = (
             "dinov2.Dinov2Attention",
             "dinov2_with_registers.Dinov2WithRegistersAttention",
             "vit.ViTAttention",
+            "deit.DeiTAttention",
+            "vit_mae.ViTMAEAttention",
+            "vit_msn.ViTMSNAttention",
             "ijepa.IJepaAttention",
+            "pixio.PixioAttention",
+            "tipsv2.Tipsv2VisionAttention",
         ),
         separate_qkv,
-        output="o_proj",
+        output=("o_proj",),
+    ),
+    VisionAttention(
+        ("radio.RadioAttention",),
+        separate_qkv,
+        output=("o_proj",),
+        parameters=("hidden_states", "attention_mask", "cu_seqlens"),
+    ),
+    VisionAttention(
+        ("internvl.InternVLVisionAttention", "qianfan_ocr.QianfanOCRVisionAttention"),
+        normed_before_heads_qk,
+        output=("projection_layer", "projection_dropout"),
+        scale="scale",
+    ),
+    VisionAttention(
+        ("janus.JanusVisionAttention",), normed_qk, output=("projection_layer", "projection_dropout"), scale="scale"
     ),
 )
 

@@ -1,5 +1,6 @@
 """patch_transformers on a small random tower of every family: same outputs, same gradients, clear refusals."""
 
+import ast
 import copy
 import importlib
 import inspect
@@ -7,12 +8,13 @@ import pickle
 import re
 import subprocess
 import sys
+import textwrap
 
 import pytest
 import torch
 import transformers
 from parity import check_parity, randomize
-from transformers_towers import BLOCKS, SIZE, TOWERS
+from transformers_towers import BLOCKS, SIZE, TOWERS, installed
 
 from comp_kernels.integrations import UnsupportedCall, patch_transformers, register_attention, unpatch
 from comp_kernels.integrations._padded import blocks_of, padded_attention
@@ -25,21 +27,48 @@ def test_outputs_and_gradients(name, dtype, monkeypatch):
     check_parity(TOWERS[name](), patch_transformers, dtype, monkeypatch)
 
 
-def forward_source(class_name: str) -> str:
-    module, name = class_name.split(".")
-    module = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
-    return " ".join(inspect.getsource(getattr(module, name).forward).split())
+def attention_class(name: str) -> type | None:
+    """None: the installed transformers does not have the model."""
+    module, cls = name.split(".")
+    return (
+        getattr(importlib.import_module(f"transformers.models.{module}.modeling_{module}"), cls) if installed(module) else None
+    )
+
+
+def what_it_computes(cls: type) -> str:
+    """Its forward and the functions of its file that turn q and k, as written but for their docstrings."""
+    module = sys.modules[cls.__module__]
+    found = {"forward": cls.forward}
+    waiting = [cls.forward]
+    while waiting:
+        names = re.findall(r"\b(?:apply_|rotate_)\w+", inspect.getsource(waiting.pop()))
+        fresh = {name: getattr(module, name) for name in names if name not in found and hasattr(module, name)}
+        found |= fresh
+        waiting += fresh.values()
+    return "\n".join(ast.unparse(without_docstring(function)) for _, function in sorted(found.items()))
+
+
+def without_docstring(function) -> ast.AST:
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    if ast.get_docstring(tree) is not None:
+        del tree.body[0]
+    return tree
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.classes[0])
 def test_classes_of_a_family_compute_the_same(family):
-    """A class of the table without a tower of its own has, word for word, the forward of one that is tested above."""
-    tested = {type(m).__name__ for build in TOWERS.values() for m in build().model.modules()}
-    sources = {name: forward_source(name) for name in family.classes}
-    known = {source for name, source in sources.items() if name.split(".")[1] in tested}
+    """A class of the table without a tower of its own has, word for word, the forward and the rotation of one that is tested
+    above, and every class what is read from it."""
+    tested = {type(m) for build in TOWERS.values() for m in build().model.modules()}
+    classes = [cls for cls in map(attention_class, family.classes) if cls is not None]
+    if not classes:
+        pytest.skip(f"transformers {transformers.__version__} has none of {family.classes}")
+    known = {what_it_computes(cls) for cls in classes if cls in tested}
     assert known, f"no class of {family.classes} is tested"
-    for name, source in sources.items():
-        assert source in known, f"{name} differs from the tested classes of its family"
+    for cls in classes:
+        assert what_it_computes(cls) in known, f"{cls} differs from the tested classes of its family"
+        built = inspect.getsource(cls.__init__)
+        assert not [name for name in family.attributes if f"self.{name} " not in built], cls
 
 
 def run(tower) -> torch.Tensor:

@@ -16,7 +16,22 @@ from comp_kernels.warm_up import model_call
 
 pytestmark = pytest.mark.compiles
 
-WHOLE = {"qwen2_vl": transformers.Qwen2VLConfig, "llama4": transformers.Llama4Config}  # have no folder of the tower alone
+# have no folder of the tower alone
+WHOLE = {
+    "qwen2_vl": "Qwen2VLConfig",
+    "llama4": "Llama4Config",
+    "minimax_m3_vl": "MiniMaxM3VLConfig",
+    "minicpmv4_6": "MiniCPMV4_6Config",
+    "step3p7": "Step3p7Config",
+    "janus": "JanusConfig",
+}
+
+
+def whole_model(name: str, tower: transformers.PreTrainedConfig) -> transformers.PreTrainedConfig:
+    vision = {"vision_config": tower.to_dict()}
+    if name == "qwen2_5_omni":
+        return transformers.Qwen2_5OmniConfig(thinker_config=vision, architectures=["Qwen2_5OmniForConditionalGeneration"])
+    return getattr(transformers, WHOLE[name])(**vision) if name in WHOLE else tower
 
 
 def keys_of(call) -> set:
@@ -26,9 +41,7 @@ def keys_of(call) -> set:
 def ahead_and_in_use(name: str, folder: str) -> tuple[set, set]:
     """(keys from the folder of a tower's configuration, keys of a training step of the tower itself), in bfloat16."""
     tower = TOWERS[name]()
-    config = tower.model.config
-    config = WHOLE[name](vision_config=config.to_dict()) if name in WHOLE else config
-    config.save_pretrained(folder)
+    whole_model(name, tower.model.config).save_pretrained(folder)
     model = with_parameters_in(tower.model, torch.bfloat16).eval()
     patch_transformers(model, backend="triton")
     inputs = {
