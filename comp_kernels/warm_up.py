@@ -144,7 +144,7 @@ def timm_calls(folder: Path, dtype: torch.dtype) -> Iterator[tuple[nn.Module, di
     rotary: dict[type, Tensor | None] = {}
 
     def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        rotary.setdefault(type(module), args[1] if len(args) > 1 else kwargs.get("rope"))
+        rotary.setdefault(type(module), args[1] if len(args) > 1 else kwargs.get("rope"))  # of two tables, the first
 
     names = patch_timm(model, backend="reference")
     hooks = [model.get_submodule(name).register_forward_pre_hook(note, with_kwargs=True) for name in names]
@@ -156,10 +156,12 @@ def timm_calls(folder: Path, dtype: torch.dtype) -> Iterator[tuple[nn.Module, di
     for module in one_of_each_kind(model, names, dtype):
         rope = rotary.get(type(module))
         for count, tokens in BATCHES:
-            arguments = dict(x=torch.zeros(count, tokens, module.proj.out_features, dtype=dtype))
+            inputs = next(layer for layer in module.modules() if isinstance(layer, nn.Linear)).in_features
+            arguments = dict(x=torch.zeros(count, tokens, inputs, dtype=dtype))
+            names_of_tables = [name for name in module._comp_kernels_patch.family.parameters if "rope" in name]
             if rope is not None:
-                shape = (*rope.shape[:-2], tokens - module.num_prefix_tokens, rope.shape[-1])
-                arguments["rope"] = torch.zeros(shape, requires_grad=learned)
+                shape = (*rope.shape[:-2], tokens - getattr(module, "num_prefix_tokens", 0), rope.shape[-1])
+                arguments |= {name: torch.zeros(shape, requires_grad=learned) for name in names_of_tables}
             yield module, arguments
 
 

@@ -1,4 +1,4 @@
-"""timm: Eva and EVA-02, PE, DINOv3, RoPE-ViT (axial and mixed), NaFlexViT and plain ViTs, attention swapped in place.
+"""timm: Eva and EVA-02, PE, DINOv3, RoPE-ViT (axial and mixed), NaFlexViT, Gemma 4 and plain ViTs, attention swapped in place.
 
 Read against timm 1.0.31. Another version that arranges a class differently is refused when patching, not at the first call.
 """
@@ -51,10 +51,7 @@ class TimmAttention:
         return (*shared, "num_prefix_tokens", "rotate_half") if self.rope else shared
 
     def run(self, module: Foreign, arguments: dict[str, Any], backend: str | None) -> Tensor:
-        if module.training and module.attn_drop.p > 0:
-            raise UnsupportedCall(
-                f"attn_drop {module.attn_drop.p} in training is not served: set it to 0, or call model.eval()"
-            )
+        check_dropout(module)
         if arguments.get("is_causal"):
             raise UnsupportedCall("is_causal=True is not served: rope_attention is bidirectional")
         x, rope = arguments["x"], arguments.get("rope")
@@ -73,6 +70,35 @@ class TimmAttention:
         if module.gate is not None:
             out = out * module.gate(x).sigmoid()
         return module.proj_drop(module.proj(out))
+
+
+@dataclass(frozen=True)
+class Gemma4Attention:
+    """Of the tower of Gemma 4: separate projections, perhaps fewer key heads, norms in place of a scale. Columns turn the first
+    half of a head, rows the second."""
+
+    classes: tuple[str, ...] = ("gemma4_vit.Gemma4Attention",)
+    parameters: tuple[str, ...] = ("x", "rope_cos", "rope_sin", "attn_mask")
+    attributes: tuple[str, ...] = (
+        *("q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "q_norm", "k_norm", "v_norm", "attn_drop", "proj_drop"),
+    )
+
+    def run(self, module: Foreign, arguments: dict[str, Any], backend: str | None) -> Tensor:
+        check_dropout(module)
+        x = arguments["x"]
+        batch, tokens = x.shape[:2]
+        blocks = blocks_of(arguments.get("attn_mask"), batch, tokens, x.device)
+        projections = ((module.q_proj, module.q_norm), (module.k_proj, module.k_norm), (module.v_proj, module.v_norm))
+        q, k, v = (norm(project(x).unflatten(-1, (-1, module.head_dim))) for project, norm in projections)
+        tables = token_tables(arguments["rope_cos"], arguments["rope_sin"], batch, tokens)
+        pair_stride = module.head_dim // 4
+        out = padded_attention(q, k, v, blocks, tables, scale=1.0, pair_stride=pair_stride, backend=backend)
+        return module.proj_drop(module.o_proj(out.flatten(-2)))
+
+
+def check_dropout(module: Foreign) -> None:
+    if module.training and module.attn_drop.p > 0:
+        raise UnsupportedCall(f"attn_drop {module.attn_drop.p} in training is not served: set it to 0, or call model.eval()")
 
 
 def rope_tables(rope: Tensor, batch: int, tokens: int, prefix: int) -> tuple[Tensor, Tensor]:
@@ -94,6 +120,7 @@ FAMILIES = (
     TimmAttention(("eva.EvaAttention",), eva_qkv, rope=True),
     TimmAttention(("attention.AttentionRope",), linear_qkv, rope=True),
     TimmAttention(("attention.Attention",), linear_qkv, rope=False),
+    Gemma4Attention(),
 )
 
 

@@ -50,6 +50,14 @@ def naflex(**kwargs) -> Tower:
     return Tower(model, {"x": patches, "patch_coord": coordinates, "patch_valid": valid}, pick=same)
 
 
+def gemma4() -> Tower:
+    """NaFlex's three images, fewer key heads than query heads."""
+    tower = naflex()
+    small = dict(head_dim=32, num_kv_heads=1, intermediate_size=96, patch_size=4, position_embedding_size=16)
+    tower.model = timm.create_model("gemma4_vit_167m", **SMALL | small)
+    return tower
+
+
 TOWERS = {
     "eva": lambda: by_name("eva_giant_patch14_224", 56),
     "eva02": lambda: by_name("eva02_tiny_patch14_224", 56),
@@ -66,6 +74,7 @@ TOWERS = {
     "naflex_axial": lambda: naflex(rope_type="axial", pos_embed="none", class_token=True, attn_gated=True),
     "naflex_mixed": lambda: naflex(rope_type="mixed", pos_embed="none", reg_tokens=1),
     "naflex_dinov3": lambda: naflex(rope_type="dinov3", pos_embed="none", rope_rotate_half=True),
+    "gemma4": gemma4,
     "naflex_mrope": lambda: naflex(rope_type="mrope", pos_embed="none", rope_mrope_section=(4, 6, 6)),
 }
 

@@ -77,6 +77,7 @@ PLAIN = [*["attention_forward_kernel"] * 2, "key_value_gradient_kernel", "query_
         ("eva02_tiny_patch14_336", ["rotate_kernel"]),
         ("vit_small_patch16_rope_mixed_224", ["rotate_kernel", "unrotate_kernel"]),  # angles are learned
         ("naflexvit_base_patch16_gap", []),
+        ("gemma4_vit_167m", ["rotate_kernel"]),
     ],
 )
 def test_timm(architecture, more, tmp_path):
