@@ -74,8 +74,8 @@ class TimmAttention:
 
 @dataclass(frozen=True)
 class Gemma4Attention:
-    """Of the tower of Gemma 4: separate projections, perhaps fewer key heads, norms in place of a scale. Columns turn the first
-    half of a head, rows the second."""
+    """Of the tower of Gemma 4: separate projections, perhaps fewer key heads, norms in place of a scale. Each axis of the image
+    turns one half of a head."""
 
     classes: tuple[str, ...] = ("gemma4_vit.Gemma4Attention",)
     parameters: tuple[str, ...] = ("x", "rope_cos", "rope_sin", "attn_mask")

@@ -87,7 +87,7 @@ def rotate_half(head_dim: int) -> None:
 
 
 def rotate_quarters(head_dim: int) -> int:
-    """Rows turn the first half of a head, columns the second."""
+    """Each axis of the image turns one half of a head."""
     return head_dim // 4
 
 
