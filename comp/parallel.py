@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import ctypes
 import os
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -112,6 +115,7 @@ def start_world(device: str = "auto") -> World:
     if size > 1 and not dist.is_initialized():
         # gloo beside nccl: checkpoints and gathered Python objects live on the CPU
         dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo", device_id=where if use_cuda else None)
+        atexit.register(settle)
     return World(rank=rank, size=size, device=where, group=dist.group.WORLD if size > 1 else None)
 
 
@@ -162,6 +166,36 @@ def place_of(options: argparse.Namespace) -> Place:
 def stop_world(world: World) -> None:
     if world.group is not None:
         dist.destroy_process_group()
+
+
+def settle(patience: float = 5.0) -> None:
+    """Wait until gloo's threads rest, for `patience` seconds at most; `start_world` has it run when Python exits.
+
+    Such a thread lets go of a collective's tensors after the result is there, and needs the interpreter's lock to do so. One
+    that asks for it when Python has begun to shut down is ended by it, in C++ code that nothing may leave: "terminate called
+    without an active exception" (torch 2.13, Python before 3.14). Destroying the group joins its threads, but only where
+    nothing else holds it, as sharded models do.
+    """
+    deadline, before = time.monotonic() + patience, None
+    while time.monotonic() < deadline:
+        now = _gloo_threads()
+        if now == before and all("S (sleeping)" in thread for thread in now.values()):
+            return  # and none has run while the lock was free
+        before = now
+        time.sleep(0.005)
+
+
+def _gloo_threads() -> dict[str, tuple[str, ...]]:
+    """Of each thread of gloo in this process, by its number: its state and how often it has run (on Linux)."""
+    threads = {}
+    for task in Path("/proc/self/task").glob("*"):
+        try:
+            fields = dict(line.split(":\t", 1) for line in (task / "status").read_text().splitlines() if ":\t" in line)
+        except OSError:  # it has ended
+            continue
+        if fields["Name"] == "pt_gloo_runloop":
+            threads[task.name] = tuple(v for k, v in fields.items() if k == "State" or k.endswith("ctxt_switches"))
+    return threads
 
 
 def uses_bf16(precision: str, world: World) -> bool:

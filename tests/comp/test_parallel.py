@@ -4,6 +4,7 @@ import platform
 import subprocess
 import sys
 import textwrap
+import time
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from comp import parallel
 from comp.config import ConfigError
 from comp.parallel import World, start_world, sum_gradients, total_norm
 
@@ -100,3 +102,42 @@ def test_what_a_step_frees_on_a_cpu_is_there_for_the_next_one():
     """
     found = subprocess.run([sys.executable, "-c", textwrap.dedent(lines)], capture_output=True, text=True, check=True)
     assert int(found.stdout) < 5_000
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks at its threads in /proc")
+def test_the_end_of_a_process_waits_until_gloos_threads_rest(monkeypatch):
+    """One that is at work, one that sleeps but has run since the last look, and no change from there on."""
+    looks = [
+        {"7": ("R (running)", "4")},
+        {"7": ("S (sleeping)", "5")},
+        {"7": ("S (sleeping)", "6")},
+        {"7": ("S (sleeping)", "6")},
+    ]
+    waiting = iter(looks)
+    monkeypatch.setattr(parallel, "_gloo_threads", lambda: next(waiting))
+    parallel.settle()
+    assert next(waiting, None) is None  # it looked until two looks were equal
+
+    started = time.monotonic()
+    monkeypatch.setattr(parallel, "_gloo_threads", lambda: {"7": ("R (running)", "4")})
+    parallel.settle(patience=0.05)  # one that never rests does not hold up the end
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks at its threads in /proc")
+def test_gloos_threads_are_found():
+    """By their name, which torch could change: with none found nothing would be waited for."""
+    lines = """
+        import os, random
+        os.environ |= dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(random.SystemRandom().randint(20000, 40000)))
+        rank = 0 if (child := os.fork()) else 1
+        os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank))
+        from comp import parallel
+        world = parallel.start_world("cpu")
+        world.barrier()
+        assert len(parallel._gloo_threads()) > 0
+        assert not child or os.waitpid(child, 0)[1] == 0
+    """
+    ended = subprocess.run([sys.executable, "-c", textwrap.dedent(lines)], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
