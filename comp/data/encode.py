@@ -13,7 +13,7 @@ from torch import Tensor
 from ..config import MAX_PIXELS, MAX_VISUAL_TOKENS, MIN_VISUAL_TOKENS, ConfigError
 from ..files import is_lfs_pointer
 from ..limits import NO_LIMIT, count_positions
-from .batch import BadSampleError, FileInFolder, ImageBytes, LazyImage, Message, Sample
+from .batch import IGNORED, BadSampleError, FileInFolder, ImageBytes, LazyImage, Message, Sample
 from .decode import to_rgb
 from .images import pad_to_square, prepare_image, sides
 from .packing import EncodedSample
@@ -93,6 +93,8 @@ class SampleEncoder:
         """seed:  numbers that decide the order of the answers in the alignment text, where they are shuffled."""
         patches, grids, counts = self._encode_images(sample, sample.messages)
         ids, labels = self.template.encode(sample.messages, counts)
+        if all(label == IGNORED for label in labels):
+            raise BadSampleError(f"{sample.name}: no answer is learned, by its `learned` or for lack of text")
         return self._checked(sample, ids, labels, self._alignment_ids(sample, seed), patches, grids, counts)
 
     def encode_prompt(self, sample: Sample) -> EncodedSample:

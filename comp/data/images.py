@@ -105,8 +105,12 @@ def patchify(frames: Tensor, patch_size: int, merge_size: int) -> Tensor:
 
 
 def pad_to_square(image: Image.Image, mean: Sequence[float]) -> Image.Image:
-    """An RGB image in the middle of a square of colour `mean` (per channel, in 0 .. 1), as LLaVA pads."""
-    side = max(image.size)
+    """An RGB image in the middle of a square of colour `mean` (per channel, in 0 .. 1), as LLaVA pads. One that would need a
+    square of more than MAX_PIXELS is made smaller before."""
+    side, largest = max(image.size), math.isqrt(MAX_PIXELS)
+    if side > largest:
+        width, height = (max(1, round(length * largest / side)) for length in image.size)
+        image, side = image.resize((width, height), Image.Resampling.BICUBIC), largest
     square = Image.new("RGB", (side, side), tuple(round(255 * channel) for channel in mean))
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square

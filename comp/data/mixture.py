@@ -59,6 +59,10 @@ class Mixture:
             )
         return sample
 
+    def sizes(self) -> list[int]:
+        """Samples of each dataset, those that are not chosen included: the order of training follows from them."""
+        return [len(part.dataset) for part in self._parts]
+
     def place(self, index: int) -> str:
         """Which sample this is, whatever it says of itself: equal for one sample in several stages, else different."""
         part, index_in_part = self._find(index)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
+import platform
 import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ..config import Config, ConfigError
 from ..config_io import differences, read_config, to_dict
 from ..files import checksum, write_json
 from ..parallel import World
 from .checkpoint import CheckpointStore, read_progress
+
+LOCK = ".lock"
 
 # What does not change what is learned, up to rounding; "checkpoint" stands for all its fields.
 MAY_DIFFER_ON_RESUME = (
@@ -54,6 +60,7 @@ class RunState:
     skipped: dict[str, int] = field(default_factory=dict)  # message of an unusable sample -> times met
     skipped_samples: dict[str, int] = field(default_factory=dict)  # place of an unusable sample -> times met
     notes: list[str] = field(default_factory=list)  # what the records hold and nobody reads
+    sizes: dict[str, list[int]] = field(default_factory=dict)  # samples of each dataset of a stage, unless it is streamed
     lanes: dict[str, Any] = field(default_factory=dict)  # where each lane of the stage stands, where it is streamed
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     metrics_bytes: int = 0  # length of metrics.jsonl that belongs to this state
@@ -105,16 +112,41 @@ def is_unchanged(path: Path, state: RunState, num_bytes: int | None = None) -> b
     return state.checksums.get(path.name) in (None, checksum(path, num_bytes))
 
 
-def claim_folder(folder: Path, config: Config, world: World) -> None:
+def claim_folder(folder: Path, config: Config, world: World) -> IO[str] | None:
     """Note the configuration in the folder of the run; after all processes have looked at it with `find_state`.
 
-    ConfigError: the folder cannot be written.
+    The folder is this run's as long as the file that the first process gets stays open, which no kill outlasts.
+    ConfigError on every process: the folder cannot be written, or another run writes to it.
     """
+    claim, problem = None, None
     world.barrier()
     if world.is_main:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / "config.json", to_dict(config))
+            claim = (folder / LOCK).open("a+")
+            problem = _lock(claim, folder)
+            if problem is None:
+                write_json(folder / "config.json", to_dict(config))
         except OSError as error:
-            raise ConfigError(f"output_dir {config.output_dir} cannot be written: {error}") from error
-    world.barrier()
+            problem = f"output_dir {config.output_dir} cannot be written: {error}"
+    problem = world.gather(problem)[0]
+    if problem is not None:
+        raise ConfigError(problem)
+    return claim
+
+
+def _lock(claim: IO[str], folder: Path) -> str | None:
+    """Why the file cannot be locked: another process holds it, who is named. File systems without locks lock nothing."""
+    try:
+        fcntl.lockf(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: workers that outlive this process would hold it
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return None
+        claim.seek(0)
+        return (
+            f"another run writes to {folder} ({claim.read().strip() or 'it does not say which'}); wait for its end or stop it, "
+            "or choose another name=NAME"
+        )
+    claim.truncate(0)
+    print(f"process {os.getpid()} on {platform.node()}", file=claim, flush=True)
+    return None

@@ -78,10 +78,11 @@ class Trainer:
         # data and folder first: a wrong path should not wait for the weights
         check_files([source for stage in config.stages for source in stage.data] + config.eval.data)
         self.sources = [self._open_data(stage) for stage in config.stages]
+        self._check_sizes()
         if config.eval.baselines and isinstance(self.sources[-1], Streams):
             raise ConfigError("eval.baselines reads all answers of the last stage, which is a stream; set it to false")
         self.held_out = open_sources(config.eval.data, config.seed) if config.eval.data else None
-        claim_folder(self.folder, config, self.world)
+        self._claim = claim_folder(self.folder, config, self.world)
         self.startup.say("data opened")
         torch.manual_seed(config.seed)
         model, self.template = build_model(config, dummy_image=uses_fsdp(config, self.world))
@@ -101,6 +102,16 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """Train all stages that are left; returns the summary (also in summary.json). Raises StopRequested after
         SIGTERM and Ctrl-C."""
+        try:
+            self._run_stages()
+            return self._finish()
+        finally:
+            if self._claim is not None:
+                self._claim.close()
+
+    # --- stages and steps ----------------------------------------------------------------------------------------------------
+
+    def _run_stages(self) -> None:
         config, state = self.config, self.state
         self.log = self._open_log() if self.world.is_main else None
         total = sum(len(dataset) for dataset in self.datasets)
@@ -115,9 +126,6 @@ class Trainer:
             self.progress.close()
             if self.log is not None:
                 self.log.close()
-        return self._finish()
-
-    # --- stages and steps ----------------------------------------------------------------------------------------------------
 
     def _run_stage(self, index: int) -> None:
         config, state, stage = self.config, self.state, self.config.stages[index]
@@ -300,6 +308,18 @@ class Trainer:
         if stage.max_steps is None:
             raise ConfigError(f"stage {stage.name} reads a stream, so max_steps must say how long; its sources have no end")
         return Streams(stage.data, lanes=self.config.lanes, seed=self.config.seed)
+
+    def _check_sizes(self) -> None:
+        """Which samples a step takes follows from how many there are, so a run that goes on needs as many as it began with."""
+        for stage, sources in zip(self.config.stages, self.sources):
+            if isinstance(sources, Mixture):
+                sizes = sources.sizes()
+                before = self.state.sizes.setdefault(stage.name, sizes)
+                if sizes != before and stage in self.config.stages[self.state.stage :]:
+                    raise ConfigError(
+                        f"--resume needs the data the run was started with; the datasets of stage {stage.name} had {before} "
+                        f"samples and have {sizes}"
+                    )
 
     def _open_stage(self, index: int) -> StepDataset | StreamSteps:
         config, stage = self.config, self.config.stages[index]

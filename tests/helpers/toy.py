@@ -74,6 +74,20 @@ class MostlyText(ColouredRectangles):
         return sample
 
 
+class Silent(ColouredRectangles):
+    """Every n-th answer has no text."""
+
+    def __init__(self, size: int, every: int = 2):
+        super().__init__(size)
+        self.every = every
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = super().__getitem__(index)
+        if index % self.every == 0:
+            sample.messages[-1].text = ""
+        return sample
+
+
 class OnlyBadSamples:
     def __len__(self) -> int:
         return 4

@@ -342,6 +342,8 @@ def test_padding_to_squares_keeps_the_shape_of_what_is_seen():
     assert padded.size == (30, 30)
     assert padded.getpixel((0, 9)) == padded.getpixel((29, 20)) == (128, 64, 255)
     assert padded.getpixel((0, 10)) == padded.getpixel((29, 19)) == (255, 0, 0)
+    long = pad_to_square(Image.new("RGB", (64_000, 3), "red"), (0.5, 0.25, 1.0))  # not a square of 12 GB
+    assert long.size == (8000, 8000) and long.getpixel((4000, 3999)) == (255, 0, 0) and long.getpixel((0, 0)) == (128, 64, 255)
     with pytest.raises(ConfigError, match="stage II-b: pad_to_square needs a resolution"):
         apply_overrides(toy_config_without_files(), ["stages.2.pad_to_square=true"])
 

@@ -507,6 +507,54 @@ def test_a_run_is_not_overwritten_and_resumes_only_itself(toy_folder):
             run(toy_folder, *short, resume=resume)
 
 
+def test_a_folder_has_one_run_at_a_time(toy_folder):
+    """The second of two cut off the records that the first had written since, which went on and ended well."""
+    short = ["stages.*.max_steps=1", "eval.data=[]"]
+    trainer = Trainer(apply_overrides(toy_config(toy_folder), short))
+    for arguments in (short, [*short, "--resume"]):
+        second = start_process(toy_folder, *arguments)
+        output = second.communicate(timeout=600)[0]
+        assert second.returncode == 1 and f"/runs/toy (process {os.getpid()} on " in output, output
+    assert trainer.run()["steps"] == 4
+    second = start_process(toy_folder, *short, "--resume")
+    output = second.communicate(timeout=600)[0]
+    assert second.returncode == 0, output
+
+
+def test_data_that_grew_are_refused(toy_folder, monkeypatch):
+    """A step's samples follow from their number: a run would go on with others, and a longer schedule."""
+    path = toy_folder / "grows.jsonl"
+    turns = [{"from": "human", "value": "What colour is it?"}, {"from": "gpt", "value": "red"}]
+    path.write_text((json.dumps({"conversations": turns}) + "\n") * 20)
+    source = f"[{{path: {path}}}]"
+    options = ["eval.data=[]", "stages.*.max_steps=1", f"stages.0.data={source}", f"stages.2.data={source}"]
+    assert run(toy_folder, *options)["steps"] == 4
+    path.write_text(path.read_text() * 2)
+    assert run(toy_folder, *options, resume=True)["steps"] == 4, "stages that are over need no data"
+    with pytest.raises(ConfigError, match=r"the datasets of stage I had \[40\] samples and have \[20\]"):
+        start, step = comp.train.trainer.train_step, iter(range(3))
+
+        def stop_in_the_second(*args, **kwargs):
+            if next(step) == 1:
+                signal.raise_signal(signal.SIGTERM)
+            return start(*args, **kwargs)
+
+        monkeypatch.setattr(comp.train.trainer, "train_step", stop_in_the_second)
+        with pytest.raises(StopRequested):
+            run(toy_folder, "name=stopped", "eval.data=[]", f"stages.0.data={source}")
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:20]))
+        run(toy_folder, "name=stopped", "eval.data=[]", f"stages.0.data={source}", resume=True)
+
+
+def test_answers_without_text_are_skipped_by_name(toy_folder):
+    source = "{factory: 'toy:Silent', arguments: {size: 24}}"
+    summary = run(toy_folder, "eval.data=[]", f"stages.*.data=[{source}]", "stages.*.max_steps=2", "stages.*.batch_size=2")
+    assert summary["skipped"]["samples"] > 0
+    assert all("no answer is learned" in r["message"] for r in records(toy_folder) if r["event"] == "skipped")
+    with pytest.raises(ConfigError, match="no sample of stage I can be learned from; .*no answer is learned"):
+        run(toy_folder, "eval.data=[]", "name=all", "stages.*.data=[{factory: 'toy:Silent', arguments: {size: 24, every: 1}}]")
+
+
 def test_wrong_paths_are_found_before_the_weights_are_loaded(toy_folder, monkeypatch):
     monkeypatch.setattr(comp.train.trainer, "build_model", lambda *args, **kwargs: pytest.fail("loaded the model first"))
     for path in ("absent.json", "absent.yaml"):
