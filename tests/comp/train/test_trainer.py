@@ -551,7 +551,7 @@ def test_answers_without_text_are_skipped_by_name(toy_folder):
     summary = run(toy_folder, "eval.data=[]", f"stages.*.data=[{source}]", "stages.*.max_steps=2", "stages.*.batch_size=2")
     assert summary["skipped"]["samples"] > 0
     assert all("no answer is learned" in r["message"] for r in records(toy_folder) if r["event"] == "skipped")
-    with pytest.raises(ConfigError, match="no sample of stage I can be learned from; .*no answer is learned"):
+    with pytest.raises(ConfigError, match=r"no sample of stage I can be learned from; .*no answer is learned"):
         run(toy_folder, "eval.data=[]", "name=all", "stages.*.data=[{factory: 'toy:Silent', arguments: {size: 24, every: 1}}]")
 
 
