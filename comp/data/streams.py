@@ -256,6 +256,10 @@ class Streams:
         self.weights = [(source.weight or 1.0) / total for source in sources]
         self._opened = [open_stream(s) if is_stream(s) else open_sources([s], seed) for s in sources]
 
+    def sizes(self) -> list[int]:
+        """Shards of each stream, and samples of each dataset: what a lane reads follows from them."""
+        return [n for rows in self._opened for n in (rows.sizes() if isinstance(rows, Mixture) else [rows.num_shards])]
+
     def first_samples(self, count: int, lanes: range) -> Iterator[Sample]:
         """The samples among the first `count` of these lanes together that can be read."""
         for lane in (Lane(self, number) for number in lanes):

@@ -60,7 +60,7 @@ class RunState:
     skipped: dict[str, int] = field(default_factory=dict)  # message of an unusable sample -> times met
     skipped_samples: dict[str, int] = field(default_factory=dict)  # place of an unusable sample -> times met
     notes: list[str] = field(default_factory=list)  # what the records hold and nobody reads
-    sizes: dict[str, list[int]] = field(default_factory=dict)  # samples of each dataset of a stage, unless it is streamed
+    sizes: dict[str, list[int]] = field(default_factory=dict)  # of the sources of each stage, as `Mixture.sizes` has them
     lanes: dict[str, Any] = field(default_factory=dict)  # where each lane of the stage stands, where it is streamed
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     metrics_bytes: int = 0  # length of metrics.jsonl that belongs to this state

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -531,7 +532,7 @@ def test_data_that_grew_are_refused(toy_folder, monkeypatch):
     assert run(toy_folder, *options)["steps"] == 4
     path.write_text(path.read_text() * 2)
     assert run(toy_folder, *options, resume=True)["steps"] == 4, "stages that are over need no data"
-    with pytest.raises(ConfigError, match=r"the datasets of stage I had \[40\] samples and have \[20\]"):
+    with pytest.raises(ConfigError, match=r"the sources of stage I had \[40\] samples .* and have \[20\]"):
         start, step = comp.train.trainer.train_step, iter(range(3))
 
         def stop_in_the_second(*args, **kwargs):
@@ -670,6 +671,11 @@ def test_a_streamed_run_resumes_exactly_and_on_other_processes(stream, toy_folde
     for a, b in zip(records(toy_folder), records(toy_folder, "two")):
         if a["event"] == "train":
             assert abs(a["loss"] - b["loss"]) <= 1e-4 and a["samples"] == b["samples"], a["step"]
+    first = Path(stream.split("'")[1]).with_name("0.parquet")
+    more = shutil.copy(first, first.with_name("more.parquet"))
+    with pytest.raises(ConfigError, match=r"the sources of stage III had \[4, 24\] .* and have \[5, 24\]"):
+        run(toy_folder, *options, resume=True)
+    more.unlink()
 
 
 def test_streams_that_cannot_be_trained_on_are_refused(stream, toy_folder):
