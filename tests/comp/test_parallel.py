@@ -130,7 +130,8 @@ def test_gloos_threads_are_found():
     """By their name, which torch could change: with none found nothing would be waited for."""
     lines = """
         import os, random
-        os.environ |= dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(random.SystemRandom().randint(20000, 40000)))
+        port = str(random.randint(20000, 40000))
+        os.environ |= dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         rank = 0 if (child := os.fork()) else 1
         os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank))
         from comp import parallel
