@@ -208,6 +208,15 @@ def reference_answers(sample: Sample) -> list[str]:
     return [sample.messages[-1].text]
 
 
+def open_file(name: str) -> Image.Image:
+    """Raises for what must not be opened, and what Image.open raises."""
+    if isinstance(name, FileInFolder):
+        name.check()
+    if Path(name).is_fifo():
+        raise ValueError("a named pipe, which would be waited for; an image must be a file")
+    return Image.open(name)
+
+
 def image_size(image: LazyImage) -> tuple[int, int]:
     """(width, height) by the header of a file; (0, 0) for what is made on demand or cannot be opened."""
     if isinstance(image, Image.Image):
@@ -215,9 +224,7 @@ def image_size(image: LazyImage) -> tuple[int, int]:
     if not isinstance(image, (str, ImageBytes)):
         return 0, 0
     try:
-        if isinstance(image, FileInFolder):
-            image.check()
-        with Image.open(image) if isinstance(image, str) else image() as opened:
+        with open_file(image) if isinstance(image, str) else image() as opened:
             return opened.size
     except Exception:  # the sample is named when it is read
         return 0, 0
@@ -227,9 +234,7 @@ def load_image(image: LazyImage, name: str, max_pixels: int = MAX_PIXELS) -> Ima
     """Read or make an RGB picture completely, so that damage shows here; `name` is for the message."""
     try:
         if isinstance(image, str):
-            if isinstance(image, FileInFolder):
-                image.check()
-            with Image.open(image) as opened:
+            with open_file(image) as opened:
                 return to_rgb(opened, max_pixels=max_pixels)
         return to_rgb(image() if callable(image) else image, max_pixels=max_pixels)
     except Exception as error:  # decoders raise nearly anything on damaged files

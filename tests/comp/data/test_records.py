@@ -1,6 +1,7 @@
 """Fields and marks of LLaVA records that mean something: served, refused by name, or said to be passed over."""
 
 import json
+import os
 import pickle
 
 import pytest
@@ -9,7 +10,7 @@ from PIL import Image
 from comp.config import SourceConfig
 from comp.data.batch import IGNORED, BadSampleError, Sample
 from comp.data.datasets import LlavaDataset
-from comp.data.encode import load_image
+from comp.data.encode import image_size, load_image
 from comp.data.mixture import open_sources
 from comp.data.records import sample_from_record
 from comp.eval import vqa
@@ -328,3 +329,10 @@ def test_the_field_reaches_files_and_mixtures(folders):
     assert opens("free.yaml")
     with pytest.raises(ValueError, match="images_anywhere must be true or false, got 'perhaps'"):
         opens("odd.yaml")
+
+
+def test_a_named_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(BadSampleError, match=r"s: image .*pipe\.png: ValueError: a named pipe"):
+        load_image(str(tmp_path / "pipe.png"), "s")
+    assert image_size(str(tmp_path / "pipe.png")) == (0, 0)
