@@ -34,8 +34,11 @@ CPU_LIBRARY = ("lib/libcomp_kernels_cpu.so", "lib/cpu.sources")
 def emit(out: Path, version: int = 1) -> list[Path]:
     """Write the build variants to `out`/build and a card to `out`/README.md; returns the folders of the variants.
 
-    version: the major version that `get_kernel` asks for. Raises FileExistsError where `out` has a build already.
+    version: the major version that `get_kernel` asks for, at least 1. Raises FileExistsError where `out` has a build already,
+    and ValueError for another version.
     """
+    if version < 1:
+        raise ValueError(f"version must be at least 1, got {version}")
     build = out / "build"
     if build.exists():
         raise FileExistsError(f"out must not have a build folder, {build} exists")
@@ -100,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         folders = emit(options.out, options.version)
-    except FileExistsError as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
     print("\n".join(map(str, folders)))
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import os
 import platform
@@ -92,5 +93,10 @@ def report() -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
+def main(arguments: list[str] | None = None) -> None:
+    argparse.ArgumentParser(prog="python -m comp_kernels.info", description=__doc__).parse_args(arguments)
     print(report())
+
+
+if __name__ == "__main__":
+    main()

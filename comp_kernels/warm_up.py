@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from . import _triton
 from ._backends import choose_backend
+from ._checks import check_integer
 from ._triton_compile import compile_ahead, record
 from .integrations._patching import Foreign
 
@@ -43,8 +44,12 @@ def warm_up(
     jobs:  processes; default: one per core.
     say:   receives a line per kernel, and one at the end.
 
-    Raises RuntimeError without Triton, ValueError without a GPU or `arch`.
+    Raises RuntimeError without Triton, ValueError without a GPU or `arch`, or for fewer jobs than one.
     """
+    if jobs is not None:
+        check_integer("jobs", jobs)
+        if jobs < 1:
+            raise ValueError(f"jobs must be at least 1, got {jobs}")
     arch = arch or this_machine()
     reason = _triton.unavailable_reason(torch.device("cuda"))
     if reason:

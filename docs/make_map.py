@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import re
 from collections.abc import Iterator
@@ -55,4 +56,5 @@ def first_sentence(path: Path) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     CONTRIBUTING.write_text(with_map(CONTRIBUTING.read_text()))

@@ -174,6 +174,18 @@ def test_an_existing_build_is_not_overwritten(repository, tmp_path, capsys):
     assert "torch-cuda" in capsys.readouterr().out
 
 
+def test_what_cannot_be_written_is_named(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for arguments, message in (
+        ([str(tmp_path / "file")], "Not a directory"),
+        ([str(tmp_path / "new"), "--version", "0"], "version must be at least 1, got 0"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            main(arguments)
+        assert end.value.code == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
 def test_the_layer_is_pure():
     """The loader takes layers without state, constructor or further methods."""
     from comp_kernels.layers import RopeAttention

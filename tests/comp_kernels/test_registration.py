@@ -238,6 +238,15 @@ def test_info_names_the_backend():
     assert "rope_attention: cpu" in result.stdout and "instruction set" in result.stdout
 
 
+@pytest.mark.parametrize("arguments, status", [(["--help"], 0), (["cpu"], 2), (["--json"], 2)])
+def test_info_takes_no_arguments(arguments, status, capsys):
+    with pytest.raises(SystemExit) as end:
+        info.main(arguments)
+    output = capsys.readouterr()
+    assert end.value.code == status and "usage: python -m comp_kernels.info" in output.out + output.err
+    assert "rope_attention: " not in output.out
+
+
 @pytest.mark.parametrize(
     ("choice", "line"),
     [

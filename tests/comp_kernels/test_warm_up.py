@@ -68,6 +68,12 @@ def test_needs_a_gpu_or_an_architecture():
         warm_up.warm_up(sinkhorn_call)
 
 
+@pytest.mark.parametrize("jobs", [0, -3])
+def test_fewer_jobs_than_one_are_refused(jobs):
+    with pytest.raises(ValueError, match=f"jobs must be at least 1, got {jobs}"):
+        warm_up.warm_up(sinkhorn_call, "sm_90", jobs=jobs)
+
+
 def test_command_line_says_what_is_wrong(tmp_path):
     def run(*arguments):
         done = subprocess.run([sys.executable, "-m", "comp_kernels.warm_up", *arguments], capture_output=True, text=True)
