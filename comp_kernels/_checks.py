@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import sys
 from collections.abc import Collection
 
 import torch
@@ -39,10 +40,18 @@ def check_tensor(
         or (dim is not None and x.dim() != dim and (isinstance(dim, int) or x.dim() not in dim))
     ):
         raise ValueError(f"{name} must be a tensor {shape}, got {describe(x)}")
+    if type(x) is not Tensor and is_sharded(x):
+        raise ValueError(f"{name} must be a tensor of this process, got a DTensor {describe(x)}: pass {name}.to_local()")
     if floating and x.dtype not in FLOAT_DTYPES:
         check_float(name, x)
     if like is not None and (x.dtype != like[1].dtype or x.device != like[1].device):
         check_same(name, x, *like)
+
+
+def is_sharded(x: Tensor) -> bool:
+    """Whether it is a DTensor, for which the operators have no rules: their sequences and sums cross its shards."""
+    module = sys.modules.get("torch.distributed.tensor")  # nobody has one who has not imported it
+    return module is not None and isinstance(x, module.DTensor)
 
 
 def check_dense(name: str, x: Tensor) -> None:
@@ -93,6 +102,32 @@ def check_positive(name: str, value: float) -> float:
     return float(value) if not isinstance(value, float) and isinstance(value, numbers.Real) else value
 
 
+def largest_setting(dtype: torch.dtype) -> tuple[float, str]:
+    """(what leaves 2**27 of the computing dtype's range to the numbers that a setting multiplies or divides, its name)"""
+    if dtype == torch.float64:
+        return 2.0**1000, "float64"
+    return 2.0**100, "float32"
+
+
+def check_size(name: str, value: float, dtype: torch.dtype) -> None:
+    """Finite, with room for arithmetic in the computing dtype of tensors of `dtype`."""
+    most, compute = largest_setting(dtype)
+    if not abs(value) <= most:  # so does NaN
+        raise ValueError(f"{name} must be finite and at most {most:.2g} in size for arithmetic in {compute}, got {value}")
+
+
+def check_temperature(name: str, value: float, dtype: torch.dtype, *, of_cosines: bool = False) -> float:
+    """A positive number that scores are divided by in the computing dtype of tensors of `dtype`. Cosines are equal up to its
+    rounding: a temperature below tells nothing but that."""
+    value = check_positive(name, value)
+    most, compute = largest_setting(dtype)
+    least = torch.finfo(getattr(torch, compute)).eps if of_cosines else 1 / most
+    if not least <= value <= most:
+        what = f"cosines in {compute}" if of_cosines else f"arithmetic in {compute}"
+        raise ValueError(f"{name} must be between {least:.2g} and {most:.2g} for {what}, got {value}")
+    return value
+
+
 def check_bool(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be True or False, got {describe(value)}")
@@ -114,6 +149,11 @@ def check_num_iters(num_iters: int) -> None:
 def check_group(group: object) -> None:
     if group is not None and not isinstance(group, dist.ProcessGroup):
         raise ValueError(f"group must be a torch.distributed.ProcessGroup or None, got {describe(group)}")
+
+
+def of_inference_mode(x: Tensor | None) -> bool:
+    """Whether autograd would refuse to keep it: made in inference mode, which is over."""
+    return x is not None and x.is_inference() and not torch.is_inference_mode_enabled()
 
 
 def has_values(x: Tensor) -> bool:

@@ -14,9 +14,9 @@ from ..._checks import (
     check_float,
     check_group,
     check_num_iters,
-    check_positive,
     check_real,
     check_same,
+    check_temperature,
     check_tensor,
     has_values,
     readable,
@@ -89,10 +89,11 @@ def alignment_loss(
     """
     check_features(vision, text, prototypes, valid)
     check_prior(prior, vision, prototypes, mode)
-    epsilon, temperature = check_positive("epsilon", epsilon), check_positive("temperature", temperature)
-    prior_temperature = check_positive("prior_temperature", prior_temperature)
-    check_num_iters(num_iters)
     check_bool("normalize", normalize)
+    epsilon = check_temperature("epsilon", epsilon, vision.dtype, of_cosines=normalize)
+    temperature = check_temperature("temperature", temperature, vision.dtype, of_cosines=normalize)
+    prior_temperature = check_temperature("prior_temperature", prior_temperature, vision.dtype)
+    check_num_iters(num_iters)
     check_group(group)
 
     check_bool("prototype_gradient", prototype_gradient)

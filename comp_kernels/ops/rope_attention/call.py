@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..._checks import check_dense, check_integer, check_number, check_tensor, has_values
+from ..._checks import check_dense, check_integer, check_number, check_size, check_tensor, has_values, of_inference_mode
 from . import reference
 
 
@@ -77,7 +77,7 @@ def checked_call(tensors: Tensors, rotary_dim: int | None, pair_stride: int | No
     q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k = tensors
     q, k, v = checked_qkv(q, k, v)
     cu_seqlens, cu_seqlens_k = checked_bounds(q, k, cu_seqlens, cu_seqlens_k)
-    settings = checked_settings(q.shape[2], rotary_dim, pair_stride, scale, rotates=cos is not None)
+    settings = checked_settings(q.shape[2], rotary_dim, pair_stride, scale, rotates=cos is not None, dtype=q.dtype)
     tables = checked_tables(q, k, cos, sin, cos_k, sin_k, *settings[:2])
     return Call(q, k, v, *tables, cu_seqlens, cu_seqlens_k, *settings)
 
@@ -141,7 +141,13 @@ def checked_bounds(
 
 
 def checked_settings(
-    head_dim: int, rotary_dim: int | None, pair_stride: int | None, scale: float | None, *, rotates: bool
+    head_dim: int,
+    rotary_dim: int | None,
+    pair_stride: int | None,
+    scale: float | None,
+    *,
+    rotates: bool,
+    dtype: torch.dtype,
 ) -> tuple[int, int, float]:
     """rotary_dim, pair_stride and scale with their defaults."""
     if rotary_dim is None:
@@ -163,6 +169,7 @@ def checked_settings(
     else:
         check_number("scale", scale)
         scale = float(scale)
+        check_size("scale", scale, dtype)
     return rotary_dim, pair_stride, scale
 
 
@@ -307,7 +314,9 @@ def with_bounds(call: Call) -> Call:
 
 
 def as_int32(cu_seqlens: Tensor) -> Tensor:
-    """cu_seqlens, contiguous."""
+    """cu_seqlens, contiguous, as autograd can keep it."""
+    if not torch.compiler.is_compiling() and of_inference_mode(cu_seqlens):
+        cu_seqlens = cu_seqlens.clone()
     if cu_seqlens.dtype == torch.int64:
         # A bound beyond int32 must not come back as a small one: in a compiled graph the kernel's own check sees this alone.
         limits = torch.iinfo(torch.int32)

@@ -40,6 +40,15 @@ struct Scores {
 
 CK_INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
+// A maximum to subtract in fused exponents s * c - maximum. Beyond the whole numbers that T tells apart it was rounded by more than
+// a bit, by more than exp2 can take in the end; one step lower, the largest entry is never below it, and is cut to 2^0. An infinite
+// one stays, for the NaN that follows.
+template <typename T>
+CK_INLINE T not_above(T maximum) {
+  constexpr T kWhole = T(int64_t{1} << std::numeric_limits<T>::digits);
+  return std::abs(maximum) < kWhole || std::isinf(maximum) ? maximum : std::nextafter(maximum, kMinusInfinity<T>);
+}
+
 // Merges the entries of one row, plus v where given, into a running maximum and a sum of 2^(entry - maximum). The exponents are
 // the same expressions, to the last bit, as in the kernels that use the result: near 1,000 a float has a spacing of 1e-4, and
 // rows that are to sum to one should not feel it.
@@ -60,7 +69,7 @@ CK_INLINE void update_row_statistics(const Scores<S>& scores, int64_t row, const
     for (int64_t k = 0; k < padded; k += kLanes<T>) {
       top = max<T>(load(entry + k) * load(scale + k) + load(shift + k), top);
     }
-    const T segment_peak = reduce_max<T>(top);
+    const T segment_peak = not_above(reduce_max<T>(top));
     if (segment_peak == kMinusInfinity<T>) {  // nothing but -inf, which adds nothing, and NaN, which no maximum sees
       for (int64_t k = 0; k < cols; ++k) {
         if (std::isnan(entry[k] * scale[k] + shift[k])) sum = std::numeric_limits<T>::quiet_NaN();

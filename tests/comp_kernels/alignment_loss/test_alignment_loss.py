@@ -238,6 +238,34 @@ def test_single_exponents_beyond_the_range():
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("mode", ["softmax", "literal"])
+@pytest.mark.parametrize("size", [1e6, 1e9, 1e12])
+def test_products_of_any_size(size, mode, backend):
+    """Beyond 2^32 bits a maximum in float32 is rounded by hundreds of them. Unlike cosines, products may be so large."""
+    vision, text, prototypes = torch.randn(20, 16) * size, torch.randn(20, 16) * size, torch.randn(600, 16)
+    leaves = [vision.double().requires_grad_(), vision.requires_grad_()]
+    settings = dict(mode=mode, normalize=False)
+    exact = reference.alignment_loss(leaves[0], text.double(), prototypes.double(), **settings)
+    loss = ck.alignment_loss(leaves[1], text, prototypes, backend=backend, **settings)
+    torch.testing.assert_close(loss, exact.float(), rtol=1e-5, atol=0)
+    gradients = [torch.autograd.grad(x, leaf)[0].float() for x, leaf in zip((exact, loss), leaves)]
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-5 * float(gradients[0].abs().max()))
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("mode", MODES)
+def test_the_lowest_temperatures(mode, backend):
+    """Those from which cosines are told apart are right, and NaN comes from none that is taken."""
+    vision, text, prototypes = torch.randn(5, 16), torch.randn(5, 16), torch.randn(40, 16)
+    exact = reference.alignment_loss(vision.double(), text.double(), prototypes.double(), mode=mode, temperature=2e-7)
+    loss = ck.alignment_loss(vision, text, prototypes, mode=mode, temperature=2e-7, backend=backend)
+    torch.testing.assert_close(loss, exact.float(), rtol=1e-4, atol=0)
+    for name in ("epsilon", "prior_temperature"):
+        assert ck.alignment_loss(vision, text, prototypes, mode=mode, backend=backend, **{name: 2e-7}).isfinite()
+        assert ck.alignment_loss(vision, text, prototypes, mode=mode, backend=backend, **{name: 1e30}).isfinite()
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 @pytest.mark.parametrize("mode", MODES)
 def test_a_row_without_direction_receives_no_gradient(mode, backend):
     """Its cosines are 0, and the other rows are what they are without it; a short row with a direction keeps its gradient."""
@@ -414,6 +442,13 @@ def test_flops_are_counted():
         (dict(group="world"), "group must be a torch.distributed.ProcessGroup or None"),
         (dict(valid=torch.ones(4)), r"valid must be bool \(4,\)"),
         (dict(temperature=-1.0), "temperature must be positive, got -1.0"),
+        (dict(temperature=1e-9), r"temperature must be between 1.2e-07 and 1.3e\+30 for cosines in float32, got 1e-09"),
+        (dict(epsilon=1e-9), r"epsilon must be between 1.2e-07 and 1.3e\+30 for cosines in float32, got 1e-09"),
+        (
+            dict(temperature=1e-40, normalize=False),
+            r"temperature must be between 7.9e-31 and 1.3e\+30 for arithmetic in float32",
+        ),
+        (dict(prior_temperature=1e300), r"prior_temperature must be between .* for arithmetic in float32, got 1e\+300"),
         (dict(text=torch.ones(3, 8)), r"text must have the shape of vision \(4, 8\), got \(3, 8\)"),
         (dict(prototypes=torch.ones(30, 9)), r"prototypes must be \[V, 8\] to match vision"),
     ],
