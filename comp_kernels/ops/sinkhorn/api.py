@@ -18,10 +18,12 @@ from ..._checks import (
     check_group,
     check_num_iters,
     check_number,
-    check_positive,
     check_real,
     check_same,
+    check_size,
+    check_temperature,
     check_tensor,
+    of_inference_mode,
     readable,
 )
 from . import gradients, reference
@@ -73,7 +75,8 @@ def sinkhorn(
     Args:
         scores:  [..., n, K], float32, float64, bfloat16 or float16. Higher is closer (a similarity, not a cost).
         epsilon:  temperature of the scores, positive. A number, as are all settings: a tensor is refused, for it would receive
-            no gradient (divide the scores by it instead).
+            no gradient (divide the scores by it instead). The potentials are as large as scores / epsilon and keep 7 digits
+            (16 in float64): where scores / epsilon differ by millions, pass scores.double().
         num_iters:  iterations, at least 1 (at most, when `tol` is given).
         row_marginals:  [n] or [..., n], not negative, zeros allowed (a masked row). Default: ones.
         col_marginals:  [K] or [..., K], not negative, zeros allowed. Default: n / K each. Must have the sum of row_marginals.
@@ -84,7 +87,8 @@ def sinkhorn(
             - "detach": not at all; the result is a constant
             - "unrolled": through the iterations, exactly, whether they converged or not; not with `tol` or `group`
             - "implicit": of the converged plan (implicit function theorem), at a cost that does not grow with num_iters;
-              meaningful once the column marginals are met; not with `group` or `eps`
+              meaningful once the column marginals are met, and for losses that stay when u and v become u + c and v - c (on the
+              CPU others are refused); not with `group` or `eps`
         order:  which side an iteration scales first; the other one is exact after any number of iterations.
 
             - "cols_rows": columns, then rows, as in DINO, SwAV and POT
@@ -112,7 +116,7 @@ def sinkhorn(
     if scores.dim() < 2:
         raise ValueError(f"scores must be [..., n, K], got shape {tuple(scores.shape)}")
     check_float("scores", scores)
-    epsilon = check_positive("epsilon", epsilon)
+    epsilon = check_temperature("epsilon", epsilon, scores.dtype)
     check_num_iters(num_iters)
     if tol is not None:
         check_number("tol", tol)
@@ -123,16 +127,12 @@ def sinkhorn(
     check_order(order, group)
     check_eps(eps, tol, group, gradient)
     eps = float(eps)
+    check_size("eps", eps, scores.dtype)
     check_bool("return_potentials", return_potentials)
     check_gradient(gradient, tol, group, row_marginals, col_marginals)
     check_marginals(scores, row_marginals, col_marginals, group)
 
     rows, cols = used_marginals(scores, row_marginals, col_marginals, group)
-    if eps > 0:  # the kernels begin with a softmax over the side that is scaled first
-        if order == "cols_rows" and cols is not None:
-            scores = reference.without_empty_columns(scores, cols)
-        elif order == "rows_cols" and rows is not None:
-            scores = reference.without_empty_columns(scores.mT, rows).mT
     name = None if group is None else group.group_name
     call = Call(scores.detach() if gradient == "detach" else scores, rows, cols, epsilon, num_iters, tol, name, order, eps)
     backend, fallback = choose_backend("sinkhorn", backend, scores.device, call)
@@ -166,9 +166,9 @@ def used_marginals(
     """Both marginals as `Call` has them: rows of mass one, columns that share the mass of all rows of the group."""
     *_, num_rows, num_cols = scores.shape
     dtype = torch.promote_types(scores.dtype, torch.float32)
-    rows = None if row_marginals is None else row_marginals.detach().to(dtype)
+    rows = None if row_marginals is None else constant(row_marginals, dtype)
     if col_marginals is not None:
-        return rows, col_marginals.detach().to(dtype)
+        return rows, constant(col_marginals, dtype)
     if rows is None:
         if group is None:
             return None, None
@@ -177,6 +177,12 @@ def used_marginals(
     if group is not None:
         dist.all_reduce(mass, group=group)
     return rows, (mass / num_cols).expand(*mass.shape[:-1], num_cols)
+
+
+def constant(marginal: Tensor, dtype: torch.dtype) -> Tensor:
+    """Without a gradient, as autograd can keep it."""
+    marginal = marginal.detach().to(dtype)
+    return marginal.clone() if not torch.compiler.is_compiling() and of_inference_mode(marginal) else marginal
 
 
 def check_order(order: str, group: dist.ProcessGroup | None) -> None:

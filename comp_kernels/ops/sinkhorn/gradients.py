@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .reference import scaling
+from ..._checks import readable
+from .reference import scaling, without_empty_columns
 
 MODES = ("detach", "unrolled", "implicit")
 MAX_CONJUGATE_GRADIENT_STEPS = 200
@@ -94,6 +95,7 @@ def implicit(
     Solves  [diag a, P; P^T, diag b] [x; y] = [row sums; column sums] of grad_plan * P  by conjugate gradients on the rows'
     Schur complement; the system is singular (x + c, y - c), and any solution serves.
     """
+    check_level(grad_u, grad_v)
     gradient = _through_plan(plan, grad_plan)
     r, c = _potential_gradients(gradient, grad_u, grad_v)
     inverse_a = torch.where(row_marginals > 0, 1 / row_marginals, 0.0)
@@ -117,9 +119,23 @@ def implicit(
     return (gradient - plan * (x.unsqueeze(-1) + y.unsqueeze(-2))) / epsilon
 
 
+def check_level(grad_u: Tensor | None, grad_v: Tensor | None) -> None:
+    """Refuse a loss that changes when u becomes u + c and v becomes v - c: the plan stays, and what level the iterations end at
+    no equation of the converged plan says. Looked for where the values may be looked at."""
+    signed = [(sign * x, x.abs()) for sign, x in ((1, grad_u), (-1, grad_v)) if x is not None]
+    if not signed or not readable(signed[0][0]):
+        return
+    change, size = (sum(x.sum(-1) for x in of_both) for of_both in zip(*signed))
+    if bool((torch.as_tensor(change).abs() > 1e-3 * size).any()):
+        raise ValueError(
+            "gradient='implicit' is that of the converged plan, for which u + c and v - c are as good as u and v: the loss "
+            "must not depend on c (subtract means from the potentials, say), or use gradient='unrolled'"
+        )
+
+
 def _unrolled_with_eps(log_kernel, a, b, grad_plan, grad_u, grad_v, num_iters: int, eps: float) -> Tensor:
     """The same for `reference.scale_with_eps`: M = x E w with E = softmax + eps, of which x and w are kept per iteration."""
-    softmax = torch.softmax(log_kernel, -2)
+    softmax = torch.softmax(without_empty_columns(log_kernel, b), -2)
     kernel = softmax + eps
     x, w = torch.where(a == 0, 0.0, 1.0).expand(log_kernel.shape[:-1]), b.expand(*log_kernel.shape[:-2], b.shape[-1])
     steps: list[tuple[Tensor, Tensor, Tensor | None, Tensor]] = []  # scalings before, divisors of w and x

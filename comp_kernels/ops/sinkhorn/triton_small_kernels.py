@@ -70,9 +70,10 @@ def load_problem(
 
 
 @triton.jit
-def softmax_over_second(e, m_f):
-    sums = tl.where(m_f, tl.sum(e, axis=1), 1.0)
-    return e / sums[:, None, :]
+def softmax_over_second(e, has_mass):
+    """Zeros for an entry of the first side without mass, whose scores may be anything (-inf all of them, say)."""
+    sums = tl.where(has_mass, tl.sum(e, axis=1), 1.0)
+    return tl.where(has_mass[:, None, :], e / sums[:, None, :], 0.0)
 
 
 @triton.jit
@@ -162,7 +163,7 @@ def small_forward_kernel(
     a = load_vector(a_marginals, items, o_s, o_f, mask, a_stride, a_each, 2)
     b = load_vector(b_marginals, items, o_s, o_f, mask, b_stride, b_each, 1)
     if HAS_EPS:
-        e = tl.where(mask, softmax_over_second(e, m_f) + eps, 0.0)
+        e = tl.where(mask, softmax_over_second(e, m_f & (b != 0)) + eps, 0.0)
     x, w = linear_iterations(e, a, b, m_s, m_f, eps, u, v, 0, 0, 0, 0, num_iters, HAS_EPS, False)
     found = x[:, :, None] * e * w[:, None, :]
     u_bits, v_bits = tl.log2(x), tl.log2(w)
@@ -271,7 +272,7 @@ def small_backward_kernel(
     padded_items = tl.num_programs(0).to(tl.int64) * BG
     xs_stride, ws_stride = padded_items * BS, padded_items * BF
     if HAS_EPS:
-        softmax = softmax_over_second(e, m_f)
+        softmax = softmax_over_second(e, m_f & (b != 0))
         e = tl.where(mask, softmax + eps, 0.0)
     x, w = linear_iterations(e, a, b, m_s, m_f, eps, xs, ws, o_xs, o_ws, xs_stride, ws_stride, num_iters, HAS_EPS, True)
     tl.debug_barrier()  # other threads may read what these wrote

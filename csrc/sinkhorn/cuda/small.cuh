@@ -151,7 +151,8 @@ struct SmallMatrix {
     return top * p.factor;
   }
 
-  // With eps: E = softmax over the second side, the sums of each softmax left to the caller to add eps to.
+  // With eps: E = softmax over the second side, to which the caller adds eps. Zeros for an entry without mass, whose scores may
+  // be anything (-inf all of them, say).
   __device__ __forceinline__ void prepare_softmax() {
     load(-kInfinity);
     float top = own_col[0];
@@ -165,11 +166,11 @@ struct SmallMatrix {
     }
     of_x.put(top);
     for_group<kSide>(xs(), [&](int i, float top) { own_row[i] = has(lane, i) ? exp2_approx((own_row[i] - top) * p.factor) : 0.f; });
-    const float inverse = in_first() ? 1.f / sum : 0.f;
+    const float inverse = in_first() && b != 0.f ? 1.f / sum : 0.f;
     of_w.put(inverse);
-    for_group<kSide>(ws(), [&](int i, float inverse) { own_row[i] *= inverse; });
+    for_group<kSide>(ws(), [&](int i, float inverse) { own_row[i] = inverse == 0.f ? 0.f : own_row[i] * inverse; });
 #pragma unroll
-    for (int i = 0; i < kSide; ++i) own_col[i] *= inverse;
+    for (int i = 0; i < kSide; ++i) own_col[i] = inverse == 0.f ? 0.f : own_col[i] * inverse;
   }
 
   __device__ __forceinline__ void add_eps() {

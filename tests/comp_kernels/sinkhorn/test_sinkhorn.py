@@ -351,6 +351,34 @@ def test_implicit_gradient_in_float32(backend):
         torch.testing.assert_close(gradient(torch.float32), gradient(torch.float64), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(2, 5, 6), (40, 50)])
+def test_implicit_gradients_of_potentials(shape):
+    """Exact where the loss does not see a constant that moves from u to v; refused where it does, for no equation tells it."""
+    scores = 0.3 * torch.randn(shape, dtype=torch.float64)
+    weights = torch.randn(shape[-2], dtype=torch.float64)
+    losses = {
+        "means": lambda u, v: ((u - u.mean(-1, keepdim=True)) * weights).sum() + (v - v.mean(-1, keepdim=True)).square().sum(),
+        "sums": lambda u, v: (u.unsqueeze(-1) + v.unsqueeze(-2)).square().sum(),
+        "dual": lambda u, v: u.sum() + v.sum() * shape[-2] / shape[-1],
+        "u": lambda u, v: (u * (weights + 1)).sum(),
+        "v": lambda u, v: v.square().sum(),
+    }
+    for name, loss in losses.items():
+        found = []
+        for gradient in ("unrolled", "implicit"):
+            leaf = scores.clone().requires_grad_()
+            _, u, v = ck.sinkhorn(leaf, epsilon=1.0, num_iters=500, gradient=gradient, return_potentials=True)
+            if gradient == "implicit" and name in ("u", "v"):
+                with pytest.raises(
+                    ValueError, match=r"gradient='implicit' is that of the converged plan, .* must not depend on c"
+                ):
+                    loss(u, v).backward()
+                continue
+            found.append(torch.autograd.grad(loss(u, v), leaf)[0])
+        if len(found) == 2:
+            torch.testing.assert_close(found[1], found[0], rtol=1e-7, atol=1e-9)
+
+
 def test_implicit_gradients_do_not_depend_on_the_batch():
     """Of plans, too, that have not met their columns, where conjugate gradients stop early: they grew while others went on."""
     scores, weights = torch.randn(2, 20, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -378,8 +406,10 @@ def test_implicit_equals_unrolled_once_converged():
 
 @pytest.mark.parametrize("gradient", gradients.MODES)
 def test_opcheck(gradient):
-    scores = torch.randn(2, 4, 6, requires_grad=gradient != "detach")
-    arguments = (scores, torch.ones(4), torch.full((6,), 4 / 6), 0.5, 3, None, None, "cols_rows", 0.0, gradient, "cpu", False)
+    cols = 4 if gradient == "implicit" else 6  # the sum of all results is a loss that it has a gradient of
+    scores = torch.randn(2, 4, cols, requires_grad=gradient != "detach")
+    sides = (torch.ones(4), torch.full((cols,), 4 / cols))
+    arguments = (scores, *sides, 0.5, 3, None, None, "cols_rows", 0.0, gradient, "cpu", False)
     torch.library.opcheck(torch.ops.comp_kernels.sinkhorn.default, arguments)
 
 

@@ -381,13 +381,13 @@ def test_a_row_or_column_of_minus_infinity_is_named(order, eps):
 @pytest.mark.parametrize("backend", ("definition", "reference", *BACKENDS))
 @pytest.mark.parametrize("order", ORDERS)
 def test_scores_without_mass_do_not_count_with_eps(order, backend):
-    """Of the side that is scaled first, over which the softmax runs: -inf there gives what any number gives."""
+    """Of the side that is scaled first, over which the softmax runs: -inf or NaN there gives what any number gives."""
     scores, masked = torch.randn(5, 4, 4), torch.tensor([1.0, 0.0, 1.0, 1.0])
     sides = dict(col_marginals=masked) if order == "cols_rows" else dict(row_marginals=masked)
     sides |= dict(row_marginals=torch.full((4,), 0.75)) if order == "cols_rows" else {}
     place = (..., 1) if order == "cols_rows" else (..., 1, slice(None))
     results = []
-    for value in (0.0, -torch.inf):
+    for value in (0.0, -torch.inf, torch.nan, 1e4):
         leaf = scores.clone()
         leaf[place] = value
         leaf.requires_grad_()
@@ -399,6 +399,25 @@ def test_scores_without_mass_do_not_count_with_eps(order, backend):
         (gradient,) = torch.autograd.grad(plan.square().sum(), leaf)
         assert plan.isfinite().all() and (plan[place] == 0).all() and (gradient[place] == 0).all()
         results.append((plan.detach(), u.detach(), v.detach(), gradient))
+    for others in results[1:]:
+        for numbers, nothing in zip(results[0], others):
+            torch.testing.assert_close(nothing, numbers, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_scores_without_mass_do_not_count_with_eps_beyond_the_small_matrices(order):
+    """There is no copy of the scores made for them but in the definition's softmax, and in that of its gradient."""
+    scores, masked = torch.randn(2, 40, 40), (torch.arange(40) != 3).float()
+    place = (..., 3) if order == "cols_rows" else (..., 3, slice(None))
+    side, other = ("col_marginals", "row_marginals") if order == "cols_rows" else ("row_marginals", "col_marginals")
+    results = []
+    for value in (0.0, -torch.inf):
+        leaf = scores.clone()
+        leaf[place] = value
+        leaf.requires_grad_()
+        sides = {side: masked, other: torch.full((40,), 39 / 40)}
+        plan = ck.sinkhorn(leaf, epsilon=1.0, order=order, eps=1e-6, gradient="unrolled", **sides)
+        results.append((plan.detach(), *torch.autograd.grad(plan.square().sum(), leaf)))
     for numbers, nothing in zip(*results):
         torch.testing.assert_close(nothing, numbers, rtol=0, atol=0)
 
@@ -434,6 +453,9 @@ def test_items_further_apart_than_32_bits_reach(tmp_path):
         (dict(order="rows"), "order must be one of ('cols_rows', 'rows_cols'), got 'rows'"),
         (dict(eps=-1e-6), "eps must be finite and not negative, got -1e-06"),
         (dict(eps=torch.nan), "eps must be finite and not negative, got nan"),
+        (dict(eps=1e31), "eps must be finite and at most 1.3e+30 in size for arithmetic in float32, got 1e+31"),
+        (dict(epsilon=1e-38), "epsilon must be between 7.9e-31 and 1.3e+30 for arithmetic in float32, got 1e-38"),
+        (dict(epsilon=1e300), "epsilon must be between 7.9e-31 and 1.3e+30 for arithmetic in float32, got 1e+300"),
         (dict(eps=torch.tensor(1e-6)), "eps must be a number, not a tensor (it receives no gradient)"),
         (dict(eps=1e-6, tol=0.1), "eps=1e-06 keeps sums from their marginals: tol must be None, got 0.1"),
         (dict(eps=1e-6, gradient="implicit"), "eps=1e-06 keeps sums from their marginals: use gradient='unrolled'"),
@@ -441,7 +463,19 @@ def test_items_further_apart_than_32_bits_reach(tmp_path):
 )
 def test_bad_settings_are_named(kwargs, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        ck.sinkhorn(torch.randn(2, 4, 4), epsilon=1.0, **kwargs)
+        ck.sinkhorn(torch.randn(2, 4, 4), **(dict(epsilon=1.0) | kwargs))
+
+
+@pytest.mark.parametrize("backend", ("reference", *BACKENDS))
+@pytest.mark.parametrize("shape", [(2, 4, 4), (40, 50)])
+def test_extreme_settings_are_right_or_refused(shape, backend):
+    """Hot scores share the mass out evenly; NaN comes from none that is taken."""
+    scores = torch.randn(shape)
+    for epsilon in (1e10, 1e30):
+        plan = ck.sinkhorn(scores, epsilon=epsilon, backend=backend)
+        torch.testing.assert_close(plan, torch.full_like(scores, 1 / shape[-1]), rtol=1e-5, atol=0)
+    assert ck.sinkhorn(scores, epsilon=1e-30, backend=backend).isfinite().all()
+    assert ck.sinkhorn(scores.double(), epsilon=1e-300, backend=None if backend == "triton" else backend).isfinite().all()
 
 
 def test_eps_beyond_the_small_matrices():

@@ -97,7 +97,8 @@ struct LinearProblems {
     }
   }
 
-  // With eps: E becomes softmax + eps; the softmax alone also goes to `softmax` where that is not null.
+  // With eps: E becomes softmax + eps; the softmax alone also goes to `softmax` where that is not null. Of an entry without mass
+  // the scores may be anything, -inf all of them, so its softmax is not a number: zeros take its place, and w = 0 its share.
   [[gnu::noinline]] void prepare_eps(L* softmax) const {
     L sums[kMost];
     weigh(e, sums, [](int) { return L::all(1); });
@@ -105,7 +106,7 @@ struct LinearProblems {
     for (int s = 0; s < second(); ++s) {
       for (int f = 0; f < first(); ++f) {
         const int i = s * first() + f;
-        const L share = e[i] * sums[f];
+        const L share = select(b[f] == L::all(0), L::all(0), e[i] * sums[f]);
         if (softmax != nullptr) softmax[i] = share;
         e[i] = share + L::all(eps);
       }
