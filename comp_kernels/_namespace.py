@@ -39,9 +39,10 @@ def followed() -> bool:
 
 
 def are_plain(tensors: Iterable[torch.Tensor | None]) -> bool:
-    """Whether tensors are no more than their memory: no class of their own, no batch of gradients, no lazily negated view."""
+    """Whether tensors are no more than their memory: no class of their own, no batch of gradients, no lazily negated view, no
+    zeros without any memory (forward-mode differentiation makes those)."""
     for x in tensors:  # a plain loop: any() over a generator takes twice as long
-        if x is not None and (type(x) not in PLAIN or x.is_neg() or not torch._C._has_storage(x)):
+        if x is not None and (type(x) not in PLAIN or x.is_neg() or x._is_zerotensor() or not torch._C._has_storage(x)):
             return False
     return True
 

@@ -25,6 +25,9 @@ Q = torch.randn(4, 2, 16)
         (dict(pair_stride=4.0), "pair_stride must be an integer, got float 4.0"),
         (dict(scale=torch.tensor(0.1, requires_grad=True)), "scale must be a number, not a tensor"),
         (dict(scale="0.1"), "scale must be a number, not a tensor .* got str '0.1'"),
+        (dict(scale=float("nan")), r"scale must be finite and at most 1.3e\+30 in size for arithmetic in float32, got nan"),
+        (dict(scale=-float("inf")), "scale must be finite and at most .* got -inf"),
+        (dict(scale=1e300), r"scale must be finite and at most .* got 1e\+300"),
         (dict(return_lse=Q), r"return_lse must be True or False, got \(4, 2, 16\)"),
         (dict(backend=np.ones(2)), r"backend must be one of .* got array\(\[1., 1.\]\)"),
     ],
@@ -51,6 +54,103 @@ def test_nested_tensors_are_refused():
 def test_numbers_of_numpy_are_numbers():
     expected = ck.rope_attention(Q, Q, Q, scale=0.5, rotary_dim=8)
     assert torch.equal(ck.rope_attention(Q, Q, Q, scale=np.float32(0.5), rotary_dim=np.int64(8)), expected)
+
+
+@pytest.mark.parametrize("backend", ck.available_backends("rope_attention", "cpu"))
+@pytest.mark.parametrize("scale", [0.0, -1.0, 1e-40, 1e-300, 1e30])
+def test_any_finite_scale(scale, backend):
+    """0 and what rounds to it share the weight out evenly, 1e30 gives it to one key, a negative one turns the order round."""
+    leaves = [[torch.randn(7, 2, 8, generator=torch.Generator().manual_seed(i)) for i in range(3)] for _ in range(2)]
+    leaves[0] = [x.double() for x in leaves[0]]
+    found = []
+    for tensors, name in zip(leaves, ("reference", backend)):
+        tensors = [x.requires_grad_() for x in tensors]
+        out, lse = ck.rope_attention(*tensors, scale=scale, backend=name, return_lse=True)
+        *of_q_and_k, of_v = torch.autograd.grad(out.square().sum(), tensors)
+        # Gradients of q and k are differences, whose rounding is multiplied by the scale.
+        found.append([x.float() for x in (out, lse, of_v, *(of_q_and_k if abs(scale) <= 1 else []))])
+    for actual, exact in zip(found[1], found[0]):
+        torch.testing.assert_close(actual, exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_constants_of_inference_mode(dtype):
+    """Bounds and marginals that an evaluation in inference mode left behind: autograd would not keep them for a gradient, nor
+    may a plan that was made for others of their looks."""
+    with torch.inference_mode():
+        lent, ones = torch.tensor([0, 3, 4], dtype=dtype), torch.ones(4)
+    own = torch.tensor([0, 3, 4], dtype=dtype)
+    for bounds, bounds_k in ((own, None), (lent, None), (own, lent), (lent, own), (own, None)):
+        q = Q.clone().requires_grad_()
+        ck.rope_attention(q, Q, Q, cu_seqlens=bounds, cu_seqlens_k=bounds_k).square().sum().backward()
+        expected = Q.clone().requires_grad_()
+        ck.rope_attention(expected, Q, Q, cu_seqlens=own).square().sum().backward()
+        assert torch.equal(q.grad, expected.grad)
+    with torch.inference_mode():
+        assert ck.rope_attention(Q, Q, Q, cu_seqlens=lent).is_inference()
+    for gradient, eps in (("unrolled", 0.0), ("unrolled", 1e-6), ("implicit", 0.0)):
+        scores = torch.randn(2, 4, 4, requires_grad=True)
+        sides = dict(row_marginals=ones, col_marginals=ones)
+        ck.sinkhorn(scores, epsilon=1.0, gradient=gradient, eps=eps, **sides).square().sum().backward()
+        assert scores.grad.abs().sum() > 0
+
+
+ZEROS = torch._efficientzerotensor
+PLACES = ("q", "k", "v", "cos", "sin", "cos_k", "sin_k")
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_zeros_without_memory(place):
+    """Forward-mode differentiation makes them; torch puts one number, expanded, in their place. A plan that was made for other
+    zeros of their looks has no use for them."""
+    tensors = dict(zip(PLACES, [Q, Q + 1, Q - 1, *(torch.randn(4, 16) for _ in range(4))]))
+    tensors[place] = torch.zeros_like(tensors[place])
+    expected = ck.rope_attention(**tensors)
+    for _ in range(2):
+        assert torch.equal(ck.rope_attention(**(tensors | {place: ZEROS(tensors[place].shape)})), expected)
+        leaves = {name: x.clone().requires_grad_() for name, x in tensors.items() if name != place}
+        ck.rope_attention(**leaves, **{place: ZEROS(tensors[place].shape)}).square().sum().backward()
+        others = {name: x.clone().requires_grad_() for name, x in tensors.items() if name != place}
+        ck.rope_attention(**others, **{place: tensors[place]}).square().sum().backward()
+        for name, x in leaves.items():
+            torch.testing.assert_close(x.grad, others[name].grad)
+
+
+def test_zeros_without_memory_as_gradients_and_elsewhere():
+    q = Q.clone().requires_grad_()
+    out, lse = ck.rope_attention(q, Q, Q, return_lse=True)
+    (found,) = torch.autograd.grad((out, lse), q, (ZEROS(out.shape), torch.ones_like(lse)), retain_graph=True)
+    (expected,) = torch.autograd.grad(lse.sum(), q, retain_graph=True)
+    torch.testing.assert_close(found, expected)
+    (found,) = torch.autograd.grad((out, lse), q, (torch.ones_like(out), ZEROS(lse.shape)), retain_graph=True)
+    torch.testing.assert_close(found, torch.autograd.grad(out.sum(), q)[0])
+    for shape in ((2, 4, 4), (2, 40, 50)):
+        scores, plan = ZEROS(shape), torch.full(shape, 1 / shape[-1])
+        torch.testing.assert_close(ck.sinkhorn(scores, epsilon=1.0), plan)
+        masked = ck.sinkhorn(torch.randn(shape), epsilon=1.0, row_marginals=ZEROS(shape[1:2]), col_marginals=ZEROS(shape[2:]))
+        assert (masked == 0).all()
+    vision, text, prototypes = torch.randn(3, 8), torch.randn(3, 8), torch.randn(5, 8)
+    for arguments in ((ZEROS((3, 8)), text, prototypes), (vision, ZEROS((3, 8)), prototypes), (vision, text, ZEROS((5, 8)))):
+        real = [x + 0 for x in arguments]
+        torch.testing.assert_close(ck.alignment_loss(*arguments), ck.alignment_loss(*real))
+
+
+def test_distributed_tensors_are_refused():
+    from torch.distributed import destroy_process_group, init_process_group
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_tensor
+
+    init_process_group("fake", rank=0, world_size=1, store=torch.distributed.HashStore())
+    try:
+        x = distribute_tensor(torch.randn(4, 2, 16), init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match=r"q must be a tensor of this process, got a DTensor .*: pass q.to_local\(\)"):
+            ck.rope_attention(x, x, x)
+        with pytest.raises(ValueError, match="scores must be a tensor of this process, got a DTensor"):
+            ck.sinkhorn(x, epsilon=1.0)
+        with pytest.raises(ValueError, match="prototypes must be a tensor of this process, got a DTensor"):
+            ck.alignment_loss(Q[:, 0], Q[:, 0], x[:, 0])
+    finally:
+        destroy_process_group()
 
 
 def test_bounds_of_a_vmapped_batch_are_refused():

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..._backends import ENVIRONMENT_VARIABLE, failure, implementation, kernels_failed, transforms_active
+from ..._checks import of_inference_mode
 from ..._namespace import are_plain, followed, watched
 from .call import Call, Tensors, call_of, check_bounds_on_cpu, shared_once, with_bounds
 from .native import Misaligned
@@ -155,7 +156,7 @@ def recall(
         plan = _plans.get(found)
     except (AttributeError, RuntimeError, TypeError, ValueError):
         return None, None
-    if plan is None or not plan.holds():
+    if plan is None or not plan.holds() or of_inference_mode(tensors[7]) or of_inference_mode(tensors[8]):
         return found, None
     if plan.device_type == "cpu":
         check_bounds_on_cpu("cu_seqlens", tensors[7], tensors[0].shape[0])
@@ -167,7 +168,8 @@ def look(x: Tensor | None) -> tuple | None:
     """What is asked of one tensor, but for the values of bounds: by the checks, the kernels, autograd, and `are_plain`."""
     if x is None:
         return None
-    return type(x), x.shape, x.stride(), x.dtype, x.device, x.requires_grad, x.is_neg(), torch._C._has_storage(x)
+    unusual = x.is_neg() or x._is_zerotensor() or not torch._C._has_storage(x)
+    return type(x), x.shape, x.stride(), x.dtype, x.device, x.requires_grad, unusual
 
 
 def keep(found: tuple | None, plan: Plan, tensors: Tensors, call: Call) -> None:

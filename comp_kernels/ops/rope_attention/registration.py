@@ -49,7 +49,15 @@ def forward(call: Call, backend: str, fallback: bool) -> tuple[Tensor, Tensor]:
 
 def forward_kernel(*arguments) -> tuple[Tensor, Tensor]:
     *inputs, backend, fallback = arguments
-    return forward(Call(*inputs), backend, fallback)
+    return forward(laid_out(Call(*inputs)), backend, fallback)
+
+
+def laid_out(call: Call) -> Call:
+    """As `checked_call` made it. On the way through the dispatcher tensors may have become others with the same numbers: torch
+    puts one zero, expanded, in the place of zeros without memory."""
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in call[:3])
+    cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k = (x if x is None else x.contiguous() for x in call[3:9])
+    return Call(q, k, v, cos, sin, cos_k, sin_k, cu_seqlens, cu_seqlens_k, *call[9:])
 
 
 def forward_fake(*arguments) -> tuple[Tensor, Tensor]:
@@ -78,7 +86,8 @@ def gradients(
 
 def backward_kernel(grad_out, grad_lse, q, k, v, out, lse, *arguments) -> tuple[Tensor, ...]:
     *inputs, backend, fallback, table_grads = arguments
-    found = gradients(Call(q, k, v, *inputs), out, lse, grad_out, grad_lse, backend, fallback, table_grads)
+    call, out, lse = laid_out(Call(q, k, v, *inputs)), out.contiguous(), lse.contiguous()
+    found = gradients(call, out, lse, grad_out, grad_lse, backend, fallback, table_grads)
     return tuple(grad_out.new_empty(0) if gradient is None else gradient for gradient in found)
 
 
