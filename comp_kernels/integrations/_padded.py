@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._checks import has_values
 from ..ops.rope_attention import rope_attention
 from ._patching import UnsupportedCall
 
@@ -95,12 +96,16 @@ def blocks_of(mask: Tensor | None, batch: int, tokens: int, device: torch.device
     Served are masks in which no key is seen by two runs: padding, images packed one after the other, windows. Any other
     mask, a bias in the scores say, raises UnsupportedCall. A query that sees no key gets zeros. Reading a mask needs its
     values, so on a GPU it waits for them, once per mask: all layers of a model pass the same tensor (a mask
-    made in inference mode is read in every layer).
+    made in inference mode is read in every layer), and torch.export has none.
     """
     if mask is not None and not isinstance(mask, Tensor):  # flex_attention's BlockMask
         raise UnsupportedCall(f"attention mask must be a tensor, got {type(mask).__name__}")
     if mask is None:
         return Blocks(torch.arange(batch + 1, dtype=torch.int32, device=device) * tokens, None, None)
+    if not has_values(mask) or torch.compiler.is_exporting():
+        raise UnsupportedCall(
+            "attention mask must have values to read: none on the meta device and while torch.export traces. Leave it out"
+        )
     return _LAST_MASK.blocks(mask, batch, tokens)
 
 

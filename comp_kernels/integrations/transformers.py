@@ -79,6 +79,11 @@ def real_tables(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
 def complex_tables(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """One complex number per token and pair, [S, 1, D / 2]."""
     turns = arguments["freqs_ci"].squeeze(1).to(arguments["hidden_states"].device)
+    if not turns.is_complex():  # torch casts complex buffers too
+        raise UnsupportedCall(
+            f"freqs_ci must be complex, got {turns.dtype}: model.to(dtype) has dropped its imaginary part, and with it the "
+            "rotation; load the model in that dtype instead"
+        )
     return turns.real, turns.imag
 
 

@@ -236,6 +236,33 @@ def test_masks_that_are_not_blocks_are_refused(mask, message):
         attention(torch.randn(2, 16, 64), attention_mask=mask)
 
 
+@pytest.mark.filterwarnings("ignore:Casting complex values to real:UserWarning")
+def test_a_cast_that_dropped_the_rotation_is_named():
+    tower = tower_in_eval("llama4")
+    patch_transformers(tower.model.to(torch.bfloat16))
+    with pytest.raises(UnsupportedCall, match=r"freqs_ci must be complex, got torch.bfloat16: model.to\(dtype\) has dropped"):
+        tower.model(**{name: x.bfloat16() for name, x in tower.inputs.items()})
+
+
+def test_masks_without_values_are_refused_or_left_to_the_original():
+    """torch.export and the meta device; without a mask both serve."""
+    tower = tower_in_eval("siglip")
+    attention = tower.model.get_submodule(patch_transformers(tower.model)[0])
+    x, mask = torch.randn(2, 16, 64), torch.arange(16).expand(2, 16) < 10
+    meta = copy.deepcopy(attention).to("meta")
+    assert meta(x.to("meta"))[0].shape == x.shape
+    exported = torch.export.export(attention, (x,), strict=False).module()
+    torch.testing.assert_close(exported(x)[0], attention(x)[0])
+    with pytest.raises(UnsupportedCall, match="attention mask must have values to read"):
+        meta(x.to("meta"), attention_mask=mask.to("meta"))
+    with pytest.raises(UnsupportedCall, match="attention mask must have values to read"):
+        torch.export.export(attention, (x,), dict(attention_mask=mask), strict=False)
+    patch_transformers(tower.model, on_unsupported="original")
+    wide = mask[:, None, None, :]
+    exported = torch.export.export(attention, (x,), dict(attention_mask=wide), strict=False).module()
+    torch.testing.assert_close(exported(x, attention_mask=wide)[0], attention(x, attention_mask=wide)[0], rtol=1e-4, atol=1e-4)
+
+
 def test_a_mask_changed_in_place_is_read_again():
     tower = tower_in_eval("siglip")
     attention = tower.model.get_submodule(patch_transformers(tower.model)[0])
