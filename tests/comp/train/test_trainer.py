@@ -22,7 +22,7 @@ from toy import ColouredRectangles, toy_config
 from transformers import GPT2LMHeadModel, OPTForCausalLM
 
 import comp.train.trainer
-from comp import VisionEncoder
+from comp import VisionEncoder, parallel
 from comp.build import build_model, sample_encoder
 from comp.config import ConfigError, SourceConfig, VisionConfig
 from comp.config_io import apply_overrides
@@ -297,6 +297,21 @@ def test_a_language_model_whose_layers_are_unknown_is_refused(toy_models):
     model.language_model._no_split_modules = None
     with pytest.raises(ConfigError, match=r"need to know the layers of Qwen2ForCausalLM.*use parallel=replicate"):
         transformer_blocks(model)
+
+
+@pytest.mark.parametrize("device, tables", [("cpu", None), ("cuda", torch.bfloat16)])
+def test_tables_of_words_stay_in_float32_where_their_gradients_would_be_cut(device, tables, toy_folder, monkeypatch):
+    """On a CPU torch adds up the gradient of a bfloat16 table in bfloat16: from 256 equal summands on it stands still."""
+    policies = {}
+    for name in ("make_mesh", "register_fsdp_forward_method"):
+        monkeypatch.setattr(parallel, name, lambda *arguments: None)
+    monkeypatch.setattr(
+        parallel, "fully_shard", lambda module, mesh, mp_policy: policies.setdefault(module, mp_policy.param_dtype)
+    )
+    config = toy_config(toy_folder, parallel="fsdp", precision="bf16")
+    model, _ = build_model(config)
+    parallel.distribute(model, config, World(rank=0, size=2, device=torch.device(device), group=object()))
+    assert policies == {model: tables} | dict.fromkeys(transformer_blocks(model), torch.bfloat16)
 
 
 def test_sharded_bf16_with_all_options_runs(toy_folder):
