@@ -230,8 +230,13 @@ class AlignmentConfig:
         )
         need(self.weight >= 0, f"alignment.weight must be at least 0, got {self.weight}")
         need(self.num_iters >= 1, f"alignment.num_iters must be at least 1, got {self.num_iters}")
-        for name in ("epsilon", "temperature", "prior_temperature"):
-            need(getattr(self, name) > 0, f"alignment.{name} must be positive, got {getattr(self, name)}")
+        need(self.prior_temperature > 0, f"alignment.prior_temperature must be positive, got {self.prior_temperature}")
+        for name in ("epsilon", "temperature"):  # alignment_loss asks for that at the first step
+            value = getattr(self, name)
+            need(
+                value >= 2**-23,
+                f"alignment.{name} must be at least 1.2e-7, what cosines in float32 are rounded to, got {value}",
+            )
 
 
 @dataclass(kw_only=True, slots=True)

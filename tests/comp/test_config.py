@@ -83,6 +83,10 @@ def test_every_choice_of_the_tower_is_a_field_of_the_run(config):
         ("stages.0.optim.eps=inf", "stages.0.optim.eps must be a finite number, got inf"),
         ("stages.0.optim.max_grad_norm=nan", "optim.max_grad_norm must be a finite number, got nan"),
         ("stages.0.alignment.temperature=inf", "alignment.temperature must be a finite number, got inf"),
+        (
+            "stages.0.alignment.epsilon=1e-8",
+            "alignment.epsilon must be at least 1.2e-7, what cosines in float32 are rounded to, got 1e-08",
+        ),
         ("language.lora={alpha: .nan}", "language.lora.alpha must be a finite number, got nan"),
         ("eval.data.0.arguments=3", "eval.data.0.arguments must be a mapping, as {...}, got 3"),
         ("vision.path=", "vision.path must name a folder or a hub id, got ''"),
