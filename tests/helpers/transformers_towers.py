@@ -286,14 +286,10 @@ LATER_TOWERS = (
     internvl,
     janus,
 )
-"""Called as their models are."""
+"""Not in every older transformers, or arranged differently, which patching says."""
+HAS_LATER_TOWERS = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24)
+TOWERS = {build.__name__: build for build in (*EARLIER_TOWERS, *(LATER_TOWERS if HAS_LATER_TOWERS else ()))}
 
 
 def installed(name: str) -> bool:
     return importlib.util.find_spec(f"transformers.models.{name}") is not None
-
-
-TOWERS = {
-    build.__name__: build
-    for build in (*EARLIER_TOWERS, *(later for later in LATER_TOWERS if installed(later.__name__.removesuffix("_packed"))))
-}
