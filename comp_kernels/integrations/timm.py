@@ -15,13 +15,12 @@ from torch import Tensor, nn
 
 from ._padded import blocks_of, padded_attention, token_tables
 from ._patching import Foreign, UnsupportedCall, patch_modules
+from ._projections import READS, fused_qkv, normed_qkv, separate_qkv, split_fused
 
 
 def linear_qkv(module: Foreign, x: Tensor) -> tuple[Tensor, ...]:
     """One fused projection, or three with perhaps fewer key heads."""
-    if module.qkv is not None:
-        return module.qkv(x).unflatten(-1, (3, module.num_heads, -1)).unbind(-3)
-    return tuple(project(x).unflatten(-1, (-1, module.head_dim)) for project in (module.q_proj, module.k_proj, module.v_proj))
+    return separate_qkv(module, x) if module.qkv is None else fused_qkv(module, x)
 
 
 def eva_qkv(module: Foreign, x: Tensor) -> tuple[Tensor, ...]:
@@ -30,7 +29,7 @@ def eva_qkv(module: Foreign, x: Tensor) -> tuple[Tensor, ...]:
         return linear_qkv(module, x)
     bias = torch.cat((module.q_bias, module.k_bias, module.v_bias))
     qkv = module.qkv(x) + bias if module.qkv_bias_separate else F.linear(x, module.qkv.weight, bias)
-    return qkv.unflatten(-1, (3, module.num_heads, -1)).unbind(-3)
+    return split_fused(module, qkv)
 
 
 @dataclass(frozen=True)
@@ -79,17 +78,14 @@ class Gemma4Attention:
 
     classes: tuple[str, ...] = ("gemma4_vit.Gemma4Attention",)
     parameters: tuple[str, ...] = ("x", "rope_cos", "rope_sin", "attn_mask")
-    attributes: tuple[str, ...] = (
-        *("q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "q_norm", "k_norm", "v_norm", "attn_drop", "proj_drop"),
-    )
+    attributes: tuple[str, ...] = (*READS[normed_qkv], "o_proj", "attn_drop", "proj_drop")
 
     def run(self, module: Foreign, arguments: dict[str, Any], backend: str | None) -> Tensor:
         check_dropout(module)
         x = arguments["x"]
         batch, tokens = x.shape[:2]
         blocks = blocks_of(arguments.get("attn_mask"), batch, tokens, x.device)
-        projections = ((module.q_proj, module.q_norm), (module.k_proj, module.k_norm), (module.v_proj, module.v_norm))
-        q, k, v = (norm(project(x).unflatten(-1, (-1, module.head_dim))) for project, norm in projections)
+        q, k, v = normed_qkv(module, x)
         tables = token_tables(arguments["rope_cos"], arguments["rope_sin"], batch, tokens)
         pair_stride = module.head_dim // 4
         out = padded_attention(q, k, v, blocks, tables, scale=1.0, pair_stride=pair_stride, backend=backend)

@@ -17,59 +17,19 @@ from torch import Tensor, nn
 from ..ops.rope_attention import rope_attention
 from ._padded import blocks_of, padded_attention, token_tables
 from ._patching import Foreign, UnsupportedCall, patch_modules
+from ._projections import (
+    READS,
+    fused_grouped_qkv,
+    fused_normed_qkv,
+    fused_qkv,
+    normed_before_heads_qk,
+    normed_qk,
+    normed_qkv,
+    separate_qkv,
+    separate_short_names_qkv,
+)
 
 # --- how the families differ ------------------------------------------------------------------------------------------------
-
-
-def fused_qkv(module: Foreign, x: Tensor) -> tuple[Tensor, ...]:
-    return module.qkv(x).unflatten(-1, (3, module.num_heads, -1)).unbind(-3)
-
-
-def fused_normed_qkv(module: Foreign, x: Tensor) -> tuple[Tensor, ...]:
-    q, k, v = fused_qkv(module, x)
-    return module.q_norm(q), module.k_norm(k), v
-
-
-def fused_grouped_qkv(module: Foreign, x: Tensor) -> tuple[Tensor, ...]:
-    widths = (module.q_dim, module.kv_dim, module.kv_dim)
-    return tuple(part.unflatten(-1, (-1, module.head_dim)) for part in module.qkv(x).split(widths, -1))
-
-
-def separate_qkv(module: Foreign, x: Tensor) -> tuple[Tensor, ...]:
-    return tuple(project(x).unflatten(-1, (-1, module.head_dim)) for project in (module.q_proj, module.k_proj, module.v_proj))
-
-
-def separate_short_names_qkv(module: Foreign, x: Tensor) -> tuple[Tensor, ...]:
-    return tuple(project(x).unflatten(-1, (module.num_heads, -1)) for project in (module.q, module.k, module.v))
-
-
-def normed_qkv(module: Foreign, x: Tensor) -> tuple[Tensor, ...]:
-    q, k, v = separate_qkv(module, x)
-    return module.q_norm(q), module.k_norm(k), module.v_norm(v)
-
-
-def normed_qk(module: Foreign, x: Tensor) -> tuple[Tensor, ...]:
-    q, k, v = separate_qkv(module, x)
-    return module.q_norm(q), module.k_norm(k), v
-
-
-def normed_before_heads_qk(module: Foreign, x: Tensor) -> tuple[Tensor, ...]:
-    rows = module.q_norm(module.q_proj(x)), module.k_norm(module.k_proj(x)), module.v_proj(x)
-    return tuple(row.unflatten(-1, (-1, module.head_dim)) for row in rows)
-
-
-SEPARATE, NORMS = ("q_proj", "k_proj", "v_proj", "head_dim"), ("q_norm", "k_norm")
-READS: dict[Callable, tuple[str, ...]] = {
-    fused_qkv: ("qkv", "num_heads"),
-    fused_normed_qkv: ("qkv", "num_heads", *NORMS),
-    fused_grouped_qkv: ("qkv", "q_dim", "kv_dim", "head_dim"),
-    separate_qkv: SEPARATE,
-    separate_short_names_qkv: ("q", "k", "v", "num_heads"),
-    normed_qkv: (*SEPARATE, *NORMS, "v_norm"),
-    normed_qk: (*SEPARATE, *NORMS),
-    normed_before_heads_qk: (*SEPARATE, *NORMS),
-}
-"""What each of them reads from the module."""
 
 
 def real_tables(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -121,9 +81,7 @@ class VisionAttention:
     tables: Callable[[dict[str, Any]], tuple[Tensor, Tensor]] | None = None  # the call's arguments -> cos, sin; None: no RoPE
     pair_stride: Callable[[int], int | None] = rotate_half  # a function of the module: a patched model can be pickled
     rotary_dim: Callable[[int], int | None] = all_channels
-    packed: bool = (
-        False  # hidden states [T, C] or [1, T, C] with cu_seqlens; else [B, S, C] with a mask, and packed if there are any
-    )
+    packed: bool = False  # always [T, C] or [1, T, C] with cu_seqlens; else [B, S, C] with a mask where a call has none
     weights: bool = True  # whether forward returns (out, attention weights)
     mask: str | None = "attention_mask"  # None: the model ignores masks
     parameters: tuple[str, ...] = ("hidden_states", "attention_mask", "position_embeddings")
