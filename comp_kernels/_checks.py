@@ -87,9 +87,11 @@ def check_number(name: str, value: object) -> None:
         raise ValueError(f"{name} must be a number, not a tensor (it receives no gradient), got {describe(value)}")
 
 
-def check_integer(name: str, value: object) -> None:
+def check_integer(name: str, value: int, least: int | None = None) -> None:
     if not isinstance(value, (int, numbers.Integral, torch.SymInt)):
         raise ValueError(f"{name} must be an integer, got {describe(value)}")
+    if least is not None and value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def check_positive(name: str, value: float) -> float:
@@ -102,30 +104,34 @@ def check_positive(name: str, value: float) -> float:
     return float(value) if not isinstance(value, float) and isinstance(value, numbers.Real) else value
 
 
-def largest_setting(dtype: torch.dtype) -> tuple[float, str]:
-    """(what leaves 2**27 of the computing dtype's range to the numbers that a setting multiplies or divides, its name)"""
-    if dtype == torch.float64:
-        return 2.0**1000, "float64"
-    return 2.0**100, "float32"
+# What leaves 2**27 of the computing dtype's range (2**23 of float64's) to the numbers that a setting multiplies or divides.
+LARGEST_SETTING = {torch.float32: 2.0**100, torch.float64: 2.0**1000}
 
 
 def check_size(name: str, value: float, dtype: torch.dtype) -> None:
     """Finite, with room for arithmetic in the computing dtype of tensors of `dtype`."""
-    most, compute = largest_setting(dtype)
+    compute = torch.promote_types(dtype, torch.float32)
+    most = LARGEST_SETTING[compute]
     if not abs(value) <= most:  # so does NaN
-        raise ValueError(f"{name} must be finite and at most {most:.2g} in size for arithmetic in {compute}, got {value}")
+        where = f"arithmetic in {name_of(compute)}"
+        raise ValueError(f"{name} must be finite and at most {most:.2g} in size for {where}, got {value}")
 
 
 def check_temperature(name: str, value: float, dtype: torch.dtype, *, of_cosines: bool = False) -> float:
     """A positive number that scores are divided by in the computing dtype of tensors of `dtype`. Cosines are equal up to its
     rounding: a temperature below tells nothing but that."""
     value = check_positive(name, value)
-    most, compute = largest_setting(dtype)
-    least = torch.finfo(getattr(torch, compute)).eps if of_cosines else 1 / most
+    compute = torch.promote_types(dtype, torch.float32)
+    most = LARGEST_SETTING[compute]
+    least = torch.finfo(compute).eps if of_cosines else 1 / most
     if not least <= value <= most:
-        what = f"cosines in {compute}" if of_cosines else f"arithmetic in {compute}"
+        what = f"{'cosines' if of_cosines else 'arithmetic'} in {name_of(compute)}"
         raise ValueError(f"{name} must be between {least:.2g} and {most:.2g} for {what}, got {value}")
     return value
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def check_bool(name: str, value: object) -> None:
@@ -139,9 +145,7 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
 
 
 def check_num_iters(num_iters: int) -> None:
-    check_integer("num_iters", num_iters)
-    if num_iters < 1:
-        raise ValueError(f"num_iters must be at least 1, got {num_iters}")
+    check_integer("num_iters", num_iters, least=1)
     if num_iters >= 2**31:
         raise ValueError(f"num_iters must be less than 2**31, got {num_iters}")
 
@@ -154,6 +158,11 @@ def check_group(group: object) -> None:
 def of_inference_mode(x: Tensor | None) -> bool:
     """Whether autograd would refuse to keep it: made in inference mode, which is over."""
     return x is not None and x.is_inference() and not torch.is_inference_mode_enabled()
+
+
+def keepable(x: Tensor) -> Tensor:
+    """x, or a copy where autograd would refuse to keep it."""
+    return x.clone() if not torch.compiler.is_compiling() and of_inference_mode(x) else x
 
 
 def has_values(x: Tensor) -> bool:

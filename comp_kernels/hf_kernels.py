@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from . import _native
+from ._checks import check_integer
 
 PACKAGE = Path(__file__).parent
 # Commands and test tools stay behind, and what imports other libraries than torch.
@@ -37,8 +38,7 @@ def emit(out: Path, version: int = 1) -> list[Path]:
     version: the major version that `get_kernel` asks for, at least 1. Raises FileExistsError where `out` has a build already,
     and ValueError for another version.
     """
-    if version < 1:
-        raise ValueError(f"version must be at least 1, got {version}")
+    check_integer("version", version, least=1)
     build = out / "build"
     if build.exists():
         raise FileExistsError(f"out must not have a build folder, {build} exists")

@@ -47,9 +47,7 @@ def warm_up(
     Raises RuntimeError without Triton, ValueError without a GPU or `arch`, or for fewer jobs than one.
     """
     if jobs is not None:
-        check_integer("jobs", jobs)
-        if jobs < 1:
-            raise ValueError(f"jobs must be at least 1, got {jobs}")
+        check_integer("jobs", jobs, least=1)
     arch = arch or this_machine()
     reason = _triton.unavailable_reason(torch.device("cuda"))
     if reason:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..._checks import check_dense, check_integer, check_number, check_size, check_tensor, has_values, of_inference_mode
+from ..._checks import check_dense, check_integer, check_number, check_size, check_tensor, has_values, keepable
 from . import reference
 
 
@@ -315,8 +315,7 @@ def with_bounds(call: Call) -> Call:
 
 def as_int32(cu_seqlens: Tensor) -> Tensor:
     """cu_seqlens, contiguous, as autograd can keep it."""
-    if not torch.compiler.is_compiling() and of_inference_mode(cu_seqlens):
-        cu_seqlens = cu_seqlens.clone()
+    cu_seqlens = keepable(cu_seqlens)
     if cu_seqlens.dtype == torch.int64:
         # A bound beyond int32 must not come back as a small one: in a compiled graph the kernel's own check sees this alone.
         limits = torch.iinfo(torch.int32)

@@ -23,7 +23,7 @@ from ..._checks import (
     check_size,
     check_temperature,
     check_tensor,
-    of_inference_mode,
+    keepable,
     readable,
 )
 from . import gradients, reference
@@ -166,9 +166,9 @@ def used_marginals(
     """Both marginals as `Call` has them: rows of mass one, columns that share the mass of all rows of the group."""
     *_, num_rows, num_cols = scores.shape
     dtype = torch.promote_types(scores.dtype, torch.float32)
-    rows = None if row_marginals is None else constant(row_marginals, dtype)
+    rows = None if row_marginals is None else keepable(row_marginals.detach().to(dtype))
     if col_marginals is not None:
-        return rows, constant(col_marginals, dtype)
+        return rows, keepable(col_marginals.detach().to(dtype))
     if rows is None:
         if group is None:
             return None, None
@@ -177,12 +177,6 @@ def used_marginals(
     if group is not None:
         dist.all_reduce(mass, group=group)
     return rows, (mass / num_cols).expand(*mass.shape[:-1], num_cols)
-
-
-def constant(marginal: Tensor, dtype: torch.dtype) -> Tensor:
-    """Without a gradient, as autograd can keep it."""
-    marginal = marginal.detach().to(dtype)
-    return marginal.clone() if not torch.compiler.is_compiling() and of_inference_mode(marginal) else marginal
 
 
 def check_order(order: str, group: dist.ProcessGroup | None) -> None:
