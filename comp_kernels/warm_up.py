@@ -101,6 +101,11 @@ def one_of_each_kind(model: nn.Module, names: list[str], dtype: torch.dtype) -> 
             yield copy.deepcopy(module).to_empty(device="cpu").to(dtype).eval()  # eval: without dropout
 
 
+def input_width(attention: nn.Module) -> int:
+    """Channels of its hidden states, which the first linear layer of every family takes."""
+    return next(layer for layer in attention.modules() if isinstance(layer, nn.Linear)).in_features
+
+
 def transformers_calls(folder: Path, dtype: torch.dtype) -> Iterator[tuple[nn.Module, dict]]:
     """(attention module, arguments)."""
     import transformers
@@ -117,7 +122,7 @@ def transformers_calls(folder: Path, dtype: torch.dtype) -> Iterator[tuple[nn.Mo
             model = getattr(transformers, config.architectures[0])._from_config(config)
     for module in one_of_each_kind(model, patch_transformers(model, backend="triton"), dtype):
         family = module._comp_kernels_patch.family
-        inputs = next(layer for layer in module.modules() if isinstance(layer, nn.Linear)).in_features
+        inputs = input_width(module)
         rotary_dim = family.rotary_dim(module.head_dim) or module.head_dim
         for images, tokens in BATCHES:
             rows = images * tokens if family.packed else tokens
@@ -157,11 +162,10 @@ def timm_calls(folder: Path, dtype: torch.dtype) -> Iterator[tuple[nn.Module, di
     patch_timm(model, backend="triton")
     learned = any("rope" in name for name, _ in model.named_parameters())
     for module in one_of_each_kind(model, names, dtype):
-        rope = rotary.get(type(module))
+        rope, inputs = rotary.get(type(module)), input_width(module)
+        names_of_tables = [name for name in module._comp_kernels_patch.family.parameters if "rope" in name]
         for count, tokens in BATCHES:
-            inputs = next(layer for layer in module.modules() if isinstance(layer, nn.Linear)).in_features
             arguments = dict(x=torch.zeros(count, tokens, inputs, dtype=dtype))
-            names_of_tables = [name for name in module._comp_kernels_patch.family.parameters if "rope" in name]
             if rope is not None:
                 shape = (*rope.shape[:-2], tokens - getattr(module, "num_prefix_tokens", 0), rope.shape[-1])
                 arguments |= {name: torch.zeros(shape, requires_grad=learned) for name in names_of_tables}

@@ -311,10 +311,10 @@ class Trainer:
 
     def _check_sizes(self) -> None:
         """Which samples a step takes follows from how many there are, so a run that goes on needs as many as it began with."""
-        for stage, sources in zip(self.config.stages, self.sources):
+        for index, (stage, sources) in enumerate(zip(self.config.stages, self.sources)):
             sizes = sources.sizes()
             before = self.state.sizes.setdefault(stage.name, sizes)
-            if sizes != before and stage in self.config.stages[self.state.stage :]:
+            if sizes != before and index >= self.state.stage:
                 raise ConfigError(
                     f"--resume needs the data the run was started with; the sources of stage {stage.name} had {before} samples "
                     f"(of streams: shards) and have {sizes}"
