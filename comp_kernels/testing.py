@@ -328,8 +328,10 @@ def check_rope_attention(
     device: str | torch.device = "cpu",
     factor: float = 2.0,
     draws: int = 16,
+    change: Callable[[AttentionInputs], None] | None = None,
 ) -> None:
-    """Assert that `backend` computes out, lse and all gradients of `case` within the error budget of `dtype`.
+    """Assert that `backend` computes out, lse and all gradients of `case`, of its inputs after `change`, within the error
+    budget of `dtype`.
 
     The largest of a few thousand rounding errors is a matter of luck on both sides, and that of plain PyTorch of the machine
     too, whose sums run in another order. So where one draw does not settle it the largest error over `draws` of them counts,
@@ -337,7 +339,7 @@ def check_rope_attention(
     """
     largest: dict[str, tuple[float, float]] = {}
     for seed in range(case.seed, case.seed + draws):
-        actual, exact, peer = three_ways(dataclasses.replace(case, seed=seed), dtype, backend, device)
+        actual, exact, peer = three_ways(dataclasses.replace(case, seed=seed), dtype, backend, device, change)
         for name, value in exact.items():
             check_places(f"{case.name} {name}", actual[name], value, peer[name])
             error, allowed = error_and_allowance(actual[name], value, peer[name])
@@ -401,10 +403,16 @@ def check_huge_logits(dtype: torch.dtype, backend: str, device: str | torch.devi
 
 
 def three_ways(
-    case: AttentionCase, dtype: torch.dtype, backend: str, device: str | torch.device = "cpu"
+    case: AttentionCase,
+    dtype: torch.dtype,
+    backend: str,
+    device: str | torch.device = "cpu",
+    change: Callable[[AttentionInputs], None] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
     """out, lse and all gradients by `backend`, by the definition in float64, and by plain PyTorch in `dtype`."""
     inputs = make_attention_inputs(case, dtype, device)
+    if change is not None:
+        change(inputs)
 
     def kernel(*args, **kwargs):
         return rope_attention(*args, return_lse=True, backend=backend, **kwargs)

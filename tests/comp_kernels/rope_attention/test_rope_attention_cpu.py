@@ -189,6 +189,57 @@ def test_growing_logits_rescale_what_was_summed():
         torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
 
 
+LEVELS = {
+    "a_little": {70: 12.0},  # beyond 2^8 times the weights before, not beyond 2^32
+    "in_the_first_block": {70: 40.0},
+    "in_the_second_block": {300: 40.0},
+    "step_by_step": {40: 3.0, 130: 15.0, 200: 60.0, 330: 20.0, 420: 120.0, 500: 110.0},
+    "falling": {0: 100.0, 70: 50.0, 300: 0.0},
+    "far_from_zero": {0: 4000.0, 300: 4020.0},
+    "far_below_zero": {0: -4000.0, 300: -3000.0},
+}
+"""Nats that are added to the scores of all keys from one on: {key: nats}."""
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
+def test_scores_that_grow_from_key_to_key(dtype, levels):
+    """What weights are measured against is the largest score, of the first keys only while later ones are not far above it.
+    Of two heads one has such keys."""
+
+    def change(inputs):
+        inputs.q[:, 0, 0] = 8.0
+        for key, nats in LEVELS[levels].items():
+            inputs.k[key:, 0, 0] = nats / 8.0 / inputs.kwargs["scale"]
+
+    check_rope_attention(AttentionCase("grow", [600], head_dim=64, layout=None, scale=0.125), dtype, "cpu", change=change)
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
+def test_huge_logits_of_one_query(dtype):
+    """A rounding of scores of 1e10 is hundreds of bits; no other query's roundings then decide how a block is computed."""
+    q, k, v = torch.randn(3, 40, 100, 1, 64, generator=torch.Generator().manual_seed(0))
+    q, k = ((2e4 * x).clamp(-6e4, 6e4).to(dtype) for x in (q, k))
+    scores = torch.einsum("bd,bkd->bk", q[:, 0, 0].double(), k[:, :, 0].double())
+    best = scores.topk(2)
+    clear = best.values[:, 0] - best.values[:, 1] > 1e-4 * best.values[:, 0].abs()
+    assert clear.sum() > 30
+    for n in clear.nonzero()[:, 0].tolist():
+        out = ck.rope_attention(q[n, :1], k[n], v[n].to(dtype), scale=1.0, backend="cpu")
+        assert torch.equal(out[0], v[n, best.indices[n, 0]].to(dtype))
+
+
+@pytest.mark.parametrize("key", (10, 100, 299))
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
+def test_nan_in_a_late_key(dtype, key):
+    inputs = make_attention_inputs(AttentionCase("nan", [300], heads=2), dtype)
+    clean = run(inputs)["out"]
+    inputs.k[key, 0, 3] = torch.nan
+    out = run(inputs)["out"]
+    assert out[:, 0].isnan().all()
+    assert torch.equal(out[:, 1], clean[:, 1])
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_nan_in_one_sequence_stays_there(dtype):
     inputs = make_attention_inputs(AttentionCase("nan", [70, 130, 9]), dtype)

@@ -107,8 +107,6 @@ void pack_keys_and_values(const Params& p, const AttentionItem& item, BackwardSc
                    p);
       for (int64_t i = rows * stride; i < whole * stride; ++i) keys[i] = values[i] = 0;
       if constexpr (kPack > 1) as_right_operand(keys, whole, D, stride, scratch.keys + (block + j) / kPack * stride);
-      as_left_operand(keys, whole, D, stride);
-      as_left_operand(values, whole, D, stride);
       for (int64_t i = 0; i < whole; i += L) {
         transpose_into_panels(keys + i * stride, stride, depth, scratch.key_panels + block * depth, columns, j + i);
         transpose_into_panels(values + i * stride, stride, depth, scratch.value_panels + block * depth, columns, j + i);
@@ -132,12 +130,6 @@ void load_queries(const Params& p, BackwardScratch<T>& scratch, int64_t token, i
                  stride, p);
     load_rows<S>(p.out, p.num_heads * D, D, token + i, rows, i, queries, head, Tables<T>{}, scratch.out, stride, p);
     // delta in the order in which the products sum dP, so that the two cancel exactly where one key has all the weight.
-    if constexpr (kPack > 1) {
-      std::copy_n(dout, L * stride, scratch.value_rows);  // dout itself becomes two operands below
-      dout = scratch.value_rows;
-      as_left_operand(dout, L, D, stride);
-      as_left_operand(scratch.out, L, D, stride);
-    }
     if constexpr (kTiles) {  // the diagonal of dO O'
       const int64_t depth = operand_depth(D);
       T *columns = scratch.key_rows, *products = scratch.probabilities;
@@ -156,8 +148,6 @@ void load_queries(const Params& p, BackwardScratch<T>& scratch, int64_t token, i
     std::fill(scratch.row_lse_rest + queries, scratch.row_lse_rest + padded, std::numeric_limits<T>::infinity());  // no weight
     as_right_operand(scratch.query, queries, D, stride, scratch.query_right);
     as_right_operand(scratch.dout, queries, D, stride, scratch.dout_right);
-    as_left_operand(scratch.query, padded, D, stride);
-    as_left_operand(scratch.dout, padded, D, stride);
   }
   if constexpr (kTiles) {
     for (int64_t i = 0; i < operand_depth(queries); i += L) {
@@ -347,7 +337,7 @@ void store_key_gradients(const Params& p, const AttentionItem& item, BackwardScr
                                item.head_k, p.num_heads_k, key_tables<T>(p), p.dk, p);
     for (int64_t j = 0; j < rows; ++j) {
       S* dv = static_cast<S*>(p.dv) + ((token + j) * p.num_heads_k + item.head_k) * D;
-      ask_ahead(dv, p.num_heads_k * D, first + j, count, D);
+      ask_ahead<Rows::written>(dv, p.num_heads_k * D, first + j, count, D);
       narrow_row(dvalues + j * stride, T(1), dv, D);
     }
   }

@@ -160,13 +160,12 @@ void product_panels(int64_t rows, int64_t vectors, int64_t depth, const T* a, in
 // makes a step with every tile, where tiles ask.
 template <typename T, RowsOfA kA, RowsOfB kB>
 void product(Result result, int64_t rows, int64_t vectors, int64_t depth, const T* a, int64_t a_stride, const T* b,
-             int64_t b_stride, T* c, int64_t c_stride, RowsAhead& ahead) {
+             int64_t b_stride, T* c, int64_t c_stride, [[maybe_unused]] RowsAhead& ahead) {
 #ifdef COMP_KERNELS_TILES
   static_assert(kA == RowsOfA::strided, "tiles of A are rows");
   constexpr bool kPanels = kB == RowsOfB::in_panels;
   const auto tiles = result == Result::overwritten ? product_on_tiles<false> : product_on_tiles<true>;
-  tiles(rows, vectors * kTile, depth, a, a_stride, b, kPanels ? kTile : b_stride, kPanels ? kTile * depth : kTile, c, c_stride,
-        ahead);
+  tiles(rows, vectors * kTile, depth, a, a_stride, b, kPanels ? kTile : b_stride, kPanels ? kTile * depth : kTile, c, c_stride);
 #else
   if (result == Result::overwritten) {
     product_panels<T, kA, kB, Result::overwritten>(rows, vectors, depth, a, a_stride, b, b_stride, c, c_stride, ahead);

@@ -54,19 +54,43 @@ CK_INLINE Vec<float> pair_rows(Vec<float> even, Vec<float> odd) {
   return (Vec<float>)_mm512_maskz_permutexvar_epi16(0xffffffff, _mm512_load_si512(kZip), rounded(COMP_KERNELS_PAIRS{}, even, odd));
 }
 
-// Rows x [rows, columns], `stride` apart -> pairs of rows [rows / 2 rounded up, columns], `stride` apart; a row without a partner
-// is paired with zeros. `columns`: whole vectors. In place, too.
-CK_INLINE void pair_rows(const float* x, int64_t rows, int64_t columns, int64_t stride, float* pairs) {
-  for (int64_t i = 0; i < rows; i += 2, x += 2 * stride, pairs += stride) {
-    for (int64_t d = 0; d < columns; d += kLanes<float>) {
-      store(pairs + d, pair_rows(load(x + d), i + 1 < rows ? load(x + stride + d) : Vec<float>{}));
-    }
+// Two rows of `count` 16-bit numbers -> pairs, with zeros from `count` to `columns`, whole vectors. `odd` may be null: zeros.
+CK_INLINE void pair_rows(const void* even, const void* odd, int64_t count, float* pairs, int64_t columns) {
+  alignas(64) static constexpr uint16_t kLow[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                    8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  const __m512i low = _mm512_load_si512(kLow), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  const uint16_t *a = static_cast<const uint16_t*>(even), *b = static_cast<const uint16_t*>(odd);
+  for (int64_t d = 0; d < columns; d += 32) {
+    const int64_t left = count - d;
+    const __mmask32 valid = left >= 32 ? 0xffffffffu : left > 0 ? (1u << left) - 1 : 0;
+    const __m512i x = _mm512_maskz_loadu_epi16(valid, a + d);
+    const __m512i y = b == nullptr ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi16(valid, b + d);
+    store(pairs + d, (Vec<float>)_mm512_permutex2var_epi16(x, low, y));
+    if (d + 16 < columns) store(pairs + d + 16, (Vec<float>)_mm512_permutex2var_epi16(x, high, y));
+  }
+}
+
+CK_INLINE Vec<float> negated(Vec<float> pairs) {
+  return (Vec<float>)_mm512_xor_si512((__m512i)pairs, _mm512_set1_epi16(static_cast<int16_t>(0x8000)));
+}
+
+// x [count] -> y [whole], 16-bit numbers, zeros from `count` on.
+CK_INLINE void copy_row(const void* x, int64_t count, void* y, int64_t whole) {
+  for (int64_t d = 0; d < whole; d += 32) {
+    const auto first_of = [](int64_t n) { return n >= 32 ? 0xffffffffu : n > 0 ? (1u << n) - 1 : 0; };
+    const __m512i numbers = _mm512_maskz_loadu_epi16(first_of(count - d), static_cast<const uint16_t*>(x) + d);
+    _mm512_mask_storeu_epi16(static_cast<uint16_t*>(y) + d, first_of(whole - d), numbers);
   }
 }
 
 #else
 
 constexpr int kPack = 1;
+
+template <typename V>
+CK_INLINE V negated(V x) {
+  return -x;
+}
 
 template <typename V>
 CK_INLINE V multiply_add(V x, V y, V sum) {

@@ -1,6 +1,8 @@
-// Rows of q, k, v between the user's tensors and the kernels' scratch: widened, rotated, and back again.
+// Rows of q, k, v between the user's tensors and the kernels' scratch: widened, rotated, and back again. Sets that multiply 16-bit
+// numbers keep rows as such: widened for the rotation only, copied where there is none.
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "common/cpu/half.h"
@@ -96,8 +98,8 @@ enum class Rotation { forward, transposed };
 // y = x * cos + swap(x) * sin over the first rotary_dim channels, or the transpose of that, which turns the gradient of the
 // rotated row into that of the row. Tables are read from entry `row` on; x and y are different memory. x is read as it is stored:
 // on its way through a buffer, vectors of it would be loaded across those just stored, and wait for them.
-template <Rotation kRotation, typename S, typename T>
-CK_INLINE void rotate_row(const S* x, T* y, const Tables<T>& tables, int64_t row, const Params& p) {
+template <Rotation kRotation, typename S, typename Y, typename T>
+CK_INLINE void rotate_row(const S* x, Y* y, const Tables<T>& tables, int64_t row, const Params& p) {
   constexpr int L = kLanes<T>;
   constexpr bool kForward = kRotation == Rotation::forward;
   const int64_t stride = p.pair_stride;
@@ -111,8 +113,10 @@ CK_INLINE void rotate_row(const S* x, T* y, const Tables<T>& tables, int64_t row
         const int64_t a = block + j, b = a + stride;
         const Vec<T> first = load_widened(x + a), second = load_widened(x + b), sin_a = load(sin + t.first),
                      sin_b = load(sin + t.second);
-        store(y + a, kForward ? first * load(cos + t.first) - second * sin_a : first * load(cos + t.first) + second * sin_b);
-        store(y + b, kForward ? second * load(cos + t.second) + first * sin_b : second * load(cos + t.second) - first * sin_a);
+        store_narrowed(kForward ? first * load(cos + t.first) - second * sin_a : first * load(cos + t.first) + second * sin_b,
+                       y + a);
+        store_narrowed(kForward ? second * load(cos + t.second) + first * sin_b : second * load(cos + t.second) - first * sin_a,
+                       y + b);
       }
     }
     return;
@@ -123,7 +127,7 @@ CK_INLINE void rotate_row(const S* x, T* y, const Tables<T>& tables, int64_t row
     for (int i = 0; i < L; ++i) sign[i] = (i % 2 == 0) == kForward ? T(-1) : T(1);
     for (; done + L <= p.rotary_dim; done += L) {
       const Vec<T> v = load_widened(x + done), c = load(cos + done), s = load(sin + done);
-      store(y + done, v * c + (kForward ? swap_neighbours<T>(v) * sign * s : swap_neighbours<T>(v * s) * sign));
+      store_narrowed(v * c + (kForward ? swap_neighbours<T>(v) * sign * s : swap_neighbours<T>(v * s) * sign), y + done);
     }
   }
   for (int64_t block = done; block < p.rotary_dim; block += 2 * stride) {
@@ -131,8 +135,8 @@ CK_INLINE void rotate_row(const S* x, T* y, const Tables<T>& tables, int64_t row
       const PairIndex t(one_per_pair, stride, block, j);
       const int64_t a = block + j, b = a + stride;
       const T first = widen(x[a]), second = widen(x[b]);
-      y[a] = kForward ? first * cos[t.first] - second * sin[t.first] : first * cos[t.first] + second * sin[t.second];
-      y[b] = kForward ? second * cos[t.second] + first * sin[t.second] : second * cos[t.second] - first * sin[t.first];
+      narrow(kForward ? first * cos[t.first] - second * sin[t.first] : first * cos[t.first] + second * sin[t.second], y[a]);
+      narrow(kForward ? second * cos[t.second] + first * sin[t.second] : second * cos[t.second] - first * sin[t.first], y[b]);
     }
   }
 }
@@ -187,6 +191,25 @@ void add_rows(RowsAhead& ahead, const void* x, int64_t heads, int64_t token, int
   add_rows<S>(ahead, x, heads * p.head_dim, p.head_dim, token, rows, head);
 }
 
+#ifdef COMP_KERNELS_PAIRS
+
+// Rows token .. token + rows of one head, from x [*, heads, D] with the given strides, to rows of a left operand
+// [operand_depth(D)], `stride` apart. They follow `done` rows of the `count` that the caller is about to read.
+template <typename S, typename T>
+void load_rows(const void* x, int64_t token_stride, int64_t head_stride, int64_t token, int64_t rows, int64_t done, int64_t count,
+               int64_t head, const Tables<T>& tables, T* y, int64_t stride, const Params& p) {
+  const int64_t D = p.head_dim, rotated = tables.rotate() ? p.rotary_dim : 0;
+  const S* from = static_cast<const S*>(x) + token * token_stride + head * head_stride;
+  for (int64_t i = 0; i < rows; ++i, from += token_stride, y += stride) {
+    ask_ahead(from, token_stride, done + i, count, D);
+    COMP_KERNELS_PAIRS* numbers = reinterpret_cast<COMP_KERNELS_PAIRS*>(y);
+    if (rotated > 0) rotate_row<Rotation::forward>(from, numbers, tables, tables.row(token + i, head), p);
+    copy_row(from + rotated, D - rotated, numbers + rotated, kPack * operand_depth(D) - rotated);
+  }
+}
+
+#else
+
 // Rows token .. token + rows of one head, from x [*, heads, D] with the given strides, to y with rows `stride` apart. They follow
 // `done` rows of the `count` that the caller is about to read.
 template <typename S, typename T>
@@ -200,25 +223,33 @@ void load_rows(const void* x, int64_t token_stride, int64_t head_stride, int64_t
   }
 }
 
-// Rows x [rows, D] as load_rows leaves them, in place -> rows of a left operand, [rows, operand_depth(D)].
-template <typename T>
-void as_left_operand(T* x, int64_t rows, int64_t head_dim, int64_t stride) {
-  if constexpr (kPack > 1) {
-    const int64_t columns = round_up_to_lanes<T>(head_dim), depth = operand_depth(head_dim);
-    for (int64_t i = 0; i < rows; ++i, x += stride) {
-      pair_columns(x, x, columns);
-      for (int64_t d = columns / kPack; d < depth; ++d) x[d] = 0;
+#endif
+
+// Rows of v, not rotated, as a right operand whose depth is the rows: [operand_depth(rows), D].
+template <typename S, typename T>
+void load_right_rows(const void* x, int64_t token_stride, int64_t head_stride, int64_t token, int64_t rows, int64_t done,
+                     int64_t count, int64_t head, T* y, int64_t stride, const Params& p) {
+  if constexpr (kPack == 1) {
+    load_rows<S>(x, token_stride, head_stride, token, rows, done, count, head, Tables<T>{}, y, stride, p);
+  } else {
+    const S* from = static_cast<const S*>(x) + token * token_stride + head * head_stride;
+    for (int64_t i = 0; i < rows; i += kPack, from += kPack * token_stride, y += stride) {
+      for (int n = 0; n < kPack; ++n) ask_ahead(from + n * token_stride, token_stride, done + i + n, count, p.head_dim);
+      pair_rows(from, i + 1 < rows ? from + token_stride : nullptr, p.head_dim, y, round_up_to_lanes<T>(p.head_dim));
     }
+    std::fill_n(y, (operand_depth(rows) - (rows + 1) / kPack) * stride, T(0));
   }
 }
 
-// Such rows -> pairs of rows, a right operand whose depth is the rows, [operand_depth(rows), D], in place if `to` is x. Without
-// pairs the rows are it, and `to` is not written.
+// Rows of a left operand -> pairs of rows, a right operand whose depth is the rows, [operand_depth(rows), D]. Without pairs the rows
+// are it, and `to` is not written.
 template <typename T>
 void as_right_operand(const T* x, int64_t rows, int64_t head_dim, int64_t stride, T* to) {
   if constexpr (kPack > 1) {
-    pair_rows(x, rows, round_up_to_lanes<T>(head_dim), stride, to);
-    for (int64_t i = (rows + 1) / kPack * stride; i < operand_depth(rows) * stride; ++i) to[i] = 0;
+    for (int64_t i = 0; i < rows; i += kPack, x += kPack * stride, to += stride) {
+      pair_rows(x, i + 1 < rows ? x + stride : nullptr, head_dim, to, round_up_to_lanes<T>(head_dim));
+    }
+    std::fill_n(to, (operand_depth(rows) - (rows + 1) / kPack) * stride, T(0));
   }
 }
 
@@ -246,7 +277,7 @@ void store_rotated_gradients(const T* g, int64_t stride, T scale, const void* x,
   for (int64_t i = 0; i < rows; ++i, from += token_stride, g += stride) {
     const int64_t row = (token + i) * heads + head;
     S* to = static_cast<S*>(dx) + row * D;
-    ask_ahead(to, heads * D, i, rows, D);
+    ask_ahead<Rows::written>(to, heads * D, i, rows, D);
     const T* gradient = g;
     if (tables.rotate()) {
       if (tables.dcos != nullptr) {

@@ -12,28 +12,37 @@
 
 namespace comp_kernels::COMP_KERNELS_ISA {
 
-// Who asks: tiles; loops only with AVX-512 in float32 and float64, where it gains. On Intel processors with AVX-512 a tile that asks
-// waits until the row is there: 200 ns for one of five lines, a sixth of the time of all products, where a loop that only touches
-// rows, many at a time, needs 17 ns for each. There loops alone ask; on Zen 5 both.
-#if defined(__AVX512F__) && !defined(COMP_KERNELS_PAIRS)
+// Who asks: tiles; loops only with AVX-512 in float32 and float64, and with AMX, where it gains. On Intel processors with AVX-512 a
+// tile that asks waits until the row is there: 200 ns for one of five lines, a sixth of the time of all products, where a loop that
+// only touches rows, many at a time, needs 17 ns for each. There loops alone ask, as with AMX; on Zen 5 both.
+#if defined(__AVX512F__) && (!defined(COMP_KERNELS_PAIRS) || defined(COMP_KERNELS_TILES))
 constexpr bool kLoopsAsk = true;
 #else
 constexpr bool kLoopsAsk = false;
 #endif
-CK_INLINE bool tiles_ask() { return !kLoopsAsk || !tiles_wait_for_prefetches; }
+#ifdef COMP_KERNELS_TILES
+constexpr bool kTilesAsk = false;
+#else
+constexpr bool kTilesAsk = true;
+#endif
+CK_INLINE bool tiles_ask() { return kTilesAsk && (!kLoopsAsk || !tiles_wait_for_prefetches); }
+
+enum class Rows { read, written };
 
 // Before a loop over `count` rows reads or writes row i, which is at `row`: asks for one some rows on; first, for all up to it. They
-// come to the second-level cache: in the first, rows that are a power of two apart would drive each other out.
-template <typename S>
+// come to the second-level cache: in the first, rows that are a power of two apart would drive each other out. With AMX those that
+// are read come to the first: 16-bit rows are half as long, and 1 to 5 % are gained; those that are written, too, would lose more.
+template <Rows kRows = Rows::read, typename S>
 CK_INLINE void ask_ahead(const S* row, int64_t stride, int64_t i, int64_t count, int64_t columns) {
   if constexpr (!kLoopsAsk) return;
+  constexpr int kLocality = kRows == Rows::written || kTilesAsk ? 2 : 3;
   const auto ask = [&](int64_t n) __attribute__((always_inline)) {
     const char* ahead = reinterpret_cast<const char*>(row + n * stride);
     for (int64_t byte = 0; byte < columns * static_cast<int64_t>(sizeof(S)); byte += 64) {
-      __builtin_prefetch(ahead + byte, /*rw=*/0, /*locality=*/2);
+      __builtin_prefetch(ahead + byte, /*rw=*/0, kLocality);
     }
   };
-  const int64_t rows_ahead = tiles_wait_for_prefetches ? 8 : 16;
+  const int64_t rows_ahead = kTilesAsk && tiles_wait_for_prefetches ? 8 : 16;
   if (i == 0) {
     for (int64_t n = 1; n < min(rows_ahead, count); ++n) ask(n);
   }

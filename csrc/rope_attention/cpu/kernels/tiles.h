@@ -9,7 +9,6 @@
 #include <cstring>
 
 #include "common/cpu/simd.h"
-#include "rows_ahead.h"
 
 namespace comp_kernels::COMP_KERNELS_ISA {
 
@@ -47,59 +46,81 @@ class TileRegisters {
   TileRegisters& operator=(const TileRegisters&) = delete;
 };
 
+// 2 x 2 tiles of C, of which registers 0 to 3 hold the sums.
+CK_INLINE void store_four_tiles(float* c, int64_t c_stride) {
+  const int64_t bytes = c_stride * static_cast<int64_t>(sizeof(float));
+  _tile_stored(0, c, bytes);
+  _tile_stored(1, c + kTile, bytes);
+  _tile_stored(2, c + kTile * c_stride, bytes);
+  _tile_stored(3, c + kTile * c_stride + kTile, bytes);
+}
+
 // C tiles kRows x kColumns, at most 2 x 2 of them: tile registers 0 to 3 hold C, 4 and 5 A, 6 and 7 B, so that each tile loaded
 // serves two products.
+//
+// Four tiles of C are not stored but left in their registers, for the next call to store among its products: a store takes as long
+// as a product and goes beside it, but four in a row hold everything up that is behind them. `waiting` is where the block before is
+// to go (null: nowhere); returns where this one is.
 template <int kRows, int kColumns, bool kAccumulate>
-void multiply_tiles(int64_t depth, const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t b_column, float* c,
-                    int64_t c_stride) {
+float* multiply_tiles(int64_t depth, const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t b_column, float* c,
+                      int64_t c_stride, float* waiting) {
   constexpr int64_t kBytes = sizeof(float);
+  constexpr bool kFour = kRows == 2 && kColumns == 2;
   const int64_t a_bytes = a_stride * kBytes, b_bytes = b_stride * kBytes, c_bytes = c_stride * kBytes;
-  float* c_low = c + kTile * c_stride;
-  if constexpr (kAccumulate) {
-    _tile_loadd(0, c, c_bytes);
-    if constexpr (kColumns > 1) _tile_loadd(1, c + kTile, c_bytes);
-    if constexpr (kRows > 1) _tile_loadd(2, c_low, c_bytes);
-    if constexpr (kRows > 1 && kColumns > 1) _tile_loadd(3, c_low + kTile, c_bytes);
-  } else {
-    _tile_zero(0);
-    if constexpr (kColumns > 1) _tile_zero(1);
-    if constexpr (kRows > 1) _tile_zero(2);
-    if constexpr (kRows > 1 && kColumns > 1) _tile_zero(3);
+  if (!kFour && waiting != nullptr) store_four_tiles(waiting, c_stride);
+// A sum begins: with C, or with zero; what the register still holds goes first.
+#define BEGIN_SUM(tile, offset)                                                       \
+  if (k == 0) {                                                                       \
+    if (kFour && waiting != nullptr) _tile_stored(tile, waiting + (offset), c_bytes); \
+    if constexpr (kAccumulate) {                                                      \
+      _tile_loadd(tile, c + (offset), c_bytes);                                       \
+    } else {                                                                          \
+      _tile_zero(tile);                                                               \
+    }                                                                                 \
   }
-  for (int64_t k = 0; k < depth; k += kDepthStep, a += kDepthStep, b += kDepthStep * b_stride) {
+  for (int64_t k = 0; k < depth; k += kDepthStep, b += kDepthStep * b_stride) {
     _tile_loadd(6, b, b_bytes);
-    _tile_loadd(4, a, a_bytes);
+    _tile_loadd(4, a + k, a_bytes);
+    BEGIN_SUM(0, 0)
     TILE_PRODUCT(0, 4, 6);
     if constexpr (kColumns > 1) {
       _tile_loadd(7, b + b_column, b_bytes);
+      BEGIN_SUM(1, kTile)
       TILE_PRODUCT(1, 4, 7);
     }
     if constexpr (kRows > 1) {
-      _tile_loadd(5, a + kTile * a_stride, a_bytes);
+      _tile_loadd(5, a + kTile * a_stride + k, a_bytes);
+      BEGIN_SUM(2, kTile * c_stride)
       TILE_PRODUCT(2, 5, 6);
-      if constexpr (kColumns > 1) TILE_PRODUCT(3, 5, 7);
+    }
+    if constexpr (kFour) {
+      BEGIN_SUM(3, kTile * c_stride + kTile)
+      TILE_PRODUCT(3, 5, 7);
     }
   }
+#undef BEGIN_SUM
+  if constexpr (kFour) return c;
   _tile_stored(0, c, c_bytes);
   if constexpr (kColumns > 1) _tile_stored(1, c + kTile, c_bytes);
-  if constexpr (kRows > 1) _tile_stored(2, c_low, c_bytes);
-  if constexpr (kRows > 1 && kColumns > 1) _tile_stored(3, c_low + kTile, c_bytes);
+  if constexpr (kRows > 1) _tile_stored(2, c + kTile * c_stride, c_bytes);
+  return nullptr;
 }
 
 // C [rows, columns] (+)= A [rows, depth] B [depth, columns]. Rows of B are b_stride apart, its next kTile columns b_column.
 template <bool kAccumulate>
 void product_on_tiles(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_stride, const float* b,
-                      int64_t b_stride, int64_t b_column, float* c, int64_t c_stride, RowsAhead& ahead) {
+                      int64_t b_stride, int64_t b_column, float* c, int64_t c_stride) {
   asm volatile("" ::: "memory");  // GCC's tile loads do not say that they read memory
+  float* waiting = nullptr;
   for (int64_t n = 0; n < columns; n += 2 * kTile, b += 2 * b_column) {
     for (int64_t m = 0; m < rows; m += 2 * kTile) {
       const auto of_rows = [&](auto multiply_two, auto multiply_one) { return m + kTile < rows ? multiply_two : multiply_one; };
       const auto multiply = n + kTile < columns ? of_rows(multiply_tiles<2, 2, kAccumulate>, multiply_tiles<1, 2, kAccumulate>)
                                                 : of_rows(multiply_tiles<2, 1, kAccumulate>, multiply_tiles<1, 1, kAccumulate>);
-      multiply(depth, a + m * a_stride, a_stride, b, b_stride, b_column, c + m * c_stride + n, c_stride);
-      ahead.step();
+      waiting = multiply(depth, a + m * a_stride, a_stride, b, b_stride, b_column, c + m * c_stride + n, c_stride, waiting);
     }
   }
+  if (waiting != nullptr) store_four_tiles(waiting, c_stride);
   asm volatile("" ::: "memory");
 }
 
