@@ -83,11 +83,9 @@ bool is_intel() {
 #endif
 }
 
-// Sets to skip unless asked for: Intel multiplies pairs of bfloat16 in vectors at half the rate of float, and tiles of float16 have
-// not been measured on a processor that has them.
+// A set to skip unless asked for: Intel multiplies pairs of bfloat16 in vectors at half the rate of float.
 bool worth_taking(Isa isa) {
 #ifdef COMP_KERNELS_X86
-  if (isa == Isa::amx_fp16) return false;
   return isa != Isa::avx512_bf16 || !is_intel();
 #else
   return isa == Isa::baseline;
