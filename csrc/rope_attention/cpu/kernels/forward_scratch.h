@@ -10,9 +10,9 @@
 namespace comp_kernels::COMP_KERNELS_ISA {
 namespace {
 
-// Of a block, about. Pairs halve the depth of P V and with it the time that a tile's loads and stores of C have. Tiles: P of a block
-// and one part of its scores lie in the first-level cache; 32 queries are two tiles, and what they multiply with comes from the
-// second level fast enough.
+// Of a block, about. Pairs halve the depth of P V and with it the time that a tile's loads and stores of C have. Tiles: P of a
+// block and one part of its scores lie in the first-level cache; 32 queries are two tiles, and what they multiply with comes
+// from the second level fast enough.
 constexpr int64_t kQueries = kTiles ? 32 : kPack > 1 ? 144 : 96, kKeys = kTiles ? 256 : kPack > 1 ? 384 : 192;
 template <typename T>
 constexpr int64_t kKeysMultiple = kWidePanels ? kLanes<T> : 2 * kLanes<T>;  // wide panels share any number of vectors well
@@ -41,15 +41,15 @@ constexpr int64_t kMostPartKeys = longest_block(kPartKeys, kPartMultiple), kPart
 template <typename T>
 struct ForwardScratch {
   T* key_panels;  // all keys of the packed (sequence, head), block by block
-  T* values;  // rows as ValueRows has them (half_vectors.h), operand_depth(keys) of them or half as many
-  T* rows;  // [kRowsTogether, D], rotated keys on their way into the panels, values on their way into halves
-  T* query;  // [kMostQueries, operand_depth(D)], negated if the scale is negative: the maximum is taken before scaling
-  T* scores;  // [kMostQueries, kMostKeys], then probabilities [kMostQueries, kMostKeys / kPack]
-  T* output;  // [kMostQueries, D] likewise, unnormalised
-  T* row_shift;  // [kMostQueries], maximum of the scores so far, not scaled
-  T* row_sum;  // [kMostQueries], of exp2((score - shift) * scale_log2)
-  T* part;  // tiles: [kMostQueries, kMostPartKeys], scores of a part of a block
-  T* part_sums;  // tiles: [kMostQueries, kLanes], sums over the parts so far
+  T* values;      // rows as ValueRows has them (half_vectors.h), operand_depth(keys) of them or half as many
+  T* rows;        // [kRowsTogether, D], keys on their way into the panels, values on their way into halves
+  T* query;       // [kMostQueries, operand_depth(D)], negated if the scale is negative: the maximum is taken before scaling
+  T* scores;      // [kMostQueries, kMostKeys], then probabilities [kMostQueries, kMostKeys / kPack]
+  T* output;      // [kMostQueries, D] likewise, unnormalised
+  T* row_shift;   // [kMostQueries], maximum of the scores so far, not scaled; tiles: of the first ones, while that will do
+  T* row_sum;     // [kMostQueries], of exp2((score - shift) * scale_log2)
+  T* part;        // tiles: [kMostQueries, kMostPartKeys], scores of a part of a block
+  T* part_sums;   // tiles: [kMostQueries, kLanes], sums over the parts so far
   RowsAhead ahead;
   int64_t packed_key = -1, packed_key_end = -1, packed_head = -1;  // what key_panels and values hold
 
