@@ -189,6 +189,13 @@ def test_growing_logits_rescale_what_was_summed():
         torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("magnitude", (0.01, 0.1))
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
+def test_small_logits(dtype, magnitude):
+    """All weights are nearly 1, and lse of plain PyTorch is far more precise than a 16-bit dtype."""
+    check_rope_attention(AttentionCase("small", [200, 31], head_dim=64, magnitude=magnitude), dtype, "cpu")
+
+
 LEVELS = {
     "a_little": {70: 12.0},  # beyond 2^8 times the weights before, not beyond 2^32
     "in_the_first_block": {70: 40.0},

@@ -138,6 +138,11 @@ def test_same_bits_again_and_with_two_threads(dtype):
     every_set.test_same_bits_again_and_with_two_threads("dim_72", dtype)
 
 
+@pytest.mark.parametrize("magnitude", (0.01, 0.1))
+def test_small_logits(dtype, magnitude):
+    every_set.test_small_logits(dtype, magnitude)
+
+
 @pytest.mark.parametrize("levels", every_set.LEVELS)
 def test_scores_that_grow_from_key_to_key(dtype, levels):
     every_set.test_scores_that_grow_from_key_to_key(dtype, levels)
