@@ -193,7 +193,8 @@ def test_growing_logits_rescale_what_was_summed():
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
 def test_small_logits(dtype, magnitude):
     """All weights are nearly 1, and lse of plain PyTorch is far more precise than a 16-bit dtype."""
-    check_rope_attention(AttentionCase("small", [200, 31], head_dim=64, magnitude=magnitude), dtype, "cpu")
+    for layout in ("half_hwhw", None):
+        check_rope_attention(AttentionCase("small", [200, 31], head_dim=64, layout=layout, magnitude=magnitude), dtype, "cpu")
 
 
 LEVELS = {

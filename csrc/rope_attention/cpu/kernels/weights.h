@@ -2,6 +2,7 @@
 // they are 0 below the range of normal numbers, which make a product 80 times as slow on Intel's processors.
 #pragma once
 
+#include "common/cpu/half.h"
 #include "common/cpu/simd.h"
 
 namespace comp_kernels::COMP_KERNELS_ISA {
@@ -17,19 +18,30 @@ constexpr int64_t whole_scores(int64_t scores) {
 
 #if defined(COMP_KERNELS_PAIRS)
 
-// To 3.4e-6, a thousandth of what bfloat16 keeps and a hundredth of what float16 does, in half the instructions of exp2: beside
-// products of 16-bit numbers exponentials take more of the time. x = floor(x) + f, and a minimax polynomial of 2^f on [0, 1) that is
-// exact at both ends: where logits are small all weights are near 1, and lse is far more precise than weights need be. Exactly 0
-// for -inf; NaN stays NaN.
+// Minimax polynomials of 2^f on [0, 1), exact at both ends: to 3.4e-6, a thousandth of what bfloat16 keeps, and to 1.8e-7 for float16.
+// That is more than weights need; but lse is float32's, and where logits are small, all weights near 1, plain PyTorch has it to 1e-4
+// in bfloat16 and to 1e-6 in float16.
+template <typename S>
+struct Powers {
+  static constexpr float kCoefficients[] = {1.355707552e-2f, 5.203069001e-2f, 2.413797826e-1f, 6.930324435e-1f, 1.0f};
+};
+template <>
+struct Powers<float16> {
+  static constexpr float kCoefficients[] = {1.879318617e-3f, 8.990995586e-3f, 5.581867695e-2f,
+                                            2.401592731e-1f, 6.931517124e-1f, 1.0f};
+};
+
+// x = floor(x) + f: half the instructions of exp2, for beside products of 16-bit numbers exponentials take more of the time. Exactly
+// 0 for -inf; NaN stays NaN.
 template <int N>
 CK_INLINE void weights_of(Vec<float> (&x)[N]) {
-  constexpr float kCoefficients[] = {1.355707552e-2f, 5.203069001e-2f, 2.413797826e-1f, 6.930324435e-1f, 1.0f};
-  constexpr int kFraction = 0x9;  // x - floor(x)
+  constexpr auto& kCoefficients = Powers<COMP_KERNELS_PAIRS>::kCoefficients;
+  constexpr int kCount = sizeof(kCoefficients) / sizeof(float), kFraction = 0x9;  // x - floor(x)
   Vec<float> f[N], y[N];
   for (int i = 0; i < N; ++i) f[i] = (Vec<float>)_mm512_maskz_reduce_ps(0xffff, (__m512)x[i], kFraction);
   for (int i = 0; i < N; ++i) y[i] = f[i] * kCoefficients[0] + kCoefficients[1];
 #pragma GCC unroll 8
-  for (int c = 2; c < 5; ++c) {
+  for (int c = 2; c < kCount; ++c) {
     for (int i = 0; i < N; ++i) y[i] = y[i] * f[i] + kCoefficients[c];
   }
   for (int i = 0; i < N; ++i) x[i] = (Vec<float>)_mm512_maskz_scalef_ps(0xffff, (__m512)y[i], (__m512)x[i]);
