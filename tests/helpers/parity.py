@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from comp_kernels.testing import assert_within_budget
+from comp_kernels.testing import check_places, error_and_allowance
 
 
 @dataclass
@@ -71,9 +71,29 @@ def lift_float32(patches: pytest.MonkeyPatch) -> None:
     patches.setattr(Tensor, "new_zeros", wide_zeros)
 
 
-def check_parity(tower: Tower, patch: Callable, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Patched against unpatched in `dtype`; both measured against the unpatched model in float64."""
-    randomize(tower.model)
+def check_parity(tower: Tower, patch: Callable, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, draws: int = 8) -> None:
+    """Patched against unpatched in `dtype`; both measured against the unpatched model in float64.
+
+    The largest rounding error of one draw of the weights is luck on both sides, and of the processor, whose sums run in another
+    order; so where one does not settle it, the largest over `draws` of them counts.
+    """
+    largest: dict[str, tuple[float, float]] = {}
+    for seed in range(draws):
+        for name, (actual, exact, peer) in three_ways(tower, patch, dtype, monkeypatch, seed).items():
+            check_places(name, actual, exact, peer)
+            found = error_and_allowance(actual, exact, peer)
+            largest[name] = tuple(map(max, found, largest.get(name, found)))
+        if seed == 0 and all(error <= 2 * allowed for error, allowed in largest.values()):
+            return
+    for name, (error, allowed) in largest.items():
+        assert error <= 2 * allowed, f"{name}: max error {error:.3e} of {draws} draws exceeds the budget {2 * allowed:.3e}"
+
+
+def three_ways(
+    tower: Tower, patch: Callable, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Output and gradients of the patched model, of the unpatched one in float64, and of that in `dtype`."""
+    randomize(tower.model, seed)
     model = with_parameters_in(tower.model, dtype).eval()
     rounded = with_parameters_in(model, torch.float64)  # the same numbers, so that only arithmetic differs
     peer = outputs_and_gradients(tower, copy.deepcopy(model), dtype)
@@ -84,7 +104,7 @@ def check_parity(tower: Tower, patch: Callable, dtype: torch.dtype, monkeypatch:
         inputs = {name: widen(widen(x, dtype), torch.float64) for name, x in tower.inputs.items()}
         exact = outputs_and_gradients(Tower(tower.model, inputs, tower.pick), rounded, torch.float64)
     assert actual.keys() == peer.keys() == exact.keys()
-    assert_within_budget("output", *(x.pop("output") for x in (actual, exact, peer)))
+    outputs = tuple(x.pop("output") for x in (actual, exact, peer))
     # All gradients at once, each in units of its largest value, since one tensor alone may happen to have an exact peer. Some
     # are zero in exact arithmetic (a bias of keys): these in units of the largest of all.
     sizes = {name: float(gradient.abs().max()) for name, gradient in exact.items()}
@@ -94,4 +114,4 @@ def check_parity(tower: Tower, patch: Callable, dtype: torch.dtype, monkeypatch:
     def joined(gradients: dict[str, Tensor]) -> Tensor:
         return torch.cat([gradients[name].double().flatten() / unit for name, unit in units.items()])
 
-    assert_within_budget("gradients", joined(actual), joined(exact), joined(peer).to(dtype))
+    return {"output": outputs, "gradients": (joined(actual), joined(exact), joined(peer).to(dtype))}
