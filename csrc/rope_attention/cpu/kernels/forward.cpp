@@ -37,16 +37,16 @@ void pack_keys_and_values(const Params& p, const AttentionItem& item, ForwardScr
     }
   }
   const ValueRows<T> layout(p.head_dim);
-  const auto load = [&](int64_t j, int64_t rows, T* to) {
+  const auto load_values = [&](int64_t j, int64_t rows, T* to) {
     load_right_rows<S>(p.v, p.v_stride_token, p.v_stride_head, item.key_begin + j, rows, j, count, item.head_k, to, stride, p);
   };
   if (!layout.halves) {
-    load(0, count, scratch.values);
+    load_values(0, count, scratch.values);
     return;
   }
   for (int64_t j = 0; j < count; j += kRowsTogether<T>) {
     const int64_t rows = min(count - j, kRowsTogether<T>);
-    load(j, rows, scratch.rows);
+    load_values(j, rows, scratch.rows);
     zip_rows(scratch.rows, (rows + kPack - 1) / kPack, stride, layout, scratch.values + j / layout.tokens * layout.stride);
   }
 }
@@ -84,8 +84,8 @@ void load_queries(const Params& p, ForwardScratch<T>& scratch, int64_t token, in
   const int64_t stride = row_stride<T>(p.head_dim);
   load_rows<S>(p.q, p.q_stride_token, p.q_stride_head, token, queries, 0, queries, head, query_tables<T>(p), scratch.query, stride,
                p);
-  for (int64_t i = 0; p.scale < 0 && i < queries * stride; i += kLanes<T>) {
-    store(scratch.query + i, negated(load(scratch.query + i)));
+  if (p.scale < 0) {
+    for (int64_t i = 0; i < queries * stride; i += kLanes<T>) store(scratch.query + i, negated(load(scratch.query + i)));
   }
 }
 

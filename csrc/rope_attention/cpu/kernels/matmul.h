@@ -189,7 +189,7 @@ constexpr int64_t kRowsTogether = kLanes<T> > kPack* kDepthStep ? kLanes<T> : kP
 template <typename T>
 int64_t count_tiles(int64_t rows, int64_t columns) {
   constexpr int64_t kTileColumns = 2 * kLanes<T>;
-  return (rows / (kTiles ? 32 : kTileRows) + 1) * ((columns + kTileColumns - 1) / kTileColumns);
+  return (rows / kTileRows + 1) * ((columns + kTileColumns - 1) / kTileColumns);
 }
 
 // Rows of `columns` elements are kept this far apart: whole cache lines, an odd number of them, so that a column of a matrix

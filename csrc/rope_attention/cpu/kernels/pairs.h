@@ -36,16 +36,8 @@ CK_INLINE Vec<float> pair_columns(Vec<float> first, Vec<float> second) {
   return (Vec<float>)rounded(COMP_KERNELS_PAIRS{}, first, second);
 }
 
-// Values 2 i and 2 i + 1 of a row -> pair i, for `columns` values, whole vectors. In place, too.
-CK_INLINE void pair_columns(const float* x, float* pairs, int64_t columns) {
-  constexpr int L = kLanes<float>;
-  int64_t i = 0;
-  for (; i + 2 * L <= columns; i += 2 * L) store(pairs + i / 2, pair_columns(load(x + i), load(x + i + L)));
-  if (i < columns) {
-    const __m256i last = rounded(COMP_KERNELS_PAIRS{}, load(x + i));
-    std::memcpy(pairs + i / 2, &last, sizeof last);
-  }
-}
+// The first `count` of 32 numbers.
+CK_INLINE __mmask32 first_numbers(int64_t count) { return count >= 32 ? 0xffffffffu : count > 0 ? (1u << count) - 1 : 0; }
 
 // Values of two rows, `even` and `odd` along the depth -> one vector of pairs.
 CK_INLINE Vec<float> pair_rows(Vec<float> even, Vec<float> odd) {
@@ -61,8 +53,7 @@ CK_INLINE void pair_rows(const void* even, const void* odd, int64_t count, float
   const __m512i low = _mm512_load_si512(kLow), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
   const uint16_t *a = static_cast<const uint16_t*>(even), *b = static_cast<const uint16_t*>(odd);
   for (int64_t d = 0; d < columns; d += 32) {
-    const int64_t left = count - d;
-    const __mmask32 valid = left >= 32 ? 0xffffffffu : left > 0 ? (1u << left) - 1 : 0;
+    const __mmask32 valid = first_numbers(count - d);
     const __m512i x = _mm512_maskz_loadu_epi16(valid, a + d);
     const __m512i y = b == nullptr ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi16(valid, b + d);
     store(pairs + d, (Vec<float>)_mm512_permutex2var_epi16(x, low, y));
@@ -77,9 +68,8 @@ CK_INLINE Vec<float> negated(Vec<float> pairs) {
 // x [count] -> y [whole], 16-bit numbers, zeros from `count` on.
 CK_INLINE void copy_row(const void* x, int64_t count, void* y, int64_t whole) {
   for (int64_t d = 0; d < whole; d += 32) {
-    const auto first_of = [](int64_t n) { return n >= 32 ? 0xffffffffu : n > 0 ? (1u << n) - 1 : 0; };
-    const __m512i numbers = _mm512_maskz_loadu_epi16(first_of(count - d), static_cast<const uint16_t*>(x) + d);
-    _mm512_mask_storeu_epi16(static_cast<uint16_t*>(y) + d, first_of(whole - d), numbers);
+    const __m512i numbers = _mm512_maskz_loadu_epi16(first_numbers(count - d), static_cast<const uint16_t*>(x) + d);
+    _mm512_mask_storeu_epi16(static_cast<uint16_t*>(y) + d, first_numbers(whole - d), numbers);
   }
 }
 

@@ -164,17 +164,20 @@ void table_row_gradients(const T* g, T scale, const T* x, const Tables<T>& table
   }
 }
 
-// Reads one row of q, k or v: widened, rotated when there are tables, zeros from head_dim to `columns`.
+// Reads one row of q, k or v, rotated when there are tables, as a row of a left operand with zeros behind it: pairs up to
+// operand_depth(head_dim), or widened, up to whole vectors.
 template <typename S, typename T>
-CK_INLINE void load_row(const S* x, T* y, int64_t columns, const Tables<T>& tables, int64_t row, const Params& p) {
-  const int64_t D = p.head_dim;
-  if (!tables.rotate()) {
-    widen_row(x, y, D);
-  } else {
-    rotate_row<Rotation::forward>(x, y, tables, row, p);
-    widen_row(x + p.rotary_dim, y + p.rotary_dim, D - p.rotary_dim);
-  }
-  for (int64_t d = D; d < columns; ++d) y[d] = 0;
+CK_INLINE void load_row(const S* x, T* y, const Tables<T>& tables, int64_t row, const Params& p) {
+  const int64_t D = p.head_dim, rotated = tables.rotate() ? p.rotary_dim : 0;
+#ifdef COMP_KERNELS_PAIRS
+  COMP_KERNELS_PAIRS* numbers = reinterpret_cast<COMP_KERNELS_PAIRS*>(y);
+  if (rotated > 0) rotate_row<Rotation::forward>(x, numbers, tables, row, p);
+  copy_row(x + rotated, D - rotated, numbers + rotated, kPack * operand_depth(D) - rotated);
+#else
+  if (rotated > 0) rotate_row<Rotation::forward>(x, y, tables, row, p);
+  widen_row(x + rotated, y + rotated, D - rotated);
+  for (int64_t d = D; d < round_up_to_lanes<T>(D); ++d) y[d] = 0;
+#endif
 }
 
 // Adds rows token .. token + rows of one head of x [*, heads, D] with the given strides.
@@ -191,39 +194,17 @@ void add_rows(RowsAhead& ahead, const void* x, int64_t heads, int64_t token, int
   add_rows<S>(ahead, x, heads * p.head_dim, p.head_dim, token, rows, head);
 }
 
-#ifdef COMP_KERNELS_PAIRS
-
-// Rows token .. token + rows of one head, from x [*, heads, D] with the given strides, to rows of a left operand
-// [operand_depth(D)], `stride` apart. They follow `done` rows of the `count` that the caller is about to read.
-template <typename S, typename T>
-void load_rows(const void* x, int64_t token_stride, int64_t head_stride, int64_t token, int64_t rows, int64_t done, int64_t count,
-               int64_t head, const Tables<T>& tables, T* y, int64_t stride, const Params& p) {
-  const int64_t D = p.head_dim, rotated = tables.rotate() ? p.rotary_dim : 0;
-  const S* from = static_cast<const S*>(x) + token * token_stride + head * head_stride;
-  for (int64_t i = 0; i < rows; ++i, from += token_stride, y += stride) {
-    ask_ahead(from, token_stride, done + i, count, D);
-    COMP_KERNELS_PAIRS* numbers = reinterpret_cast<COMP_KERNELS_PAIRS*>(y);
-    if (rotated > 0) rotate_row<Rotation::forward>(from, numbers, tables, tables.row(token + i, head), p);
-    copy_row(from + rotated, D - rotated, numbers + rotated, kPack * operand_depth(D) - rotated);
-  }
-}
-
-#else
-
 // Rows token .. token + rows of one head, from x [*, heads, D] with the given strides, to y with rows `stride` apart. They follow
 // `done` rows of the `count` that the caller is about to read.
 template <typename S, typename T>
 void load_rows(const void* x, int64_t token_stride, int64_t head_stride, int64_t token, int64_t rows, int64_t done, int64_t count,
                int64_t head, const Tables<T>& tables, T* y, int64_t stride, const Params& p) {
-  const int64_t columns = round_up_to_lanes<T>(p.head_dim);
   const S* from = static_cast<const S*>(x) + token * token_stride + head * head_stride;
   for (int64_t i = 0; i < rows; ++i, from += token_stride, y += stride) {
     ask_ahead(from, token_stride, done + i, count, p.head_dim);
-    load_row(from, y, columns, tables, tables.row(token + i, head), p);
+    load_row(from, y, tables, tables.row(token + i, head), p);
   }
 }
-
-#endif
 
 // Rows of v, not rotated, as a right operand whose depth is the rows: [operand_depth(rows), D].
 template <typename S, typename T>
