@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from comp_kernels.testing import check_places, error_and_allowance
+from comp_kernels.testing import check_draws
 
 
 @dataclass
@@ -77,16 +77,7 @@ def check_parity(tower: Tower, patch: Callable, dtype: torch.dtype, monkeypatch:
     The largest rounding error of one draw of the weights is luck on both sides, and of the processor, whose sums run in another
     order; so where one does not settle it, the largest over `draws` of them counts.
     """
-    largest: dict[str, tuple[float, float]] = {}
-    for seed in range(draws):
-        for name, (actual, exact, peer) in three_ways(tower, patch, dtype, monkeypatch, seed).items():
-            check_places(name, actual, exact, peer)
-            found = error_and_allowance(actual, exact, peer)
-            largest[name] = tuple(map(max, found, largest.get(name, found)))
-        if seed == 0 and all(error <= 2 * allowed for error, allowed in largest.values()):
-            return
-    for name, (error, allowed) in largest.items():
-        assert error <= 2 * allowed, f"{name}: max error {error:.3e} of {draws} draws exceeds the budget {2 * allowed:.3e}"
+    check_draws(lambda seed: three_ways(tower, patch, dtype, monkeypatch, seed), range(draws))
 
 
 def three_ways(
