@@ -26,7 +26,7 @@ LIB = Path(__file__).parent / "lib"
 # dtype codes of csrc/include
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
-INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx", "amx_fp16")
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx", "amx_bf16x3", "amx_fp16")
 """What COMP_KERNELS_CPU_ISA may name, as in csrc/common/cpu/isa.cpp, which reads it."""
 
 

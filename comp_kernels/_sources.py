@@ -25,9 +25,10 @@ _TILES = [*_BFLOAT16, "-mamx-tile", "-mamx-bf16"]
 PAIRS_FLAGS = {
     "avx512_bf16": [*_BFLOAT16, "-DCOMP_KERNELS_PAIRS=bfloat16"],
     "amx": [*_TILES, "-DCOMP_KERNELS_PAIRS=bfloat16", "-DCOMP_KERNELS_TILES=bf16"],
+    "amx_bf16x3": [*_TILES, "-DCOMP_KERNELS_PAIRS=bfloat16", "-DCOMP_KERNELS_TILES=bf16", "-DCOMP_KERNELS_TERMS"],
     "amx_fp16": [*_TILES, "-DCOMP_KERNELS_PAIRS=float16", "-DCOMP_KERNELS_TILES=fp16"],
 }
-"""Of the sets that multiply 16-bit numbers in pairs, for attention in that dtype alone; left out where the compiler does not
+"""Of the sets that multiply 16-bit numbers in pairs, for attention in one dtype alone; left out where the compiler does not
 know them (GCC before 11)."""
 
 

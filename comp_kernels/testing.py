@@ -369,15 +369,16 @@ def check_median_error(
     draws: int = 9,
     factor: float = 2.0,
     device: str | torch.device = "cpu",
+    change: Callable[[AttentionInputs], None] | None = None,
 ) -> None:
-    """Assert that over several draws of `case` the median error is within `factor` of that of plain PyTorch.
+    """Assert that over several draws of `case`, after `change`, the median error is within `factor` of that of plain PyTorch.
 
     For logits of 1e4: the largest error of one draw is that of the nearest tie of two keys, decided by roundings of the
     logits that neither side controls, and either side may have it ten times as large as the other.
     """
     drawn: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for seed in range(draws):
-        actual, exact, peer = three_ways(dataclasses.replace(case, seed=seed), dtype, backend, device)
+        actual, exact, peer = three_ways(dataclasses.replace(case, seed=seed), dtype, backend, device, change)
         for name, value in exact.items():
             drawn[name].append(error_and_allowance(actual[name], value, peer[name]))
     for name, pairs in drawn.items():

@@ -13,6 +13,7 @@ namespace comp_kernels {
 Isa active_isa() {
   const char* wanted = std::getenv("COMP_KERNELS_CPU_ISA");
   if (wanted != nullptr && std::strcmp(wanted, "amx_fp16") == 0) return Isa::amx_fp16;
+  if (wanted != nullptr && std::strcmp(wanted, "amx_bf16x3") == 0) return Isa::amx_bf16x3;
   if (wanted != nullptr && std::strcmp(wanted, "amx") == 0) return Isa::amx;
   if (wanted != nullptr && std::strcmp(wanted, "avx512_bf16") == 0) return Isa::avx512_bf16;
   return Isa::baseline;
@@ -20,12 +21,14 @@ Isa active_isa() {
 
 Isa products_isa() { return active_isa(); }
 
+bool splits_short_sequences() { return active_isa() == Isa::amx_bf16x3; }
+
 const bool tiles_wait_for_prefetches = false;
 
 // What the other sets would have.
-#define REFUSE(isa, function)                                                               \
-  const char* isa::function(const comp_kernels_rope_attention_params&) {                    \
-    return "this library has bfloat16 and float16 alone, in the sets that multiply pairs"; \
+#define REFUSE(isa, function)                                            \
+  const char* isa::function(const comp_kernels_rope_attention_params&) { \
+    return "this library has nothing but the sets that multiply pairs";  \
   }
 #define REFUSE_BOTH(isa) REFUSE(isa, rope_attention_forward) REFUSE(isa, rope_attention_backward)
 REFUSE_BOTH(baseline)
@@ -37,6 +40,7 @@ REFUSE_BOTH(avx512)
 COMP_KERNELS_EXPORT const char* comp_kernels_cpu_isa(void) {
   switch (comp_kernels::active_isa()) {
     case comp_kernels::Isa::amx_fp16: return "amx_fp16 (in software)";
+    case comp_kernels::Isa::amx_bf16x3: return "amx_bf16x3 (in software)";
     case comp_kernels::Isa::amx: return "amx (in software)";
     case comp_kernels::Isa::avx512_bf16: return "avx512_bf16 (in software)";
     default: return "none";

@@ -17,11 +17,12 @@
 namespace comp_kernels {
 namespace {
 
-constexpr Isa kIsas[] = {Isa::baseline, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx, Isa::amx_fp16};
+constexpr Isa kIsas[] = {Isa::baseline, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx, Isa::amx_bf16x3, Isa::amx_fp16};
 
 const char* name(Isa isa) {
   switch (isa) {
     case Isa::amx_fp16: return "amx_fp16";
+    case Isa::amx_bf16x3: return "amx_bf16x3";
     case Isa::amx: return "amx";
     case Isa::avx512_bf16: return "avx512_bf16";
     case Isa::avx512: return "avx512";
@@ -64,7 +65,8 @@ bool has(Isa isa) {
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #ifdef COMP_KERNELS_HAS_PAIRS
     case Isa::avx512_bf16: return has(Isa::avx512) && __builtin_cpu_supports("avx512bf16");
-    case Isa::amx: return has(Isa::avx512_bf16) && has_amx();
+    case Isa::amx:
+    case Isa::amx_bf16x3: return has(Isa::avx512_bf16) && has_amx();
     case Isa::amx_fp16: return has(Isa::amx) && has_amx_fp16();
 #endif
     default: return false;
@@ -136,6 +138,11 @@ Isa active_isa() {
 Isa products_isa() {
   static const Isa isa = choose_products_isa();
   return isa;
+}
+
+bool splits_short_sequences() {
+  static const bool named = is_named(Isa::amx_bf16x3);
+  return named;
 }
 
 }  // namespace comp_kernels

@@ -1,6 +1,6 @@
 // Instruction sets: every file of csrc/*/cpu/kernels is compiled once per set, in a namespace of its own; the choice between
 // them is made at run time. The sets that multiply 16-bit numbers in pairs hold the attention kernels alone, for bfloat16
-// (avx512_bf16, amx) or float16 (amx_fp16); all else takes avx512.
+// (avx512_bf16, amx), float32 and float16 as three bfloat16 (amx_bf16x3) or float16 (amx_fp16); all else takes avx512.
 #pragma once
 
 #if defined(__x86_64__) || defined(_M_X64)
@@ -10,7 +10,7 @@
 namespace comp_kernels {
 
 // Ordered: each set contains those before it. Baseline is what the architecture guarantees (SSE2, or NEON on aarch64).
-enum class Isa { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, amx = 4, amx_fp16 = 5 };
+enum class Isa { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, amx = 4, amx_bf16x3 = 5, amx_fp16 = 6 };
 
 // The set in use: the best this processor has, or a lower one by the environment variable COMP_KERNELS_CPU_ISA.
 Isa active_isa();
@@ -18,6 +18,9 @@ Isa active_isa();
 // The set whose float products attention takes: the same, but AVX2 on processors that execute AVX-512 in halves (Zen 4), where it
 // is the faster one, unless COMP_KERNELS_CPU_ISA names the other.
 Isa products_isa();
+
+// Whether COMP_KERNELS_CPU_ISA names amx_bf16x3, which then serves sequences however short they are.
+bool splits_short_sequences();
 
 // Whether multiply-adds wait for a line that was asked for among them, as on Intel processors with AVX-512: rows_ahead.h.
 extern const bool tiles_wait_for_prefetches;
@@ -56,8 +59,8 @@ extern const bool tiles_wait_for_prefetches;
 #define DISPATCH_ISA(function, ...) DISPATCH_TO(::comp_kernels::active_isa(), function, __VA_ARGS__)
 #define DISPATCH_PRODUCTS(function, ...) DISPATCH_TO(::comp_kernels::products_isa(), function, __VA_ARGS__)
 
-// Where the compiler knows the sets that multiply pairs, declares a function that they have; DISPATCH_BFLOAT16 and DISPATCH_FLOAT16
-// call it where a set for that dtype is in use, and the variant of DISPATCH_PRODUCTS elsewhere.
+// Where the compiler knows the sets that multiply pairs, declares a function that they have; DISPATCH_BFLOAT16, DISPATCH_FLOAT16 and
+// DISPATCH_SPLIT (three bfloat16) call it where such a set is in use, and the variant of DISPATCH_PRODUCTS elsewhere.
 #ifdef COMP_KERNELS_HAS_PAIRS
 #define DECLARE_PAIRS(declaration) \
   namespace comp_kernels {         \
@@ -65,6 +68,9 @@ extern const bool tiles_wait_for_prefetches;
   declaration;                     \
   }                                \
   namespace amx {                  \
+  declaration;                     \
+  }                                \
+  namespace amx_bf16x3 {           \
   declaration;                     \
   }                                \
   namespace amx_fp16 {             \
@@ -78,8 +84,12 @@ extern const bool tiles_wait_for_prefetches;
 #define DISPATCH_FLOAT16(function, ...)                                                                            \
   (::comp_kernels::active_isa() == ::comp_kernels::Isa::amx_fp16 ? ::comp_kernels::amx_fp16::function(__VA_ARGS__) \
                                                                  : DISPATCH_PRODUCTS(function, __VA_ARGS__))
+#define DISPATCH_SPLIT(function, ...)                                                                                  \
+  (::comp_kernels::active_isa() >= ::comp_kernels::Isa::amx_bf16x3 ? ::comp_kernels::amx_bf16x3::function(__VA_ARGS__) \
+                                                                   : DISPATCH_PRODUCTS(function, __VA_ARGS__))
 #else
 #define DECLARE_PAIRS(declaration)
 #define DISPATCH_BFLOAT16(function, ...) DISPATCH_PRODUCTS(function, __VA_ARGS__)
 #define DISPATCH_FLOAT16(function, ...) DISPATCH_PRODUCTS(function, __VA_ARGS__)
+#define DISPATCH_SPLIT(function, ...) DISPATCH_PRODUCTS(function, __VA_ARGS__)
 #endif

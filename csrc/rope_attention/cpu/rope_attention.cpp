@@ -67,6 +67,22 @@ void fill_slack_backward(const comp_kernels_rope_attention_params& p) {
   for (void* x : {p.dcos_k, p.dsin_k}) zero_rows(x, used_k, p.num_tokens_k, p.num_heads_k * table_row);
 }
 
+// Whether numbers are multiplied as three bfloat16 (kernels/terms.h): where there are AMX tiles but none for the dtype, and enough keys
+// for the queries, on average, to make up for splitting the rows. Both passes must find the same, for the backward pass recomputes the
+// scores of the forward pass.
+constexpr double kKeysWorthSplitting = 160;
+bool are_split(const comp_kernels_rope_attention_params& p) {
+  using comp_kernels::Isa;
+  const Isa isa = comp_kernels::active_isa();
+  const bool may_be = p.dtype == COMP_KERNELS_FLOAT32 || (p.dtype == COMP_KERNELS_FLOAT16 && isa < Isa::amx_fp16);
+  if (isa < Isa::amx_bf16x3 || !may_be) return false;
+  double scores = 0;
+  for (int64_t b = 0; b < p.num_sequences; ++b) {
+    scores += static_cast<double>(p.cu_seqlens[b + 1] - p.cu_seqlens[b]) * (p.cu_seqlens_k[b + 1] - p.cu_seqlens_k[b]);
+  }
+  return scores >= kKeysWorthSplitting * p.cu_seqlens[p.num_sequences] || comp_kernels::splits_short_sequences();
+}
+
 // run(), which returns null or a message. No exception may cross the C ABI: the process would end.
 template <typename Run>
 const char* within_memory(Run&& run) {
@@ -84,6 +100,7 @@ COMP_KERNELS_EXPORT const char* comp_kernels_cpu_rope_attention_forward(const co
   if (const char* wrong = check(*params)) return wrong;
   fill_slack_forward(*params);
   return within_memory([&] {
+    if (are_split(*params)) return DISPATCH_SPLIT(rope_attention_forward, *params);
     if (params->dtype == COMP_KERNELS_BFLOAT16) return DISPATCH_BFLOAT16(rope_attention_forward, *params);
     if (params->dtype == COMP_KERNELS_FLOAT16) return DISPATCH_FLOAT16(rope_attention_forward, *params);
     return DISPATCH_PRODUCTS(rope_attention_forward, *params);
@@ -94,6 +111,7 @@ COMP_KERNELS_EXPORT const char* comp_kernels_cpu_rope_attention_backward(const c
   if (const char* wrong = check(*params)) return wrong;
   fill_slack_backward(*params);
   return within_memory([&] {
+    if (are_split(*params)) return DISPATCH_SPLIT(rope_attention_backward, *params);
     if (params->dtype == COMP_KERNELS_BFLOAT16) return DISPATCH_BFLOAT16(rope_attention_backward, *params);
     if (params->dtype == COMP_KERNELS_FLOAT16) return DISPATCH_FLOAT16(rope_attention_backward, *params);
     return DISPATCH_PRODUCTS(rope_attention_backward, *params);

@@ -15,6 +15,7 @@ import pytest
 import test_rope_attention_cpu as every_set
 import torch
 
+import comp_kernels as ck
 from comp_kernels import _native
 from comp_kernels._sources import CSRC, CXX_FLAGS, PAIRS_FLAGS
 from comp_kernels.testing import ATTENTION_CASES, AttentionCase, check_huge_logits, check_median_error, check_rope_attention
@@ -95,13 +96,13 @@ def isa(request, library, monkeypatch):
 @pytest.fixture
 def dtype(isa):
     """What the set multiplies."""
-    return torch.float16 if isa == "amx_fp16" else torch.bfloat16
+    return {"amx_fp16": torch.float16, "amx_bf16x3": torch.float32}.get(isa, torch.bfloat16)
 
 
 def test_it_is_these_kernels_that_run(isa):
     assert _native.cpu().comp_kernels_cpu_isa().decode() == f"{isa} (in software)"
-    with pytest.raises(RuntimeError, match="this library has bfloat16 and float16 alone"):
-        check_rope_attention(ATTENTION_CASES["dim_2"], torch.float32, "cpu")
+    with pytest.raises(RuntimeError, match="this library has nothing but the sets that multiply pairs"):
+        check_rope_attention(ATTENTION_CASES["dim_2"], torch.float64, "cpu")
 
 
 @pytest.mark.parametrize("name", [name for name in ATTENTION_CASES if name != "logits_of_1e4"])
@@ -115,6 +116,41 @@ def test_many_blocks_of_queries_and_keys(head_dim, dtype):
     lengths, lengths_k = [0, 1, 63, 97, 143, 289], [5, 333, 0, 129, 257, 17]
     case = AttentionCase("blocks", lengths, head_dim=head_dim, kv_heads=1, lengths_k=lengths_k, seed=3)
     check_rope_attention(case, dtype, "cpu")
+
+
+@pytest.mark.parametrize("isa", ["amx_bf16x3"], indirect=True)
+@pytest.mark.parametrize("name", ("awkward", "dim_72", "dim_10", "layout_interleaved", "gqa", "cross"))
+def test_float16_is_split_like_float32(name):
+    check_rope_attention(ATTENTION_CASES[name], torch.float16, "cpu")
+
+
+@pytest.mark.parametrize("isa", ["amx_fp16"], indirect=True)
+@pytest.mark.parametrize("lengths, split", (([159], False), ([160], True), ([40] * 9 + [200], False), ([40, 200], True)))
+def test_float32_is_split_where_queries_have_many_keys(lengths, split):
+    """Within a set that has it without being called it: both passes, or neither, for the scores must be the same."""
+    q, k, v = (torch.randn(sum(lengths), 2, 16, requires_grad=True) for _ in range(3))
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    if split:
+        check_rope_attention(AttentionCase("long", lengths), torch.float32, "cpu")
+        return
+    with pytest.raises(RuntimeError, match="nothing but the sets that multiply pairs"):
+        ck.rope_attention(q, k, v, cu_seqlens=cu_seqlens, backend="cpu")
+
+
+@pytest.mark.parametrize("isa", ["amx_bf16x3"], indirect=True)
+def test_numbers_at_the_ends_of_float32():
+    """The largest stay finite. Below 2^-110 or so terms become denormal numbers, which tiles take for zero: of 2^-115 ten bits
+    are left, where float32 has 24."""
+    q, k = torch.zeros(2, 40, 1, 64)
+    v = torch.full((40, 1, 64), torch.finfo(torch.float32).max)
+    torch.testing.assert_close(ck.rope_attention(q, k, v / 64, backend="cpu"), v / 64, rtol=1e-6, atol=0)
+    k[0], q[..., 0] = 0, 1e3
+    k[0, :, 0] = 1  # one key has all the weight
+    v[1:] = 1.0
+    torch.testing.assert_close(ck.rope_attention(q, k, v, backend="cpu"), v[:1].expand_as(v), rtol=0, atol=0)
+    v = 2.0**-115 * (1 + torch.rand(40, 1, 64))
+    out = ck.rope_attention(q, k, v, backend="cpu")
+    torch.testing.assert_close(out, v[:1].expand_as(v), rtol=2.0**-9, atol=0)
 
 
 @pytest.mark.parametrize("head_dim", (64, 72))

@@ -18,7 +18,10 @@
 namespace comp_kernels::COMP_KERNELS_ISA {
 namespace {
 
-constexpr BlockSizes kBlocks{/*queries=*/kPack > 1 && !kTiles ? 192 : 96, /*keys=*/96};  // of a block, about
+// Of a block, about.
+constexpr BlockSizes kBlocks{/*queries=*/kTerms > 1 ? 128 : kPack > 1 && !kTiles ? 192 : 96, /*keys=*/kTerms > 1 ? 64 : 96};
+// With terms, queries of a block where K has no more than so many numbers: an item's operands then stay in the second-level cache.
+constexpr int64_t kFewQueries = kTerms > 1 ? 64 : kBlocks.queries, kFewNumbers = 48 * 1024;
 
 // Queries are rows of products, keys are columns of some and rows of others.
 template <typename T>
@@ -26,9 +29,10 @@ constexpr BlockSizes kMultiple{std::lcm(kTileRows, kPack* kDepthStep), std::lcm(
 template <typename T>
 constexpr BlockSizes kMost{longest_block(kBlocks.queries, kMultiple<T>.queries), longest_block(kBlocks.keys, kMultiple<T>.keys)};
 template <typename T>
-BlockSizes blocks_of(const AttentionItem& item) {
-  return {block_length(item.query_end - item.query_begin, kBlocks.queries, kMultiple<T>.queries),
-          block_length(item.key_end - item.key_begin, kBlocks.keys, kMultiple<T>.keys)};
+BlockSizes blocks_of(const AttentionItem& item, int64_t head_dim) {
+  const int64_t keys = item.key_end - item.key_begin, about = keys * head_dim > kFewNumbers ? kBlocks.queries : kFewQueries;
+  return {block_length(item.query_end - item.query_begin, about, kMultiple<T>.queries),
+          block_length(keys, kBlocks.keys, kMultiple<T>.keys)};
 }
 
 // Rows of scores are this far apart.
@@ -37,9 +41,12 @@ constexpr int64_t kMostScores = whole_scores<T>(kMost<T>.keys);
 template <typename T>
 constexpr int64_t kScoreStride = row_stride<T>(kMostScores<T>);
 template <typename T>
-constexpr int64_t kLeftStride = row_stride<T>(kMostScores<T> / kPack);  // of dscores_left
+constexpr int64_t kRightStride =
+    kTerms == 1 ? kPack * kScoreStride<T> : operand_stride<T>(kMostScores<T>);  // of weights_right, dscores_right
 template <typename T>
-constexpr int64_t kColumnStride = row_stride<T>(operand_depth(kMost<T>.queries));  // of query_columns, dout_columns
+constexpr int64_t kLeftStride = operand_stride<T>(kMostScores<T> / kPack);  // of dscores_left
+template <typename T>
+constexpr int64_t kColumnStride = operand_stride<T>(operand_depth(kMost<T>.queries));  // of query_columns, dout_columns
 
 // Scratch of one worker. Rows are row_stride apart; panels as in the forward pass. Operands of products are in elements
 // (pairs.h): what is summed over has operand_depth of its length. With one number per element, left and right operands share
@@ -53,7 +60,8 @@ struct BackwardScratch {
   T *query_right, *dout_right;       // [operand_depth(queries), D], right operands of dK and dV
   T *query_columns, *dout_columns;   // tiles: their transposes, left operands of dK' and dV'
   T* dquery;                         // [most queries, D]
-  T *probabilities, *dscores;        // [most queries, most keys], S, dP, then transposed, kPack apart: left operands of dV, dK
+  T *scores, *dweights;              // [most queries, most keys], S, dP
+  T *weights_right, *dscores_right;  // P, dS by pairs of queries, for dV, dK; in the place of S, dP but where there are terms
   T* dscores_left;                   // [most queries, most keys / kPack], left operand of dQ
   T *row_lse, *row_lse_rest;         // [most queries], the exponent is (S - lse) scale_log2 - rest
   T *row_delta, *row_dlse;           // [most queries]
@@ -64,17 +72,22 @@ struct BackwardScratch {
   int64_t packed_key = -1, packed_key_end = -1, packed_head = -1;  // what the keys and panels hold
 
   void carve(Carver& carver, const int64_t& most_keys, const int64_t& head_dim) {
-    const int64_t stride = row_stride<T>(head_dim), padded = round_up_to_lanes<T>(most_keys);
+    const int64_t stride = channel_stride<T>(head_dim), padded = round_up_to_lanes<T>(most_keys);
+    const int64_t sums = row_stride<T>(head_dim);  // stride of rows of results
     constexpr int64_t kRows = round_up_to_lanes<T>(kMost<T>.queries);  // of a block, whole vectors of rows
     carver.take(keys, operand_depth(padded) * stride);
-    key_stride = kTiles ? row_stride<T>(most_keys) : stride;
-    for (T** rows : {&dkeys, &dvalues}) carver.take(*rows, kTiles ? round_up_to_lanes<T>(head_dim) * key_stride : padded * stride);
-    for (T** panels : {&key_panels, &value_panels}) carver.take(*panels, padded * operand_depth(head_dim));
+    key_stride = kTiles ? row_stride<T>(most_keys) : sums;
+    for (T** rows : {&dkeys, &dvalues}) carver.take(*rows, kTiles ? round_up_to_lanes<T>(head_dim) * key_stride : padded * sums);
+    for (T** panels : {&key_panels, &value_panels}) carver.take(*panels, padded * channel_depth(head_dim).elements());
     for (T** rows : {&query, &dout, &dquery}) carver.take(*rows, kRows * stride);
-    for (T** tile : {&probabilities, &dscores}) carver.take(*tile, kRows * kScoreStride<T>);
+    for (T** tile : {&scores, &dweights}) carver.take(*tile, kRows * kScoreStride<T>);
+    weights_right = scores, dscores_right = dweights;
+    if constexpr (kTerms > 1) {
+      for (T** rows : {&weights_right, &dscores_right}) carver.take(*rows, kRows / kPack * kRightStride<T>);
+    }
     for (T** row : {&row_lse, &row_lse_rest, &row_delta, &row_dlse}) carver.take(*row, kRows);
     for (T** rows : {&key_rows, &value_rows, &out}) carver.take(*rows, kRowsTogether<T> * stride);
-    query_right = query, dout_right = dout, dscores_left = dscores;
+    query_right = query, dout_right = dout, dscores_left = dweights;
     if constexpr (kPack > 1) {
       for (T** rows : {&query_right, &dout_right}) carver.take(*rows, kRows / kPack * stride);
       carver.take(dscores_left, kRows * kLeftStride<T>);
@@ -92,8 +105,9 @@ void pack_keys_and_values(const Params& p, const AttentionItem& item, BackwardSc
   scratch.packed_key_end = item.key_end;
   scratch.packed_head = item.head_k;
   constexpr int L = kLanes<T>;
-  const int64_t D = p.head_dim, depth = operand_depth(D), stride = row_stride<T>(D), count = item.key_end - item.key_begin;
-  const int64_t step = blocks_of<T>(item).keys;
+  const int64_t D = p.head_dim, stride = channel_stride<T>(D), count = item.key_end - item.key_begin;
+  const Depth depth = channel_depth(D);
+  const int64_t step = blocks_of<T>(item, D).keys;
   for (int64_t block = 0; block < count; block += step) {
     const int64_t in_block = min(count - block, step);
     const int64_t columns = round_up_to_lanes<T>(in_block);
@@ -101,15 +115,15 @@ void pack_keys_and_values(const Params& p, const AttentionItem& item, BackwardSc
       const int64_t rows = min(in_block - j, kRowsTogether<T>), whole = round_up_to_lanes<T>(rows);
       const int64_t token = item.key_begin + block + j;
       T *keys = kPack == 1 ? scratch.keys + (block + j) * stride : scratch.key_rows, *values = scratch.value_rows;
-      load_rows<S>(p.k, p.k_stride_token, p.k_stride_head, token, rows, block + j, count, item.head_k, key_tables<T>(p), keys,
-                   stride, p);
-      load_rows<S>(p.v, p.v_stride_token, p.v_stride_head, token, rows, block + j, count, item.head_k, Tables<T>{}, values, stride,
-                   p);
+      load_rows<S, Operand::right>(p.k, p.k_stride_token, p.k_stride_head, token, rows, block + j, count, item.head_k,
+                                   key_tables<T>(p), keys, stride, p);
+      load_rows<S, Operand::right>(p.v, p.v_stride_token, p.v_stride_head, token, rows, block + j, count, item.head_k, Tables<T>{},
+                                   values, stride, p);
       for (int64_t i = rows * stride; i < whole * stride; ++i) keys[i] = values[i] = 0;
-      if constexpr (kPack > 1) as_right_operand(keys, whole, D, stride, scratch.keys + (block + j) / kPack * stride);
+      if constexpr (kPack > 1) as_right_operand(keys, whole, kApart, D, stride, scratch.keys + (block + j) / kPack * stride);
       for (int64_t i = 0; i < whole; i += L) {
-        transpose_into_panels(keys + i * stride, stride, depth, scratch.key_panels + block * depth, columns, j + i);
-        transpose_into_panels(values + i * stride, stride, depth, scratch.value_panels + block * depth, columns, j + i);
+        transpose_into_panels(keys + i * stride, stride, depth, scratch.key_panels + block * depth.elements(), columns, j + i);
+        transpose_into_panels(values + i * stride, stride, depth, scratch.value_panels + block * depth.elements(), columns, j + i);
       }
     }
   }
@@ -118,22 +132,22 @@ void pack_keys_and_values(const Params& p, const AttentionItem& item, BackwardSc
 // Loads rotated queries, dout, lse and delta of one block.
 template <typename S, typename T>
 void load_queries(const Params& p, BackwardScratch<T>& scratch, int64_t token, int64_t queries, int64_t head) {
-  const int64_t D = p.head_dim, stride = row_stride<T>(D);
+  const int64_t D = p.head_dim, stride = channel_stride<T>(D);
   const double scale_log2 = scale_in_bits<T>(p);
   constexpr int L = kLanes<T>;
   for (int64_t i = 0; i < queries; i += L) {
     const int64_t rows = min(queries - i, L);
     T* dout = scratch.dout + i * stride;
-    load_rows<S>(p.q, p.q_stride_token, p.q_stride_head, token + i, rows, i, queries, head, query_tables<T>(p),
-                 scratch.query + i * stride, stride, p);
-    load_rows<S>(p.grad_out, p.grad_out_stride_token, p.grad_out_stride_head, token + i, rows, i, queries, head, Tables<T>{}, dout,
-                 stride, p);
-    load_rows<S>(p.out, p.num_heads * D, D, token + i, rows, i, queries, head, Tables<T>{}, scratch.out, stride, p);
+    load_rows<S, Operand::left>(p.q, p.q_stride_token, p.q_stride_head, token + i, rows, i, queries, head, query_tables<T>(p),
+                                scratch.query + i * stride, stride, p);
+    load_rows<S, Operand::left>(p.grad_out, p.grad_out_stride_token, p.grad_out_stride_head, token + i, rows, i, queries, head,
+                                Tables<T>{}, dout, stride, p);
+    load_rows<S, Operand::right>(p.out, p.num_heads * D, D, token + i, rows, i, queries, head, Tables<T>{}, scratch.out, stride, p);
     // delta in the order in which the products sum dP, so that the two cancel exactly where one key has all the weight.
     if constexpr (kTiles) {  // the diagonal of dO O'
-      const int64_t depth = operand_depth(D);
-      T *columns = scratch.key_rows, *products = scratch.probabilities;
-      transpose(scratch.out, stride, depth, columns, L);
+      const Depth depth = channel_depth(D);
+      T *columns = scratch.key_rows, *products = scratch.scores;
+      transpose_into_panels(scratch.out, stride, depth, columns, L, 0);
       product<T, RowsOfA::strided, RowsOfB::in_panels>(Result::overwritten, L, 1, depth, dout, stride, columns, 0, products, L,
                                                        scratch.ahead);
       for (int64_t r = 0; r < L; ++r) scratch.row_delta[i + r] = products[r * L + r];
@@ -146,13 +160,16 @@ void load_queries(const Params& p, BackwardScratch<T>& scratch, int64_t token, i
     for (T* rows : {scratch.query, scratch.dout}) std::fill(rows + queries * stride, rows + padded * stride, T(0));
     for (T* row : {scratch.row_delta, scratch.row_dlse, scratch.row_lse}) std::fill(row + queries, row + padded, T(0));
     std::fill(scratch.row_lse_rest + queries, scratch.row_lse_rest + padded, std::numeric_limits<T>::infinity());  // no weight
-    as_right_operand(scratch.query, queries, D, stride, scratch.query_right);
-    as_right_operand(scratch.dout, queries, D, stride, scratch.dout_right);
+    as_right_operand(scratch.query, queries, 1, D, stride, scratch.query_right);
+    as_right_operand(scratch.dout, queries, 1, D, stride, scratch.dout_right);
   }
   if constexpr (kTiles) {
     for (int64_t i = 0; i < operand_depth(queries); i += L) {
-      transpose(scratch.query_right + i * stride, stride, round_up_to_lanes<T>(D), scratch.query_columns + i, kColumnStride<T>);
-      transpose(scratch.dout_right + i * stride, stride, round_up_to_lanes<T>(D), scratch.dout_columns + i, kColumnStride<T>);
+      for (int t = 0; t < kTerms; ++t) {
+        const int64_t from = i * stride + t * (stride / kTerms), to = i + t * (kColumnStride<T> / kTerms);
+        transpose(scratch.query_right + from, stride, round_up_to_lanes<T>(D), scratch.query_columns + to, kColumnStride<T>);
+        transpose(scratch.dout_right + from, stride, round_up_to_lanes<T>(D), scratch.dout_columns + to, kColumnStride<T>);
+      }
     }
   }
   for (int64_t i = 0; i < queries; ++i) {
@@ -173,8 +190,8 @@ template <typename T>
 CK_INLINE void weights_and_gradients(const BackwardScratch<T>& scratch, int64_t i, int64_t j, int64_t keys, T scale_log2,
                                      Vec<T> (&weights)[kTogether], Vec<T> (&gradients)[kTogether]) {
   constexpr int L = kLanes<T>;
-  const T* scores = scratch.probabilities + i * kScoreStride<T> + j;
-  const T* dp = scratch.dscores + i * kScoreStride<T> + j;
+  const T* scores = scratch.scores + i * kScoreStride<T> + j;
+  const T* dweights = scratch.dweights + i * kScoreStride<T> + j;
   const T lse = scratch.row_lse[i], lse_rest = scratch.row_lse_rest[i], delta = scratch.row_delta[i], dlse = scratch.row_dlse[i];
 #pragma GCC unroll 8
   for (int n = 0; n < kTogether; ++n) {
@@ -187,7 +204,7 @@ CK_INLINE void weights_and_gradients(const BackwardScratch<T>& scratch, int64_t 
   }
   weights_of(weights);
 #pragma GCC unroll 8
-  for (int n = 0; n < kTogether; ++n) gradients[n] = weights[n] * (load(dp + n * L) - delta + dlse);
+  for (int n = 0; n < kTogether; ++n) gradients[n] = weights[n] * (load(dweights + n * L) - delta + dlse);
   if (kTiles && j + kTogether * L > keys) {  // dP is not there for whole tiles
     for (int n = 0; n < kTogether; ++n) gradients[n] = select<T>(first_lanes<T>(keys - j - n * L), gradients[n], Vec<T>{});
   }
@@ -199,29 +216,36 @@ void softmax_gradients(BackwardScratch<T>& scratch, int64_t queries, int64_t key
   constexpr int L = kLanes<T>;
   const int64_t padded = round_up_to_lanes<T>(keys);
   for (int64_t i = 0; i < queries; i += kPack) {
-    T* p = scratch.probabilities + i * kScoreStride<T>;
-    T* ds = scratch.dscores + i * kScoreStride<T>;
+    T* p = scratch.weights_right + i / kPack * kRightStride<T>;
+    T* ds = scratch.dscores_right + i / kPack * kRightStride<T>;
     for (int64_t j = 0; j < padded; j += kTogether * L) {
       Vec<T> weights[kPack][kTogether], gradients[kPack][kTogether];
 #pragma GCC unroll 2
       for (int r = 0; r < kPack; ++r) weights_and_gradients(scratch, i + r, j, keys, scale_log2, weights[r], gradients[r]);
       if constexpr (kPack == 1) {
-        store_operands(p + j, weights[0]);
-        store_operands(ds + j, gradients[0]);
+        store_operands(p + j, kRightStride<T>, weights[0]);
+        store_operands(ds + j, kRightStride<T>, gradients[0]);
       } else {
 #pragma GCC unroll 8
         for (int n = 0; n < kTogether; ++n) {
+#ifdef COMP_KERNELS_TERMS
+          store_pairs(p + j + n * L, kRightStride<T> / kTerms, weights[0][n], weights[1][n]);
+          store_pairs(ds + j + n * L, kRightStride<T> / kTerms, gradients[0][n], gradients[1][n]);
+#else
           store(p + j + n * L, pair_rows(weights[0][n], weights[1][n]));
           store(ds + j + n * L, pair_rows(gradients[0][n], gradients[1][n]));
+#endif
         }
         T* left = scratch.dscores_left + i * kLeftStride<T> + j / kPack;
-        store_operands(left, gradients[0]);
-        store_operands(left + kLeftStride<T>, gradients[1]);
+        store_operands(left, kLeftStride<T>, gradients[0]);
+        store_operands(left + kLeftStride<T>, kLeftStride<T>, gradients[1]);
       }
     }
   }
   for (int64_t i = (queries + 1) / kPack; i < operand_depth(queries); ++i) {  // pairs that only fill up a step
-    for (T* rows : {scratch.probabilities, scratch.dscores}) std::fill_n(rows + i * kPack * kScoreStride<T>, padded, T(0));
+    for (T* rows : {scratch.weights_right, scratch.dscores_right}) {
+      for (int t = 0; t < kTerms; ++t) std::fill_n(rows + i * kRightStride<T> + t * (kRightStride<T> / kTerms), padded, T(0));
+    }
   }
 }
 
@@ -229,50 +253,51 @@ template <typename S, typename T>
 void backward_block(const Params& p, const AttentionItem& item, BackwardScratch<T>& scratch, int64_t token, int64_t queries,
                     int64_t head) {
   constexpr int L = kLanes<T>;
-  const int64_t D = p.head_dim, stride = row_stride<T>(D), score_stride = kScoreStride<T>;
+  const int64_t D = p.head_dim, stride = channel_stride<T>(D), sums = row_stride<T>(D), score_stride = kScoreStride<T>;
   const int64_t vectors = round_up_to_lanes<T>(D) / L, count = item.key_end - item.key_begin;
-  const int64_t depth = operand_depth(D), rows = (queries + kPack - 1) / kPack * kPack;  // pairs of a query alone have zeros
+  const Depth depth = channel_depth(D);
+  const int64_t rows = (queries + kPack - 1) / kPack * kPack;  // pairs of a query alone have zeros
   load_queries<S>(p, scratch, token, queries, head);
   // The first block of queries of the item's first head begins the sums over queries, the first block of keys those over keys.
   const bool first = token == item.query_begin && head == item.head_k * (p.num_heads / p.num_heads_k);
   const Result onto_keys = first ? Result::overwritten : Result::accumulated;
-  const int64_t step = blocks_of<T>(item).keys;
+  const int64_t step = blocks_of<T>(item, D).keys;
   for (int64_t block = 0; block < count; block += step) {
     const int64_t keys = min(count - block, step);
     const int64_t key_vectors = round_up_to_lanes<T>(keys) / L;
     product<T, RowsOfA::strided, RowsOfB::in_panels>(Result::overwritten, rows, key_vectors, depth, scratch.query, stride,
-                                                     scratch.key_panels + block * depth, 0, scratch.probabilities, score_stride,
+                                                     scratch.key_panels + block * depth.elements(), 0, scratch.scores, score_stride,
                                                      scratch.ahead);
     product<T, RowsOfA::strided, RowsOfB::in_panels>(Result::overwritten, rows, key_vectors, depth, scratch.dout, stride,
-                                                     scratch.value_panels + block * depth, 0, scratch.dscores, score_stride,
-                                                     scratch.ahead);
+                                                     scratch.value_panels + block * depth.elements(), 0, scratch.dweights,
+                                                     score_stride, scratch.ahead);
     softmax_gradients(scratch, queries, keys, scale_in_bits<T>(p));
     if constexpr (kTiles) {
       if (item.key_gradients) {
         product<T, RowsOfA::strided, RowsOfB::in_rows>(onto_keys, D, key_vectors, operand_depth(queries), scratch.dout_columns,
-                                                       kColumnStride<T>, scratch.probabilities, kPack * score_stride,
+                                                       kColumnStride<T>, scratch.weights_right, kRightStride<T>,
                                                        scratch.dvalues + block, scratch.key_stride, scratch.ahead);
         product<T, RowsOfA::strided, RowsOfB::in_rows>(onto_keys, D, key_vectors, operand_depth(queries), scratch.query_columns,
-                                                       kColumnStride<T>, scratch.dscores, kPack * score_stride,
+                                                       kColumnStride<T>, scratch.dscores_right, kRightStride<T>,
                                                        scratch.dkeys + block, scratch.key_stride, scratch.ahead);
       }
     } else if (item.key_gradients) {
-      product<T, RowsOfA::transposed, RowsOfB::in_rows>(onto_keys, keys, vectors, rows / kPack, scratch.probabilities,
-                                                        kPack * score_stride, scratch.dout_right, stride,
-                                                        scratch.dvalues + block * stride, stride, scratch.ahead);
-      product<T, RowsOfA::transposed, RowsOfB::in_rows>(onto_keys, keys, vectors, rows / kPack, scratch.dscores,
-                                                        kPack * score_stride, scratch.query_right, stride,
-                                                        scratch.dkeys + block * stride, stride, scratch.ahead);
+      product<T, RowsOfA::transposed, RowsOfB::in_rows>(onto_keys, keys, vectors, rows / kPack, scratch.weights_right,
+                                                        kRightStride<T>, scratch.dout_right, stride, scratch.dvalues + block * sums,
+                                                        sums, scratch.ahead);
+      product<T, RowsOfA::transposed, RowsOfB::in_rows>(onto_keys, keys, vectors, rows / kPack, scratch.dscores_right,
+                                                        kRightStride<T>, scratch.query_right, stride, scratch.dkeys + block * sums,
+                                                        sums, scratch.ahead);
     }
     if (item.query_gradients) {
       product<T, RowsOfA::strided, RowsOfB::in_rows>(
           block == 0 ? Result::overwritten : Result::accumulated, queries, vectors, operand_depth(keys), scratch.dscores_left,
-          kLeftStride<T>, scratch.keys + block / kPack * stride, stride, scratch.dquery, stride, scratch.ahead);
+          kLeftStride<T>, scratch.keys + block / kPack * stride, stride, scratch.dquery, sums, scratch.ahead);
     }
   }
   if (item.query_gradients) {
-    if (count == 0) std::fill(scratch.dquery, scratch.dquery + queries * stride, T(0));
-    store_rotated_gradients<S>(scratch.dquery, stride, static_cast<T>(p.scale), p.q, p.q_stride_token, p.q_stride_head, token,
+    if (count == 0) std::fill(scratch.dquery, scratch.dquery + queries * sums, T(0));
+    store_rotated_gradients<S>(scratch.dquery, sums, static_cast<T>(p.scale), p.q, p.q_stride_token, p.q_stride_head, token,
                                queries, head, p.num_heads, query_tables<T>(p), p.dq, p);
   }
 }
@@ -286,7 +311,7 @@ void look_ahead(const Params& p, const AttentionItem& item, bool last, const Att
   const int64_t D = p.head_dim, group = p.num_heads / p.num_heads_k, keys = item.key_end - item.key_begin, end = token + queries;
   RowsAhead& ahead = scratch.ahead;
   const auto add_queries = [&](const AttentionItem& of, int64_t begin, int64_t of_head) {
-    const int64_t rows = min(of.query_end - begin, blocks_of<T>(of).queries);
+    const int64_t rows = min(of.query_end - begin, blocks_of<T>(of, D).queries);
     add_rows<S>(ahead, p.q, p.q_stride_token, p.q_stride_head, begin, rows, of_head);
     add_rows<S>(ahead, p.grad_out, p.grad_out_stride_token, p.grad_out_stride_head, begin, rows, of_head);
     add_rows<S>(ahead, p.out, p.num_heads, begin, rows, of_head, p);
@@ -359,7 +384,7 @@ const char* backward(const Params& p) {
       const AttentionItem& item = items[index];
       pack_keys_and_values<S>(p, item, mine);
       if (item.query_begin == item.query_end) next = draw();
-      const int64_t last_head = (item.head_k + 1) * group - 1, step = blocks_of<T>(item).queries;
+      const int64_t last_head = (item.head_k + 1) * group - 1, step = blocks_of<T>(item, p.head_dim).queries;
       for (int64_t head = item.head_k * group; head <= last_head; ++head) {
         for (int64_t token = item.query_begin; token < item.query_end; token += step) {
           const int64_t queries = min(item.query_end - token, step);
@@ -379,7 +404,9 @@ const char* backward(const Params& p) {
 }  // namespace
 
 const char* rope_attention_backward(const Params& params) {
-#ifdef COMP_KERNELS_PAIRS
+#if defined(COMP_KERNELS_TERMS)
+  return params.dtype == COMP_KERNELS_FLOAT16 ? backward<float16>(params) : backward<float>(params);
+#elif defined(COMP_KERNELS_PAIRS)
   return backward<COMP_KERNELS_PAIRS>(params);
 #else
   switch (params.dtype) {

@@ -24,21 +24,24 @@ void pack_keys_and_values(const Params& p, const AttentionItem& item, ForwardScr
   scratch.packed_key_end = item.key_end;
   scratch.packed_head = item.head_k;
   constexpr int L = kLanes<T>;
-  const int64_t stride = row_stride<T>(p.head_dim), depth = operand_depth(p.head_dim), count = item.key_end - item.key_begin;
+  const int64_t stride = channel_stride<T>(p.head_dim), count = item.key_end - item.key_begin;
+  const Depth depth = channel_depth(p.head_dim);
   const int64_t step = keys_per_block<T>(item);
   for (int64_t block = 0; block < count; block += step) {
     const int64_t in_block = min(count - block, step);
     for (int64_t j = 0; j < in_block; j += L) {
       const int64_t rows = min(in_block - j, L), token = item.key_begin + block + j;
-      load_rows<S>(p.k, p.k_stride_token, p.k_stride_head, token, rows, block + j, count, item.head_k, key_tables<T>(p),
-                   scratch.rows, stride, p);
+      load_rows<S, Operand::right>(p.k, p.k_stride_token, p.k_stride_head, token, rows, block + j, count, item.head_k,
+                                   key_tables<T>(p), scratch.rows, stride, p);
       for (int64_t i = rows * stride; i < L * stride; ++i) scratch.rows[i] = 0;
-      transpose_into_panels(scratch.rows, stride, depth, scratch.key_panels + block * depth, round_up_to_lanes<T>(in_block), j);
+      transpose_into_panels(scratch.rows, stride, depth, scratch.key_panels + block * depth.elements(),
+                            round_up_to_lanes<T>(in_block), j);
     }
   }
   const ValueRows<T> layout(p.head_dim);
   const auto load_values = [&](int64_t j, int64_t rows, T* to) {
-    load_right_rows<S>(p.v, p.v_stride_token, p.v_stride_head, item.key_begin + j, rows, j, count, item.head_k, to, stride, p);
+    load_right_rows<S>(p.v, p.v_stride_token, p.v_stride_head, item.key_begin + j, rows, j, count, item.head_k, to,
+                       layout.halves ? stride : layout.value_stride, p);
   };
   if (!layout.halves) {
     load_values(0, count, scratch.values);
@@ -47,7 +50,7 @@ void pack_keys_and_values(const Params& p, const AttentionItem& item, ForwardScr
   for (int64_t j = 0; j < count; j += kRowsTogether<T>) {
     const int64_t rows = min(count - j, kRowsTogether<T>);
     load_values(j, rows, scratch.rows);
-    zip_rows(scratch.rows, (rows + kPack - 1) / kPack, stride, layout, scratch.values + j / layout.tokens * layout.stride);
+    zip_rows(scratch.rows, (rows + kPack - 1) / kPack, stride, layout, scratch.values + j / layout.tokens * layout.value_stride);
   }
 }
 
@@ -81,9 +84,9 @@ void store_outputs(const Params& p, ForwardScratch<T>& scratch, int64_t token, i
 
 template <typename S, typename T>
 void load_queries(const Params& p, ForwardScratch<T>& scratch, int64_t token, int64_t queries, int64_t head) {
-  const int64_t stride = row_stride<T>(p.head_dim);
-  load_rows<S>(p.q, p.q_stride_token, p.q_stride_head, token, queries, 0, queries, head, query_tables<T>(p), scratch.query, stride,
-               p);
+  const int64_t stride = channel_stride<T>(p.head_dim);
+  load_rows<S, Operand::left>(p.q, p.q_stride_token, p.q_stride_head, token, queries, 0, queries, head, query_tables<T>(p),
+                              scratch.query, stride, p);
   if (p.scale < 0) {
     for (int64_t i = 0; i < queries * stride; i += kLanes<T>) store(scratch.query + i, negated(load(scratch.query + i)));
   }
@@ -93,24 +96,28 @@ template <typename S, typename T>
 void forward_block(const Params& p, const AttentionItem& item, ForwardScratch<T>& scratch, int64_t token, int64_t queries,
                    int64_t head) {
   constexpr int L = kLanes<T>;
-  const int64_t D = p.head_dim, stride = row_stride<T>(D);
-  const int64_t count = item.key_end - item.key_begin, depth = operand_depth(D);
+  const int64_t D = p.head_dim, stride = channel_stride<T>(D);
+  const int64_t count = item.key_end - item.key_begin;
+  const Depth depth = channel_depth(D);
   const ValueRows<T> layout(D);
   const T scale_log2 = std::fabs(scale_in_bits<T>(p));
   load_queries<S>(p, scratch, token, queries, head);
   const int64_t step = keys_per_block<T>(item);
   for (int64_t block = 0; block < count; block += step) {
     const int64_t keys = min(count - block, step);
-    const T* panels = scratch.key_panels + block * depth;
-    if (!softmax_by_parts(scratch, queries, keys, panels, depth, stride, scale_log2, block == 0)) {
-      product<T, RowsOfA::strided, RowsOfB::in_panels>(Result::overwritten, queries, round_up_to_lanes<T>(keys) / L, depth,
-                                                       scratch.query, stride, panels, 0, scratch.scores, kScoreStride<T>,
-                                                       scratch.ahead);
-      online_softmax(scratch, queries, keys, layout, scale_log2, block == 0);
+    const T *panels = scratch.key_panels + block * depth.elements(),
+            *values = scratch.values + block / layout.tokens * layout.value_stride;
+    for (int64_t at = 0; at < queries; at += kQueriesTogether) {
+      const int64_t together = min(queries - at, kQueriesTogether);
+      if (!softmax_by_parts(scratch, at, together, keys, panels, depth, stride, scale_log2, block == 0)) {
+        product<T, RowsOfA::strided, RowsOfB::in_panels>(Result::overwritten, together, round_up_to_lanes<T>(keys) / L, depth,
+                                                         scratch.query + at * stride, stride, panels, 0, scratch.scores,
+                                                         kScoreStride<T>, scratch.ahead);
+        online_softmax(scratch, at, together, keys, layout, scale_log2, block == 0);
+      }
+      product_with_values(block == 0 ? Result::overwritten : Result::accumulated, together, operand_depth(keys), scratch.weights,
+                          kWeightStride<T>, values, layout, scratch.output + at * layout.stride, scratch.ahead);
     }
-    product_with_values(block == 0 ? Result::overwritten : Result::accumulated, queries, operand_depth(keys), scratch.scores,
-                        kScoreStride<T>, scratch.values + block / layout.tokens * layout.stride, layout, scratch.output,
-                        scratch.ahead);
   }
   store_outputs<S>(p, scratch, token, queries, head, scale_log2, count > 0);
 }
@@ -175,7 +182,9 @@ const char* forward(const Params& p) {
 }  // namespace
 
 const char* rope_attention_forward(const Params& params) {
-#ifdef COMP_KERNELS_PAIRS
+#if defined(COMP_KERNELS_TERMS)
+  return params.dtype == COMP_KERNELS_FLOAT16 ? forward<float16>(params) : forward<float>(params);
+#elif defined(COMP_KERNELS_PAIRS)
   return forward<COMP_KERNELS_PAIRS>(params);
 #else
   switch (params.dtype) {

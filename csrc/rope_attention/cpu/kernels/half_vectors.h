@@ -21,15 +21,17 @@ constexpr bool kMayHalve = kVectorBytes == 64 && !kTiles && std::is_same_v<T, fl
 template <typename T>
 struct ValueRows {
   bool halves;
-  int64_t vectors;  // of a row
-  int64_t stride;   // of rows, in numbers
-  int64_t tokens;   // in a row of V
+  int64_t vectors;       // of a row
+  int64_t stride;        // of rows of P V, in numbers
+  int64_t value_stride;  // of rows of V, likewise
+  int64_t tokens;        // in a row of V
 
   explicit ValueRows(int64_t channels) {
     constexpr int64_t L = kLanes<T>, kHalf = L / 2;
     halves = kMayHalve<T> && (channels + kHalf - 1) / kHalf % 2 == 1;
     vectors = halves ? (channels + kHalf - 1) / kHalf : (channels + L - 1) / L;
     stride = row_stride<T>(vectors * L);
+    value_stride = kTerms * stride;
     tokens = halves ? 2 * kPack : kPack;
   }
 };
@@ -47,7 +49,7 @@ void product_with_values(Result result, int64_t rows, int64_t depth, const T* p,
       return;
     }
   }
-  product<T, RowsOfA::strided, RowsOfB::in_rows>(result, rows, layout.vectors, depth, p, p_stride, values, layout.stride, c,
+  product<T, RowsOfA::strided, RowsOfB::in_rows>(result, rows, layout.vectors, depth, p, p_stride, values, layout.value_stride, c,
                                                  layout.stride, ahead);
 }
 

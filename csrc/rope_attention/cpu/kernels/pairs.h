@@ -1,11 +1,12 @@
 // Operands of products in the sets that multiply 16-bit numbers: pairs along the depth, two of them in the place of one float.
 //
 // COMP_KERNELS_PAIRS is their type, bfloat16 or float16. Where it is not defined a pair is a single number, and nothing here does
-// anything.
+// anything. With terms (terms.h) the numbers are floats, and an operand is three of them.
 #pragma once
 
 #include "common/cpu/half.h"
 #include "common/cpu/simd.h"
+#include "terms.h"
 
 namespace comp_kernels::COMP_KERNELS_ISA {
 
@@ -46,6 +47,7 @@ CK_INLINE Vec<float> pair_rows(Vec<float> even, Vec<float> odd) {
   return (Vec<float>)_mm512_maskz_permutexvar_epi16(0xffffffff, _mm512_load_si512(kZip), rounded(COMP_KERNELS_PAIRS{}, even, odd));
 }
 
+#ifndef COMP_KERNELS_TERMS
 // Two rows of `count` 16-bit numbers -> pairs, with zeros from `count` to `columns`, whole vectors. `odd` may be null: zeros.
 CK_INLINE void pair_rows(const void* even, const void* odd, int64_t count, float* pairs, int64_t columns) {
   alignas(64) static constexpr uint16_t kLow[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
@@ -60,6 +62,7 @@ CK_INLINE void pair_rows(const void* even, const void* odd, int64_t count, float
     if (d + 16 < columns) store(pairs + d + 16, (Vec<float>)_mm512_permutex2var_epi16(x, high, y));
   }
 }
+#endif
 
 CK_INLINE Vec<float> negated(Vec<float> pairs) {
   return (Vec<float>)_mm512_xor_si512((__m512i)pairs, _mm512_set1_epi16(static_cast<int16_t>(0x8000)));

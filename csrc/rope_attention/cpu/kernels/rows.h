@@ -164,12 +164,44 @@ void table_row_gradients(const T* g, T scale, const T* x, const Tables<T>& table
   }
 }
 
-// Reads one row of q, k or v, rotated when there are tables, as a row of a left operand with zeros behind it: pairs up to
-// operand_depth(head_dim), or widened, up to whole vectors.
-template <typename S, typename T>
-CK_INLINE void load_row(const S* x, T* y, const Tables<T>& tables, int64_t row, const Params& p) {
+// Which operand of a product that sums over channels a row belongs to.
+enum class Operand { left, right };
+
+#ifdef COMP_KERNELS_TERMS
+// x [head_dim] -> a row of an operand: its terms a kTerms-th of `stride` apart, with zeros up to operand_depth(head_dim), and the
+// tail (Depth, matmul.h).
+template <Operand kOperand, typename S>
+CK_INLINE void split_row(const S* x, int64_t head_dim, float* y, int64_t stride) {
+  constexpr int64_t L = kLanes<float>;
+  const Depth depth = channel_depth(head_dim);
+  for (int64_t d = 0; d < head_dim; d += 2 * L) {
+    const int64_t pairs = min(L, (head_dim - d) / 2);
+    Vec<float> terms[kTerms];
+    split_pairs(load_first(x + d, pairs), load_first(x + d + pairs, pairs), terms);
+    for (int t = 0; t < kTerms; ++t) store(y + t * (stride / kTerms) + d / 2, terms[t]);
+    if (pairs == L || depth.tail == 0) continue;
+    float* tail = y + depth.tail_of_row(stride);
+    for (int64_t k = 0; k < depth.tail; k += L) store(tail + k, Vec<float>{});
+#pragma GCC unroll 8
+    for (int n = 0; n < kProducts; ++n) {
+      store(tail + n * pairs, terms[kOperand == Operand::left ? kMultiplied[n].a : kMultiplied[n].b]);
+    }
+  }
+}
+#endif
+
+// Reads one row of q, k or v, rotated when there are tables, as a row of an operand with zeros behind it: pairs up to
+// operand_depth(head_dim), those of terms as split_row has them, or widened, up to whole vectors.
+template <typename S, Operand kOperand, typename T>
+CK_INLINE void load_row(const S* x, T* y, [[maybe_unused]] int64_t stride, const Tables<T>& tables, int64_t row, const Params& p) {
   const int64_t D = p.head_dim, rotated = tables.rotate() ? p.rotary_dim : 0;
-#ifdef COMP_KERNELS_PAIRS
+#if defined(COMP_KERNELS_TERMS)
+  if (rotated == 0) return split_row<kOperand>(x, D, y, stride);
+  float turned[kMaxHeadDim];
+  rotate_row<Rotation::forward>(x, turned, tables, row, p);
+  widen_row(x + rotated, turned + rotated, D - rotated);
+  split_row<kOperand>(turned, D, y, stride);
+#elif defined(COMP_KERNELS_PAIRS)
   COMP_KERNELS_PAIRS* numbers = reinterpret_cast<COMP_KERNELS_PAIRS*>(y);
   if (rotated > 0) rotate_row<Rotation::forward>(x, numbers, tables, row, p);
   copy_row(x + rotated, D - rotated, numbers + rotated, kPack * operand_depth(D) - rotated);
@@ -196,54 +228,80 @@ void add_rows(RowsAhead& ahead, const void* x, int64_t heads, int64_t token, int
 
 // Rows token .. token + rows of one head, from x [*, heads, D] with the given strides, to y with rows `stride` apart. They follow
 // `done` rows of the `count` that the caller is about to read.
-template <typename S, typename T>
+template <typename S, Operand kOperand, typename T>
 void load_rows(const void* x, int64_t token_stride, int64_t head_stride, int64_t token, int64_t rows, int64_t done, int64_t count,
                int64_t head, const Tables<T>& tables, T* y, int64_t stride, const Params& p) {
   const S* from = static_cast<const S*>(x) + token * token_stride + head * head_stride;
   for (int64_t i = 0; i < rows; ++i, from += token_stride, y += stride) {
     ask_ahead(from, token_stride, done + i, count, p.head_dim);
-    load_row(from, y, tables, tables.row(token + i, head), p);
+    load_row<S, kOperand>(from, y, stride, tables, tables.row(token + i, head), p);
   }
 }
 
-// Rows of v, not rotated, as a right operand whose depth is the rows: [operand_depth(rows), D].
+// Calls pair(i, i + apart) for the pairs of `rows` rows; the second may be beyond them.
+template <typename Pair>
+CK_INLINE void for_pairs(int64_t rows, int64_t apart, Pair pair) {
+  for (int64_t group = 0; group < rows; group += 2 * apart) {
+    for (int64_t i = group; i < min(group + apart, rows); ++i) pair(i, i + apart);
+  }
+}
+inline int64_t count_pairs(int64_t rows, int64_t apart) { return rows / (2 * apart) * apart + min(rows % (2 * apart), apart); }
+
+// Rows of v, not rotated, as a right operand whose depth is the rows, kApart of them paired: [operand_depth(rows), D].
 template <typename S, typename T>
 void load_right_rows(const void* x, int64_t token_stride, int64_t head_stride, int64_t token, int64_t rows, int64_t done,
                      int64_t count, int64_t head, T* y, int64_t stride, const Params& p) {
   if constexpr (kPack == 1) {
-    load_rows<S>(x, token_stride, head_stride, token, rows, done, count, head, Tables<T>{}, y, stride, p);
+    load_rows<S, Operand::right>(x, token_stride, head_stride, token, rows, done, count, head, Tables<T>{}, y, stride, p);
   } else {
+    const int64_t D = p.head_dim;
     const S* from = static_cast<const S*>(x) + token * token_stride + head * head_stride;
-    for (int64_t i = 0; i < rows; i += kPack, from += kPack * token_stride, y += stride) {
-      for (int n = 0; n < kPack; ++n) ask_ahead(from + n * token_stride, token_stride, done + i + n, count, p.head_dim);
-      pair_rows(from, i + 1 < rows ? from + token_stride : nullptr, p.head_dim, y, round_up_to_lanes<T>(p.head_dim));
-    }
-    std::fill_n(y, (operand_depth(rows) - (rows + 1) / kPack) * stride, T(0));
+    for_pairs(rows, kApart, [&](int64_t i, int64_t other) {
+      const S *even = from + i * token_stride, *odd = from + other * token_stride;
+      ask_ahead(even, token_stride, done + i, count, D, 2 * kApart);
+      if (other < rows) ask_ahead(odd, token_stride, done + other, count, D, 2 * kApart);
+#ifdef COMP_KERNELS_TERMS
+      for (int64_t d = 0; d < D; d += kLanes<T>) {
+        store_pairs(y + d, stride / kTerms, load_first(even + d, D - d), other < rows ? load_first(odd + d, D - d) : Vec<T>{});
+      }
+#else
+      pair_rows(even, other < rows ? odd : nullptr, D, y, round_up_to_lanes<T>(D));
+#endif
+      y += stride;
+    });
+    std::fill_n(y, (operand_depth(rows) - count_pairs(rows, kApart)) * stride, T(0));
   }
 }
 
-// Rows of a left operand -> pairs of rows, a right operand whose depth is the rows, [operand_depth(rows), D]. Without pairs the rows
-// are it, and `to` is not written.
+// Rows of a left operand -> pairs of rows `apart`, a right operand whose depth is the rows, [operand_depth(rows), D]. Without
+// pairs the rows are it, and `to` is not written.
 template <typename T>
-void as_right_operand(const T* x, int64_t rows, int64_t head_dim, int64_t stride, T* to) {
+void as_right_operand(const T* x, int64_t rows, int64_t apart, int64_t head_dim, int64_t stride, T* to) {
   if constexpr (kPack > 1) {
-    for (int64_t i = 0; i < rows; i += kPack, x += kPack * stride, to += stride) {
-      pair_rows(x, i + 1 < rows ? x + stride : nullptr, head_dim, to, round_up_to_lanes<T>(head_dim));
-    }
-    std::fill_n(to, (operand_depth(rows) - (rows + 1) / kPack) * stride, T(0));
+    for_pairs(rows, apart, [&](int64_t i, int64_t other) {
+      for (int t = 0; t < kTerms; ++t) {
+        const int64_t term = t * (stride / kTerms);
+        const T *even = x + i * stride + term, *odd = x + other * stride + term;
+        pair_rows(even, other < rows ? odd : nullptr, head_dim, to + term, round_up_to_lanes<T>(head_dim));
+      }
+      to += stride;
+    });
+    std::fill_n(to, (operand_depth(rows) - count_pairs(rows, apart)) * stride, T(0));
   }
 }
 
-// Neighbouring vectors of a row of results -> what a later product reads as its left operand.
+// Neighbouring vectors of a row of results -> what a later product reads as its left operand, whose rows are `stride` apart.
 template <typename T, int N>
-CK_INLINE void store_operands(T* to, const Vec<T> (&x)[N]) {
-  if constexpr (kPack > 1) {
-    static_assert(N == kPack, "two vectors of float are one of pairs");
-    store(to, pair_columns(x[0], x[1]));
-  } else {
+CK_INLINE void store_operands(T* to, [[maybe_unused]] int64_t stride, const Vec<T> (&x)[N]) {
+#if defined(COMP_KERNELS_TERMS)
+  store_pairs(to, stride / kTerms, x[0], x[1]);
+#elif defined(COMP_KERNELS_PAIRS)
+  static_assert(N == kPack, "two vectors of float are one of pairs");
+  store(to, pair_columns(x[0], x[1]));
+#else
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) store(to + n * kLanes<T>, x[n]);
-  }
+  for (int n = 0; n < N; ++n) store(to + n * kLanes<T>, x[n]);
+#endif
 }
 
 // Writes the gradient of q or k for rows token .. token + rows of one head: g is that of the rotated rows, divided by

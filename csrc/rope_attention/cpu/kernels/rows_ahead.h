@@ -32,8 +32,9 @@ enum class Rows { read, written };
 // Before a loop over `count` rows reads or writes row i, which is at `row`: asks for one some rows on; first, for all up to it. They
 // come to the second-level cache: in the first, rows that are a power of two apart would drive each other out. With AMX those that
 // are read come to the first: 16-bit rows are half as long, and 1 to 5 % are gained; those that are written, too, would lose more.
+// `at_least` so many rows on, where they are not read one by one.
 template <Rows kRows = Rows::read, typename S>
-CK_INLINE void ask_ahead(const S* row, int64_t stride, int64_t i, int64_t count, int64_t columns) {
+CK_INLINE void ask_ahead(const S* row, int64_t stride, int64_t i, int64_t count, int64_t columns, int64_t at_least = 0) {
   if constexpr (!kLoopsAsk) return;
   constexpr int kLocality = kRows == Rows::written || kTilesAsk ? 2 : 3;
   const auto ask = [&](int64_t n) __attribute__((always_inline)) {
@@ -42,7 +43,7 @@ CK_INLINE void ask_ahead(const S* row, int64_t stride, int64_t i, int64_t count,
       __builtin_prefetch(ahead + byte, /*rw=*/0, kLocality);
     }
   };
-  const int64_t rows_ahead = kTilesAsk && tiles_wait_for_prefetches ? 8 : 16;
+  const int64_t wanted = kTilesAsk && tiles_wait_for_prefetches ? 8 : 16, rows_ahead = wanted > at_least ? wanted : at_least;
   if (i == 0) {
     for (int64_t n = 1; n < min(rows_ahead, count); ++n) ask(n);
   }

@@ -34,8 +34,9 @@ CK_INLINE Vec<T> row_maxima(T* const (&scores)[kLanes<T>], int64_t keys) {
 // The maximum is subtracted before scaling, exactly zero where it is reached: score * scale - maximum * scale, one rounded and
 // one fused, can be off by more than a float's exponent for scores beyond 5e9.
 template <typename T>
-void online_softmax(ForwardScratch<T>& scratch, int64_t queries, int64_t keys, const ValueRows<T>& layout, T scale_log2,
+void online_softmax(ForwardScratch<T>& scratch, int64_t at, int64_t queries, int64_t keys, const ValueRows<T>& layout, T scale_log2,
                     bool first) {
+  T *shifts = scratch.row_shift + at, *totals = scratch.row_sum + at;
   constexpr int L = kLanes<T>;
   constexpr T kLowest = -std::numeric_limits<T>::infinity();
   for (int64_t i = 0; i < queries; i += L) {
@@ -44,13 +45,13 @@ void online_softmax(ForwardScratch<T>& scratch, int64_t queries, int64_t keys, c
     for (int64_t r = 0; r < L; ++r) scores[r] = scratch.scores + (i + min(r, rows - 1)) * kScoreStride<T>;
     const Vec<T> top = row_maxima<T>(scores, keys);
     Vec<T> sums[L];
-    const Vec<T> old_shift = first ? broadcast(kLowest) : load(scratch.row_shift + i);
+    const Vec<T> old_shift = first ? broadcast(kLowest) : load(shifts + i);
     const Vec<T> shift = max<T>(top, old_shift), fade = exp2((old_shift - shift) * scale_log2);
-    store(scratch.row_shift + i, shift);
+    store(shifts + i, shift);
 
     for (int64_t r = 0; r < rows; ++r) {
-      T* row = scores[r];
-      const T shift_r = scratch.row_shift[i + r];
+      T *row = scores[r], *weights = scratch.weights + (i + r) * kWeightStride<T>;
+      const T shift_r = shifts[i + r];
       Vec<T> sum[kTogether] = {};
       for (int64_t j = 0; j < keys; j += kTogether * L) {
         Vec<T> e[kTogether];
@@ -65,7 +66,7 @@ void online_softmax(ForwardScratch<T>& scratch, int64_t queries, int64_t keys, c
         weights_of(e);
 #pragma GCC unroll 8
         for (int n = 0; n < kTogether; ++n) sum[n] += e[n];
-        store_operands(row + j / kPack, e);
+        store_operands(weights + j / kPack, kWeightStride<T>, e);
       }
       static_assert(kTogether == 2);
       sums[r] = sum[0] + sum[1];
@@ -73,67 +74,74 @@ void online_softmax(ForwardScratch<T>& scratch, int64_t queries, int64_t keys, c
     for (int64_t r = rows; r < L; ++r) sums[r] = Vec<T>{};
     Vec<T> sum = across_lanes<T>(sums, [](Vec<T> a, Vec<T> b) { return a + b; });
     if (!first) {
-      sum += load(scratch.row_sum + i) * fade;
+      sum += load(totals + i) * fade;
       for (int64_t r = 0; r < rows; ++r) {
         if (fade[r] == 1) continue;
-        T* out = scratch.output + (i + r) * layout.stride;
+        T* out = scratch.output + (at + i + r) * layout.stride;
         for (int64_t d = 0; d < layout.vectors * L; d += L) store(out + d, load(out + d) * fade[r]);
       }
     }
-    store(scratch.row_sum + i, sum);
+    store(totals + i, sum);
   }
 }
 
 #ifdef COMP_KERNELS_TILES
 
-// Exponents up to which score * scale - shift * scale, one rounded and one fused, is exact enough.
+// Exponents up to which score * scale - shift * scale, one rounded and one fused, is exact enough for 16-bit numbers.
 constexpr float kMostShift = 4096;
 
-// Weights, as bits of a number, at which shifts have to grow: 2^32 in bfloat16, whose sums have room for far more, and 2^8 in float16,
-// which ends at 2^16.
-constexpr uint16_t kMostWeight = std::is_same_v<COMP_KERNELS_PAIRS, float16> ? (15 + 8) << 10 : (127 + 32) << 7;
+// Weights at which shifts have to grow: 2^32, for sums have room for far more, and 2^8 in float16, which ends at 2^16.
+constexpr float kMostWeight = std::is_same_v<COMP_KERNELS_PAIRS, float16> ? 0x1p8f : 0x1p32f;
 
-// Scores of a part -> probabilities with the shifts that the rows have, as pairs, rows kScoreStride apart; adds their sums to
+// Scores of a part -> probabilities with the shifts that the rows have, as pairs, rows kWeightStride apart; adds their sums to
 // part_sums. False if one of them is too large or not a number.
-CK_INLINE bool weights_of_part(ForwardScratch<float>& scratch, int64_t queries, int64_t keys, float scale_log2, float* weights) {
+CK_INLINE bool weights_of_part(ForwardScratch<float>& scratch, int64_t at, int64_t queries, int64_t keys, float scale_log2,
+                               float* weights) {
   constexpr int L = kLanes<float>;
   constexpr float kLowest = -std::numeric_limits<float>::infinity();
-  __m512i largest = _mm512_setzero_si512();
+  Vec<float> largest{};
   for (int64_t i = 0; i < queries; ++i) {
     const float* row = scratch.part + i * kPartStride;
-    float* to = weights + i * kScoreStride<float>;
-    const float shift = scratch.row_shift[i] * scale_log2;
+    float* to = weights + i * kWeightStride<float>;
+    const float shift = kTerms > 1 ? scratch.row_shift[at + i] : scratch.row_shift[at + i] * scale_log2;
     Vec<float> sum[kTogether] = {load(scratch.part_sums + i * L)};
     for (int64_t j = 0; j < keys; j += kTogether * L) {
       Vec<float> e[kTogether];
 #pragma GCC unroll 8
-      for (int n = 0; n < kTogether; ++n) e[n] = load(row + j + n * L) * scale_log2 - shift;
+      for (int n = 0; n < kTogether; ++n) {
+        const Vec<float> score = load(row + j + n * L);
+        e[n] = kTerms > 1 ? (score - shift) * scale_log2 : score * scale_log2 - shift;
+      }
       if (j + kTogether * L > keys) {
         for (int n = 0; n < kTogether; ++n) e[n] = select<float>(first_lanes<float>(keys - j - n * L), e[n], broadcast(kLowest));
       }
       weights_of(e);
 #pragma GCC unroll 8
       for (int n = 0; n < kTogether; ++n) sum[n] += e[n];
-      const Vec<float> pairs = pair_columns(e[0], e[1]);
-      largest = _mm512_max_epu16(largest, (__m512i)pairs);  // bits of numbers that are not negative are in order; NaN is beyond
-      store(to + j / kPack, pairs);
+      store_operands(to + j / kPack, kWeightStride<float>, e);
     }
-    store(scratch.part_sums + i * L, sum[0] + sum[1]);
+    const Vec<float> total = sum[0] + sum[1];
+    store(scratch.part_sums + i * L, total);
+    // The bits of numbers that are not negative are in their order, and NaN is beyond.
+    largest = (Vec<float>)_mm512_maskz_max_epu32(0xffff, (__m512i)largest, (__m512i)total);
   }
-  return _mm512_cmpgt_epu16_mask(largest, _mm512_set1_epi16(kMostWeight)) == 0;
+  return _mm512_cmp_ps_mask((__m512)largest, _mm512_set1_ps(kMostWeight), _CMP_LE_OQ) == 0xffff;
 }
 
 // The shifts of a block: if it is the first, the largest scores of its first part. False if they are too large for weights_of_part.
-CK_INLINE bool shifts_of_part(ForwardScratch<float>& scratch, int64_t queries, int64_t keys, float scale_log2, bool first) {
+CK_INLINE bool shifts_of_part(ForwardScratch<float>& scratch, int64_t at, int64_t queries, int64_t keys, float scale_log2,
+                              bool first) {
   constexpr int L = kLanes<float>;
   for (int64_t i = 0; i < queries; i += L) {
     if (first) {
       float* scores[L];
       for (int64_t r = 0; r < L; ++r) scores[r] = scratch.part + min(i + r, queries - 1) * kPartStride;
-      store(scratch.row_shift + i, row_maxima<float>(scores, keys));
+      store(scratch.row_shift + at + i, row_maxima<float>(scores, keys));
     }
-    const __m512 bits = _mm512_abs_ps((__m512)(load(scratch.row_shift + i) * scale_log2));
-    if (_mm512_cmp_ps_mask(bits, _mm512_set1_ps(kMostShift), _CMP_LE_OQ) != 0xffff) return false;
+    if constexpr (kTerms == 1) {
+      const __m512 bits = _mm512_abs_ps((__m512)(load(scratch.row_shift + at + i) * scale_log2));
+      if (_mm512_cmp_ps_mask(bits, _mm512_set1_ps(kMostShift), _CMP_LE_OQ) != 0xffff) return false;
+    }
   }
   return true;
 }
@@ -144,24 +152,24 @@ CK_INLINE bool shifts_of_part(ForwardScratch<float>& scratch, int64_t queries, i
 //
 // False, with nothing changed that counts, where a shift has to grow or exponents need more care; online_softmax then does the
 // whole block.
-inline bool softmax_by_parts(ForwardScratch<float>& scratch, int64_t queries, int64_t keys, const float* panels, int64_t depth,
-                             int64_t query_stride, float scale_log2, bool first) {
+inline bool softmax_by_parts(ForwardScratch<float>& scratch, int64_t at, int64_t queries, int64_t keys, const float* panels,
+                             Depth depth, int64_t query_stride, float scale_log2, bool first) {
   constexpr int L = kLanes<float>;
   const int64_t step = block_length(keys, kPartKeys, kPartMultiple);
-  std::fill_n(scratch.part_sums, kMostQueries * L, 0.0f);
+  std::fill_n(scratch.part_sums, kQueriesTogether * L, 0.0f);
   for (int64_t begin = 0; begin < keys; begin += step) {
     const int64_t in_part = min(keys - begin, step);
-    product<float, RowsOfA::strided, RowsOfB::in_panels>(Result::overwritten, queries, round_up_to_lanes<float>(in_part) / L, depth,
-                                                         scratch.query, query_stride, panels + begin * depth, 0, scratch.part,
-                                                         kPartStride, scratch.ahead);
-    if (begin == 0 && !shifts_of_part(scratch, queries, in_part, scale_log2, first)) return false;
-    if (!weights_of_part(scratch, queries, in_part, scale_log2, scratch.scores + begin / kPack)) return false;
+    product<float, RowsOfA::strided, RowsOfB::in_panels>(
+        Result::overwritten, queries, round_up_to_lanes<float>(in_part) / L, depth, scratch.query + at * query_stride, query_stride,
+        panels + begin * depth.elements(), 0, scratch.part, kPartStride, scratch.ahead);
+    if (begin == 0 && !shifts_of_part(scratch, at, queries, in_part, scale_log2, first)) return false;
+    if (!weights_of_part(scratch, at, queries, in_part, scale_log2, scratch.weights + begin / kPack)) return false;
   }
   for (int64_t i = 0; i < queries; i += L) {
     Vec<float> sums[L];
     for (int r = 0; r < L; ++r) sums[r] = load(scratch.part_sums + (i + r) * L);
     const Vec<float> sum = across_lanes<float>(sums, [](Vec<float> a, Vec<float> b) { return a + b; });
-    store(scratch.row_sum + i, first ? sum : load(scratch.row_sum + i) + sum);
+    store(scratch.row_sum + at + i, first ? sum : load(scratch.row_sum + at + i) + sum);
   }
   return true;
 }
@@ -169,7 +177,7 @@ inline bool softmax_by_parts(ForwardScratch<float>& scratch, int64_t queries, in
 #else
 
 template <typename T>
-bool softmax_by_parts(ForwardScratch<T>&, int64_t, int64_t, const T*, int64_t, int64_t, T, bool) {
+bool softmax_by_parts(ForwardScratch<T>&, int64_t, int64_t, int64_t, const T*, Depth, int64_t, T, bool) {
   return false;
 }
 

@@ -55,6 +55,28 @@ CK_INLINE void store_four_tiles(float* c, int64_t c_stride) {
   _tile_stored(3, c + kTile * c_stride + kTile, bytes);
 }
 
+// What is multiplied: a term of A (terms.h) and one of B. Of three terms six products count: what is left out is 2^-22 of |a b| at
+// most, of either sign. Each shares an operand with the one before, and the largest comes last.
+struct TermsMultiplied {
+  int a, b;
+};
+#ifdef COMP_KERNELS_TERMS
+constexpr TermsMultiplied kMultiplied[] = {{2, 0}, {1, 0}, {1, 1}, {0, 1}, {0, 2}, {0, 0}};
+#else
+constexpr TermsMultiplied kMultiplied[] = {{0, 0}};
+#endif
+constexpr int kProducts = sizeof(kMultiplied) / sizeof(TermsMultiplied);
+
+// Operands of a product on tiles. Terms of A lie a kTerms-th of its stride apart, terms of B b_term, its next kTile columns
+// b_column. From a_tail and b_tail on, `tail` more elements of the depth have their terms side by side, in kMultiplied's order.
+struct TileOperands {
+  const float* a;
+  int64_t a_stride;
+  const float* b;
+  int64_t b_stride, b_term, b_column;
+  int64_t tail = 0, a_tail = 0, b_tail = 0;
+};
+
 // C tiles kRows x kColumns, at most 2 x 2 of them: tile registers 0 to 3 hold C, 4 and 5 A, 6 and 7 B, so that each tile loaded
 // serves two products.
 //
@@ -62,15 +84,14 @@ CK_INLINE void store_four_tiles(float* c, int64_t c_stride) {
 // as a product and goes beside it, but four in a row hold everything up that is behind them. `waiting` is where the block before is
 // to go (null: nowhere); returns where this one is.
 template <int kRows, int kColumns, bool kAccumulate>
-float* multiply_tiles(int64_t depth, const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t b_column, float* c,
-                      int64_t c_stride, float* waiting) {
+float* multiply_tiles(int64_t depth, const TileOperands& x, float* c, int64_t c_stride, float* waiting) {
   constexpr int64_t kBytes = sizeof(float);
   constexpr bool kFour = kRows == 2 && kColumns == 2;
-  const int64_t a_bytes = a_stride * kBytes, b_bytes = b_stride * kBytes, c_bytes = c_stride * kBytes;
+  const int64_t a_bytes = x.a_stride * kBytes, b_bytes = x.b_stride * kBytes, c_bytes = c_stride * kBytes;
   if (!kFour && waiting != nullptr) store_four_tiles(waiting, c_stride);
 // A sum begins: with C, or with zero; what the register still holds goes first.
 #define BEGIN_SUM(tile, offset)                                                       \
-  if (k == 0) {                                                                       \
+  if (k == 0 && n == 0) {                                                             \
     if (kFour && waiting != nullptr) _tile_stored(tile, waiting + (offset), c_bytes); \
     if constexpr (kAccumulate) {                                                      \
       _tile_loadd(tile, c + (offset), c_bytes);                                       \
@@ -78,27 +99,50 @@ float* multiply_tiles(int64_t depth, const float* a, int64_t a_stride, const flo
       _tile_zero(tile);                                                               \
     }                                                                                 \
   }
-  for (int64_t k = 0; k < depth; k += kDepthStep, b += kDepthStep * b_stride) {
-    _tile_loadd(6, b, b_bytes);
-    _tile_loadd(4, a + k, a_bytes);
-    BEGIN_SUM(0, 0)
-    TILE_PRODUCT(0, 4, 6);
-    if constexpr (kColumns > 1) {
-      _tile_loadd(7, b + b_column, b_bytes);
-      BEGIN_SUM(1, kTile)
-      TILE_PRODUCT(1, 4, 7);
-    }
-    if constexpr (kRows > 1) {
-      _tile_loadd(5, a + kTile * a_stride + k, a_bytes);
-      BEGIN_SUM(2, kTile * c_stride)
-      TILE_PRODUCT(2, 5, 6);
-    }
-    if constexpr (kFour) {
-      BEGIN_SUM(3, kTile * c_stride + kTile)
-      TILE_PRODUCT(3, 5, 7);
+  for (int64_t k = 0; k < depth; k += kDepthStep) {
+#pragma GCC unroll 8
+    for (int n = 0; n < kProducts; ++n) {
+      const bool other_a = n == 0 || kMultiplied[n].a != kMultiplied[n - 1].a;
+      const bool other_b = n == 0 || kMultiplied[n].b != kMultiplied[n - 1].b;
+      const float *a = x.a + kMultiplied[n].a * (x.a_stride / kTerms) + k, *b = x.b + kMultiplied[n].b * x.b_term + k * x.b_stride;
+      if (other_b) _tile_loadd(6, b, b_bytes);
+      if (other_a) _tile_loadd(4, a, a_bytes);
+      BEGIN_SUM(0, 0)
+      TILE_PRODUCT(0, 4, 6);
+      if constexpr (kColumns > 1) {
+        if (other_b) _tile_loadd(7, b + x.b_column, b_bytes);
+        BEGIN_SUM(1, kTile)
+        TILE_PRODUCT(1, 4, 7);
+      }
+      if constexpr (kRows > 1) {
+        if (other_a) _tile_loadd(5, a + kTile * x.a_stride, a_bytes);
+        BEGIN_SUM(2, kTile * c_stride)
+        TILE_PRODUCT(2, 5, 6);
+      }
+      if constexpr (kFour) {
+        BEGIN_SUM(3, kTile * c_stride + kTile)
+        TILE_PRODUCT(3, 5, 7);
+      }
     }
   }
 #undef BEGIN_SUM
+  if constexpr (kTerms > 1) {
+    for (int64_t k = 0; k < x.tail; k += kDepthStep) {
+      const float *a = x.a + x.a_tail + k, *b = x.b + x.b_tail + k * x.b_stride;
+      _tile_loadd(6, b, b_bytes);
+      _tile_loadd(4, a, a_bytes);
+      TILE_PRODUCT(0, 4, 6);
+      if constexpr (kColumns > 1) {
+        _tile_loadd(7, b + x.b_column, b_bytes);
+        TILE_PRODUCT(1, 4, 7);
+      }
+      if constexpr (kRows > 1) {
+        _tile_loadd(5, a + kTile * x.a_stride, a_bytes);
+        TILE_PRODUCT(2, 5, 6);
+      }
+      if constexpr (kFour) TILE_PRODUCT(3, 5, 7);
+    }
+  }
   if constexpr (kFour) return c;
   _tile_stored(0, c, c_bytes);
   if constexpr (kColumns > 1) _tile_stored(1, c + kTile, c_bytes);
@@ -106,18 +150,19 @@ float* multiply_tiles(int64_t depth, const float* a, int64_t a_stride, const flo
   return nullptr;
 }
 
-// C [rows, columns] (+)= A [rows, depth] B [depth, columns]. Rows of B are b_stride apart, its next kTile columns b_column.
+// C [rows, columns] (+)= A [rows, depth] B [depth, columns].
 template <bool kAccumulate>
-void product_on_tiles(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_stride, const float* b,
-                      int64_t b_stride, int64_t b_column, float* c, int64_t c_stride) {
+void product_on_tiles(int64_t rows, int64_t columns, int64_t depth, const TileOperands& operands, float* c, int64_t c_stride) {
   asm volatile("" ::: "memory");  // GCC's tile loads do not say that they read memory
   float* waiting = nullptr;
-  for (int64_t n = 0; n < columns; n += 2 * kTile, b += 2 * b_column) {
+  TileOperands x = operands;
+  for (int64_t n = 0; n < columns; n += 2 * kTile, x.b += 2 * x.b_column) {
     for (int64_t m = 0; m < rows; m += 2 * kTile) {
       const auto of_rows = [&](auto multiply_two, auto multiply_one) { return m + kTile < rows ? multiply_two : multiply_one; };
       const auto multiply = n + kTile < columns ? of_rows(multiply_tiles<2, 2, kAccumulate>, multiply_tiles<1, 2, kAccumulate>)
                                                 : of_rows(multiply_tiles<2, 1, kAccumulate>, multiply_tiles<1, 1, kAccumulate>);
-      waiting = multiply(depth, a + m * a_stride, a_stride, b, b_stride, b_column, c + m * c_stride + n, c_stride, waiting);
+      x.a = operands.a + m * x.a_stride;
+      waiting = multiply(depth, x, c + m * c_stride + n, c_stride, waiting);
     }
   }
   if (waiting != nullptr) store_four_tiles(waiting, c_stride);
@@ -127,6 +172,7 @@ void product_on_tiles(int64_t rows, int64_t columns, int64_t depth, const float*
 #else
 
 constexpr bool kTiles = false;
+constexpr int kProducts = 1;
 constexpr int64_t kDepthStep = 1;
 
 struct TileRegisters {};

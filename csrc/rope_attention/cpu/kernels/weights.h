@@ -16,7 +16,7 @@ constexpr int64_t whole_scores(int64_t scores) {
   return (scores + kWhole - 1) / kWhole * kWhole;
 }
 
-#if defined(COMP_KERNELS_PAIRS)
+#if defined(COMP_KERNELS_PAIRS) && !defined(COMP_KERNELS_TERMS)
 
 // Minimax polynomials of 2^f on [0, 1), exact at both ends: to 3.4e-6, a thousandth of what bfloat16 keeps, and to 1.8e-7 for float16.
 // That is more than weights need; but lse is float32's, and where logits are small, all weights near 1, plain PyTorch has it to 1e-4
