@@ -55,7 +55,8 @@ def alignment_loss(
         text:  [n, D] pooled text features.
         prototypes:  [V, D] word embeddings. On GPUs bfloat16 (or float16 like the features) is multiplied as it is, with
             float32 results, and float32 features as sums of bfloat16 terms. float32 products follow
-            `torch.set_float32_matmul_precision`, exact by default. Autocast changes nothing.
+            `torch.set_float32_matmul_precision` or `torch.backends.cuda.matmul.fp32_precision`, exact by default. Autocast
+            changes nothing.
         prior:  [V] word counts of the corpus, zeros allowed (not all of them in mode "released"). None: uniform.
         mode:  how the target is made, w = max(prior, 1) / sum max(prior, 1):
 

@@ -34,7 +34,14 @@ WIDE_ELEMENTS = {"cpu": 1 << 20, "cuda": 3 << 24}
 REPEATED_BYTES, GRADIENT_BYTES = 200 << 20, 226 << 20
 MANY_ROWS, REPEATED_BYTES_OF_MANY = 2048, 48 << 20
 
-BFLOAT16_TERMS = {"highest": 3, "high": 2, "medium": 1}  # by torch.get_float32_matmul_precision(): 24, 16 and 8 bits
+
+def bfloat16_terms() -> int:
+    """Terms of a float32 by the precision that its products are to have: 24, 16 or 8 bits."""
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the user set torch.backends.*.fp32_precision (torch 2.9), which has no word for 8 bits on a GPU
+        precision = "high" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "highest"
+    return {"highest": 3, "high": 2, "medium": 1}[precision]
 
 
 def cut(begin: int, end: int, width: int | None) -> list[slice]:
@@ -172,7 +179,7 @@ class Half(Matmul):
         super().__init__(prototypes, rows, dtype)
         self.row_dtype = prototypes.dtype
         self.raw = features_dtype == prototypes.dtype
-        self.terms = 1 if self.raw else BFLOAT16_TERMS[torch.get_float32_matmul_precision()]
+        self.terms = 1 if self.raw else bfloat16_terms()
         self.repeated_bytes = REPEATED_BYTES if rows < MANY_ROWS else REPEATED_BYTES_OF_MANY
         # float16 has not the range of score gradients: there the last product takes widened tiles.
         self.half_gradients = prototypes.dtype == torch.bfloat16

@@ -132,3 +132,21 @@ def test_products_follow_the_precision_the_user_set():
             assert streaming.choose_products(matrix, 8, torch.float32, torch.bfloat16, False, on_gpu=True).terms == 1
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("setting", ("all", "cuda", "mkldnn"))
+def test_products_follow_the_precision_of_a_backend(setting):
+    """torch's newer settings, after which torch.get_float32_matmul_precision raises."""
+    matrix = torch.empty(100, 8, dtype=torch.bfloat16, device="meta")
+    places = {"all": torch.backends, "cuda": torch.backends.cuda.matmul, "mkldnn": torch.backends.mkldnn.matmul}
+    try:
+        for place in reversed(places.values()):
+            place.fp32_precision = "none"  # the old function may have been called
+        places[setting].fp32_precision = "tf32"
+        with pytest.raises(RuntimeError, match="mix of the legacy and new APIs"):
+            torch.get_float32_matmul_precision()
+        terms = streaming.choose_products(matrix, 8, torch.float32, torch.float32, False, on_gpu=True).terms
+        assert terms == (3 if setting == "mkldnn" else 2)
+    finally:
+        places[setting].fp32_precision = "none"
+    assert torch.get_float32_matmul_precision() == "highest"
