@@ -13,23 +13,29 @@ int64_t num_workers();
 // Calls function(context, worker) once for every worker in 0 .. workers - 1, on as many threads as there are.
 void parallel_run(int64_t workers, void (*function)(void* context, int64_t worker), void* context);
 
-// Calls body(worker, draw) once per worker; draw() hands out the items 0 .. items - 1, each once, and then -1. Idle workers draw
-// the next item, so long and short items balance. Which worker draws an item must not change the result.
+// Calls body(worker, draw) once per worker; draw() hands out the items 0 .. items - 1, each once, and then -1. Items are dealt out
+// `together` neighbours at a time, and workers that are done take what others have left, so long and short items balance where the
+// long ones come first. Which worker draws an item must not change the result.
 template <typename Body>
-void parallel_draws(int64_t workers, int64_t items, Body&& body) {
+void parallel_draws(int64_t workers, int64_t items, int64_t together, Body&& body) {
+  if (workers > items) workers = items;
   struct Context {
     Body& body;
-    int64_t items;
-    std::atomic<int64_t> next{0};
-  } context{body, items};
-  if (workers > items) workers = items;
+    int64_t workers, items, together;
+    std::vector<std::atomic<int64_t>> taken;  // of each worker's
+  } context{body, workers, items, together, std::vector<std::atomic<int64_t>>(workers)};
   parallel_run(
       workers,
       [](void* opaque, int64_t worker) {
         Context& context = *static_cast<Context*>(opaque);
-        context.body(worker, [&context]() -> int64_t {
-          const int64_t item = context.next.fetch_add(1, std::memory_order_relaxed);
-          return item < context.items ? item : -1;
+        context.body(worker, [&context, worker, step = int64_t{0}]() mutable -> int64_t {
+          for (; step < context.workers; ++step) {
+            const int64_t owner = (worker + step) % context.workers;
+            const int64_t i = context.taken[owner].fetch_add(1, std::memory_order_relaxed), deal = i / context.together;
+            const int64_t item = (deal * context.workers + owner) * context.together + i % context.together;
+            if (item < context.items) return item;
+          }
+          return -1;
         });
       },
       &context);
@@ -38,7 +44,7 @@ void parallel_draws(int64_t workers, int64_t items, Body&& body) {
 // Calls body(worker, item) for every item. A worker runs its items one after another: scratch memory may be per worker.
 template <typename Body>
 void parallel_items(int64_t workers, int64_t items, Body&& body) {
-  parallel_draws(workers, items, [&](int64_t worker, auto draw) {
+  parallel_draws(workers, items, /*together=*/1, [&](int64_t worker, auto draw) {
     for (int64_t item; (item = draw()) >= 0;) body(worker, item);
   });
 }

@@ -67,9 +67,9 @@ void fill_slack_backward(const comp_kernels_rope_attention_params& p) {
   for (void* x : {p.dcos_k, p.dsin_k}) zero_rows(x, used_k, p.num_tokens_k, p.num_heads_k * table_row);
 }
 
-// Whether numbers are multiplied as three bfloat16 (kernels/terms.h): where there are AMX tiles but none for the dtype, and enough keys
-// for the queries, on average, to make up for splitting the rows. Both passes must find the same, for the backward pass recomputes the
-// scores of the forward pass.
+// Whether numbers are multiplied as three bfloat16 (kernels/terms.h): where there are AMX tiles but none for the dtype, and enough
+// keys for the queries, on average, to make up for splitting the rows. Both passes must find the same, for the backward pass
+// recomputes the scores of the forward pass.
 constexpr double kKeysWorthSplitting = 160;
 bool are_split(const comp_kernels_rope_attention_params& p) {
   using comp_kernels::Isa;

@@ -102,6 +102,12 @@ std::vector<AttentionItem> backward_items(const Params& p, int64_t workers, Bloc
   return items;
 }
 
+int64_t items_together(const Params& p, int64_t items, int64_t workers) {
+  // All heads of a sequence where there are two for every worker, else each worker's part of them; of very many items more.
+  const int64_t heads = items >= 2 * workers * p.num_heads_k ? p.num_heads_k : p.num_heads_k / workers;
+  return std::min<int64_t>(std::max<int64_t>({heads, items / (8 * workers), 1}), 16);
+}
+
 int64_t max_keys(const Params& p) {
   int64_t longest = 0;
   for (int64_t b = 0; b < p.num_sequences; ++b) longest = std::max(longest, lengths(p, b).keys);

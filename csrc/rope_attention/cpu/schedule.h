@@ -26,6 +26,10 @@ struct BlockSizes {
 std::vector<AttentionItem> forward_items(const comp_kernels_rope_attention_params& params, int64_t workers, BlockSizes blocks);
 std::vector<AttentionItem> backward_items(const comp_kernels_rope_attention_params& params, int64_t workers, BlockSizes blocks);
 
+// How many neighbours of so many items a worker takes: heads of one sequence, whose rows lie side by side and share cache lines
+// and pages.
+int64_t items_together(const comp_kernels_rope_attention_params& params, int64_t items, int64_t workers);
+
 // The longest sequence of keys.
 int64_t max_keys(const comp_kernels_rope_attention_params& params);
 

@@ -376,7 +376,8 @@ const char* backward(const Params& p) {
   if (items.empty()) return nullptr;
   PerWorker<BackwardScratch<T>> scratch(workers, max_keys(p), p.head_dim);
   if (!scratch.allocated()) return "out of memory for the packed keys and their gradients";
-  parallel_draws(workers, static_cast<int64_t>(items.size()), [&](int64_t worker, auto draw) {
+  const int64_t count = static_cast<int64_t>(items.size());
+  parallel_draws(workers, count, items_together(p, count, workers), [&](int64_t worker, auto draw) {
     BackwardScratch<T>& mine = scratch[worker];
     [[maybe_unused]] const TileRegisters tiles;
     const NoSubnormalResults none;

@@ -156,7 +156,8 @@ const char* forward(const Params& p) {
   if (items.empty()) return nullptr;
   PerWorker<ForwardScratch<T>> scratch(workers, max_keys(p), p.head_dim);
   if (!scratch.allocated()) return "out of memory for the packed keys";
-  parallel_draws(workers, static_cast<int64_t>(items.size()), [&](int64_t worker, auto draw) {
+  const int64_t count = static_cast<int64_t>(items.size());
+  parallel_draws(workers, count, items_together(p, count, workers), [&](int64_t worker, auto draw) {
     ForwardScratch<T>& mine = scratch[worker];
     [[maybe_unused]] const TileRegisters tiles;
     const NoSubnormalResults none;

@@ -202,7 +202,7 @@ void run_packs(const comp_kernels_sinkhorn_small_params& p, bool backward) {
   if (!scratch.allocated()) throw std::bad_alloc();
   // A few draws per worker balance them, and one thread's results lie together.
   const int64_t chunk = std::max<int64_t>(1, packs / (workers * 8)), chunks = (packs + chunk - 1) / chunk;
-  parallel_draws(workers, chunks, [&](int64_t worker, auto draw) {
+  parallel_draws(workers, chunks, /*together=*/1, [&](int64_t worker, auto draw) {
     Work work(p, scratch[worker]);
     for (int64_t drawn; (drawn = draw()) >= 0;) {
       for (int64_t pack = drawn * chunk; pack < std::min(packs, (drawn + 1) * chunk); ++pack) {
