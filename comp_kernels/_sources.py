@@ -28,8 +28,8 @@ PAIRS_FLAGS = {
     "amx_bf16x3": [*_TILES, "-DCOMP_KERNELS_PAIRS=bfloat16", "-DCOMP_KERNELS_TILES=bf16", "-DCOMP_KERNELS_TERMS"],
     "amx_fp16": [*_TILES, "-DCOMP_KERNELS_PAIRS=float16", "-DCOMP_KERNELS_TILES=fp16"],
 }
-"""Of the sets that multiply 16-bit numbers in pairs, for attention in one dtype alone; left out where the compiler does not
-know them (GCC before 11)."""
+"""Of the sets that multiply 16-bit numbers in pairs, for attention alone; left out where the compiler does not know them
+(GCC before 11)."""
 
 
 def fingerprint(library: str) -> str | None:

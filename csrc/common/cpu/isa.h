@@ -59,8 +59,9 @@ extern const bool tiles_wait_for_prefetches;
 #define DISPATCH_ISA(function, ...) DISPATCH_TO(::comp_kernels::active_isa(), function, __VA_ARGS__)
 #define DISPATCH_PRODUCTS(function, ...) DISPATCH_TO(::comp_kernels::products_isa(), function, __VA_ARGS__)
 
-// Where the compiler knows the sets that multiply pairs, declares a function that they have; DISPATCH_BFLOAT16, DISPATCH_FLOAT16 and
-// DISPATCH_SPLIT (three bfloat16) call it where such a set is in use, and the variant of DISPATCH_PRODUCTS elsewhere.
+// Where the compiler knows the sets that multiply pairs, declares a function that they have; DISPATCH_BFLOAT16 and DISPATCH_FLOAT16
+// call it where a set for that dtype is in use, and the variant of DISPATCH_PRODUCTS elsewhere. DISPATCH_SPLIT calls that of three
+// bfloat16, for callers that know it to be in use.
 #ifdef COMP_KERNELS_HAS_PAIRS
 #define DECLARE_PAIRS(declaration) \
   namespace comp_kernels {         \
@@ -84,9 +85,7 @@ extern const bool tiles_wait_for_prefetches;
 #define DISPATCH_FLOAT16(function, ...)                                                                            \
   (::comp_kernels::active_isa() == ::comp_kernels::Isa::amx_fp16 ? ::comp_kernels::amx_fp16::function(__VA_ARGS__) \
                                                                  : DISPATCH_PRODUCTS(function, __VA_ARGS__))
-#define DISPATCH_SPLIT(function, ...)                                                                                  \
-  (::comp_kernels::active_isa() >= ::comp_kernels::Isa::amx_bf16x3 ? ::comp_kernels::amx_bf16x3::function(__VA_ARGS__) \
-                                                                   : DISPATCH_PRODUCTS(function, __VA_ARGS__))
+#define DISPATCH_SPLIT(function, ...) ::comp_kernels::amx_bf16x3::function(__VA_ARGS__)
 #else
 #define DECLARE_PAIRS(declaration)
 #define DISPATCH_BFLOAT16(function, ...) DISPATCH_PRODUCTS(function, __VA_ARGS__)

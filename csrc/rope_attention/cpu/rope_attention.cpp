@@ -83,6 +83,13 @@ bool are_split(const comp_kernels_rope_attention_params& p) {
   return scores >= kKeysWorthSplitting * p.cu_seqlens[p.num_sequences] || comp_kernels::splits_short_sequences();
 }
 
+// The variant of a kernel for what `params` holds.
+#define DISPATCH_DTYPE(function, params)                                           \
+  (are_split(params)                         ? DISPATCH_SPLIT(function, params)    \
+   : (params).dtype == COMP_KERNELS_BFLOAT16 ? DISPATCH_BFLOAT16(function, params) \
+   : (params).dtype == COMP_KERNELS_FLOAT16  ? DISPATCH_FLOAT16(function, params)  \
+                                             : DISPATCH_PRODUCTS(function, params))
+
 // run(), which returns null or a message. No exception may cross the C ABI: the process would end.
 template <typename Run>
 const char* within_memory(Run&& run) {
@@ -99,21 +106,11 @@ const char* within_memory(Run&& run) {
 COMP_KERNELS_EXPORT const char* comp_kernels_cpu_rope_attention_forward(const comp_kernels_rope_attention_params* params) {
   if (const char* wrong = check(*params)) return wrong;
   fill_slack_forward(*params);
-  return within_memory([&] {
-    if (are_split(*params)) return DISPATCH_SPLIT(rope_attention_forward, *params);
-    if (params->dtype == COMP_KERNELS_BFLOAT16) return DISPATCH_BFLOAT16(rope_attention_forward, *params);
-    if (params->dtype == COMP_KERNELS_FLOAT16) return DISPATCH_FLOAT16(rope_attention_forward, *params);
-    return DISPATCH_PRODUCTS(rope_attention_forward, *params);
-  });
+  return within_memory([&] { return DISPATCH_DTYPE(rope_attention_forward, *params); });
 }
 
 COMP_KERNELS_EXPORT const char* comp_kernels_cpu_rope_attention_backward(const comp_kernels_rope_attention_params* params) {
   if (const char* wrong = check(*params)) return wrong;
   fill_slack_backward(*params);
-  return within_memory([&] {
-    if (are_split(*params)) return DISPATCH_SPLIT(rope_attention_backward, *params);
-    if (params->dtype == COMP_KERNELS_BFLOAT16) return DISPATCH_BFLOAT16(rope_attention_backward, *params);
-    if (params->dtype == COMP_KERNELS_FLOAT16) return DISPATCH_FLOAT16(rope_attention_backward, *params);
-    return DISPATCH_PRODUCTS(rope_attention_backward, *params);
-  });
+  return within_memory([&] { return DISPATCH_DTYPE(rope_attention_backward, *params); });
 }

@@ -12,6 +12,6 @@ constexpr int kMaxHeadDim = 256;
 DECLARE_PER_ISA(const char* rope_attention_forward(const comp_kernels_rope_attention_params& params))
 DECLARE_PER_ISA(const char* rope_attention_backward(const comp_kernels_rope_attention_params& params))
 
-// The same for one 16-bit dtype alone, with products of that.
+// The same for the dtypes alone that a set multiplies in pairs of 16 bits (isa.h).
 DECLARE_PAIRS(const char* rope_attention_forward(const comp_kernels_rope_attention_params& params))
 DECLARE_PAIRS(const char* rope_attention_backward(const comp_kernels_rope_attention_params& params))

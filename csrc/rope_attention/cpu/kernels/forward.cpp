@@ -39,17 +39,16 @@ void pack_keys_and_values(const Params& p, const AttentionItem& item, ForwardScr
     }
   }
   const ValueRows<T> layout(p.head_dim);
-  const auto load_values = [&](int64_t j, int64_t rows, T* to) {
-    load_right_rows<S>(p.v, p.v_stride_token, p.v_stride_head, item.key_begin + j, rows, j, count, item.head_k, to,
-                       layout.halves ? stride : layout.value_stride, p);
+  const auto load_values = [&](int64_t j, int64_t rows, T* to, int64_t to_stride) {
+    load_right_rows<S>(p.v, p.v_stride_token, p.v_stride_head, item.key_begin + j, rows, j, count, item.head_k, to, to_stride, p);
   };
   if (!layout.halves) {
-    load_values(0, count, scratch.values);
+    load_values(0, count, scratch.values, layout.value_stride);
     return;
   }
   for (int64_t j = 0; j < count; j += kRowsTogether<T>) {
     const int64_t rows = min(count - j, kRowsTogether<T>);
-    load_values(j, rows, scratch.rows);
+    load_values(j, rows, scratch.rows, stride);
     zip_rows(scratch.rows, (rows + kPack - 1) / kPack, stride, layout, scratch.values + j / layout.tokens * layout.value_stride);
   }
 }

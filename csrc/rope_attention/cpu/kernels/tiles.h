@@ -91,7 +91,7 @@ float* multiply_tiles(int64_t depth, const TileOperands& x, float* c, int64_t c_
   if (!kFour && waiting != nullptr) store_four_tiles(waiting, c_stride);
 // A sum begins: with C, or with zero; what the register still holds goes first.
 #define BEGIN_SUM(tile, offset)                                                       \
-  if (k == 0 && n == 0) {                                                             \
+  if (begin) {                                                                        \
     if (kFour && waiting != nullptr) _tile_stored(tile, waiting + (offset), c_bytes); \
     if constexpr (kAccumulate) {                                                      \
       _tile_loadd(tile, c + (offset), c_bytes);                                       \
@@ -99,48 +99,40 @@ float* multiply_tiles(int64_t depth, const TileOperands& x, float* c, int64_t c_
       _tile_zero(tile);                                                               \
     }                                                                                 \
   }
+  // One step of the depth; the tiles of A or B may be there already.
+  const auto multiply = [&](const float* a, const float* b, bool load_a, bool load_b, bool begin) __attribute__((always_inline)) {
+    if (load_b) _tile_loadd(6, b, b_bytes);
+    if (load_a) _tile_loadd(4, a, a_bytes);
+    BEGIN_SUM(0, 0)
+    TILE_PRODUCT(0, 4, 6);
+    if constexpr (kColumns > 1) {
+      if (load_b) _tile_loadd(7, b + x.b_column, b_bytes);
+      BEGIN_SUM(1, kTile)
+      TILE_PRODUCT(1, 4, 7);
+    }
+    if constexpr (kRows > 1) {
+      if (load_a) _tile_loadd(5, a + kTile * x.a_stride, a_bytes);
+      BEGIN_SUM(2, kTile * c_stride)
+      TILE_PRODUCT(2, 5, 6);
+    }
+    if constexpr (kFour) {
+      BEGIN_SUM(3, kTile * c_stride + kTile)
+      TILE_PRODUCT(3, 5, 7);
+    }
+  };
+#undef BEGIN_SUM
   for (int64_t k = 0; k < depth; k += kDepthStep) {
 #pragma GCC unroll 8
     for (int n = 0; n < kProducts; ++n) {
       const bool other_a = n == 0 || kMultiplied[n].a != kMultiplied[n - 1].a;
       const bool other_b = n == 0 || kMultiplied[n].b != kMultiplied[n - 1].b;
       const float *a = x.a + kMultiplied[n].a * (x.a_stride / kTerms) + k, *b = x.b + kMultiplied[n].b * x.b_term + k * x.b_stride;
-      if (other_b) _tile_loadd(6, b, b_bytes);
-      if (other_a) _tile_loadd(4, a, a_bytes);
-      BEGIN_SUM(0, 0)
-      TILE_PRODUCT(0, 4, 6);
-      if constexpr (kColumns > 1) {
-        if (other_b) _tile_loadd(7, b + x.b_column, b_bytes);
-        BEGIN_SUM(1, kTile)
-        TILE_PRODUCT(1, 4, 7);
-      }
-      if constexpr (kRows > 1) {
-        if (other_a) _tile_loadd(5, a + kTile * x.a_stride, a_bytes);
-        BEGIN_SUM(2, kTile * c_stride)
-        TILE_PRODUCT(2, 5, 6);
-      }
-      if constexpr (kFour) {
-        BEGIN_SUM(3, kTile * c_stride + kTile)
-        TILE_PRODUCT(3, 5, 7);
-      }
+      multiply(a, b, other_a, other_b, k == 0 && n == 0);
     }
   }
-#undef BEGIN_SUM
   if constexpr (kTerms > 1) {
     for (int64_t k = 0; k < x.tail; k += kDepthStep) {
-      const float *a = x.a + x.a_tail + k, *b = x.b + x.b_tail + k * x.b_stride;
-      _tile_loadd(6, b, b_bytes);
-      _tile_loadd(4, a, a_bytes);
-      TILE_PRODUCT(0, 4, 6);
-      if constexpr (kColumns > 1) {
-        _tile_loadd(7, b + x.b_column, b_bytes);
-        TILE_PRODUCT(1, 4, 7);
-      }
-      if constexpr (kRows > 1) {
-        _tile_loadd(5, a + kTile * x.a_stride, a_bytes);
-        TILE_PRODUCT(2, 5, 6);
-      }
-      if constexpr (kFour) TILE_PRODUCT(3, 5, 7);
+      multiply(x.a + x.a_tail + k, x.b + x.b_tail + k * x.b_stride, true, true, false);
     }
   }
   if constexpr (kFour) return c;
