@@ -165,6 +165,7 @@ void load_queries(const Params& p, BackwardScratch<T>& scratch, int64_t token, i
   }
   if constexpr (kTiles) {
     for (int64_t i = 0; i < operand_depth(queries); i += L) {
+      keep_tiles_awake(i);
       for (int t = 0; t < kTerms; ++t) {
         const int64_t from = i * stride + t * (stride / kTerms), to = i + t * (kColumnStride<T> / kTerms);
         transpose(scratch.query_right + from, stride, round_up_to_lanes<T>(D), scratch.query_columns + to, kColumnStride<T>);
@@ -173,6 +174,7 @@ void load_queries(const Params& p, BackwardScratch<T>& scratch, int64_t token, i
     }
   }
   for (int64_t i = 0; i < queries; ++i) {
+    keep_tiles_awake(i, 32);
     const int64_t statistic = head * p.num_tokens + token + i;
     const double lse_log2 = static_cast<const double*>(p.lse)[statistic] * kLog2e;
     // The exponent is (S - lse) scale_log2 - rest: as in the forward pass, large numbers are subtracted before anything is
@@ -216,6 +218,7 @@ void softmax_gradients(BackwardScratch<T>& scratch, int64_t queries, int64_t key
   constexpr int L = kLanes<T>;
   const int64_t padded = round_up_to_lanes<T>(keys);
   for (int64_t i = 0; i < queries; i += kPack) {
+    keep_tiles_awake(i, 16);
     T* p = scratch.weights_right + i / kPack * kRightStride<T>;
     T* ds = scratch.dscores_right + i / kPack * kRightStride<T>;
     for (int64_t j = 0; j < padded; j += kTogether * L) {

@@ -55,14 +55,16 @@ void pack_keys_and_values(const Params& p, const AttentionItem& item, ForwardScr
 
 // Divides by the sums and writes out and lse.
 template <typename S, typename T>
-void store_outputs(const Params& p, ForwardScratch<T>& scratch, int64_t token, int64_t queries, int64_t head, T scale_log2,
-                   bool any_keys) {
+void store_outputs(const Params& p, const AttentionItem& item, ForwardScratch<T>& scratch, int64_t token, int64_t queries,
+                   int64_t head, T scale_log2) {
   const int64_t D = p.head_dim;
+  const bool any_keys = item.key_end > item.key_begin;
   const ValueRows<T> layout(D);
   for (int64_t i = 0; i < queries; ++i) {
     T* output = scratch.output + i * layout.stride;
     S* to = static_cast<S*>(p.out) + ((token + i) * p.num_heads + head) * D;
-    ask_ahead<Rows::written>(to, p.num_heads * D, i, queries, D);
+    keep_tiles_awake(i);
+    ask_ahead<Rows::written>(to, p.num_heads * D, token - item.query_begin + i, item.query_end - item.query_begin, D);
     if (any_keys) {
       if (layout.halves) add_zipped(output, layout);
       narrow_row(output, 1 / scratch.row_sum[i], to, D);
@@ -82,10 +84,11 @@ void store_outputs(const Params& p, ForwardScratch<T>& scratch, int64_t token, i
 }
 
 template <typename S, typename T>
-void load_queries(const Params& p, ForwardScratch<T>& scratch, int64_t token, int64_t queries, int64_t head) {
+void load_queries(const Params& p, const AttentionItem& item, ForwardScratch<T>& scratch, int64_t token, int64_t queries,
+                  int64_t head) {
   const int64_t stride = channel_stride<T>(p.head_dim);
-  load_rows<S, Operand::left>(p.q, p.q_stride_token, p.q_stride_head, token, queries, 0, queries, head, query_tables<T>(p),
-                              scratch.query, stride, p);
+  load_rows<S, Operand::left>(p.q, p.q_stride_token, p.q_stride_head, token, queries, token - item.query_begin,
+                              item.query_end - item.query_begin, head, query_tables<T>(p), scratch.query, stride, p);
   if (p.scale < 0) {
     for (int64_t i = 0; i < queries * stride; i += kLanes<T>) store(scratch.query + i, negated(load(scratch.query + i)));
   }
@@ -100,7 +103,7 @@ void forward_block(const Params& p, const AttentionItem& item, ForwardScratch<T>
   const Depth depth = channel_depth(D);
   const ValueRows<T> layout(D);
   const T scale_log2 = std::fabs(scale_in_bits<T>(p));
-  load_queries<S>(p, scratch, token, queries, head);
+  load_queries<S>(p, item, scratch, token, queries, head);
   const int64_t step = keys_per_block<T>(item);
   for (int64_t block = 0; block < count; block += step) {
     const int64_t keys = min(count - block, step);
@@ -118,7 +121,7 @@ void forward_block(const Params& p, const AttentionItem& item, ForwardScratch<T>
                           kWeightStride<T>, values, layout, scratch.output + at * layout.stride, scratch.ahead);
     }
   }
-  store_outputs<S>(p, scratch, token, queries, head, scale_log2, count > 0);
+  store_outputs<S>(p, item, scratch, token, queries, head, scale_log2);
 }
 
 // Plans what the products of one block ask for: the rows the next block reads, of `item` or of `next` (null: none), and

@@ -233,6 +233,7 @@ void load_rows(const void* x, int64_t token_stride, int64_t head_stride, int64_t
                int64_t head, const Tables<T>& tables, T* y, int64_t stride, const Params& p) {
   const S* from = static_cast<const S*>(x) + token * token_stride + head * head_stride;
   for (int64_t i = 0; i < rows; ++i, from += token_stride, y += stride) {
+    keep_tiles_awake(i);
     ask_ahead(from, token_stride, done + i, count, p.head_dim);
     load_row<S, kOperand>(from, y, stride, tables, tables.row(token + i, head), p);
   }
@@ -257,6 +258,7 @@ void load_right_rows(const void* x, int64_t token_stride, int64_t head_stride, i
     const int64_t D = p.head_dim;
     const S* from = static_cast<const S*>(x) + token * token_stride + head * head_stride;
     for_pairs(rows, kApart, [&](int64_t i, int64_t other) {
+      keep_tiles_awake(i);
       const S *even = from + i * token_stride, *odd = from + other * token_stride;
       ask_ahead(even, token_stride, done + i, count, D, 2 * kApart);
       if (other < rows) ask_ahead(odd, token_stride, done + other, count, D, 2 * kApart);
@@ -316,6 +318,7 @@ void store_rotated_gradients(const T* g, int64_t stride, T scale, const void* x,
   for (int64_t i = 0; i < rows; ++i, from += token_stride, g += stride) {
     const int64_t row = (token + i) * heads + head;
     S* to = static_cast<S*>(dx) + row * D;
+    keep_tiles_awake(i);
     ask_ahead<Rows::written>(to, heads * D, i, rows, D);
     const T* gradient = g;
     if (tables.rotate()) {
