@@ -1,0 +1,113 @@
+"""Builds of the CPU library in turns in one process: what a change of csrc is worth on a machine whose speed drifts.
+
+    python -m benchmarks.turns OLD.so now                       # before and after a change
+    python -m benchmarks.turns now:amx now:amx_bf16x3           # two instruction sets of one build
+    python -m benchmarks.turns OLD.so now --dtype bfloat16 --passes forward --cases vit_s_224 many_small --rounds 25
+
+A build is a path of libcomp_kernels_cpu.so, or `now`, the installed one; behind a colon the set it is to use, as in
+COMP_KERNELS_CPU_ISA. All cases of rope_attention that the benchmarks have, in one dtype. In every round each build makes
+two calls in a row, the builds in random order, for in a fixed one each would find what the same other one left in the
+caches. Speeds are relative to the first build, of medians and, in brackets, of shortest rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import functools
+import gc
+import os
+import random
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from comp_kernels import _native
+
+from .attention_cases import CASES, inputs_of, operations
+from .test_rope_attention import inference, rope_attention_of, training_step
+
+
+class Build:
+    """A CPU library of its own, however often its file is loaded."""
+
+    def __init__(self, what: str, folder: Path) -> None:
+        self.name = what
+        path, _, instruction_set = what.partition(":")
+        copy = folder / f"{len(list(folder.iterdir()))}.so"  # the loader gives the same library for the same file
+        shutil.copy(_native.LIB / "libcomp_kernels_cpu.so" if path == "now" else path, copy)
+        self.environment = {"COMP_KERNELS_CPU_ISA": instruction_set} if instruction_set else {}
+        self.functions: dict[str, Callable[[bytes], None]] = {}
+        with self.in_place():
+            self.library = ctypes.CDLL(str(copy))
+            self.library.comp_kernels_cpu_isa.restype = ctypes.c_char_p
+            self.instruction_set = self.library.comp_kernels_cpu_isa().decode()
+        self.library.comp_kernels_cpu_set_threads(*map(ctypes.c_void_p, _native.torch_thread_pool()))
+
+    def function(self, name: str) -> Callable[[bytes], None]:
+        if name not in self.functions:
+            function = self.library[f"comp_kernels_cpu_{name}"]
+            function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_char_p
+            self.functions[name] = functools.partial(_native.call, function)
+        return self.functions[name]
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The operators use it. It reads the variable when it first wants to know."""
+        with mock.patch.dict(os.environ, self.environment), mock.patch.object(_native, "cpu_function", self.function):
+            yield
+
+
+def rounds_in_turns(builds: list[Build], call: Callable[[], object], rounds: int) -> list[list[float]]:
+    """Seconds of `call`, by build and round."""
+
+    def seconds(build: Build) -> float:
+        with build.in_place():
+            begin = time.perf_counter()
+            call()
+            call()
+            return (time.perf_counter() - begin) / 2
+
+    for build in builds:
+        seconds(build)
+    times: list[list[float]] = [[] for _ in builds]
+    gc.collect()
+    gc.disable()
+    for _ in range(rounds):
+        for i in random.sample(range(len(builds)), len(builds)):
+            times[i].append(seconds(builds[i]))
+    gc.enable()
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("builds", nargs="+", metavar="BUILD")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--passes", nargs="+", default=("forward", "both"), choices=("forward", "both"))
+    parser.add_argument("--cases", nargs="+", default=tuple(CASES), choices=tuple(CASES))
+    parser.add_argument("--rounds", type=int, default=15)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        builds = [Build(what, Path(folder)) for what in arguments.builds]
+    print(f"{arguments.dtype}, {torch.get_num_threads()} threads;", ", ".join(f"{b.name}: {b.instruction_set}" for b in builds))
+    for which in arguments.passes:
+        for name in arguments.cases:
+            case, inputs = CASES[name], inputs_of(CASES[name], getattr(torch, arguments.dtype))
+            call = (inference if which == "forward" else training_step)(rope_attention_of(inputs), inputs)
+            times = rounds_in_turns(builds, call, arguments.rounds)
+            first, shortest = statistics.median(times[0]), min(times[0])
+            done = operations(case) * (1.0 if which == "forward" else 3.5) / first / 1e9
+            speeds = "  ".join(f"{first / statistics.median(t):.3f}x ({shortest / min(t):.3f}x)" for t in times[1:])
+            print(f"{which:8s}{name:18s}{1e3 * first:9.2f} ms {done:6.0f} GFLOP/s  {speeds}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
