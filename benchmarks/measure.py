@@ -23,6 +23,7 @@ from .peaks import fma_peak
 
 SLOW_PEER = 5.0  # a peer that takes this many times as long is timed in the first two rounds only
 CASE_SECONDS = 45.0  # once the rounds of a case have taken this long, so are all peers
+SHORT_SECONDS, MOST_ROUNDS = 0.25, 41  # of ours: shorter calls get more rounds, up to so many, for their times scatter more
 
 
 def compare(
@@ -42,10 +43,10 @@ def compare(
     """Time `ours` with pytest-benchmark and every peer between its rounds; all results go to `benchmark.extra_info`.
 
     group, case:  row and table of the report. operations: floating-point operations of one call, for the share of the peak.
-    error: the largest error against float64, measured by the caller. calls: how many in a row one round times, ours and each
-    peer's alike; several where a call is so short that the caches its predecessor left decide. pytest-benchmark's own table
-    then shows the time of them all, everything else that of one. dtype: of the operands, for the peak. extra: anything else
-    worth keeping.
+    error: the largest error against float64, measured by the caller. rounds: at least so many; short calls get more. calls:
+    how many in a row one round times, ours and each peer's alike; several where a call is so short that the caches its
+    predecessor left decide. pytest-benchmark's own table then shows the time of them all, everything else that of one.
+    dtype: of the operands, for the peak. extra: anything else worth keeping.
     """
     timer = benchmark._timer  # --benchmark-timer: ours and the peers by the same clock
     first_calls = {name: _seconds(function, timer) for name, function in {"ours": ours, **peers}.items()}  # compiles, warms up
@@ -62,6 +63,7 @@ def compare(
         for _ in range(calls):
             ours()
 
+    rounds = max(rounds, min(MOST_ROUNDS, int(SHORT_SECONDS / (warm_ours * calls))))
     gc.collect()
     begin = time.monotonic()
     benchmark.pedantic(ours_in_a_row, setup=time_peers, rounds=rounds)
