@@ -63,7 +63,7 @@ def compare(
         for _ in range(calls):
             ours()
 
-    rounds = max(rounds, min(MOST_ROUNDS, int(SHORT_SECONDS / (warm_ours * calls))))
+    rounds = max(rounds, min(MOST_ROUNDS, int(SHORT_SECONDS / max(warm_ours * calls, 1e-9))))
     gc.collect()
     begin = time.monotonic()
     benchmark.pedantic(ours_in_a_row, setup=time_peers, rounds=rounds)

@@ -1,13 +1,15 @@
 """Builds of the CPU library in turns in one process: what a change of csrc is worth on a machine whose speed drifts.
 
-    python -m benchmarks.turns OLD.so now                       # before and after a change
+    cp comp_kernels/lib/libcomp_kernels_cpu.so OLD.so           # then change csrc, and python setup.py build_native
+    python -m benchmarks.turns OLD.so now                       # before and after the change
     python -m benchmarks.turns now:amx now:amx_bf16x3           # two instruction sets of one build
     python -m benchmarks.turns OLD.so now --dtype bfloat16 --passes forward --cases vit_s_224 many_small --rounds 25
 
 A build is a path of libcomp_kernels_cpu.so, or `now`, the installed one; behind a colon the set it is to use, as in
-COMP_KERNELS_CPU_ISA. All cases of rope_attention that the benchmarks have, in one dtype. In every round each build makes
-two calls in a row, the builds in random order, for in a fixed one each would find what the same other one left in the
-caches. Speeds are relative to the first build, of medians and, in brackets, of shortest rounds.
+COMP_KERNELS_CPU_ISA (amx_bf16x3 by name splits short sequences too). An old one must have the params structs of today's
+headers. All cases of rope_attention that the benchmarks have, in one dtype. In every round each build makes two calls in a
+row, the builds in random order, for in a fixed one each would find what the same other one left in the caches. Speeds are
+relative to the first build, of medians and, in brackets, of shortest rounds.
 """
 
 from __future__ import annotations
@@ -40,15 +42,25 @@ class Build:
 
     def __init__(self, what: str, folder: Path) -> None:
         self.name = what
-        path, _, instruction_set = what.partition(":")
+        name, _, instruction_set = what.partition(":")
+        if instruction_set not in ("", *_native.INSTRUCTION_SETS):
+            raise ValueError(f"{what}: the set must be one of {', '.join(_native.INSTRUCTION_SETS)}, got {instruction_set!r}")
+        path = _native.LIB / "libcomp_kernels_cpu.so" if name == "now" else Path(name)
+        if not path.is_file():
+            raise ValueError(f"{what}: there is no file {path}")
         copy = folder / f"{len(list(folder.iterdir()))}.so"  # the loader gives the same library for the same file
-        shutil.copy(_native.LIB / "libcomp_kernels_cpu.so" if path == "now" else path, copy)
+        shutil.copy(path, copy)
         self.environment = {"COMP_KERNELS_CPU_ISA": instruction_set} if instruction_set else {}
         self.functions: dict[str, Callable[[bytes], None]] = {}
         with self.in_place():
-            self.library = ctypes.CDLL(str(copy))
+            try:
+                self.library = ctypes.CDLL(str(copy))
+            except OSError as error:
+                raise ValueError(f"{what}: {path} is no library that loads here ({error})") from None
             self.library.comp_kernels_cpu_isa.restype = ctypes.c_char_p
             self.instruction_set = self.library.comp_kernels_cpu_isa().decode()
+        if not self.instruction_set.startswith(instruction_set):
+            raise ValueError(f"{what}: this processor has no {instruction_set}, {self.instruction_set} would be taken")
         self.library.comp_kernels_cpu_set_threads(*map(ctypes.c_void_p, _native.torch_thread_pool()))
 
     def function(self, name: str) -> Callable[[bytes], None]:
@@ -95,8 +107,15 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=tuple(CASES), choices=tuple(CASES))
     parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        builds = [Build(what, Path(folder)) for what in arguments.builds]
+    if arguments.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {arguments.rounds}")
+    if (reason := _native.cpu_unavailable_reason()) is not None:
+        parser.error(f"{reason}; nothing but the reference would be timed")
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            builds = [Build(what, Path(folder)) for what in arguments.builds]
+    except ValueError as error:
+        parser.error(str(error))
     print(f"{arguments.dtype}, {torch.get_num_threads()} threads;", ", ".join(f"{b.name}: {b.instruction_set}" for b in builds))
     for which in arguments.passes:
         for name in arguments.cases:

@@ -5,7 +5,7 @@
 # registers keep their numbers. But 24 products (160 ns with their loads and stores) take 420 ns after 600 ns of other work, as much
 # as after 10 microseconds, and 160 ns after 400. Tile loads, stores and zeros in between do not help; a single product does, of any kind: int8 keeps
 # the unit awake for bfloat16. So a kernel that packs rows or takes exponentials between its products pays for each such pause, or for a product now
-# and then that nobody reads (3 to 12 % of attention over short sequences were gained by that).
+# and then that nobody reads (2 to 9 % of attention over short sequences were gained by that).
 #
 # Seen: Intel Xeon with amx_bf16, family 6, model 167 as its hypervisor shows it; ziglang 0.13.0 (clang 18) compiles. The pause is a chain of multiply-adds
 # on vectors; with scalar work the vector units sleep as well, and waking takes longer. Needs such a processor, Linux, python3 with pip, 300 MB; elsewhere it says so and ends.

@@ -33,6 +33,25 @@ def test_a_build_serves_where_it_is_in_place(baseline, tmp_path):
     assert os.environ.get("COMP_KERNELS_CPU_ISA") == before
 
 
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("now:nonsense", "must be one of baseline, avx2"),
+        ("nowhere.so", "there is no file nowhere.so"),
+        (f"{__file__}:baseline", "no library that loads here"),
+    ],
+)
+def test_builds_that_are_none(what, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        Build(what, tmp_path)
+
+
+def test_a_set_that_the_processor_lacks_is_refused(tmp_path, baseline, monkeypatch):
+    monkeypatch.setattr(_native, "INSTRUCTION_SETS", (*_native.INSTRUCTION_SETS, "avx1024"))
+    with pytest.raises(ValueError, match="this processor has no avx1024"):
+        Build("now:avx1024", tmp_path)
+
+
 def test_every_build_is_called_in_every_round(baseline, tmp_path):
     builds, served = [baseline, Build("now", tmp_path)], []
     q = torch.randn(5, 1, 8)

@@ -227,7 +227,7 @@ void add_rows(RowsAhead& ahead, const void* x, int64_t heads, int64_t token, int
 }
 
 // Rows token .. token + rows of one head, from x [*, heads, D] with the given strides, to y with rows `stride` apart. They follow
-// `done` rows of the `count` that the caller is about to read.
+// `done` rows of the `count` that the caller reads in all.
 template <typename S, Operand kOperand, typename T>
 void load_rows(const void* x, int64_t token_stride, int64_t head_stride, int64_t token, int64_t rows, int64_t done, int64_t count,
                int64_t head, const Tables<T>& tables, T* y, int64_t stride, const Params& p) {

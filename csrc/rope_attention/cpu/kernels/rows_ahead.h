@@ -29,10 +29,11 @@ CK_INLINE bool tiles_ask() { return kTilesAsk && (!kLoopsAsk || !tiles_wait_for_
 
 enum class Rows { read, written };
 
-// Before a loop over `count` rows reads or writes row i, which is at `row`: asks for one some rows on; first, for all up to it. They
-// come to the second-level cache: in the first, rows that are a power of two apart would drive each other out. With AMX those that
-// are read come to the first: 16-bit rows are half as long, and 1 to 5 % are gained; those that are written, too, would lose more.
-// `at_least` so many rows on, where they are not read one by one.
+// Before row i of `count`, which is at `row`, is read or written: asks for one some rows on; before the first, for all up to it. The
+// loop may end before `count` and go on later, with the next block of an item. Rows come to the second-level cache: in the first,
+// rows that are a power of two apart would drive each other out. With AMX those that are read come to the first: 16-bit rows are
+// half as long, and 1 to 5 % are gained; those that are written, too, would lose more. `at_least` so many rows on, where they are
+// not read one by one.
 template <Rows kRows = Rows::read, typename S>
 CK_INLINE void ask_ahead(const S* row, int64_t stride, int64_t i, int64_t count, int64_t columns, int64_t at_least = 0) {
   if constexpr (!kLoopsAsk) return;
