@@ -34,10 +34,9 @@ HEAD_DIMS = (16, 32, 64, 72, 80, 96, 128, 256)
 
 
 def draw(rows: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(head_dim)
-    return torch.randn(rows, head_dim, generator=generator).to(dtype), torch.randn(rows, head_dim, generator=generator).to(
-        dtype
-    )
+    """Rows of queries and of keys."""
+    q, k = torch.randn(2, rows, head_dim, generator=torch.Generator().manual_seed(head_dim)).to(dtype)
+    return q, k
 
 
 def rms(scores: Tensor, q: Tensor, k: Tensor) -> float:

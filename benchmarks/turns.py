@@ -51,24 +51,15 @@ class Build:
         copy = folder / f"{len(list(folder.iterdir()))}.so"  # the loader gives the same library for the same file
         shutil.copy(path, copy)
         self.environment = {"COMP_KERNELS_CPU_ISA": instruction_set} if instruction_set else {}
-        self.functions: dict[str, Callable[[bytes], None]] = {}
+        try:
+            library = _native.with_torch_threads(ctypes.CDLL(str(copy)))
+        except OSError as error:
+            raise ValueError(f"{what}: {path} is no library that loads here ({error})") from None
+        self.function = functools.cache(functools.partial(_native.cpu_function_of, library))
         with self.in_place():
-            try:
-                self.library = ctypes.CDLL(str(copy))
-            except OSError as error:
-                raise ValueError(f"{what}: {path} is no library that loads here ({error})") from None
-            self.library.comp_kernels_cpu_isa.restype = ctypes.c_char_p
-            self.instruction_set = self.library.comp_kernels_cpu_isa().decode()
+            self.instruction_set = library.comp_kernels_cpu_isa().decode()
         if not self.instruction_set.startswith(instruction_set):
             raise ValueError(f"{what}: this processor has no {instruction_set}, {self.instruction_set} would be taken")
-        self.library.comp_kernels_cpu_set_threads(*map(ctypes.c_void_p, _native.torch_thread_pool()))
-
-    def function(self, name: str) -> Callable[[bytes], None]:
-        if name not in self.functions:
-            function = self.library[f"comp_kernels_cpu_{name}"]
-            function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_char_p
-            self.functions[name] = functools.partial(_native.call, function)
-        return self.functions[name]
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:

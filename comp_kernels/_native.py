@@ -70,6 +70,11 @@ def _cpu() -> ctypes.CDLL | Unavailable:
     wanted = os.environ.get("COMP_KERNELS_CPU_ISA", "")
     if wanted not in ("", *INSTRUCTION_SETS):
         raise ValueError(f"COMP_KERNELS_CPU_ISA must be one of {', '.join(INSTRUCTION_SETS)}, got {wanted!r}")
+    return with_torch_threads(library)
+
+
+def with_torch_threads(library: ctypes.CDLL) -> ctypes.CDLL:
+    """A build of the CPU library, with torch's thread pool handed to it."""
     library.comp_kernels_cpu_isa.restype = ctypes.c_char_p
     library.comp_kernels_cpu_set_threads.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     library.comp_kernels_cpu_set_threads.restype = None
@@ -155,9 +160,12 @@ def pointer(x: Tensor | None) -> int:
 @functools.cache
 def cpu_function(name: str) -> Callable[[ctypes.Structure | bytes], None]:
     """The CPU library's comp_kernels_cpu_{name}, which takes a struct; what it says is wrong is raised."""
-    function = cpu()[f"comp_kernels_cpu_{name}"]
-    function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_char_p
-    return functools.partial(call, function)
+    return cpu_function_of(cpu(), name)
+
+
+def cpu_function_of(library: ctypes.CDLL, name: str) -> Callable[[ctypes.Structure | bytes], None]:
+    """The same of a build of the CPU library."""
+    return functools.partial(call, _typed(library, f"comp_kernels_cpu_{name}", (ctypes.c_void_p,), ctypes.c_char_p))
 
 
 FORMATS = {ctypes.c_void_p: "P", ctypes.c_int64: "q", ctypes.c_double: "d"}

@@ -27,7 +27,7 @@ def test_a_build_serves_where_it_is_in_place(baseline, tmp_path):
     installed = _native.cpu_function("rope_attention_forward")
     before = os.environ.get("COMP_KERNELS_CPU_ISA")
     with baseline.in_place():
-        assert _native.cpu_function("rope_attention_forward") is baseline.functions["rope_attention_forward"]
+        assert _native.cpu_function("rope_attention_forward") is baseline.function("rope_attention_forward")
         assert os.environ["COMP_KERNELS_CPU_ISA"] == "baseline"
     assert _native.cpu_function("rope_attention_forward") is installed
     assert os.environ.get("COMP_KERNELS_CPU_ISA") == before

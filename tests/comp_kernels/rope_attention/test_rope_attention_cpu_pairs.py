@@ -76,12 +76,7 @@ def library():
     reason = why_not()
     if reason is not None:
         pytest.skip(reason)
-    library = ctypes.CDLL(str(compile_library()))
-    library.comp_kernels_cpu_isa.restype = ctypes.c_char_p
-    library.comp_kernels_cpu_set_threads.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
-    library.comp_kernels_cpu_set_threads.restype = None
-    library.comp_kernels_cpu_set_threads(*_native.torch_thread_pool())
-    return library
+    return _native.with_torch_threads(ctypes.CDLL(str(compile_library())))
 
 
 @pytest.fixture(params=PAIRS_FLAGS, autouse=True)
